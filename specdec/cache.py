@@ -1,0 +1,142 @@
+"""The ragged KV cache: slot == position, for every row on its own.
+
+A KV entry for position i of row b lives in slot i of row b. A query at position q sees slots <= q and nothing else. So a
+rejected draft leaves stale slots behind the committed length, which no query sees before they are overwritten: rollback, uneven
+acceptance and finished rows cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+GROWTH = 256  # slots; a buffer grows by doubling, at least by this
+
+
+class Window:
+    """Where the ids of the forward in progress stand; one object shared by all layers of a cache."""
+
+    def __init__(self) -> None:
+        self.rows = torch.empty(0, 1, dtype=torch.int64)
+        self.positions = torch.empty(0, 0, dtype=torch.int64)
+        self.key_length = 0
+        self.first: int | None = None
+
+    def move(self, positions: Tensor) -> None:
+        """positions: [B, W] int64 of the ids that come next."""
+        batch, width = positions.shape
+        if self.rows.shape[0] != batch or self.rows.device != positions.device:
+            self.rows = torch.arange(batch, device=positions.device)[:, None]
+        self.positions = positions
+        self.key_length = int(positions.max()) + 1
+        # One row at consecutive positions, the usual case at batch 1, is written as a slice: cheaper than an index.
+        first = self.key_length - width
+        self.first = first if batch == 1 and first == int(positions[0, 0]) else None
+
+
+class RaggedLayer(CacheLayerMixin):
+    """Keys and values of one layer: [B, H, S, D] buffers, written at the window's positions, read up to its key length."""
+
+    is_sliding = False
+
+    def __init__(self, window: Window) -> None:
+        super().__init__()
+        self.window = window
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys = key_states.new_zeros(*key_states.shape[:2], 0, key_states.shape[-1])
+        self.values = value_states.new_zeros(*value_states.shape[:2], 0, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write [B, H, W, D] states at the window's positions; return the slots that it may see, [B, H, key_length, D]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        needed = self.window.key_length
+        self.keys = _write(_grown(self.keys, needed), key_states, self.window)
+        self.values = _write(_grown(self.values, needed), value_states, self.window)
+        return self.keys[:, :, :needed], self.values[:, :, :needed]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.window.key_length, 0
+
+    def get_seq_length(self) -> int:
+        """Slots before the window, were it even: models without position_ids derive the key length from it."""
+        return max(self.window.key_length - self.window.positions.shape[1], 0)
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class RaggedCache(Cache):
+    """What a transformers model takes as past_key_values. Call `window.move(positions)` before each forward."""
+
+    def __init__(self) -> None:
+        self.window = Window()
+        super().__init__(layer_class_to_replicate=lambda: RaggedLayer(self.window))  # type: ignore[arg-type]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return max(self.window.key_length - self.window.positions.shape[1], 0)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.window.key_length, 0
+
+
+def attention_kinds(config: PreTrainedConfig) -> set[str]:
+    """The attention patterns of a text model's layers, in transformers' words."""
+    if getattr(config, "layer_types", None):
+        return set(config.layer_types)
+    if getattr(config, "sliding_window", None) is not None:
+        return {"sliding_attention"}
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return {"chunked_attention"}
+    return {"full_attention"}
+
+
+def attention_masks(
+    positions: Tensor, key_length: int, config: PreTrainedConfig, kinds: Iterable[str], dtype: torch.dtype
+) -> Tensor | dict[str, Tensor]:
+    """Finished 4-D masks [B, 1, W, S] for queries at positions [B, W] over slots 0 … S-1; a dict by kind where there are several.
+
+    bool (True = see) for sdpa; for eager attention additive, in `dtype`.
+    """
+    key = torch.arange(key_length, device=positions.device)
+    query = positions[:, None, :, None]
+    causal = key <= query
+    masks = {}
+    for kind in kinds:
+        if kind == "sliding_attention":
+            mask = causal & (key > query - config.sliding_window)
+        elif kind == "chunked_attention":
+            mask = causal & (key // config.attention_chunk_size == query // config.attention_chunk_size)
+        else:
+            mask = causal
+        if config._attn_implementation == "eager":
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+        masks[kind] = mask
+    return masks if len(masks) > 1 else masks.popitem()[1]
+
+
+def _grown(buffer: Tensor, needed: int) -> Tensor:
+    """The buffer, or a longer one with its content. Zeros, because 0 times a masked NaN would still be NaN."""
+    capacity = buffer.shape[2]
+    if needed <= capacity:
+        return buffer
+    larger = buffer.new_zeros(*buffer.shape[:2], max(needed, 2 * capacity, GROWTH), buffer.shape[3])
+    larger[:, :, :capacity] = buffer
+    return larger
+
+
+def _write(buffer: Tensor, states: Tensor, window: Window) -> Tensor:
+    if window.first is not None:
+        buffer[:, :, window.first : window.key_length] = states
+    else:
+        buffer[window.rows, :, window.positions] = states.transpose(1, 2)
+    return buffer

@@ -1,0 +1,77 @@
+"""A smaller model as the drafter, with a KV cache of its own."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.interfaces import Draft, Outcome
+from specdec.models import CachedModel
+from specdec.sampling import Sampling, check_finite, draw, uniforms
+from specdec.sequences import Sequences
+
+
+class ModelDrafter:
+    """Drafts with a causal language model that shares the target's tokenizer.
+
+    vocab_size: width of the target's logits; the draft's are cut to it, or padded with -inf.
+    covered: [B] int64, leading positions of each row whose KV entries are right. A step first feeds all that is missing, at least
+    the last two committed ids: after full acceptance the last draft id was never fed.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
+        self.runner = CachedModel(model)
+        self.vocab_size = vocab_size
+
+    def begin(self, sequences: Sequences, sampling: Sampling) -> None:
+        self.runner.begin(sequences.batch_size)
+        self.sampling = sampling
+        self.covered = torch.zeros_like(sequences.lengths)
+        self.fed_drafts = torch.zeros_like(sequences.lengths)
+
+    def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
+        context = self.runner.context or sequences.ids.shape[1]
+        limit = torch.minimum(limit, (context - sequences.lengths).clamp(min=0))
+        num_ids = int(limit.max())
+        self.fed_drafts = (limit - 1).clamp(min=0)
+        if num_ids == 0:
+            return Draft.empty(sequences.batch_size, sequences.device)
+
+        last = (sequences.lengths - 1).clamp(max=context - 1)
+        start = torch.minimum(self.covered, last - 1).clamp(min=0)
+        logits = self.runner.feed(self._known(sequences.ids), last, int((last - start).max()) + 1)
+        assert logits is not None
+        self.covered = last + 1
+
+        ids, probs = [], []
+        for index in range(num_ids):
+            if index:  # a row that is offered fewer repeats its last id: the same entry in the same slot
+                position = (last + torch.where(index < limit, index, 0))[:, None]
+                logits = self.runner.forward(self._known(sequences.ids.gather(1, position)), position)
+            next_ids, next_probs = self._choose(logits, sequences, index, limit)
+            sequences.stage(next_ids, skip=index)
+            ids.append(next_ids)
+            probs.append(next_probs)
+        return Draft(torch.cat(ids, dim=1), torch.cat(probs, dim=1) if self.sampling.do_sample else None, limit)
+
+    def observe(self, outcome: Outcome) -> None:
+        self.covered = self.covered + torch.minimum(outcome.accepted, self.fed_drafts)
+
+    def _known(self, ids: Tensor) -> Tensor:
+        """Ids that a narrower draft vocabulary lacks stand as its last one: a worse draft, the same text."""
+        return ids if self.runner.vocab_size >= self.vocab_size else ids.clamp(max=self.runner.vocab_size - 1)
+
+    def _choose(self, logits: Tensor, sequences: Sequences, index: int, limit: Tensor) -> tuple[Tensor, Tensor]:
+        """The next id of each row [B, 1] and the distribution it was drawn from [B, 1, V] (unused when greedy: [B, 1] scores)."""
+        missing = self.vocab_size - logits.shape[-1]
+        if missing:
+            logits = F.pad(logits, (0, missing), value=-torch.inf)  # a negative width cuts
+        scores = self.sampling.scores(logits, sequences, skip=index, used=(index < limit).long())
+        if not self.sampling.do_sample:
+            best, ids = scores.max(-1)
+            return ids, best
+        probs = self.sampling.probs(scores)
+        check_finite(probs[..., 0], "draft model")
+        return draw(probs, uniforms(*probs.shape[:2], device=probs.device)), probs

@@ -1,0 +1,22 @@
+"""No drafter: plain decoding in the same loop, the baseline that shares every line."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from specdec.interfaces import Draft, Outcome
+from specdec.sampling import Sampling
+from specdec.sequences import Sequences
+
+
+class NoDrafter:
+    """Proposes nothing."""
+
+    def begin(self, sequences: Sequences, sampling: Sampling) -> None:
+        pass
+
+    def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
+        return Draft.empty(sequences.batch_size, sequences.device)
+
+    def observe(self, outcome: Outcome) -> None:
+        pass

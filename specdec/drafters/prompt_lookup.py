@@ -1,0 +1,52 @@
+"""Prompt lookup: propose what followed the last time that the text ended as it ends now.
+
+The method of Saxena, Prompt Lookup Decoding (2023). Pays where the output repeats the input: summaries, edits, code.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specdec.interfaces import Draft, Outcome
+from specdec.sampling import Sampling
+from specdec.sequences import Sequences
+
+
+class PromptLookup:
+    """Looks up the longest n-gram, of at most max_ngram ids, that ends each row; among equals the most recent one."""
+
+    def __init__(self, max_ngram: int = 3) -> None:
+        if max_ngram < 1:
+            raise ValueError(f"max_ngram={max_ngram} must be at least 1")
+        self.max_ngram = max_ngram
+
+    def begin(self, sequences: Sequences, sampling: Sampling) -> None:
+        pass
+
+    def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
+        num_ids = int(limit.max())
+        if num_ids == 0:
+            return Draft.empty(sequences.batch_size, sequences.device)
+        lengths = sequences.lengths[:, None]
+        ids = sequences.ids
+        width = int(sequences.lengths.max())
+        columns = torch.arange(width, device=ids.device)
+
+        # matched[b, c]: how many ids up to and with column c equal the ids that end row b
+        matched = torch.zeros(len(ids), width, dtype=torch.int64, device=ids.device)
+        running = columns < lengths - 1
+        for back in range(self.max_ngram):
+            last = ids.gather(1, (lengths - 1 - back).clamp(min=0))
+            shifted = torch.roll(ids[:, :width], back, dims=1)
+            running = running & (shifted == last) & (columns >= back)
+            matched += running
+        best = (matched * width + columns).argmax(1, keepdim=True)
+        found = matched.gather(1, best) > 0
+
+        behind = best + 1 + torch.arange(num_ids, device=ids.device)
+        offered = torch.where(found, lengths - 1 - best, 0)[:, 0]
+        return Draft(ids.gather(1, behind), None, torch.minimum(limit, offered))
+
+    def observe(self, outcome: Outcome) -> None:
+        pass

@@ -1,0 +1,479 @@
+"""The drop-in: `enable(model, drafter)`, then `model.generate(...)` as before.
+
+`enable` gives the model a subclass of its own class (same name, same module) whose decoding methods run `speculate`. generate()
+itself stays transformers': it prepares prompts, processors and stopping criteria, and picks the loop. A call that is not ours
+goes to the stock loop with one warning that names the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.logits_process import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    WatermarkLogitsProcessor,
+)
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
+
+from specdec.drafters.model import ModelDrafter
+from specdec.drafters.none import NoDrafter
+from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.interfaces import Drafter, Outcome
+from specdec.models import CachedModel, context_of, dynamic_rope_limit, unsupported
+from specdec.sampling import Processor, Sampling
+from specdec.sequences import Sequences
+from specdec.speculative import speculate
+from specdec.stats import Stats, StatsCounter
+
+DEFAULT_NUM_DRAFT_TOKENS = 5
+NAMED_DRAFTERS: dict[str, Callable[[], Drafter]] = {"none": NoDrafter, "prompt_lookup": PromptLookup}
+
+# The scores alone decide, row by row: these run on all positions of a window at once.
+POINTWISE = (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+# These keep a state of their own from call to call.
+STATEFUL_PROCESSORS = {
+    UnbatchedClassifierFreeGuidanceLogitsProcessor: "classifier-free guidance (guidance_scale)",
+    WatermarkLogitsProcessor: "watermarking",
+    SynthIDTextWatermarkLogitsProcessor: "SynthID watermarking",
+}
+OUR_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
+OUR_MODEL_KWARGS = {"attention_mask", "position_ids", "logits_to_keep", "use_cache"}
+
+
+def enable(
+    model: PreTrainedModel,
+    drafter: PreTrainedModel | Drafter | str | Path | None = None,
+    *,
+    num_draft_tokens: int = DEFAULT_NUM_DRAFT_TOKENS,
+) -> PreTrainedModel:
+    """Make model.generate() speculative, in place: same arguments, same results, sooner.
+
+    drafter: a model, a hub id or a folder of one, "prompt_lookup", "none" (plain decoding in our loop), a Drafter of your own, or
+    None: calls run the stock loop unless they bring an `assistant_model` or `prompt_lookup_num_tokens`.
+    num_draft_tokens: K, how many ids a step proposes; a call's `num_assistant_tokens` goes first.
+    Enabling again replaces. Raises ValueError or TypeError, leaving the model as it was, where the pair cannot work.
+    """
+    if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
+        raise TypeError(f"enable() takes a transformers model that can generate, got {type(model).__name__}")
+    stock = _stock_class(model)
+    if stock._sample is not GenerationMixin._sample or stock._assisted_decoding is not GenerationMixin._assisted_decoding:
+        raise ValueError(f"{stock.__name__} has a decoding loop of its own; speculative decoding would change its output")
+    if reason := unsupported(model):
+        raise ValueError(f"{stock.__name__} cannot decode speculatively: {reason}")
+    _check_num_draft_tokens(num_draft_tokens, model)
+    state = _State(model, None if drafter is None else _resolve(drafter, model), num_draft_tokens)
+    model.__class__ = _drop_in_class(stock)
+    _STATES[model] = state
+    return model
+
+
+def disable(model: PreTrainedModel) -> None:
+    """Restore the model's own class and generate(); nothing happens to a model that is not enabled."""
+    model.__class__ = _stock_class(model)
+    _STATES.pop(model, None)
+
+
+def last_stats(model: PreTrainedModel) -> Stats | None:
+    """Stats of the model's last generate() call; None where it was never enabled or the stock loop served the call."""
+    state = _STATES.get(model)
+    return state.last_stats if state else None
+
+
+class _State:
+    """What an enabled model remembers between calls, and the call in progress."""
+
+    def __init__(self, model: PreTrainedModel, drafter: Drafter | None, num_draft_tokens: int) -> None:
+        self.drafter = drafter
+        self.num_draft_tokens = num_draft_tokens
+        self.target = CachedModel(model)
+        self.call_drafters: weakref.WeakKeyDictionary[PreTrainedModel, Drafter] = weakref.WeakKeyDictionary()
+        self.last_stats: Stats | None = None
+        self.lock = threading.RLock()  # a drafter serves one call at a time
+        self.arguments: dict[str, Any] = {}
+        self.mode_kwargs: dict[str, Any] = {}
+        self.ours = False
+
+
+_STATES: weakref.WeakKeyDictionary[PreTrainedModel, _State] = weakref.WeakKeyDictionary()
+
+
+def _stock_class(model: PreTrainedModel) -> Any:
+    cls = type(model)
+    return cls.__mro__[1] if cls in _DROP_IN_CLASSES else cls
+
+
+_DROP_IN_CLASSES: set[type] = set()
+
+
+@functools.cache
+def _drop_in_class(stock: Any) -> Any:
+    """The subclass whose decoding methods are ours."""
+
+    @functools.wraps(stock.generate)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = _STATES[self]
+        with state.lock:
+            state.last_stats, state.ours = None, False
+            state.arguments = dict(kwargs)
+            try:
+                _check_prompt(args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")))
+                return stock.generate(self, *args, **kwargs)
+            finally:
+                state.arguments, state.mode_kwargs = {}, {}
+
+    def _validate_generation_mode(self: Any, generation_mode: Any, generation_config: Any, mode_kwargs: Any) -> None:
+        _STATES[self].mode_kwargs = mode_kwargs
+        if generation_mode != GenerationMode.ASSISTED_GENERATION:
+            stock._validate_generation_mode(self, generation_mode, generation_config, mode_kwargs)
+
+    def _prepare_cache_for_generation(
+        self: Any, generation_config: Any, model_kwargs: Any, generation_mode: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        state = _STATES[self]
+        asked = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if (state.drafter is not None or asked) and not generation_config.is_assistant:
+            reason = _why_stock(self, state, generation_config, generation_mode, model_kwargs)
+            if reason is None:
+                state.ours = True
+                return
+            warnings.warn(f"specdec leaves this call to the stock loop: {reason}", stacklevel=5)
+        if asked:  # put off above, when it was not known whose call this is
+            stock._validate_generation_mode(self, generation_mode, generation_config, state.mode_kwargs)
+        stock._prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs)
+
+    def _sample(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+        return _decode(self, input_ids, **kwargs) if _STATES[self].ours else stock._sample(self, input_ids, **kwargs)
+
+    def _assisted_decoding(self: Any, input_ids: Tensor, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
+        if _STATES[self].ours:
+            return _decode(self, input_ids, **kwargs)
+        return stock._assisted_decoding(self, input_ids, inputs_tensor=inputs_tensor, **kwargs)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        reduced: Any = stock.__reduce_ex__(self, protocol)
+        function, arguments, *rest = reduced
+        return (function, tuple(stock if argument is type(self) else argument for argument in arguments), *rest)
+
+    methods = (generate, _validate_generation_mode, _prepare_cache_for_generation, _sample, _assisted_decoding, __reduce_ex__)
+    namespace: dict[str, Any] = {method.__name__: method for method in methods}
+    namespace |= {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
+    drop_in = type(stock.__name__, (stock,), namespace)
+    _DROP_IN_CLASSES.add(drop_in)
+    return drop_in
+
+
+def _why_stock(
+    model: Any, state: _State, config: GenerationConfig, mode: GenerationMode, model_kwargs: dict[str, Any]
+) -> str | None:
+    """Why the stock loop has to serve this call; None where ours does."""
+    given = state.arguments
+    if mode not in OUR_MODES:
+        return f"{mode.value.replace('_', ' ')} is not sampling or greedy search"
+    if given.get("custom_generate") is not None:
+        return "it brings a decoding loop of its own (custom_generate)"
+    if state.mode_kwargs.get("assistant_tokenizer") is not None:
+        return "assistant_tokenizer: the draft model has another tokenizer"
+    for name in ("assistant_early_exit", "use_mtp"):
+        if getattr(config, name, None):
+            return f"{name} drafts with the target itself"
+    if getattr(config, "speculation_type", None) == "dflash":
+        return "speculation_type='dflash' reads the target's hidden states"
+    if state.mode_kwargs.get("synced_gpus"):
+        return "synced_gpus: processes must run the same number of forwards"
+    if config.guidance_scale is not None and config.guidance_scale != 1:
+        return "guidance_scale keeps a KV cache of its own"
+    if config.watermarking_config is not None:
+        return "watermarking_config keeps a state from token to token"
+    for processor in given.get("logits_processor") or ():
+        if type(processor) in STATEFUL_PROCESSORS:
+            return f"{STATEFUL_PROCESSORS[type(processor)]} keeps a state from token to token"
+    if config.cache_implementation is not None:
+        return f"cache_implementation={config.cache_implementation!r} was asked for"
+    if config.use_cache is False:
+        return "use_cache=False was asked for"
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(config, name, None):
+            return f"{name}=True was asked for"
+    if given.get("position_ids") is not None:
+        return "position_ids were passed"
+    for name, value in model_kwargs.items():
+        if value is not None and name not in OUR_MODEL_KWARGS:
+            return f"{name} was passed"
+    implementation = state.target.config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        return f"attention implementation {implementation!r} does not take a mask for each row"
+    num_draft_tokens = _num_draft_tokens(state, config)
+    rope_limit = dynamic_rope_limit(model)
+    if rope_limit is not None and config.max_length + num_draft_tokens > rope_limit:
+        return f"beyond {rope_limit} positions its rotary frequencies change with the longest row of a batch"
+    if state.mode_kwargs.get("streamer") is not None and _batch_size(state) * (config.num_return_sequences or 1) > 1:
+        return "a streamer takes one sequence at a time"
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and not _is_left_padding(mask):
+        return "its attention_mask hides more than left padding"
+    return None
+
+
+def _decode(
+    model: Any,
+    input_ids: Tensor,
+    *,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: Any = None,
+    assistant_model: PreTrainedModel | None = None,
+    attention_mask: Tensor | None = None,
+    **_: Any,  # position_ids, logits_to_keep, use_cache, tokenizer, synced_gpus=False: settled before, see _why_stock
+) -> Any:
+    """Serve one call: input_ids [B, P], left-padded, rows already repeated for num_return_sequences."""
+    state = _STATES[model]
+    if model.training:
+        raise ValueError("the model is in training mode, so dropout would change its output; call model.eval() first")
+    num_draft_tokens = _num_draft_tokens(state, generation_config)
+    _check_num_draft_tokens(num_draft_tokens, model)
+    drafter = _call_drafter(model, state, generation_config, assistant_model)
+    context = state.target.context
+    device = input_ids.device
+    prompt = input_ids.to(model.device)
+    prompt_lengths = prompt.new_full((len(prompt),), prompt.shape[1])
+    if attention_mask is not None:
+        prompt_lengths = attention_mask.to(prompt.device).long().sum(1)
+    if context is not None and prompt_lengths.max() > context:
+        raise ValueError(
+            f"the prompt has {int(prompt_lengths.max())} tokens, more than the model's context of {context}; shorten it"
+        )
+
+    stop_ids, max_length, host_criteria = _split_criteria(stopping_criteria, generation_config)
+    sequences = Sequences(
+        prompt,
+        prompt_lengths,
+        max_length=max_length,
+        context=context,
+        num_draft_tokens=num_draft_tokens,
+        stop_ids=stop_ids,
+        stop=(lambda text: any(bool(torch.as_tensor(c(text, None)).any()) for c in host_criteria)) if host_criteria else None,
+    )
+    sampling = Sampling(
+        [Processor(function, needs_prefix=type(function) not in POINTWISE) for function in logits_processor],
+        do_sample=bool(generation_config.do_sample),
+    )
+    counter = StatsCounter(sequences.batch_size, num_draft_tokens)
+    as_dict = generation_config.return_dict_in_generate
+    scores = _PerToken(len(prompt)) if as_dict and generation_config.output_scores else None
+    logits = _PerToken(len(prompt)) if as_dict and generation_config.output_logits else None
+    for outcome in speculate(state.target, drafter, sequences, sampling, num_draft_tokens):
+        counter.add(outcome)
+        if scores is not None:
+            scores.add(outcome, outcome.scores)
+        if logits is not None:
+            logits.add(outcome, outcome.logits)
+        if streamer is not None:
+            _stream(streamer, sequences, outcome)
+    if streamer is not None:
+        streamer.end()
+    state.target.begin(0)  # frees the cache
+
+    state.last_stats = counter.stats()
+    pad = generation_config._pad_token_tensor
+    text = _padded_text(sequences, 0 if pad is None else int(pad)).to(device)
+    if not as_dict:
+        return text
+    output: Any = GenerateDecoderOnlyOutput(
+        sequences=text,  # type: ignore[arg-type]
+        scores=None if scores is None else scores.columns(),  # type: ignore[arg-type]
+        logits=None if logits is None else logits.columns(),  # type: ignore[arg-type]
+    )
+    output.speculation = state.last_stats
+    return output
+
+
+class _PerToken:
+    """Collects [V] rows for each committed id; columns() are one [B, V] tensor a generated position, 0 behind a row's stop."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.rows: list[list[Tensor]] = [[] for _ in range(batch_size)]
+
+    def add(self, outcome: Outcome, values: Tensor) -> None:
+        for row, count in enumerate(outcome.emitted.tolist()):
+            self.rows[row].append(values[row, :count].clone())
+
+    def columns(self) -> tuple[Tensor, ...]:
+        rows = [torch.cat(row) for row in self.rows]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).unbind(1)
+
+
+def _stream(streamer: Any, sequences: Sequences, outcome: Outcome) -> None:
+    """Hand over the ids just committed, one at a time, as the stock loop does."""
+    count, stop = int(outcome.emitted), int(sequences.lengths)
+    for token in sequences.ids[0, stop - count : stop, None].cpu():
+        streamer.put(token)
+
+
+def _padded_text(sequences: Sequences, pad_token_id: int) -> Tensor:
+    """[B, P + longest continuation]: prompts as they came, ids, then padding behind each row's stop."""
+    lengths = sequences.padded_lengths
+    text = sequences.padded(int(lengths.max()))
+    behind = torch.arange(text.shape[1], device=text.device) >= lengths[:, None]
+    return text.masked_fill(behind, pad_token_id)
+
+
+def _split_criteria(
+    criteria: StoppingCriteriaList, config: GenerationConfig
+) -> tuple[Tensor | None, int, list[Callable[[Tensor, None], Any]]]:
+    """EOS ids and the length limit, which tensors judge, and the rest, judged on the host for each committed id."""
+    stop_ids = [c.eos_token_id.flatten() for c in criteria if type(c) is EosTokenCriteria]
+    max_length = min([config.max_length, *(c.max_length for c in criteria if type(c) is MaxLengthCriteria)])
+    rest = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
+    return torch.cat(stop_ids) if stop_ids else None, max_length, rest
+
+
+def _num_draft_tokens(state: _State, config: GenerationConfig) -> int:
+    """K of this call: its own, else enable's."""
+    if config.prompt_lookup_num_tokens is not None:
+        return int(config.prompt_lookup_num_tokens)
+    own = state.arguments.get("num_assistant_tokens")
+    if own is None and (passed := state.arguments.get("generation_config")) is not None:
+        own = passed.num_assistant_tokens
+    return state.num_draft_tokens if own is None else int(own)
+
+
+def _call_drafter(
+    model: PreTrainedModel, state: _State, config: GenerationConfig, assistant_model: PreTrainedModel | None
+) -> Drafter:
+    """What the call itself brings, else what enable was given."""
+    if assistant_model is not None:
+        if assistant_model not in state.call_drafters:
+            state.call_drafters[assistant_model] = _resolve(assistant_model, model)
+        drafter = state.call_drafters[assistant_model]
+    elif config.prompt_lookup_num_tokens is not None:
+        drafter = PromptLookup(config.max_matching_ngram_size) if config.max_matching_ngram_size else PromptLookup()
+    else:
+        assert state.drafter is not None
+        drafter = state.drafter
+    if isinstance(drafter, ModelDrafter) and drafter.runner.model.training:
+        raise ValueError("the draft model is in training mode, so dropout would spoil its drafts; call .eval() on it first")
+    return drafter
+
+
+def _resolve(drafter: PreTrainedModel | Drafter | str | Path, model: PreTrainedModel) -> Drafter:
+    """A Drafter from whatever enable() or a call was given; raises where it does not fit the target."""
+    if isinstance(drafter, str | Path):
+        if str(drafter) in NAMED_DRAFTERS:
+            return NAMED_DRAFTERS[str(drafter)]()
+        drafter = _load_draft(str(drafter), model)
+    if isinstance(drafter, PreTrainedModel):
+        _check_pair(model, drafter)
+        return ModelDrafter(drafter, CachedModel(model).vocab_size)
+    if isinstance(drafter, type) or not isinstance(drafter, Drafter):
+        raise TypeError(
+            f"drafter={drafter!r} is none of: a transformers model, a hub id or folder, {sorted(NAMED_DRAFTERS)}, an object with"
+            " begin(), propose() and observe()"
+        )
+    return drafter
+
+
+def _load_draft(name: str, model: PreTrainedModel) -> PreTrainedModel:
+    try:
+        draft: Any = AutoModelForCausalLM.from_pretrained(name, dtype=model.dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"drafter={name!r} is not one of {sorted(NAMED_DRAFTERS)}, and no model could be loaded from it as a folder or"
+            f" hub id: {str(error).splitlines()[0]}"
+        ) from error
+    model_on_device: PreTrainedModel = draft.to(model.device)
+    return model_on_device
+
+
+def _check_pair(model: PreTrainedModel, draft: PreTrainedModel) -> None:
+    """Raise where a draft model cannot draft for this target."""
+    if draft.device != model.device:
+        raise ValueError(f"the draft model is on {draft.device}, the target on {model.device}; move one of them with .to()")
+    if reason := unsupported(draft):
+        raise ValueError(f"{type(draft).__name__} cannot draft: {reason}")
+    tokenizer, draft_tokenizer = _tokenizer_of(model), _tokenizer_of(draft)
+    if tokenizer is None or draft_tokenizer is None:
+        return
+    ours, theirs = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
+    if ours != theirs:
+        token = min(ours.items() ^ theirs.items(), key=lambda item: item[1])[0]
+        raise ValueError(
+            f"the draft model has another tokenizer than the target: {token!r} is id {theirs.get(token)} in {draft.name_or_path}"
+            f" and {ours.get(token)} in {model.name_or_path}; take a draft that was trained with the target's tokenizer"
+        )
+
+
+def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the model's weights, None where there is none at hand. Never asks a network."""
+    path = model.name_or_path
+    if not path or (Path(path).is_dir() and not any(Path(path).glob("*token*")) and not any(Path(path).glob("*vocab*"))):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, ImportError):
+        return None
+
+
+def _check_num_draft_tokens(num_draft_tokens: int, model: PreTrainedModel) -> None:
+    if not isinstance(num_draft_tokens, int) or isinstance(num_draft_tokens, bool) or num_draft_tokens < 1:
+        raise ValueError(
+            f"num_draft_tokens={num_draft_tokens!r} must be a whole number, 1 or more; for plain decoding use drafter='none'"
+        )
+    context = context_of(model)
+    if context is not None and num_draft_tokens >= context:
+        raise ValueError(f"num_draft_tokens={num_draft_tokens} does not fit the model's context of {context}; 2 to 8 is usual")
+
+
+def _check_prompt(prompt: Any) -> None:
+    if isinstance(prompt, Tensor) and prompt.ndim == 2 and prompt.numel() == 0:
+        what = "batch is empty" if prompt.shape[0] == 0 else "prompt is empty"
+        raise ValueError(f"the {what} (input_ids of shape {list(prompt.shape)}); pass at least one token for each row")
+
+
+def _is_left_padding(mask: Tensor) -> bool:
+    """True for 0…01…1 in every row; raises for right padding and for a row without a token."""
+    mask = mask.bool()
+    if not mask.any(1).all():
+        raise ValueError(f"row {int((~mask.any(1)).nonzero()[0])} of the attention_mask is all zeros, an empty prompt; drop it")
+    if not mask[:, -1].all():
+        raise ValueError("the batch is padded on the right; set tokenizer.padding_side = 'left' before tokenizing")
+    return bool((mask[:, 1:] >= mask[:, :-1]).all())
+
+
+def _batch_size(state: _State) -> int:
+    prompt = state.arguments.get("inputs", state.arguments.get("input_ids"))
+    return len(prompt) if isinstance(prompt, Tensor) else 1

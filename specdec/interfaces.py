@@ -1,0 +1,112 @@
+"""What passes between the loop and a drafter. Shapes: B rows, K draft ids, W = K + 1 window columns, V ids in the vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:  # floor 2 names, for the reader and the type checker only
+    from specdec.sampling import Sampling
+    from specdec.sequences import Sequences
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """The ids a drafter proposes in one step.
+
+    ids: [B, K] int64, proposed to stand at positions n … n+K-1 of each row.
+    probs: [B, K, V] float32, exactly the distributions `ids` were drawn from, over the target's vocabulary; None where each
+        is one-hot (greedy, n-gram).
+    lengths: [B] int64, how many of the K a row really offers, at most its limit.
+    """
+
+    ids: Tensor
+    probs: Tensor | None
+    lengths: Tensor
+
+    @classmethod
+    def empty(cls, batch_size: int, device: torch.device) -> Draft:
+        """No proposal for any row: plain decoding."""
+        zeros = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return cls(zeros.new_zeros(batch_size, 0), None, zeros)
+
+    def check(self, limit: Tensor, vocab_size: int, drafter: object) -> None:
+        """Raise ValueError where the proposal breaks the protocol: shapes, dtypes, lengths beyond limit [B], ids outside V."""
+        name = type(drafter).__name__
+        batch = limit.shape[0]
+        if self.ids.ndim != 2 or self.ids.shape[0] != batch or self.ids.dtype != torch.int64:
+            raise ValueError(f"{name}.propose returned ids {_describe(self.ids)}; it must return int64 [{batch}, K]")
+        num_ids = self.ids.shape[1]
+        if self.lengths.shape != (batch,) or self.lengths.dtype != torch.int64:
+            raise ValueError(f"{name}.propose returned lengths {_describe(self.lengths)}; it must return int64 [{batch}]")
+        if self.probs is not None and (self.probs.shape != (batch, num_ids, vocab_size) or self.probs.dtype != torch.float32):
+            raise ValueError(
+                f"{name}.propose returned probs {_describe(self.probs)}; it must return float32"
+                f" {[batch, num_ids, vocab_size]}, the distributions the ids were drawn from, or None where they are one-hot"
+            )
+        if ((self.lengths < 0) | (self.lengths > limit) | (self.lengths > num_ids)).any():
+            raise ValueError(
+                f"{name}.propose returned lengths {self.lengths.tolist()}; each must lie in 0 … its row's limit"
+                f" {limit.tolist()} and be at most K={num_ids}"
+            )
+        if num_ids and ((self.ids < 0) | (self.ids >= vocab_size)).any():
+            raise ValueError(
+                f"{name}.propose returned ids from {self.ids.min().item()} to {self.ids.max().item()};"
+                f" the target's vocabulary is 0 … {vocab_size - 1}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the target made of a draft.
+
+    accepted: [B] int64, how many leading draft ids are kept.
+    next_ids: [B] int64, the target's own id after them: recovered after a rejection, bonus after full acceptance.
+    """
+
+    accepted: Tensor
+    next_ids: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One committed step. Rows that had finished before it have live = False and zeros everywhere.
+
+    draft, verdict: as proposed and as judged, before any stop.
+    live: [B] bool, the row took part.
+    emitted: [B] int64, ids committed for the row: accepted + 1, or fewer where a stop fell.
+    drafted, accepted: [B] int64, the counts for the statistics; on a row's last step only up to its stop.
+    overlap: [B, K] float32, sum(min(p, q)) at each draft position.
+    logits, scores: [B, K+1, V] float32, the target's, before and after the call's processors.
+    """
+
+    draft: Draft
+    verdict: Verdict
+    live: Tensor
+    emitted: Tensor
+    drafted: Tensor
+    accepted: Tensor
+    overlap: Tensor
+    logits: Tensor
+    scores: Tensor
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Anything that proposes. It may change the speed of generation and nothing else."""
+
+    def begin(self, sequences: Sequences, sampling: Sampling) -> None:
+        """A call starts: forget the last one; `sampling` holds the processors this call asked for."""
+
+    def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
+        """Propose at most limit [B] ids for each row; 0 for a row that has finished or is one id from its end."""
+
+    def observe(self, outcome: Outcome) -> None:
+        """See what became of the last proposal; `sequences` now holds the committed ids."""
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -1,0 +1,156 @@
+"""Running a transformers model on (ids, positions) with a ragged cache, and telling which models that works for."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.cache import RaggedCache, attention_kinds, attention_masks
+
+PREFILL_CHUNK = 1024  # positions a forward, so that a mask stays small: rows * 1024 * keys
+LINEAR_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+# Relative error that a dtype's rounding explains; a wrong mask or cache is off by much more.
+PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class CachedModel:
+    """A causal language model with its own KV cache: forward(ids [B, W], positions [B, W]) -> logits float32."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.config = model.config.get_text_config(decoder=True)
+        self.kinds = attention_kinds(self.config)
+        self.parameters = set(inspect.signature(model.forward).parameters)
+        self.cache = RaggedCache()
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return int(self.config.vocab_size)
+
+    @property
+    def context(self) -> int | None:
+        """Positions the model was made for, None where its config names no limit."""
+        return context_of(self.model)
+
+    def begin(self, batch_size: int) -> None:
+        """Forget everything: an empty cache."""
+        self.cache = RaggedCache()
+
+    def prefill(self, ids: Tensor, last: Tensor) -> Tensor | None:
+        """Feed positions up to last [B] of ids [B, L]: -> logits [B, 1, V] behind `last`, None where there is nothing to feed."""
+        return self.feed(ids, last, int(last.max()) + 1)
+
+    def feed(self, ids: Tensor, last: Tensor, width: int) -> Tensor | None:
+        """Feed the `width` positions of each row that end at last [B]: -> logits [B, 1, V] float32 behind `last`.
+
+        A row with fewer positions starts at 0 several times over: the same entry in the same slot.
+        """
+        logits = None
+        positions = (last[:, None] - torch.arange(width - 1, -1, -1, device=last.device)).clamp(min=0)
+        for chunk in positions.split(PREFILL_CHUNK, dim=1) if width else ():
+            logits = self.forward(ids.gather(1, chunk), chunk, last_only=True)
+        return logits
+
+    def forward(self, ids: Tensor, positions: Tensor, last_only: bool = False) -> Tensor:
+        """Run ids [B, W] at positions [B, W]: -> logits [B, W, V] float32, or [B, 1, V] of the last column."""
+        window = self.cache.window
+        window.move(positions)
+        inputs: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": attention_masks(positions, window.key_length, self.config, self.kinds, self.model.dtype),
+            "past_key_values": self.cache,
+            "use_cache": True,
+            "return_dict": True,
+        }
+        if "position_ids" in self.parameters:
+            inputs["position_ids"] = positions
+        if last_only and "logits_to_keep" in self.parameters:
+            inputs["logits_to_keep"] = 1
+        logits: Tensor = self.model(**inputs).logits
+        if last_only:
+            logits = logits[:, -1:]
+        return logits.to(device=ids.device, dtype=torch.float32)
+
+
+def context_of(model: PreTrainedModel) -> int | None:
+    """Positions the model was made for, None where its config names no limit."""
+    config = model.config.get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", None)
+    return int(context) if context else None
+
+
+def unsupported(model: PreTrainedModel) -> str | None:
+    """Why this model cannot run on the ragged cache, None where it can. Decided by what it is and by a trial run."""
+    config = model.config
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder model"
+    if getattr(model, "_is_stateful", False):
+        return "its cache is recurrent, so a rejected draft cannot be taken back"
+    text_config = config.get_text_config(decoder=True)
+    if kinds := attention_kinds(text_config) - LINEAR_KINDS:
+        return f"its layers of kind {', '.join(sorted(kinds))} keep more than keys and values by position"
+    implementation = text_config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        return (
+            f"its attention implementation {implementation!r} does not take a mask for each row;"
+            " load it with attn_implementation='sdpa' or 'eager'"
+        )
+    return _trial(model)
+
+
+def dynamic_rope_limit(model: PreTrainedModel) -> int | None:
+    """Length beyond which rotary frequencies depend on the batch's longest row (dynamic, longrope); None: they never do."""
+    config = model.config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_kind = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    limits = [
+        int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+        for rope in by_kind
+        if rope.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(limits, default=None)
+
+
+@torch.no_grad()
+def _trial(model: PreTrainedModel) -> str | None:
+    """Compare a short ragged run, with rejected entries left behind, to each row on its own: -> what went wrong, or None.
+
+    Uneven on purpose: some families pass an even batch and write other text on an uneven one.
+    """
+    generator = torch.Generator().manual_seed(0)
+    text_config = model.config.get_text_config(decoder=True)
+    limit = context_of(model) or 64
+    lengths = torch.tensor([min(length, limit - 2) for length in (3, 37)])
+    if lengths.min() < 1:
+        return f"its context of {limit} is too short"
+    vocab_size = int(text_config.vocab_size)
+    ids = torch.randint(vocab_size, (2, limit if limit < 64 else 64), generator=generator)
+    ids, lengths = ids.to(model.device), lengths.to(model.device)
+    was_training = model.training
+    try:
+        model.eval()
+        runner = CachedModel(model)
+        runner.prefill(ids, lengths - 2)
+        columns = torch.arange(3, device=ids.device)
+        rejected = torch.randint(vocab_size, (2, 3), generator=generator).to(ids.device)
+        positions = (lengths[:, None] - 1 + columns).clamp(max=ids.shape[1] - 1)
+        runner.forward(rejected, positions)
+        got = runner.forward(ids.gather(1, positions), positions)
+        for row in range(2):
+            stop = int(positions[row, -1]) + 1
+            want = model(input_ids=ids[row : row + 1, :stop], use_cache=False).logits[0, positions[row]].float()
+            error = ((got[row] - want).norm() / (want - want.mean()).norm().clamp(min=1e-30)).item()
+            if not error <= PROBE_TOLERANCE.get(model.dtype, 1e-1):
+                return f"on a ragged batch its logits differ from those of the row alone (relative error {error:.1e})"
+    except Exception as error:  # a model may fail in any way on inputs it was not made for; the answer is the same
+        first_line = str(error).partition("\n")[0]
+        return f"it does not run with positions and a mask for each row (a trial ended in {type(error).__name__}: {first_line})"
+    finally:
+        model.train(was_training)
+    return None

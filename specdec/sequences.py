@@ -1,0 +1,114 @@
+"""The committed ids of a batch: where each row stands, where it must end, what stops it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from specdec.interfaces import Draft, Verdict
+
+
+class Sequences:
+    """B rows of ids, compact: column == position, no padding inside. Beyond a row's length its columns are stale.
+
+    ids: [B, L] int64. lengths (n): [B] int64, committed ids. end: [B] int64, the row's own length limit. finished: [B] bool.
+    """
+
+    def __init__(
+        self,
+        prompt: Tensor,
+        prompt_lengths: Tensor,
+        *,
+        max_length: int,
+        context: int | None = None,
+        num_draft_tokens: int = 0,
+        stop_ids: Tensor | None = None,
+        stop: Callable[[Tensor], bool] | None = None,
+    ) -> None:
+        """prompt: [B, P] int64, left-padded; prompt_lengths: [B] int64, at least 1 each; max_length: of the padded text, > P.
+
+        context: no id is drafted at or behind this position. num_draft_tokens: the most that a step may stage.
+        stop_ids: [S] int64, ids that end a row. stop: judges a left-padded text [1, L] after each committed id.
+        """
+        batch, width = prompt.shape
+        self.prompt, self.max_length, self.context = prompt, max_length, context
+        self.stop_ids, self.stop = stop_ids, stop
+        self.padding = width - prompt_lengths
+        self.lengths = prompt_lengths.clone()
+        self.end = max_length - self.padding
+        self.finished = self.lengths >= self.end
+        self.ids = prompt.new_zeros(batch, max_length + num_draft_tokens + 1)
+        columns = torch.arange(width, device=prompt.device) + self.padding[:, None]
+        self.ids[:, :width] = prompt.gather(1, columns.clamp(max=width - 1))
+
+    @property
+    def device(self) -> torch.device:
+        return self.ids.device
+
+    @property
+    def batch_size(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def padded_lengths(self) -> Tensor:
+        """[B] int64: lengths, with the prompt's left padding counted as plain decoding counts it."""
+        return self.lengths + self.padding
+
+    def padded(self, width: int) -> Tensor:
+        """[B, width] int64: left-padded prompt, then ids; columns behind a row's staged ids are stale."""
+        columns = torch.arange(width, device=self.device) - self.padding[:, None]
+        ids = self.ids.gather(1, columns.clamp(min=0))
+        prompt_width = min(width, self.prompt.shape[1])
+        ids[:, :prompt_width] = torch.where(columns[:, :prompt_width] < 0, self.prompt[:, :prompt_width], ids[:, :prompt_width])
+        return ids
+
+    def limit(self, num_draft_tokens: int) -> Tensor:
+        """How many ids may be drafted for each row: [B] int64, 0 where finished. One slot before `end` is the target's own."""
+        room = self.end - self.lengths - 1
+        if self.context is not None:
+            room = torch.minimum(room, self.context - self.lengths)
+        return room.clamp(0, num_draft_tokens).masked_fill(self.finished, 0)
+
+    def stage(self, ids: Tensor, skip: int = 0) -> None:
+        """Write ids [B, W] behind the committed ones and `skip` staged ones, where they are stale until committed."""
+        columns = self.lengths[:, None] + skip + torch.arange(ids.shape[1], device=self.device)
+        self.ids.scatter_(1, columns, ids)
+
+    def commit(self, draft: Draft, verdict: Verdict) -> tuple[Tensor, Tensor]:
+        """Append each row's accepted ids and its next id, cut at its first stop: -> emitted [B] int64, stopped [B] bool.
+
+        A row that had finished emits nothing. `stopped` rows have just finished.
+        """
+        num_ids = draft.ids.shape[1]
+        columns = torch.arange(num_ids + 1, device=self.device)
+        tokens = torch.cat([draft.ids, verdict.next_ids[:, None]], dim=1)
+        tokens.scatter_(1, verdict.accepted[:, None], verdict.next_ids[:, None])
+        emitted = (verdict.accepted + 1).masked_fill(self.finished, 0)
+        stopped = (self.lengths + emitted >= self.end) & ~self.finished
+        self.stage(tokens)
+
+        if self.stop_ids is not None:
+            is_stop = torch.isin(tokens, self.stop_ids) & (columns < emitted[:, None])
+            cut = torch.where(is_stop, columns + 1, num_ids + 2).amin(1)
+            stopped |= cut <= emitted
+            emitted = torch.minimum(emitted, cut)
+        if self.stop is not None:
+            self._apply_stop(self.stop, emitted, stopped)
+
+        self.lengths += emitted
+        self.finished |= stopped
+        return emitted, stopped
+
+    def _apply_stop(self, stop: Callable[[Tensor], bool], emitted: Tensor, stopped: Tensor) -> None:
+        """Judge the row alone after each of its new ids, in order, as plain decoding would; cut where it says so."""
+        starts = self.padded_lengths.tolist()
+        counts = emitted.tolist()
+        text = self.padded(max(start + count for start, count in zip(starts, counts, strict=True)))
+        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            for taken in range(1, count + 1):
+                if stop(text[row : row + 1, : start + taken]):
+                    emitted[row] = taken
+                    stopped[row] = True
+                    break

@@ -1,0 +1,84 @@
+"""Rejection sampling: keep the longest prefix of a draft that leaves the target's distribution unchanged.
+
+Leviathan et al., Fast Inference from Transformers via Speculative Decoding (2023), and Chen et al., Accelerating Large Language
+Model Decoding with Speculative Sampling (2023). Pure functions of tensors: the randomness comes in as uniforms.
+
+    p  target probability        q  draft probability        u  uniform in [0, 1)
+    draft id x at position i is accepted      when u < p(x) / q(x), so never where p(x) = 0
+    recovered id, after the first rejection   drawn from normalize(max(p - q, 0))
+    bonus id, after full acceptance           drawn from p at the position behind the draft
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specdec.interfaces import Draft, Verdict
+from specdec.sampling import draw
+
+
+def verify(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Verdict:
+    """Accept or reject a batch of drafts.
+
+    target_probs: [B, K+1, V] float32, the target's distribution at each draft position and behind the last.
+    uniforms: [B, K+1] float64 in [0, 1), one for each draft id and one for the recovered or bonus id.
+    """
+    num_ids = draft.ids.shape[1]
+    ids = draft.ids[..., None]
+    p = target_probs[:, :num_ids].gather(-1, ids)[..., 0]
+    q = torch.ones_like(p) if draft.probs is None else draft.probs.gather(-1, ids)[..., 0]
+    accepted = _leading(uniforms[:, :num_ids] * q < p, draft.lengths)
+
+    rows = torch.arange(len(accepted), device=accepted.device)
+    next_probs = target_probs[rows, accepted]
+    if num_ids:
+        at = accepted.clamp(max=num_ids - 1)
+        q_next = one_hot(draft.ids[rows, at], target_probs.shape[-1]) if draft.probs is None else draft.probs[rows, at]
+        rejected = (accepted < draft.lengths)[:, None]
+        next_probs = torch.where(rejected, residual(next_probs, q_next), next_probs)
+    return Verdict(accepted, draw(next_probs, uniforms[:, num_ids]))
+
+
+def verify_greedy(draft: Draft, target_ids: Tensor) -> Verdict:
+    """The same rule where the target is one-hot at target_ids [B, K+1]: p is 0 or 1, whatever q was."""
+    num_ids = draft.ids.shape[1]
+    accepted = _leading(draft.ids == target_ids[:, :num_ids], draft.lengths)
+    return Verdict(accepted, target_ids.gather(1, accepted[:, None])[:, 0])
+
+
+def residual(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
+    """Distribution of the recovered id, normalize(max(0, p - q)): [..., V], [..., V] -> [..., V].
+
+    Falls back to p where p == q in floating point, since no mass is left there.
+    """
+    excess = (target_probs - draft_probs).clamp(min=0)
+    mass = excess.sum(-1, keepdim=True)
+    return torch.where(mass > 0, excess / mass, target_probs)
+
+
+def overlap(draft: Draft, target_probs: Tensor) -> Tensor:
+    """sum(min(p, q)) at each draft position, the chance that its id is accepted: [B, K]. Equals 1 - TV(p, q)."""
+    p = target_probs[:, : draft.ids.shape[1]]
+    if draft.probs is None:
+        return p.gather(-1, draft.ids[..., None])[..., 0]
+    return torch.minimum(p, draft.probs).sum(-1)
+
+
+def overlap_greedy(draft: Draft, target_ids: Tensor) -> Tensor:
+    """The same where the target is one-hot at target_ids [B, K+1]."""
+    target_ids = target_ids[:, : draft.ids.shape[1]]
+    if draft.probs is None:
+        return (draft.ids == target_ids).float()
+    return draft.probs.gather(-1, target_ids[..., None])[..., 0]
+
+
+def one_hot(ids: Tensor, vocab_size: int) -> Tensor:
+    """[...] int64 -> [..., V] float32, all mass on the id."""
+    return torch.zeros(*ids.shape, vocab_size, device=ids.device).scatter_(-1, ids[..., None], 1.0)
+
+
+def _leading(accept: Tensor, lengths: Tensor) -> Tensor:
+    """How many are accepted before the first rejection, among those offered: [B, K] bool, [B] -> [B] int64."""
+    offered = torch.arange(accept.shape[1], device=accept.device) < lengths[:, None]
+    return (accept & offered).long().cumprod(1).sum(1)
