@@ -223,7 +223,6 @@ def self_written(target: LlamaForCausalLM, windows: Windows, minutes: float) -> 
                 attention_mask=torch.ones_like(prompts),
                 do_sample=len(texts) % 2 == 1,
                 top_k=0,
-                eos_token_id=-1,
                 max_length=windows.length + 1,
                 min_length=windows.length + 1,
             )
@@ -243,10 +242,10 @@ def train_draft(stream: Tensor, output: Path, args: argparse.Namespace) -> None:
     draft.model.layers[1].load_state_dict(target.model.layers[-1].state_dict())
     print(f"draft: {draft.num_parameters() / 1e6:.2f}M parameters, {args.draft_minutes:g} minutes", flush=True)
 
-    own = self_written(target, Windows(stream, 320, args.device, seed=3, tokens=128 * 320), minutes=0.2 * args.draft_minutes)
+    own = self_written(target, Windows(stream, 320, args.device, seed=3, tokens=128 * 320), minutes=0.15 * args.draft_minutes)
     own_windows = Windows(own.flatten().cpu(), LENGTH, args.device, seed=5)
     text_windows = Windows(stream, LENGTH, args.device, seed=4)
-    trainer = Trainer(draft, 0.8 * args.draft_minutes, lr=3e-3)
+    trainer = Trainer(draft, 0.85 * args.draft_minutes, lr=3e-3)
     target.set_attn_implementation("eager")
 
     @torch.no_grad()
@@ -301,14 +300,13 @@ def measure(output: Path, held_out_texts: list[str], device: str) -> dict[str, f
     for do_sample in (False, True):
         torch.manual_seed(0)
         text = target.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=do_sample, top_k=0, max_new_tokens=128, eos_token_id=-1
+            ids, attention_mask=torch.ones_like(ids), do_sample=do_sample, top_k=0, max_new_tokens=128, eos_token_id=None
         )
-        p = torch.cat([target(chunk).logits[:, 127:-1].softmax(-1) for chunk in text.split(16)])
-        q = torch.cat([draft(chunk).logits[:, 127:-1].softmax(-1) for chunk in text.split(16)])
-        if do_sample:
-            result["expected_acceptance"] = torch.minimum(p, q).sum(-1).mean().item()
-        else:
-            result["greedy_agreement"] = (p.argmax(-1) == q.argmax(-1)).float().mean().item()
+        values = []
+        for chunk in text.split(16):
+            p, q = (model(chunk).logits[:, 127:-1].softmax(-1) for model in (target, draft))
+            values.append(torch.minimum(p, q).sum(-1) if do_sample else (p.argmax(-1) == q.argmax(-1)).float())
+        result["expected_acceptance" if do_sample else "greedy_agreement"] = torch.cat(values).mean().item()
     result["prompts"] = len(prompts)
     return {name: round(value, 4) for name, value in result.items()}
 
@@ -352,7 +350,6 @@ def write_cards(output: Path, metrics: dict[str, float]) -> None:
         weights = output / name / "model.safetensors"
         config = LlamaConfig.from_pretrained(output / name)
         training = json.loads((output / f"{name}-training.json").read_text())
-        training["tokens"] /= 1e6
         card = CARD.format(
             name=name,
             role=role,
@@ -365,10 +362,10 @@ def write_cards(output: Path, metrics: dict[str, float]) -> None:
             held_out=", ".join(f"`{module}`" for module in HELD_OUT),
             prompts_sha256=hashlib.sha256((output / "prompts.jsonl").read_bytes()).hexdigest(),
             **metrics,
-            **training,
+            **training | {"tokens": training["tokens"] / 1e6},
         )
         (output / name / "README.md").write_text(card)
-        (output / name / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        (output / name / "metrics.json").write_text(json.dumps(metrics | {"training": training}, indent=2) + "\n")
 
 
 def main() -> None:

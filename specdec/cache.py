@@ -105,7 +105,7 @@ def attention_masks(
 ) -> Tensor | dict[str, Tensor]:
     """Finished 4-D masks [B, 1, W, S] for queries at positions [B, W] over slots 0 … S-1; a dict by kind where there are several.
 
-    bool (True = see) for sdpa; for eager attention additive, in `dtype`.
+    bool (True = see), as sdpa takes them, or additive in a floating `dtype`, as eager attention does.
     """
     key = torch.arange(key_length, device=positions.device)
     query = positions[:, None, :, None]
@@ -118,7 +118,7 @@ def attention_masks(
             mask = causal & (key // config.attention_chunk_size == query // config.attention_chunk_size)
         else:
             mask = causal
-        if config._attn_implementation == "eager":
+        if dtype != torch.bool:
             mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
         masks[kind] = mask
     return masks if len(masks) > 1 else masks.popitem()[1]

@@ -7,11 +7,14 @@ goes to the stock loop with one warning that names the reason.
 
 from __future__ import annotations
 
+import copyreg
 import functools
+import inspect
 import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,21 +98,21 @@ def enable(
     if reason := unsupported(model):
         raise ValueError(f"{stock.__name__} cannot decode speculatively: {reason}")
     _check_num_draft_tokens(num_draft_tokens, model)
-    state = _State(model, None if drafter is None else _resolve(drafter, model), num_draft_tokens)
+    state = _State(model, None if drafter is None else resolve_drafter(drafter, model), num_draft_tokens)
+    model.__dict__[_STATE] = state
     model.__class__ = _drop_in_class(stock)
-    _STATES[model] = state
     return model
 
 
 def disable(model: PreTrainedModel) -> None:
     """Restore the model's own class and generate(); nothing happens to a model that is not enabled."""
     model.__class__ = _stock_class(model)
-    _STATES.pop(model, None)
+    model.__dict__.pop(_STATE, None)
 
 
 def last_stats(model: PreTrainedModel) -> Stats | None:
     """Stats of the model's last generate() call; None where it was never enabled or the stock loop served the call."""
-    state = _STATES.get(model)
+    state: _State | None = model.__dict__.get(_STATE)
     return state.last_stats if state else None
 
 
@@ -120,99 +123,128 @@ class _State:
         self.drafter = drafter
         self.num_draft_tokens = num_draft_tokens
         self.target = CachedModel(model)
-        self.call_drafters: weakref.WeakKeyDictionary[PreTrainedModel, Drafter] = weakref.WeakKeyDictionary()
+        self.checked: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()  # assistant models of earlier calls
         self.last_stats: Stats | None = None
         self.lock = threading.RLock()  # a drafter serves one call at a time
-        self.arguments: dict[str, Any] = {}
-        self.mode_kwargs: dict[str, Any] = {}
-        self.ours = False
+        self.call: _Call | None = None
 
 
-_STATES: weakref.WeakKeyDictionary[PreTrainedModel, _State] = weakref.WeakKeyDictionary()
+@dataclass
+class _Call:
+    """One generate() call in progress: its arguments by name, and what was decided on the way to the loop."""
+
+    arguments: dict[str, Any]
+    nested: bool
+    mode_kwargs: dict[str, Any] = field(default_factory=dict)
+    ours: bool = False
+
+    @property
+    def prompt(self) -> Any:
+        inputs = self.arguments.get("inputs")
+        return self.arguments.get("input_ids") if inputs is None else inputs
+
+
+_STATE = "_specdec_state"  # in an enabled model's __dict__; pickles and copies leave it out
+_STOCK = "_specdec_stock"  # in a drop-in class
 
 
 def _stock_class(model: PreTrainedModel) -> Any:
-    cls = type(model)
-    return cls.__mro__[1] if cls in _DROP_IN_CLASSES else cls
+    return type(model).__dict__.get(_STOCK, type(model))
 
 
-_DROP_IN_CLASSES: set[type] = set()
+def _state_of(model: PreTrainedModel) -> tuple[_State, _Call]:
+    """What enable() left on the model, and the call in progress."""
+    state: _State = model.__dict__[_STATE]
+    assert state.call is not None
+    return state, state.call
 
 
 @functools.cache
 def _drop_in_class(stock: Any) -> Any:
     """The subclass whose decoding methods are ours."""
 
+    positional = list(inspect.signature(stock.generate).parameters)[1:]
+
     @functools.wraps(stock.generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state = _STATES[self]
+        state: _State = self.__dict__[_STATE]
         with state.lock:
-            state.last_stats, state.ours = None, False
-            state.arguments = dict(kwargs)
+            outer = state.call  # a criterion or a processor may itself call generate()
+            named = dict(zip(positional, args, strict=False))
+            state.call = _Call(named | kwargs, nested=outer is not None)
+            if outer is None:
+                state.last_stats = None
             try:
-                _check_prompt(args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")))
+                _check_prompt(state.call.prompt)
                 return stock.generate(self, *args, **kwargs)
             finally:
-                state.arguments, state.mode_kwargs = {}, {}
+                state.call = outer
+                if outer is None:
+                    state.target.begin(0)  # frees the cache
 
     def _validate_generation_mode(self: Any, generation_mode: Any, generation_config: Any, mode_kwargs: Any) -> None:
-        _STATES[self].mode_kwargs = mode_kwargs
+        _state_of(self)[1].mode_kwargs = mode_kwargs
         if generation_mode != GenerationMode.ASSISTED_GENERATION:
             stock._validate_generation_mode(self, generation_mode, generation_config, mode_kwargs)
 
     def _prepare_cache_for_generation(
         self: Any, generation_config: Any, model_kwargs: Any, generation_mode: Any, *args: Any, **kwargs: Any
     ) -> None:
-        state = _STATES[self]
+        state, call = _state_of(self)
         asked = generation_mode == GenerationMode.ASSISTED_GENERATION
         if (state.drafter is not None or asked) and not generation_config.is_assistant:
-            reason = _why_stock(self, state, generation_config, generation_mode, model_kwargs)
+            reason = _why_stock(self, generation_config, generation_mode, model_kwargs)
             if reason is None:
-                state.ours = True
+                call.ours = True
                 return
             warnings.warn(f"specdec leaves this call to the stock loop: {reason}", stacklevel=5)
         if asked:  # put off above, when it was not known whose call this is
-            stock._validate_generation_mode(self, generation_mode, generation_config, state.mode_kwargs)
+            stock._validate_generation_mode(self, generation_mode, generation_config, call.mode_kwargs)
         stock._prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
     def _sample(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
-        return _decode(self, input_ids, **kwargs) if _STATES[self].ours else stock._sample(self, input_ids, **kwargs)
+        return _decode(self, input_ids, **kwargs) if _state_of(self)[1].ours else stock._sample(self, input_ids, **kwargs)
 
     def _assisted_decoding(self: Any, input_ids: Tensor, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
-        if _STATES[self].ours:
+        if _state_of(self)[1].ours:
             return _decode(self, input_ids, **kwargs)
         return stock._assisted_decoding(self, input_ids, inputs_tensor=inputs_tensor, **kwargs)
 
+    @functools.wraps(stock.__init__)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock.__init__(self, *args, **kwargs)
+        self.__class__ = stock  # only enable() makes an instance of this class
+
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        reduced: Any = stock.__reduce_ex__(self, protocol)
-        function, arguments, *rest = reduced
-        return (function, tuple(stock if argument is type(self) else argument for argument in arguments), *rest)
+        attributes = {name: value for name, value in self.__dict__.items() if name != _STATE}
+        return copyreg._reconstructor, (stock, object, None), attributes  # type: ignore[attr-defined]
 
-    methods = (generate, _validate_generation_mode, _prepare_cache_for_generation, _sample, _assisted_decoding, __reduce_ex__)
+    methods = (
+        generate, _validate_generation_mode, _prepare_cache_for_generation, _sample, _assisted_decoding, __init__, __reduce_ex__,
+    )  # fmt: skip
     namespace: dict[str, Any] = {method.__name__: method for method in methods}
-    namespace |= {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
-    drop_in = type(stock.__name__, (stock,), namespace)
-    _DROP_IN_CLASSES.add(drop_in)
-    return drop_in
+    namespace |= {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__, _STOCK: stock}
+    return type(stock.__name__, (stock,), namespace)
 
 
-def _why_stock(
-    model: Any, state: _State, config: GenerationConfig, mode: GenerationMode, model_kwargs: dict[str, Any]
-) -> str | None:
+def _why_stock(model: Any, config: GenerationConfig, mode: GenerationMode, model_kwargs: dict[str, Any]) -> str | None:
     """Why the stock loop has to serve this call; None where ours does."""
-    given = state.arguments
+    state, call = _state_of(model)
+    given = call.arguments
+    if call.nested:
+        return "it comes from inside another call of this model, whose caches are in use"
     if mode not in OUR_MODES:
         return f"{mode.value.replace('_', ' ')} is not sampling or greedy search"
     if given.get("custom_generate") is not None:
         return "it brings a decoding loop of its own (custom_generate)"
-    if state.mode_kwargs.get("assistant_tokenizer") is not None:
+    if call.mode_kwargs.get("assistant_tokenizer") is not None:
         return "assistant_tokenizer: the draft model has another tokenizer"
     for name in ("assistant_early_exit", "use_mtp"):
         if getattr(config, name, None):
             return f"{name} drafts with the target itself"
     if getattr(config, "speculation_type", None) == "dflash":
         return "speculation_type='dflash' reads the target's hidden states"
-    if state.mode_kwargs.get("synced_gpus"):
+    if call.mode_kwargs.get("synced_gpus"):
         return "synced_gpus: processes must run the same number of forwards"
     if config.guidance_scale is not None and config.guidance_scale != 1:
         return "guidance_scale keeps a KV cache of its own"
@@ -236,11 +268,13 @@ def _why_stock(
     implementation = state.target.config._attn_implementation
     if implementation not in ("sdpa", "eager"):
         return f"attention implementation {implementation!r} does not take a mask for each row"
-    num_draft_tokens = _num_draft_tokens(state, config)
     rope_limit = dynamic_rope_limit(model)
-    if rope_limit is not None and config.max_length + num_draft_tokens > rope_limit:
+    if rope_limit is not None and config.max_length + _num_draft_tokens(model, config) > rope_limit:
         return f"beyond {rope_limit} positions its rotary frequencies change with the longest row of a batch"
-    if state.mode_kwargs.get("streamer") is not None and _batch_size(state) * (config.num_return_sequences or 1) > 1:
+    if (
+        call.mode_kwargs.get("streamer") is not None
+        and len(call.prompt if isinstance(call.prompt, Tensor) else [0]) * (config.num_return_sequences or 1) > 1
+    ):
         return "a streamer takes one sequence at a time"
     mask = model_kwargs.get("attention_mask")
     if mask is not None and not _is_left_padding(mask):
@@ -261,15 +295,18 @@ def _decode(
     **_: Any,  # position_ids, logits_to_keep, use_cache, tokenizer, synced_gpus=False: settled before, see _why_stock
 ) -> Any:
     """Serve one call: input_ids [B, P], left-padded, rows already repeated for num_return_sequences."""
-    state = _STATES[model]
+    state, _call = _state_of(model)
     if model.training:
         raise ValueError("the model is in training mode, so dropout would change its output; call model.eval() first")
-    num_draft_tokens = _num_draft_tokens(state, generation_config)
-    _check_num_draft_tokens(num_draft_tokens, model)
+    if state.target.vocab_size != state.target.config.vocab_size:
+        raise ValueError(
+            f"the vocabulary went from {state.target.vocab_size} to {state.target.config.vocab_size} since enable(); enable again"
+        )
+    num_draft_tokens = _num_draft_tokens(model, generation_config)
     drafter = _call_drafter(model, state, generation_config, assistant_model)
     context = state.target.context
     device = input_ids.device
-    prompt = input_ids.to(model.device)
+    prompt = input_ids.to(device=model.device, dtype=torch.int64)
     prompt_lengths = prompt.new_full((len(prompt),), prompt.shape[1])
     if attention_mask is not None:
         prompt_lengths = attention_mask.to(prompt.device).long().sum(1)
@@ -278,15 +315,15 @@ def _decode(
             f"the prompt has {int(prompt_lengths.max())} tokens, more than the model's context of {context}; shorten it"
         )
 
-    stop_ids, max_length, host_criteria = _split_criteria(stopping_criteria, generation_config)
+    stop_ids, max_length, host_criteria = _split_criteria(stopping_criteria)
     sequences = Sequences(
         prompt,
         prompt_lengths,
-        max_length=max_length,
+        max_length=max(max_length, prompt.shape[1] + 1),  # plain decoding judges its first id after it has chosen it
         context=context,
         num_draft_tokens=num_draft_tokens,
         stop_ids=stop_ids,
-        stop=(lambda text: any(bool(torch.as_tensor(c(text, None)).any()) for c in host_criteria)) if host_criteria else None,
+        stop=functools.partial(_any_stops, host_criteria) if host_criteria else None,
     )
     sampling = Sampling(
         [Processor(function, needs_prefix=type(function) not in POINTWISE) for function in logits_processor],
@@ -306,7 +343,6 @@ def _decode(
             _stream(streamer, sequences, outcome)
     if streamer is not None:
         streamer.end()
-    state.target.begin(0)  # frees the cache
 
     state.last_stats = counter.stats()
     pad = generation_config._pad_token_tensor
@@ -352,24 +388,39 @@ def _padded_text(sequences: Sequences, pad_token_id: int) -> Tensor:
     return text.masked_fill(behind, pad_token_id)
 
 
-def _split_criteria(
-    criteria: StoppingCriteriaList, config: GenerationConfig
-) -> tuple[Tensor | None, int, list[Callable[[Tensor, None], Any]]]:
+def _split_criteria(criteria: StoppingCriteriaList) -> tuple[Tensor | None, int, list[Callable[[Tensor, None], Any]]]:
     """EOS ids and the length limit, which tensors judge, and the rest, judged on the host for each committed id."""
     stop_ids = [c.eos_token_id.flatten() for c in criteria if type(c) is EosTokenCriteria]
-    max_length = min([config.max_length, *(c.max_length for c in criteria if type(c) is MaxLengthCriteria)])
+    max_length = min(c.max_length for c in criteria if type(c) is MaxLengthCriteria)  # generate() always sets one
     rest = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
     return torch.cat(stop_ids) if stop_ids else None, max_length, rest
 
 
-def _num_draft_tokens(state: _State, config: GenerationConfig) -> int:
+def _any_stops(criteria: list[Callable[[Tensor, None], Any]], text: Tensor) -> bool:
+    """Ask each criterion about one row's text [1, L]; all of them, as plain decoding does, since some count their calls."""
+    stops = False
+    for criterion in criteria:
+        answer = torch.as_tensor(criterion(text, None))
+        if answer.numel() != 1:
+            raise ValueError(
+                f"{type(criterion).__name__} gave {answer.numel()} answers about one row; with specdec a stopping criterion sees"
+                " each row alone, as input_ids [1, L]"
+            )
+        stops |= bool(answer)
+    return stops
+
+
+def _num_draft_tokens(model: PreTrainedModel, config: GenerationConfig) -> int:
     """K of this call: its own, else enable's."""
-    if config.prompt_lookup_num_tokens is not None:
-        return int(config.prompt_lookup_num_tokens)
-    own = state.arguments.get("num_assistant_tokens")
-    if own is None and (passed := state.arguments.get("generation_config")) is not None:
+    state, call = _state_of(model)
+    own = config.prompt_lookup_num_tokens
+    if own is None:
+        own = call.arguments.get("num_assistant_tokens")
+    if own is None and (passed := call.arguments.get("generation_config")) is not None:
         own = passed.num_assistant_tokens
-    return state.num_draft_tokens if own is None else int(own)
+    own = state.num_draft_tokens if own is None else own
+    _check_num_draft_tokens(own, model)
+    return own
 
 
 def _call_drafter(
@@ -377,20 +428,23 @@ def _call_drafter(
 ) -> Drafter:
     """What the call itself brings, else what enable was given."""
     if assistant_model is not None:
-        if assistant_model not in state.call_drafters:
-            state.call_drafters[assistant_model] = _resolve(assistant_model, model)
-        drafter = state.call_drafters[assistant_model]
+        if assistant_model not in state.checked:
+            _check_pair(model, assistant_model)
+            state.checked.add(assistant_model)
+        drafter: Drafter = ModelDrafter(assistant_model, state.target.vocab_size)
     elif config.prompt_lookup_num_tokens is not None:
         drafter = PromptLookup(config.max_matching_ngram_size) if config.max_matching_ngram_size else PromptLookup()
     else:
         assert state.drafter is not None
         drafter = state.drafter
-    if isinstance(drafter, ModelDrafter) and drafter.runner.model.training:
-        raise ValueError("the draft model is in training mode, so dropout would spoil its drafts; call .eval() on it first")
+    if isinstance(drafter, ModelDrafter):
+        _check_device(model, drafter.runner.model)
+        if drafter.runner.model.training:
+            raise ValueError("the draft model is in training mode, so dropout would spoil its drafts; call .eval() on it first")
     return drafter
 
 
-def _resolve(drafter: PreTrainedModel | Drafter | str | Path, model: PreTrainedModel) -> Drafter:
+def resolve_drafter(drafter: PreTrainedModel | Drafter | str | Path, model: PreTrainedModel) -> Drafter:
     """A Drafter from whatever enable() or a call was given; raises where it does not fit the target."""
     if isinstance(drafter, str | Path):
         if str(drafter) in NAMED_DRAFTERS:
@@ -421,8 +475,7 @@ def _load_draft(name: str, model: PreTrainedModel) -> PreTrainedModel:
 
 def _check_pair(model: PreTrainedModel, draft: PreTrainedModel) -> None:
     """Raise where a draft model cannot draft for this target."""
-    if draft.device != model.device:
-        raise ValueError(f"the draft model is on {draft.device}, the target on {model.device}; move one of them with .to()")
+    _check_device(model, draft)
     if reason := unsupported(draft):
         raise ValueError(f"{type(draft).__name__} cannot draft: {reason}")
     tokenizer, draft_tokenizer = _tokenizer_of(model), _tokenizer_of(draft)
@@ -435,6 +488,11 @@ def _check_pair(model: PreTrainedModel, draft: PreTrainedModel) -> None:
             f"the draft model has another tokenizer than the target: {token!r} is id {theirs.get(token)} in {draft.name_or_path}"
             f" and {ours.get(token)} in {model.name_or_path}; take a draft that was trained with the target's tokenizer"
         )
+
+
+def _check_device(model: PreTrainedModel, draft: PreTrainedModel) -> None:
+    if draft.device != model.device:
+        raise ValueError(f"the draft model is on {draft.device}, the target on {model.device}; move one of them with .to()")
 
 
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
@@ -472,8 +530,3 @@ def _is_left_padding(mask: Tensor) -> bool:
     if not mask[:, -1].all():
         raise ValueError("the batch is padded on the right; set tokenizer.padding_side = 'left' before tokenizing")
     return bool((mask[:, 1:] >= mask[:, :-1]).all())
-
-
-def _batch_size(state: _State) -> int:
-    prompt = state.arguments.get("inputs", state.arguments.get("input_ids"))
-    return len(prompt) if isinstance(prompt, Tensor) else 1

@@ -33,16 +33,22 @@ class Draft:
         zeros = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return cls(zeros.new_zeros(batch_size, 0), None, zeros)
 
-    def check(self, limit: Tensor, vocab_size: int, drafter: object) -> None:
+    def check(self, limit: Tensor, num_draft_tokens: int, vocab_size: int, drafter: object) -> None:
         """Raise ValueError where the proposal breaks the protocol: shapes, dtypes, lengths beyond limit [B], ids outside V."""
         name = type(drafter).__name__
         batch = limit.shape[0]
-        if self.ids.ndim != 2 or self.ids.shape[0] != batch or self.ids.dtype != torch.int64:
+        if not isinstance(self.ids, Tensor) or self.ids.ndim != 2 or self.ids.shape[0] != batch or self.ids.dtype != torch.int64:
             raise ValueError(f"{name}.propose returned ids {_describe(self.ids)}; it must return int64 [{batch}, K]")
         num_ids = self.ids.shape[1]
-        if self.lengths.shape != (batch,) or self.lengths.dtype != torch.int64:
+        if num_ids > num_draft_tokens:
+            raise ValueError(f"{name}.propose returned {num_ids} ids a row; this call asked for at most {num_draft_tokens}")
+        if not isinstance(self.lengths, Tensor) or self.lengths.shape != (batch,) or self.lengths.dtype != torch.int64:
             raise ValueError(f"{name}.propose returned lengths {_describe(self.lengths)}; it must return int64 [{batch}]")
-        if self.probs is not None and (self.probs.shape != (batch, num_ids, vocab_size) or self.probs.dtype != torch.float32):
+        if self.probs is not None and (
+            not isinstance(self.probs, Tensor)
+            or self.probs.shape != (batch, num_ids, vocab_size)
+            or self.probs.dtype != torch.float32
+        ):
             raise ValueError(
                 f"{name}.propose returned probs {_describe(self.probs)}; it must return float32"
                 f" {[batch, num_ids, vocab_size]}, the distributions the ids were drawn from, or None where they are one-hot"
@@ -108,5 +114,7 @@ class Drafter(Protocol):
         """See what became of the last proposal; `sequences` now holds the committed ids."""
 
 
-def _describe(tensor: Tensor) -> str:
+def _describe(tensor: object) -> str:
+    if not isinstance(tensor, Tensor):
+        return f"as a {type(tensor).__name__}"
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

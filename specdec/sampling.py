@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Protocol
 
 import torch
 from torch import Tensor
-
-ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +17,14 @@ class Processor:
     needs_prefix: False where the scores alone decide (temperature, top-k, top-p, …), so all positions go through at once.
     """
 
-    function: ScoreFunction
+    function: Callable[[Tensor, Tensor], Tensor]
     needs_prefix: bool = True
 
 
 class Prefixes(Protocol):
     """The texts that processors look at (`Sequences` is one)."""
+
+    stop_ids: Tensor | None  # [S] int64, ids that end a row
 
     @property
     def padded_lengths(self) -> Tensor:
@@ -40,26 +39,61 @@ class Sampling:
 
     def __init__(self, processors: Sequence[Processor] = (), *, do_sample: bool = False) -> None:
         self.do_sample = do_sample
-        self.groups = [
-            (needs_prefix, [p.function for p in group]) for needs_prefix, group in groupby(processors, lambda p: p.needs_prefix)
-        ]
+        self.functions = [processor.function for processor in processors]
+        self.needs_prefix = any(processor.needs_prefix for processor in processors)
 
-    def scores(self, logits: Tensor, prefixes: Prefixes, *, skip: int = 0, used: Tensor | None = None) -> Tensor:
+    def scores(
+        self,
+        logits: Tensor,
+        prefixes: Prefixes,
+        *,
+        skip: int = 0,
+        used: Tensor | None = None,
+        draft_ids: Tensor | None = None,
+    ) -> Tensor:
         """Process logits [B, W, V] float32 -> [B, W, V]; column w of a row follows its committed ids and skip + w further ones.
 
         used: [B] int64, the number of columns of each row that count, W where None; the others may stay unprocessed.
+        draft_ids: [B, W - 1] int64, the further ids, where a window of several columns follows a draft.
         """
-        scores = logits
-        for needs_prefix, functions in self.groups:
-            if needs_prefix:
-                scores = _with_prefixes(functions, scores, prefixes, skip, used)
-            else:
-                flat = scores.flatten(0, 1)
-                any_ids = flat.new_zeros(len(flat), 1, dtype=torch.int64)
-                for function in functions:
-                    flat = function(any_ids, flat)
-                scores = flat.view_as(logits)
-        return scores
+        if self.needs_prefix:
+            return self._by_prefix(logits, prefixes, skip, used, draft_ids)
+        flat = logits.flatten(0, 1)
+        any_ids = flat.new_zeros(len(flat), 1, dtype=torch.int64)
+        for function in self.functions:
+            flat = function(any_ids, flat)
+        return flat.view_as(logits)
+
+    def _by_prefix(self, logits: Tensor, prefixes: Prefixes, skip: int, used: Tensor | None, draft_ids: Tensor | None) -> Tensor:
+        """Process once for every distinct prefix length, always with the full batch: some processors keep per-row state.
+
+        Rows of another length take part with a prefix cut or filled to fit, and their result is dropped. Behind a draft id that
+        ends the row, or that the target cannot give, no processor is asked: plain decoding never gets there.
+        """
+        num_columns = logits.shape[1]
+        first = prefixes.padded_lengths + skip
+        used = torch.full_like(first, num_columns) if used is None else used
+        rows = torch.arange(len(first), device=logits.device)
+        columns = torch.arange(num_columns, device=logits.device)
+        result = logits.clone()
+        for width in (first[:, None] + columns)[columns < used[:, None]].unique().tolist():
+            column = width - first
+            matches = (column >= 0) & (column < used)
+            if not matches.any():
+                continue
+            column = column.clamp(0, num_columns - 1)
+            scores = logits[rows, column]
+            input_ids = prefixes.padded(width)
+            for function in self.functions:
+                scores = function(input_ids, scores)
+            result[rows[matches], column[matches]] = scores[matches]
+            if draft_ids is not None and draft_ids.shape[1]:
+                drafted = draft_ids[rows, column.clamp(max=draft_ids.shape[1] - 1)]
+                last = scores.gather(1, drafted[:, None])[:, 0] == -torch.inf
+                if prefixes.stop_ids is not None:
+                    last |= torch.isin(drafted, prefixes.stop_ids)
+                used = torch.where(matches & last, column + 1, used)
+        return result
 
     def probs(self, scores: Tensor) -> Tensor:
         """The distribution itself: scores [..., V] -> [..., V] float32; one-hot when greedy."""
@@ -91,27 +125,3 @@ def check_finite(best: Tensor, who: str) -> None:
             f"the {who} returned NaN logits (or its processors excluded every token), so nothing can be sampled;"
             " check its weights and dtype (float16 overflows where bfloat16 and float32 do not)"
         )
-
-
-def _with_prefixes(functions: list[ScoreFunction], scores: Tensor, prefixes: Prefixes, skip: int, used: Tensor | None) -> Tensor:
-    """Call each function once for every distinct prefix length, always with the full batch: some keep per-row state.
-
-    Rows of another length take part with a prefix cut or filled to fit, and their result is dropped.
-    """
-    num_columns = scores.shape[1]
-    first = prefixes.padded_lengths + skip
-    columns = torch.arange(num_columns, device=scores.device)
-    counts = columns < (num_columns if used is None else used[:, None])
-    widths = (first[:, None] + columns)[counts.expand(len(first), -1)].unique().tolist()
-    rows = torch.arange(len(first), device=scores.device)
-    result = scores.clone()
-    for width in widths:
-        column = width - first
-        matches = (column >= 0) & (column < num_columns)
-        column = column.clamp(0, num_columns - 1)
-        processed = scores[rows, column]
-        input_ids = prefixes.padded(width)
-        for function in functions:
-            processed = function(input_ids, processed)
-        result[rows[matches], column[matches]] = processed[matches]
-    return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.interfaces import Draft, Verdict
@@ -32,16 +33,17 @@ class Sequences:
         context: no id is drafted at or behind this position. num_draft_tokens: the most that a step may stage.
         stop_ids: [S] int64, ids that end a row. stop: judges a left-padded text [1, L] after each committed id.
         """
-        batch, width = prompt.shape
+        width = prompt.shape[1]
         self.prompt, self.max_length, self.context = prompt, max_length, context
         self.stop_ids, self.stop = stop_ids, stop
         self.padding = width - prompt_lengths
         self.lengths = prompt_lengths.clone()
         self.end = max_length - self.padding
         self.finished = self.lengths >= self.end
-        self.ids = prompt.new_zeros(batch, max_length + num_draft_tokens + 1)
+        self.spare = num_draft_tokens + 1  # columns that one step may write behind the longest row
         columns = torch.arange(width, device=prompt.device) + self.padding[:, None]
-        self.ids[:, :width] = prompt.gather(1, columns.clamp(max=width - 1))
+        self.ids = prompt.gather(1, columns.clamp(max=width - 1))
+        self._reserve()
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +101,14 @@ class Sequences:
 
         self.lengths += emitted
         self.finished |= stopped
+        self._reserve()
         return emitted, stopped
+
+    def _reserve(self) -> None:
+        """Make room for one more step; by doubling, since max_length may be far beyond what a text comes to."""
+        needed = int(self.padded_lengths.max()) + self.spare
+        if needed > self.ids.shape[1]:
+            self.ids = F.pad(self.ids, (0, max(needed, 2 * self.ids.shape[1]) - self.ids.shape[1]))
 
     def _apply_stop(self, stop: Callable[[Tensor], bool], emitted: Tensor, stopped: Tensor) -> None:
         """Judge the row alone after each of its new ids, in order, as plain decoding would; cut where it says so."""

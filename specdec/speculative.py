@@ -58,12 +58,15 @@ def step(target: Target, drafter: Drafter, sequences: Sequences, sampling: Sampl
     """One forward of the target for every row: up to num_draft_tokens accepted ids and one of its own."""
     limit = sequences.limit(num_draft_tokens)
     draft = drafter.propose(sequences, limit)
-    draft.check(limit, target.vocab_size, drafter)
+    if not isinstance(draft, Draft):
+        raise ValueError(f"{type(drafter).__name__}.propose returned a {type(draft).__name__}; it must return a Draft")
+    draft.check(limit, num_draft_tokens, target.vocab_size, drafter)
 
     sequences.stage(draft.ids)
     positions = window_positions(sequences.lengths, draft)
     logits = target.forward(sequences.ids.gather(1, positions), positions)
-    scores = sampling.scores(logits, sequences, used=torch.where(sequences.finished, 0, draft.lengths + 1))
+    used = torch.where(sequences.finished, 0, draft.lengths + 1)
+    scores = sampling.scores(logits, sequences, used=used, draft_ids=draft.ids)
     verdict, overlap = judge(draft, scores, sampling)
 
     live = ~sequences.finished

@@ -32,11 +32,11 @@ class ModelDrafter:
         self.fed_drafts = torch.zeros_like(sequences.lengths)
 
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
-        context = self.runner.context or sequences.ids.shape[1]
+        context = self.runner.context or sequences.max_length
         limit = torch.minimum(limit, (context - sequences.lengths).clamp(min=0))
         num_ids = int(limit.max())
-        self.fed_drafts = (limit - 1).clamp(min=0)
         if num_ids == 0:
+            self.fed_drafts = torch.zeros_like(limit)
             return Draft.empty(sequences.batch_size, sequences.device)
 
         last = (sequences.lengths - 1).clamp(max=context - 1)
@@ -54,6 +54,10 @@ class ModelDrafter:
             sequences.stage(next_ids, skip=index)
             ids.append(next_ids)
             probs.append(next_probs)
+            if sequences.stop_ids is not None:  # nothing follows an id that ends the row
+                ends = torch.isin(next_ids[:, 0], sequences.stop_ids)
+                limit = torch.where(ends, limit.clamp(max=index + 1), limit)
+        self.fed_drafts = (limit - 1).clamp(min=0)
         return Draft(torch.cat(ids, dim=1), torch.cat(probs, dim=1) if self.sampling.do_sample else None, limit)
 
     def observe(self, outcome: Outcome) -> None:

@@ -1,0 +1,42 @@
+# make demo | test | test-all | lint | clean. Needs Python 3.11+ and make; everything else goes into .venv.
+VENV ?= .venv
+PYTHON ?= python3
+# Where the CPU build of torch is; `make demo TORCH_INDEX=` takes the platform's usual build, with CUDA on Linux.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+# One thread a test worker: small models gain nothing from more, and busy cores lose much.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+
+demo: $(VENV)/installed
+	$(BIN)/specdec demo
+
+test: $(VENV)/installed-dev lint
+	$(PYTEST)
+
+test-all: $(VENV)/installed-dev lint
+	$(PYTEST) -m "full or not full"
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/torch: constraints.txt
+	@echo "making $(VENV), with torch first (a few minutes on a slow line)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --retries 1 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@touch $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.PHONY: demo test test-all lint clean

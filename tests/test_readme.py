@@ -1,0 +1,83 @@
+"""The README is run: its Python and shell blocks, its table against the file it comes from, its links."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "benchmarks" / "results" / "bench_generate.json"
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks_run(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_drafter_of_contributing_runs() -> None:
+    (code,) = blocks("python", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    code += """
+import specdec
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("specdec/assets/draft")
+prompt = torch.arange(2, 9)[None]
+expected = model.generate(prompt, max_new_tokens=12, do_sample=False)
+assert model.generate(prompt, max_new_tokens=12, do_sample=False).equal(expected)
+specdec.enable(model, Repeat())
+assert model.generate(prompt, max_new_tokens=12, do_sample=False).equal(expected)
+assert specdec.last_stats(model).num_draft_tokens > 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def shell_lines() -> list[str]:
+    return [line for block in blocks("sh") for line in block.splitlines() if line and not line.startswith("#")]
+
+
+# Commands that make an environment are what .ci/run itself runs; the long benchmark has a test of its own.
+INSTALLS = ("git clone", "cd ", "make ", "python -m pip", "pip install")
+LONG = ("python scripts/bench_generate.py",)
+
+
+@pytest.mark.parametrize("line", [line for line in shell_lines() if not line.startswith((*INSTALLS, *LONG))])
+def test_shell_lines_run(line: str) -> None:
+    binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(line, shell=True, check=True, cwd=ROOT, env=os.environ | {"PATH": binaries})
+
+
+def test_ci_runs_the_make_commands_of_the_readme() -> None:
+    made = {line.split()[1] for line in shell_lines() if line.startswith("make ")}
+    assert {"demo", "test"} <= made
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for target in ("demo", "test"):
+        assert f"make {target} " in script
+
+
+def test_the_table_holds_the_figures_of_the_results_file() -> None:
+    results = {(r["batch"], r["engine"]): r for r in json.loads(RESULTS.read_text(encoding="utf-8"))["results"]}
+    rows = re.findall(r"^\| (\d+) \| ([^|]+?) \| ([\d.,]+) \| ([\d.]+) \| ([\d.]*) \|$", README, flags=re.MULTILINE)
+    assert len(rows) >= 4
+    for batch, engine, rate, ratio, length in rows:
+        result = results[int(batch), engine]
+        assert rate == f"{result['tokens_per_second']:,.0f}"
+        assert ratio == f"{result['ratio_to_plain']:.2f}"
+        assert length == (f"{result['mean_acceptance_length']:.2f}" if result["mean_acceptance_length"] else "")
+
+
+@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        if not link.startswith("http"):
+            assert (ROOT / link).exists(), link

@@ -1,0 +1,238 @@
+"""The counters: counted once more by hand from what each step did to the texts, and tied to each other by identities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from specdec.drafters.none import NoDrafter
+from specdec.interfaces import Drafter, Outcome
+from specdec.models import CachedModel
+from specdec.sampling import Sampling
+from specdec.sequences import Sequences
+from specdec.speculative import speculate
+from specdec.stats import Stats, StatsCounter
+from tests.drafters import AlwaysRight, AlwaysWrong, Empty, Random, Uneven
+from tests.families import family, prompts
+
+V = 4
+K = 3
+
+
+class Bigram:
+    """A target that needs no cache: the next id depends on the last one alone."""
+
+    vocab_size = V
+
+    def __init__(self, seed: int) -> None:
+        self.table = torch.randn(V, V, generator=torch.Generator().manual_seed(seed))
+
+    def begin(self, batch_size: int) -> None:
+        pass
+
+    def prefill(self, ids: Tensor, last: Tensor) -> None:
+        pass
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.table[ids]
+
+
+@dataclass
+class RowStep:
+    """What one step did to one unfinished row, as seen from outside."""
+
+    row: int
+    outcome: Outcome
+    emitted: int
+    last: bool
+
+    @property
+    def offered(self) -> int:
+        return int(self.outcome.draft.lengths[self.row])
+
+    @property
+    def passed(self) -> int:
+        return int(self.outcome.verdict.accepted[self.row])
+
+    @property
+    def drafted(self) -> int:
+        return min(self.offered, self.emitted) if self.last else self.offered
+
+    @property
+    def accepted(self) -> int:
+        return min(self.passed, self.emitted)
+
+
+def run(seed: int, drafter: Drafter, do_sample: bool = True, stop_ids: Tensor | None = None) -> tuple[Stats, list[RowStep]]:
+    """One call of three uneven rows."""
+    torch.manual_seed(seed)
+    lengths = torch.tensor([4, 1, 2])
+    prompt = torch.randint(1, V, (3, 4), generator=torch.Generator().manual_seed(seed))
+    sequences = Sequences(
+        prompt,
+        lengths,
+        max_length=4 + 9,
+        num_draft_tokens=K,
+        stop_ids=stop_ids,
+        stop=lambda text: text[0, -3:].tolist() == [1, 2, 1],
+    )
+    counter = StatsCounter(3, K)
+    log: list[RowStep] = []
+    before, finished = sequences.lengths.clone(), sequences.finished.clone()
+    for outcome in speculate(Bigram(seed), drafter, sequences, Sampling(do_sample=do_sample), K):
+        counter.add(outcome)
+        log += [
+            RowStep(row, outcome, int(sequences.lengths[row] - before[row]), bool(sequences.finished[row]))
+            for row in range(3)
+            if not finished[row]
+        ]
+        before, finished = sequences.lengths.clone(), sequences.finished.clone()
+    return counter.stats(), log
+
+
+def recount(log: list[RowStep], num_forwards: int) -> Stats:
+    """The definitions of Stats, written as they are said."""
+    steps = len(log)
+    drafted, accepted = sum(step.drafted for step in log), sum(step.accepted for step in log)
+    tried = [[step for step in log if step.drafted > i and step.accepted >= i] for i in range(K)]
+    kept = [sum(step.accepted > i for step in log) for i in range(K)]
+    overlaps = [float(step.outcome.overlap[step.row, i]) for i in range(K) for step in tried[i]]
+    return Stats(
+        num_spec_steps=steps,
+        num_draft_tokens=drafted,
+        num_accepted_draft_tokens=accepted,
+        num_emitted_tokens=sum(step.emitted for step in log),
+        num_target_forwards=num_forwards,
+        acceptance_histogram=[sum(step.accepted == i for step in log) for i in range(K + 1)],
+        mean_acceptance_length=1 + accepted / steps,
+        draft_acceptance_rate=accepted / drafted if drafted else None,
+        acceptance_per_position=[kept[i] / steps if drafted else None for i in range(K)],
+        conditional_acceptance_per_position=[kept[i] / len(tried[i]) if tried[i] else None for i in range(K)],
+        expected_acceptance=sum(overlaps) / len(overlaps) if overlaps else None,
+    )
+
+
+def outcomes(log: list[RowStep]) -> list[Outcome]:
+    return list({id(step.outcome): step.outcome for step in log}.values())
+
+
+def assert_equal(got: Stats, want: Stats) -> None:
+    for name in (field.name for field in fields(Stats) if field.name != "per_row"):
+        assert getattr(got, name) == pytest.approx(getattr(want, name), abs=1e-6), name
+
+
+drafters = st.sampled_from([Uneven(1, V), Random(2, V), Empty(K), NoDrafter()])
+calls = st.tuples(st.integers(0, 2**32), drafters, st.booleans(), st.sampled_from([None, torch.tensor([0])]))
+
+
+@given(calls)
+@settings(deadline=None)
+def test_stats_are_what_the_steps_did(call: tuple) -> None:
+    stats, log = run(*call)
+    assert_equal(stats, recount(log, len(outcomes(log))))
+    assert len(stats.per_row) == 3
+    for row, of_row in enumerate(stats.per_row):
+        steps = [step for step in log if step.row == row]
+        assert_equal(of_row, recount(steps, len(steps)))
+        assert of_row.per_row == []
+
+
+@given(calls)
+@settings(deadline=None)
+def test_counters_hold_together(call: tuple) -> None:
+    stats, log = run(*call)
+    stopped_on_a_draft = sum(step.last and step.emitted <= step.passed for step in log)
+    histogram = stats.acceptance_histogram
+    assert sum(histogram) == stats.num_spec_steps
+    assert sum(i * count for i, count in enumerate(histogram)) == stats.num_accepted_draft_tokens
+    assert stats.num_emitted_tokens == stats.num_accepted_draft_tokens + stats.num_spec_steps - stopped_on_a_draft
+    assert stats.num_accepted_draft_tokens <= stats.num_draft_tokens <= K * stats.num_spec_steps
+    assert stats.num_target_forwards == max(row.num_spec_steps for row in stats.per_row)
+    summed = ("num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens", "num_emitted_tokens")
+    for name in summed:
+        assert getattr(stats, name) == sum(getattr(row, name) for row in stats.per_row), name
+    assert histogram == [sum(row.acceptance_histogram[i] for row in stats.per_row) for i in range(K + 1)]
+
+
+@given(calls)
+@settings(deadline=None)
+def test_an_outcome_of_a_finished_row_is_all_zeros(call: tuple) -> None:
+    _, log = run(*call)
+    for step in outcomes(log):
+        for counts in (step.emitted, step.drafted, step.accepted, step.draft.lengths):
+            assert (counts[~step.live] == 0).all()
+
+
+def make_outcome(
+    live: list[bool], drafted: list[int], accepted: list[int], emitted: list[int], overlap: list[list[float]]
+) -> Outcome:
+    """Only what is counted; the rest is not looked at."""
+    counts = [torch.tensor(values) for values in (emitted, drafted, accepted)]
+    return Outcome(None, None, torch.tensor(live), *counts, torch.tensor(overlap), None, None)  # type: ignore[arg-type]
+
+
+def test_an_example_by_hand() -> None:
+    counter = StatsCounter(2, 2)
+    counter.add(make_outcome([True, True], [2, 1], [2, 0], [3, 1], [[0.5, 0.25], [0.125, 9.0]]))
+    counter.add(make_outcome([True, True], [2, 0], [0, 0], [1, 1], [[0.0, 9.0], [9.0, 9.0]]))
+    counter.add(make_outcome([False, True], [0, 1], [0, 1], [0, 1], [[9.0, 9.0], [1.0, 9.0]]))  # row 1 stops on its draft id
+    stats = counter.stats()
+    assert stats.num_spec_steps == 5
+    assert stats.num_target_forwards == 3
+    assert stats.num_draft_tokens == 6
+    assert stats.num_accepted_draft_tokens == 3
+    assert stats.num_emitted_tokens == 7
+    assert stats.acceptance_histogram == [3, 1, 1]
+    assert stats.mean_acceptance_length == 1 + 3 / 5
+    assert stats.draft_acceptance_rate == 3 / 6
+    assert stats.acceptance_per_position == [2 / 5, 1 / 5]
+    assert stats.conditional_acceptance_per_position == [2 / 4, 1 / 1]
+    assert stats.expected_acceptance == (0.5 + 0.25 + 0.125 + 0.0 + 1.0) / 5
+    assert [row.num_spec_steps for row in stats.per_row] == [2, 3]
+
+
+def test_rates_are_none_where_nothing_was_drafted() -> None:
+    stats, _ = run(0, Empty(K))
+    assert stats.num_draft_tokens == 0
+    assert stats.mean_acceptance_length == 1
+    assert stats.draft_acceptance_rate is None
+    assert stats.expected_acceptance is None
+    assert stats.acceptance_per_position == [None] * K
+    assert stats.conditional_acceptance_per_position == [None] * K
+
+
+def test_everything_is_none_or_zero_before_the_first_step() -> None:
+    stats = StatsCounter(2, 1).stats()
+    assert stats.mean_acceptance_length is None
+    assert stats.acceptance_histogram == [0, 0]
+    assert stats.num_spec_steps == stats.num_emitted_tokens == stats.num_target_forwards == 0
+
+
+def test_expected_acceptance_does_not_depend_on_the_coin_flips() -> None:
+    """Where each step drafts one id from the same q against the same p, it is 1 - TV(p, q), whatever was accepted."""
+    counter = StatsCounter(1, 1)
+    for accepted in (0, 1, 1, 0, 0):
+        counter.add(make_outcome([True], [1], [accepted], [accepted + 1], [[0.3]]))
+    assert counter.stats().expected_acceptance == pytest.approx(0.3)
+    assert counter.stats().draft_acceptance_rate == 2 / 5
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_drafter_that_is_always_right_or_wrong_is_always_or_never_accepted(right: bool) -> None:
+    model = family("llama")
+    batch = prompts(3)
+    sequences = Sequences(batch["input_ids"], batch["attention_mask"].sum(1), max_length=11 + 8, num_draft_tokens=K)
+    counter = StatsCounter(3, K)
+    drafter = AlwaysRight(model) if right else AlwaysWrong(model)
+    with torch.no_grad():
+        for step in speculate(CachedModel(model), drafter, sequences, Sampling(), K):
+            counter.add(step)
+    stats = counter.stats()
+    assert stats.draft_acceptance_rate == stats.expected_acceptance == right
+    assert stats.num_target_forwards == (2 if right else 8)
+    assert stats.acceptance_histogram == ([0, 0, 0, 6] if right else [24, 0, 0, 0])
