@@ -56,6 +56,8 @@ class Sampling:
         used: [B] int64, the number of columns of each row that count, W where None; the others may stay unprocessed.
         draft_ids: [B, W - 1] int64, the further ids, where a window of several columns follows a draft.
         """
+        if not self.functions:
+            return logits
         if self.needs_prefix:
             return self._by_prefix(logits, prefixes, skip, used, draft_ids)
         flat = logits.flatten(0, 1)

@@ -45,18 +45,22 @@ class ModelDrafter:
         assert logits is not None
         self.covered = last + 1
 
-        ids, probs = [], []
+        last_ids = sequences.ids.gather(1, last[:, None])
+        ids: list[Tensor] = []
+        probs: list[Tensor] = []
         for index in range(num_ids):
             if index:  # a row that is offered fewer repeats its last id: the same entry in the same slot
-                position = (last + torch.where(index < limit, index, 0))[:, None]
-                logits = self.runner.forward(self._known(sequences.ids.gather(1, position)), position)
+                offered = (index < limit)[:, None]
+                position = last[:, None] + torch.where(offered, index, 0)
+                logits = self.runner.forward(self._known(torch.where(offered, ids[-1], last_ids)), position)
             next_ids, next_probs = self._choose(logits, sequences, index, limit)
-            sequences.stage(next_ids, skip=index)
             ids.append(next_ids)
             probs.append(next_probs)
-            if sequences.stop_ids is not None:  # nothing follows an id that ends the row
-                ends = torch.isin(next_ids[:, 0], sequences.stop_ids)
-                limit = torch.where(ends, limit.clamp(max=index + 1), limit)
+            if self.sampling.needs_prefix:  # processors read the text so far, and are not asked behind an id that ends the row
+                sequences.stage(next_ids, skip=index)
+                if sequences.stop_ids is not None:
+                    ends = torch.isin(next_ids[:, 0], sequences.stop_ids)
+                    limit = torch.where(ends, limit.clamp(max=index + 1), limit)
         self.fed_drafts = (limit - 1).clamp(min=0)
         return Draft(torch.cat(ids, dim=1), torch.cat(probs, dim=1) if self.sampling.do_sample else None, limit)
 
@@ -72,7 +76,7 @@ class ModelDrafter:
         missing = self.vocab_size - logits.shape[-1]
         if missing:
             logits = F.pad(logits, (0, missing), value=-torch.inf)  # a negative width cuts
-        scores = self.sampling.scores(logits, sequences, skip=index, used=(index < limit).long())
+        scores = self.sampling.scores(logits, sequences, skip=index, used=(limit - index).clamp(0, 1))
         if not self.sampling.do_sample:
             best, ids = scores.max(-1)
             return ids, best
