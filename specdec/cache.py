@@ -33,10 +33,14 @@ class Window:
         if self.rows.shape[0] != batch or self.rows.device != positions.device:
             self.rows = torch.arange(batch, device=positions.device)[:, None]
         self.positions = positions
-        self.key_length = int(positions.max()) + 1
-        # One row at consecutive positions, the usual case at batch 1, is written as a slice: cheaper than an index.
-        first = self.key_length - width
-        self.first = first if batch == 1 and first == int(positions[0, 0]) else None
+        self.first = None
+        if batch == 1:  # consecutive positions, the usual case of one row, are written as a slice: cheaper than an index
+            row = positions[0].tolist()
+            self.key_length = max(row) + 1
+            if row[0] + width == self.key_length and row[-1] + 1 == self.key_length:
+                self.first = row[0]
+        else:
+            self.key_length = int(positions.max()) + 1
 
 
 class RaggedLayer(CacheLayerMixin):

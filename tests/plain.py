@@ -200,10 +200,18 @@ def again_and_again(ids: Tensor, mask: Tensor, **call: Any) -> list[Any]:
     return [target().generate(ids[rows], attention_mask=mask[rows], **call | extra).tolist() for rows, extra in rounds]
 
 
-def greedy_with_three_sequences(ids: Tensor, mask: Tensor, **call: Any) -> str:
-    with pytest.raises(ValueError, match="num_return_sequences") as raised:
-        target().generate(ids, attention_mask=mask, num_return_sequences=3, **call)
-    return str(raised.value)
+def errors_of_plain_decoding(ids: Tensor, mask: Tensor, **call: Any) -> list[str]:
+    words = []
+    for wrong in (
+        {"num_return_sequences": 3},
+        {"num_beams": 2, "streamer": Recorder()},
+        {"stop_strings": "x"},
+        {"max_length": WIDTH},
+    ):
+        with pytest.raises(ValueError, match=next(iter(wrong)).partition("_")[0]) as raised:
+            target().generate(ids, attention_mask=mask, **call | {"max_new_tokens": None} | wrong)
+        words.append(str(raised.value))
+    return words
 
 
 # Each gets ids [4, 11], their mask, and keywords; what it returns is the same from plain decoding and from ours.
@@ -225,7 +233,7 @@ WAYS: dict[str, Callable[..., Any]] = {
     "in two threads": in_two_threads,
     "read in another thread": read_in_another_thread,
     "piped": piped,
-    "greedy with three sequences": greedy_with_three_sequences,
+    "errors of plain decoding": errors_of_plain_decoding,
 }
 STREAMED = ("nothing", "one eos", "one id", "criterion by length", "stop_strings")
 WAYS |= {f"streamed, {name}": partial(heard, name) for name in STREAMED}

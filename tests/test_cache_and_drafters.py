@@ -26,6 +26,8 @@ from tests.families import FAMILIES, VOCAB_SIZE, family, make_model, prompts
 K = 4
 CACHE_FAMILIES = ["llama", "gpt2", "mistral", "gemma2", "mpt"]  # rotary, learned, sliding, eager with two masks, no position_ids
 
+schedules = st.lists(st.integers(0, K), min_size=1, max_size=6).filter(any)  # K of each step
+
 
 class Watched:
     """A ModelDrafter, each of whose proposals is compared with the plain draft model on the committed ids, without a cache."""
@@ -101,12 +103,7 @@ def test_the_draft_cache_is_right_in_every_kind_of_attention(model_type: str) ->
     assert drafter.num_compared > 20
 
 
-@given(
-    st.lists(st.integers(0, K), min_size=1, max_size=6).filter(any),
-    st.sampled_from([0, 0.03]),
-    st.booleans(),
-    st.sampled_from([9, 99]),
-)
+@given(schedules, st.sampled_from([0, 0.03]), st.booleans(), st.sampled_from([9, 99]))
 @settings(max_examples=20, deadline=None)
 def test_the_draft_cache_is_right_after_any_history(schedule: list[int], noise: float, do_sample: bool, stride: int) -> None:
     stop_ids = torch.arange(0, VOCAB_SIZE, stride)  # a stop that is drafted and then rejected is history too

@@ -46,13 +46,15 @@ class ModelDrafter:
         self.covered = last + 1
 
         last_ids = sequences.ids.gather(1, last[:, None])
+        steps = torch.arange(num_ids, device=limit.device)
+        offered = steps < limit[:, None]  # a row that is offered fewer repeats its last id: the same entry in the same slot
+        positions = last[:, None] + torch.where(offered, steps, 0)
         ids: list[Tensor] = []
         probs: list[Tensor] = []
         for index in range(num_ids):
-            if index:  # a row that is offered fewer repeats its last id: the same entry in the same slot
-                offered = (index < limit)[:, None]
-                position = last[:, None] + torch.where(offered, index, 0)
-                logits = self.runner.forward(self._known(torch.where(offered, ids[-1], last_ids)), position)
+            if index:
+                at = slice(index, index + 1)
+                logits = self.runner.forward(self._known(torch.where(offered[:, at], ids[-1], last_ids)), positions[:, at])
             next_ids, next_probs = self._choose(logits, sequences, index, limit)
             ids.append(next_ids)
             probs.append(next_probs)
@@ -76,7 +78,8 @@ class ModelDrafter:
         missing = self.vocab_size - logits.shape[-1]
         if missing:
             logits = F.pad(logits, (0, missing), value=-torch.inf)  # a negative width cuts
-        scores = self.sampling.scores(logits, sequences, skip=index, used=(limit - index).clamp(0, 1))
+        used = (limit - index).clamp(0, 1) if self.sampling.needs_prefix else None
+        scores = self.sampling.scores(logits, sequences, skip=index, used=used)
         if not self.sampling.do_sample:
             best, ids = scores.max(-1)
             return ids, best
