@@ -69,8 +69,8 @@ class Sampling:
     def _by_prefix(self, logits: Tensor, prefixes: Prefixes, skip: int, used: Tensor | None, draft_ids: Tensor | None) -> Tensor:
         """Process once for every distinct prefix length, always with the full batch: some processors keep per-row state.
 
-        Rows of another length take part with a prefix cut or filled to fit, and their result is dropped. Behind a draft id that
-        ends the row, or that the target cannot give, no processor is asked: plain decoding never gets there.
+        Rows of another length take part with a prefix cut to fit or lent by another row, and their result is dropped. Behind
+        a draft id that ends the row, or that the target cannot give, no processor is asked: plain decoding never gets there.
         """
         num_columns = logits.shape[1]
         first = prefixes.padded_lengths + skip
@@ -86,6 +86,8 @@ class Sampling:
             column = column.clamp(0, num_columns - 1)
             scores = logits[rows, column]
             input_ids = prefixes.padded(width)
+            real = matches | (prefixes.padded_lengths >= width)  # a grammar may know no other text: lend it a real one
+            input_ids = torch.where(real[:, None], input_ids, input_ids[matches.long().argmax()])
             for function in self.functions:
                 scores = function(input_ids, scores)
             result[rows[matches], column[matches]] = scores[matches]

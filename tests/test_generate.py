@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 import specdec
-from tests.families import CONTEXT, VOCAB_SIZE, prompts
+from tests.families import CONTEXT, FAMILIES, VOCAB_SIZE, make_model, prompts
 from tests.plain import CALLS, DRAFTERS, NEVER, WAYS, WIDTH, K, asked, both, continuation, drafter, stop_at, target
 
 
@@ -196,3 +196,27 @@ def test_sampling_follows_the_seed(kind: str) -> None:
     assert torch.tensor(texts[0]).shape == (6, WIDTH + 12)
     assert len({tuple(row) for row in texts[0][:3]}) == 3, "sequences of one prompt are drawn apart"
     assert len(specdec.last_stats(target()).per_row) == 6
+
+
+def test_a_grammar_that_knows_its_own_texts_alone_holds_for_uneven_rows() -> None:
+    trie = {
+        (): [3, 4],
+        (3,): [5],
+        (4,): [6, 7],
+        (3, 5): [8],
+        (4, 6): [8],
+        (4, 7): [9],
+        (3, 5, 8): [3],
+        (4, 6, 8): [3],
+        (4, 7, 9): [3],
+    }
+    call = {"max_new_tokens": 4, "prefix_allowed_tokens_fn": lambda row, ids: trie[tuple(ids[WIDTH:].tolist())]}
+    for kind in DRAFTERS:
+        want, got = both(prompts(4), call, kind, k=3)
+        assert got.tolist() == want.tolist()
+
+
+def test_a_draft_whose_every_id_is_suppressed_ends_no_call() -> None:
+    model = specdec.enable(target(), make_model("llama", 1, **FAMILIES["llama"] | {"vocab_size": 94}), num_draft_tokens=3)
+    text = model.generate(**prompts(4), max_new_tokens=8, do_sample=True, suppress_tokens=list(range(94)))
+    assert (text[:, WIDTH:] >= 94).all()

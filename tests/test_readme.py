@@ -66,7 +66,7 @@ def test_ci_runs_the_make_commands_of_the_readme() -> None:
 
 def test_the_table_holds_the_figures_of_the_results_file() -> None:
     results = {(r["batch"], r["engine"]): r for r in json.loads(RESULTS.read_text(encoding="utf-8"))["results"]}
-    rows = re.findall(r"^\| (\d+) \| ([^|]+?) \| ([\d.,]+) \| ([\d.]+) \| ([\d.]*) \|$", README, flags=re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \| ([^|]+?) \| ([\d.,]+) \| ([\d.]+) \| ([\d.]*) ?\|$", README, flags=re.MULTILINE)
     assert len(rows) >= 4
     for batch, engine, rate, ratio, length in rows:
         result = results[int(batch), engine]

@@ -80,6 +80,8 @@ class ModelDrafter:
             logits = F.pad(logits, (0, missing), value=-torch.inf)  # a negative width cuts
         used = (limit - index).clamp(0, 1) if self.sampling.needs_prefix else None
         scores = self.sampling.scores(logits, sequences, skip=index, used=used)
+        if missing > 0:  # the processors may leave nothing of a narrower vocabulary: then any id is as good a draft
+            scores = scores.masked_fill(scores.amax(-1, keepdim=True) == -torch.inf, 0.0)
         if not self.sampling.do_sample:
             best, ids = scores.max(-1)
             return ids, best
