@@ -153,10 +153,9 @@ def _stock_class(model: PreTrainedModel) -> Any:
 
 
 def _state_of(model: PreTrainedModel) -> tuple[_State, _Call]:
-    """What enable() left on the model, and the call in progress."""
+    """What enable() left on the model, and the call in progress: an outsider's where the class' own generate() was called."""
     state: _State = model.__dict__[_STATE]
-    assert state.call is not None
-    return state, state.call
+    return state, state.call or _Call({}, nested=True)
 
 
 @functools.cache
@@ -232,7 +231,7 @@ def _why_stock(model: Any, config: GenerationConfig, mode: GenerationMode, model
     state, call = _state_of(model)
     given = call.arguments
     if call.nested:
-        return "it comes from inside another call of this model, whose caches are in use"
+        return "it comes from inside another call of this model, whose caches are in use, or went past model.generate()"
     if mode not in OUR_MODES:
         return f"{mode.value.replace('_', ' ')} is not sampling or greedy search"
     if given.get("custom_generate") is not None:
@@ -269,7 +268,8 @@ def _why_stock(model: Any, config: GenerationConfig, mode: GenerationMode, model
     if implementation not in ("sdpa", "eager"):
         return f"attention implementation {implementation!r} does not take a mask for each row"
     rope_limit = dynamic_rope_limit(model)
-    if rope_limit is not None and config.max_length + _num_draft_tokens(model, config) > rope_limit:
+    limits = [config.max_length, *(c.max_length for c in given.get("stopping_criteria") or () if type(c) is MaxLengthCriteria)]
+    if rope_limit is not None and max(limits) + _num_draft_tokens(model, config) > rope_limit:
         return f"beyond {rope_limit} positions its rotary frequencies change with the longest row of a batch"
     if (
         call.mode_kwargs.get("streamer") is not None
@@ -391,7 +391,7 @@ def _padded_text(sequences: Sequences, pad_token_id: int) -> Tensor:
 def _split_criteria(criteria: StoppingCriteriaList) -> tuple[Tensor | None, int, list[Callable[[Tensor, None], Any]]]:
     """EOS ids and the length limit, which tensors judge, and the rest, judged on the host for each committed id."""
     stop_ids = [c.eos_token_id.flatten() for c in criteria if type(c) is EosTokenCriteria]
-    max_length = min(c.max_length for c in criteria if type(c) is MaxLengthCriteria)  # generate() always sets one
+    max_length = min(2**62, *(c.max_length for c in criteria if type(c) is MaxLengthCriteria))  # generate() always sets one
     rest = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
     return torch.cat(stop_ids) if stop_ids else None, max_length, rest
 

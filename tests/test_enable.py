@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, LlamaForCausalLM, PreTrainedModel
 from transformers.generation.configuration_utils import WatermarkingConfig
+from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 import specdec
 from tests.families import FAMILIES, REFUSED, VOCAB_SIZE, make_model, prompts
@@ -242,3 +243,17 @@ def test_bf16_models_are_accepted(model_type: str) -> None:
     model = specdec.enable(fresh(model_type).to(torch.bfloat16), "prompt_lookup")
     assert model.generate(**prompts(4), max_new_tokens=6).shape == (4, WIDTH + 6)
     assert specdec.last_stats(model).num_emitted_tokens == 24
+
+
+def test_generate_may_be_called_through_the_class() -> None:
+    model = specdec.enable(fresh(), drafter())
+    text = LlamaForCausalLM.generate(model, **prompts(4), max_new_tokens=24)
+    assert text[:, WIDTH:].tolist() == continuation("llama", 4)
+
+
+def test_dynamic_rotary_frequencies_beyond_the_context_are_not_ours_whatever_sets_the_length() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = fresh(rope_parameters=rope, max_position_embeddings=32)
+    call = {"max_new_tokens": 5, "stopping_criteria": [MaxLengthCriteria(64)], **prompts(4)}
+    want = model.generate(**call)
+    assert specdec.enable(model, drafter()).generate(**call).tolist() == want.tolist()
