@@ -29,6 +29,7 @@ from transformers.generation.logits_process import (
     LogitNormalization,
     LogitsProcessorList,
     MinPLogitsWarper,
+    PrefixConstrainedLogitsProcessor,
     SuppressTokensLogitsProcessor,
     SynthIDTextWatermarkLogitsProcessor,
     TemperatureLogitsWarper,
@@ -178,8 +179,10 @@ def _drop_in_class(stock: Any) -> Any:
                 return stock.generate(self, *args, **kwargs)
             finally:
                 state.call = outer
-                if outer is None:
-                    state.target.begin(0)  # frees the cache
+                if outer is None:  # free the caches
+                    state.target.begin(0)
+                    if isinstance(state.drafter, ModelDrafter):
+                        state.drafter.runner.begin(0)
 
     def _validate_generation_mode(self: Any, generation_mode: Any, generation_config: Any, mode_kwargs: Any) -> None:
         _state_of(self)[1].mode_kwargs = mode_kwargs
@@ -326,7 +329,7 @@ def _decode(
         stop=functools.partial(_any_stops, host_criteria) if host_criteria else None,
     )
     sampling = Sampling(
-        [Processor(function, needs_prefix=type(function) not in POINTWISE) for function in logits_processor],
+        [_processor(function) for function in logits_processor],
         do_sample=bool(generation_config.do_sample),
     )
     counter = StatsCounter(sequences.batch_size, num_draft_tokens)
@@ -394,6 +397,21 @@ def _split_criteria(criteria: StoppingCriteriaList) -> tuple[Tensor | None, int,
     max_length = min(2**62, *(c.max_length for c in criteria if type(c) is MaxLengthCriteria))  # generate() always sets one
     rest = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
     return torch.cat(stop_ids) if stop_ids else None, max_length, rest
+
+
+def _processor(function: Any) -> Processor:
+    """A logits processor with what is known of its kind."""
+    if type(function) is PrefixConstrainedLogitsProcessor:  # a grammar may know its own row's texts and no other
+
+        def ask(row: int, text: Tensor, scores: Tensor) -> Tensor:
+            def allowed(_: int, ids: Tensor) -> list[int]:
+                return function._prefix_allowed_tokens_fn(row, ids)
+
+            constrained: Tensor = PrefixConstrainedLogitsProcessor(allowed, 1)(text[None], scores[None])
+            return constrained[0]
+
+        return Processor(ask, by_row=True)
+    return Processor(function, needs_prefix=type(function) not in POINTWISE)
 
 
 def _any_stops(criteria: list[Callable[[Tensor, None], Any]], text: Tensor) -> bool:

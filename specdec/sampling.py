@@ -14,11 +14,13 @@ from torch import Tensor
 class Processor:
     """One logits processor: function(input_ids [B, L], scores [B, V]) -> scores [B, V].
 
+    by_row: True where the function takes one row at a time: function(row, input_ids [L], scores [V]) -> scores [V].
     needs_prefix: False where the scores alone decide (temperature, top-k, top-p, …), so all positions go through at once.
     """
 
-    function: Callable[[Tensor, Tensor], Tensor]
+    function: Callable[..., Tensor]
     needs_prefix: bool = True
+    by_row: bool = False
 
 
 class Prefixes(Protocol):
@@ -39,7 +41,7 @@ class Sampling:
 
     def __init__(self, processors: Sequence[Processor] = (), *, do_sample: bool = False) -> None:
         self.do_sample = do_sample
-        self.functions = [processor.function for processor in processors]
+        self.processors = list(processors)
         self.needs_prefix = any(processor.needs_prefix for processor in processors)
 
     def scores(
@@ -56,14 +58,14 @@ class Sampling:
         used: [B] int64, the number of columns of each row that count, W where None; the others may stay unprocessed.
         draft_ids: [B, W - 1] int64, the further ids, where a window of several columns follows a draft.
         """
-        if not self.functions:
+        if not self.processors:
             return logits
         if self.needs_prefix:
             return self._by_prefix(logits, prefixes, skip, used, draft_ids)
         flat = logits.flatten(0, 1)
         any_ids = flat.new_zeros(len(flat), 1, dtype=torch.int64)
-        for function in self.functions:
-            flat = function(any_ids, flat)
+        for processor in self.processors:
+            flat = processor.function(any_ids, flat)
         return flat.view_as(logits)
 
     def _by_prefix(self, logits: Tensor, prefixes: Prefixes, skip: int, used: Tensor | None, draft_ids: Tensor | None) -> Tensor:
@@ -88,8 +90,12 @@ class Sampling:
             input_ids = prefixes.padded(width)
             real = matches | (prefixes.padded_lengths >= width)  # a grammar may know no other text: lend it a real one
             input_ids = torch.where(real[:, None], input_ids, input_ids[matches.long().argmax()])
-            for function in self.functions:
-                scores = function(input_ids, scores)
+            for processor in self.processors:
+                if processor.by_row:
+                    for row in rows[matches].tolist():
+                        scores[row] = processor.function(row, input_ids[row], scores[row])
+                else:
+                    scores = processor.function(input_ids, scores)
             result[rows[matches], column[matches]] = scores[matches]
             if draft_ids is not None and draft_ids.shape[1]:
                 drafted = draft_ids[rows, column.clamp(max=draft_ids.shape[1] - 1)]

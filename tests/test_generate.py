@@ -223,7 +223,6 @@ def test_a_draft_whose_every_id_is_suppressed_ends_no_call() -> None:
     assert (text[:, WIDTH:] >= 94).all()
 
 
-@pytest.mark.xfail(strict=True, reason="a row is lent the text of another, which its own grammar does not know")
 @pytest.mark.parametrize("kind", DRAFTERS)
 def test_each_row_may_have_a_grammar_of_its_own(kind: str) -> None:
     lengths = (5, 12, 8, 15)
