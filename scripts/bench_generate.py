@@ -12,16 +12,13 @@ is what a step costs apart from the two models' forwards and from the call's own
 import argparse
 import inspect
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -30,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import specdec
 from specdec import embedded
+from specdec.provenance import provenance
 
 
 class ForwardClock:
@@ -89,7 +87,7 @@ def main() -> None:
     results = []
     for batch in args.batch:
         results += measure(target, draft, tokenizer, texts, batch, args)
-    report = {"script": "bench_generate", "provenance": provenance(args), "results": results}
+    report = {"script": "bench_generate", "provenance": provenance(args.device) | {"dtype": args.dtype}, "results": results}
     show(results)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -242,27 +240,6 @@ def count_tokens(outputs: list[Tensor], batches: list[dict], tokenizer) -> int:
         for row in output[:, inputs["input_ids"].shape[1] :].tolist():
             total += row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
     return total
-
-
-def provenance(args: argparse.Namespace) -> dict:
-    """What a figure needs to be compared and repeated."""
-
-    def git(*command: str) -> str:
-        return subprocess.run(["git", *command], capture_output=True, text=True, check=False).stdout.strip()
-
-    return {
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain")),
-        "command": " ".join(["python", *sys.argv]),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "specdec": specdec.__version__,
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "dtype": args.dtype,
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def show(results: list[dict]) -> None:

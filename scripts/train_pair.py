@@ -5,10 +5,11 @@
     python scripts/train_pair.py --output build/pair --only card     # measure again, write the model cards
 
 1. `tokenizer`  byte-level BPE of 4096 on the training modules
-2. `target`     deep and thin, because on a CPU a small model's forward costs by its depth
-3. `draft`      the target's embeddings and its first and last layer, distilled: forward KL to the target's distribution,
-                on library text and on text the target wrote itself (what a draft meets at run time)
-4. `card`       perplexities, agreement along the target's greedy output, expected acceptance, on held-out modules
+2. `original`   the target in full precision: deep and thin, because on a CPU a small model's forward costs by its depth
+3. `draft`      the original's embeddings and its first and last layer, distilled: forward KL to the original's distribution,
+                on library text and on text the original wrote itself (what a draft meets at run time)
+4. `target`     the original in 4 bits, as it ships; its first layer, from which most of the error would come, stays as it is
+5. `card`       perplexities, agreement along the target's greedy output, expected acceptance, on held-out modules
 
 Some modules (and their tests) are held out; prompts cut from them ship as `prompts.jsonl`, so that runs compare across
 Python versions. Schedules run on the clock: a slower machine sees fewer tokens and still ends with a decayed learning rate.
@@ -19,6 +20,7 @@ import hashlib
 import json
 import math
 import platform
+import shutil
 import sys
 import sysconfig
 import time
@@ -30,6 +32,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from specdec.cli import main as specdec_command
+
+STAGES = ("tokenizer", "original", "draft", "target", "card")
+QUANTIZATION = ["--group-size", "64", "--skip", "model.layers.0"]
 VOCAB_SIZE = 4096
 CONTEXT = 1024
 LENGTH = 512  # tokens a training window; the target's first part trains on half of that, which is faster
@@ -99,7 +105,7 @@ def train_tokenizer(texts: list[str], output: Path) -> PreTrainedTokenizerFast:
         model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
     )
-    fast.save_pretrained(output / "target")
+    fast.save_pretrained(output / "original")
     fast.save_pretrained(output / "draft")
     return fast
 
@@ -206,9 +212,9 @@ def train_target(stream: Tensor, output: Path, args: argparse.Namespace) -> None
             loss = loss_of(model, ids)
         trainer.step(loss, ids[:, 1:].numel())
         if trainer.steps % 500 == 0:
-            model.save_pretrained(output / "target-checkpoint")
-    model.to(torch.bfloat16).save_pretrained(output / "target")
-    record(output, "target", trainer)
+            model.save_pretrained(output / "original-checkpoint")
+    model.to(torch.bfloat16).save_pretrained(output / "original")
+    record(output, "original", trainer)
 
 
 @torch.no_grad()
@@ -233,7 +239,7 @@ def self_written(target: LlamaForCausalLM, windows: Windows, minutes: float) -> 
 
 def train_draft(stream: Tensor, output: Path, args: argparse.Namespace) -> None:
     torch.manual_seed(0)
-    target = LlamaForCausalLM.from_pretrained(output / "target", dtype=torch.float32).to(args.device).eval()
+    target = LlamaForCausalLM.from_pretrained(output / "original", dtype=torch.float32).to(args.device).eval()
     draft = LlamaForCausalLM(model_config(num_layers=2)).to(args.device)
     draft.set_attn_implementation("eager")
     draft.model.embed_tokens.load_state_dict(target.model.embed_tokens.state_dict())
@@ -278,13 +284,13 @@ def record(output: Path, name: str, trainer: Trainer) -> None:
 
 
 @torch.no_grad()
-def measure(output: Path, held_out_texts: list[str], device: str) -> dict[str, float]:
+def measure(output: Path, name: str, held_out_texts: list[str], device: str) -> dict[str, float]:
     """Perplexities on held-out text; along the target's own continuations, greedy agreement and expected acceptance at T=1.
 
-    In float32 from the saved bf16 weights: what the demo runs.
+    name: which target, "target" or "original"; in float32 around the saved weights: what the demo runs.
     """
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(output / "target")
-    target = LlamaForCausalLM.from_pretrained(output / "target", dtype=torch.float32).to(device).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(output / "original")
+    target = LlamaForCausalLM.from_pretrained(output / name, dtype=torch.float32).to(device).eval()
     draft = LlamaForCausalLM.from_pretrained(output / "draft", dtype=torch.float32).to(device).eval()
     stream = torch.tensor(tokenizer("<|endoftext|>".join(held_out_texts))["input_ids"])
     windows = stream[: len(stream) // 513 * 513].view(-1, 513)[:200].to(device)
@@ -319,12 +325,13 @@ tags: [speculative-decoding, specdec]
 # The embedded {name} of specdec
 
 {role} Llama architecture, {layers} layers of 256, 4 query heads and 1 key head of 64, MLP 512, tied embeddings, byte-level
-BPE of {vocab}, context {context}, trained on windows of up to {length}. {parameters:.2f}M parameters, bf16, {megabytes:.1f} MB.
+BPE of {vocab}, context {context}, trained on windows of up to {length}. {parameters:.2f}M parameters, {megabytes:.1f} MB:
+{precision}.
 It exists so that the demo, the tests and the benchmarks run on real text and real acceptance with no download. It is no
 assistant and writes no useful code.
 
 ## Measured on held-out modules
-Both models in float32, from these bf16 weights. {prompts} prompts of 128 tokens, 128 tokens each along the target's own output.
+Both models in float32 around the saved weights. {prompts} prompts of 128 tokens, 128 tokens each along the target's own output.
 
 | what | value |
 |---|---|
@@ -339,66 +346,82 @@ Command: `python scripts/train_pair.py --output DIR --only card`.
 The standard library of Python {python} (without generated tables, and without {held_out} and their tests), {minutes:g} minutes on
 {device} with torch {torch}: {tokens:.1f}M tokens in {steps} steps, final loss {final_loss}. By `scripts/train_pair.py`.
 
-`prompts.jsonl`, one folder up, holds cuts from the held-out modules of Python {python} (PSF License, Version 2); sha256
-`{prompts_sha256}`.
+`prompts.jsonl`, which ships beside the pair, holds cuts from the held-out modules of Python {python} (PSF License,
+Version 2); sha256 `{prompts_sha256}`.
 """
 
 
-def write_cards(output: Path, metrics: dict[str, float]) -> None:
-    roles = {"target": "The model whose distribution counts.", "draft": "Distilled from the target, to propose for it."}
-    for name, role in roles.items():
-        weights = output / name / "model.safetensors"
+ROLES = {
+    "original": ("The model that the embedded target was quantized from.", "bfloat16"),
+    "target": (
+        "The model whose distribution counts.",
+        "linear layers in 4 bits, but for the first layer's; those, the embeddings and the norms in bfloat16. Made of the"
+        f" original by\n`specdec quantize ORIGINAL TARGET {' '.join(QUANTIZATION)}`",
+    ),
+    "draft": ("Distilled from the target's original, to propose for it.", "bfloat16"),
+}
+
+
+def write_cards(output: Path, metrics: dict[str, dict[str, float]]) -> None:
+    """metrics: of each pair, by its target."""
+    for name, (role, precision) in ROLES.items():
         config = LlamaConfig.from_pretrained(output / name)
-        training = json.loads((output / f"{name}-training.json").read_text())
+        source = "original" if name == "target" else name
+        training = json.loads((output / f"{source}-training.json").read_text())
+        measured = metrics["original" if name == "original" else "target"]
         card = CARD.format(
             name=name,
             role=role,
+            precision=precision,
             layers=config.num_hidden_layers,
             vocab=VOCAB_SIZE,
             context=CONTEXT,
             length=LENGTH,
-            parameters=weights.stat().st_size / 2e6,
-            megabytes=weights.stat().st_size / 1e6,
+            parameters=(output / source / "model.safetensors").stat().st_size / 2e6,
+            megabytes=(output / name / "model.safetensors").stat().st_size / 1e6,
             held_out=", ".join(f"`{module}`" for module in HELD_OUT),
             prompts_sha256=hashlib.sha256((output / "prompts.jsonl").read_bytes()).hexdigest(),
-            **metrics,
+            **measured,
             **training | {"tokens": training["tokens"] / 1e6},
         )
         (output / name / "README.md").write_text(card)
-        (output / name / "metrics.json").write_text(json.dumps(metrics | {"training": training}, indent=2) + "\n")
+        (output / name / "metrics.json").write_text(json.dumps(measured | {"training": training}, indent=2) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for target/, draft/ and prompts.jsonl")
+    parser.add_argument("--output", type=Path, required=True, help="folder for original/, target/, draft/ and prompts.jsonl")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--target-minutes", type=float, default=50)
     parser.add_argument("--draft-minutes", type=float, default=30)
     parser.add_argument("--target-layers", type=int, default=12)
-    parser.add_argument("--only", choices=["tokenizer", "target", "draft", "card"], help="one stage, from what the others left")
+    parser.add_argument("--only", choices=STAGES, help="one stage, from what the others left")
     args = parser.parse_args()
 
     sources = stdlib_modules()
     training_texts = [text for path, text in sources.items() if not is_held_out(path)]
     held_out_texts = [sources[f"{module}.py"] for module in HELD_OUT if f"{module}.py" in sources]
-    stages = [args.only] if args.only else ["tokenizer", "target", "draft", "card"]
+    stages = [args.only] if args.only else STAGES
     args.output.mkdir(parents=True, exist_ok=True)
 
     if "tokenizer" in stages:
         train_tokenizer(training_texts, args.output)
         lines = [json.dumps(prompt) for prompt in held_out_prompts(sources)]
         (args.output / "prompts.jsonl").write_text("\n".join(lines) + "\n")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.output / "target")
-    if {"target", "draft"} & set(stages):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.output / "original")
+    if {"original", "draft"} & set(stages):
         encoded = tokenizer([text + "<|endoftext|>" for text in training_texts])["input_ids"]
         stream = torch.tensor([token for ids in encoded for token in ids])
         print(f"{len(training_texts)} modules, {len(stream) / 1e6:.2f}M tokens; {len(held_out_texts)} held out", flush=True)
-    if "target" in stages:
+    if "original" in stages:
         train_target(stream, args.output, args)
     if "draft" in stages:
         train_draft(stream, args.output, args)
+    if "target" in stages:
+        shutil.rmtree(args.output / "target", ignore_errors=True)
+        specdec_command(["quantize", str(args.output / "original"), str(args.output / "target"), *QUANTIZATION])
     if "card" in stages:
-        metrics = measure(args.output, held_out_texts, args.device)
+        metrics = {name: measure(args.output, name, held_out_texts, args.device) for name in ("original", "target")}
         write_cards(args.output, metrics)
         print(json.dumps(metrics))
 

@@ -19,11 +19,16 @@ GROWTH = 256  # slots; a buffer grows by doubling, at least by this
 
 
 class Window:
-    """Where the ids of the forward in progress stand; one object shared by all layers of a cache."""
+    """Where the ids of the forward in progress stand; one object shared by all layers of a cache.
 
-    def __init__(self) -> None:
+    key_block: keys are handed to attention in whole blocks of so many slots; masks hide what lies behind the last position.
+    """
+
+    def __init__(self, key_block: int = 1) -> None:
+        self.key_block = key_block
         self.rows = torch.empty(0, 1, dtype=torch.int64)
         self.positions = torch.empty(0, 0, dtype=torch.int64)
+        self.end = 0  # one behind the last position
         self.key_length = 0
         self.first: int | None = None
 
@@ -36,11 +41,12 @@ class Window:
         self.first = None
         if batch == 1:  # consecutive positions, the usual case of one row, are written as a slice: cheaper than an index
             row = positions[0].tolist()
-            self.key_length = max(row) + 1
-            if row[0] + width == self.key_length and row[-1] + 1 == self.key_length:
+            self.end = max(row) + 1
+            if row[0] + width == self.end and row[-1] + 1 == self.end:
                 self.first = row[0]
         else:
-            self.key_length = int(positions.max()) + 1
+            self.end = int(positions.max()) + 1
+        self.key_length = -(-self.end // self.key_block) * self.key_block
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -73,7 +79,7 @@ class RaggedLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Slots before the window, were it even: models without position_ids derive the key length from it."""
-        return max(self.window.key_length - self.window.positions.shape[1], 0)
+        return max(self.window.end - self.window.positions.shape[1], 0)
 
     def get_max_length(self) -> int:
         return -1
@@ -82,12 +88,12 @@ class RaggedLayer(CacheLayerMixin):
 class RaggedCache(Cache):
     """What a transformers model takes as past_key_values. Call `window.move(positions)` before each forward."""
 
-    def __init__(self) -> None:
-        self.window = Window()
+    def __init__(self, key_block: int = 1) -> None:
+        self.window = Window(key_block)
         super().__init__(layer_class_to_replicate=lambda: RaggedLayer(self.window))  # type: ignore[arg-type]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return max(self.window.key_length - self.window.positions.shape[1], 0)
+        return max(self.window.end - self.window.positions.shape[1], 0)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.window.key_length, 0
@@ -140,7 +146,7 @@ def _grown(buffer: Tensor, needed: int) -> Tensor:
 
 def _write(buffer: Tensor, states: Tensor, window: Window) -> Tensor:
     if window.first is not None:
-        buffer[:, :, window.first : window.key_length] = states
+        buffer[:, :, window.first : window.end] = states
     else:
         buffer[window.rows, :, window.positions] = states.transpose(1, 2)
     return buffer

@@ -1,219 +1,50 @@
-"""The command line: `specdec demo` on the embedded pair, `specdec generate` on any model."""
+"""The command line: `specdec demo | generate | quantize | audit`."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import specdec
 from specdec import embedded
-from specdec.generate import resolve_drafter
-from specdec.interfaces import Draft, Drafter, Outcome
-from specdec.sampling import Sampling
-from specdec.sequences import Sequences
+from specdec.commands import audit, demo, quantize
 
-ROUNDS = 3
 DEMO_PROMPT = "queue-3"
-STYLES = {"accepted": "green", "recovered": "bold red", "bonus": "bold blue underline", "plain": ""}
-MARKS = {"accepted": ("", ""), "recovered": ("⟨", "⟩"), "bonus": ("⟦", "⟧"), "plain": ("", "")}
-
-
-class Traced:
-    """A drafter that notes where each id of the first row came from; proposals pass through unchanged."""
-
-    def __init__(self, drafter: Drafter) -> None:
-        self.drafter = drafter
-        self.origins: list[str] = []
-
-    def begin(self, sequences: Sequences, sampling: Sampling) -> None:
-        self.origins = []
-        self.drafter.begin(sequences, sampling)
-
-    def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
-        return self.drafter.propose(sequences, limit)
-
-    def observe(self, outcome: Outcome) -> None:
-        self.drafter.observe(outcome)
-        offered, accepted, emitted = (int(t[0]) for t in (outcome.draft.lengths, outcome.verdict.accepted, outcome.emitted))
-        last = "plain" if offered == 0 else "bonus" if accepted == offered else "recovered"
-        self.origins += [*["accepted"] * accepted, last][:emitted]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 where greedy output differs, 2 where the input cannot be used."""
+    """Run a command; returns the exit code: 0, 1 where what was to be shown did not hold, 2 where the input cannot be used."""
     options = _parser().parse_args(arguments)
     quiet: Any = transformers_logging
     quiet.disable_progress_bar()  # one progress display, ours
     quiet.set_verbosity_error()
     try:
-        return run(options)
+        code: int = options.run(options)
+        return code
     except (ValueError, TypeError, OSError) as error:
         print(f"specdec: {error}", file=sys.stderr)
         return 2
-
-
-def run(options: argparse.Namespace) -> int:
-    """Complete one prompt three ways, in interleaved rounds, and print what came of it."""
-    dtype = options.dtype or ("float32" if options.device == "cpu" or options.command == "demo" else "auto")
-    stderr = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-        task = progress.add_task(f"loading {options.model}", total=None)
-        model: Any = _load(options.model, dtype, options.device)
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        drafter: Any = options.draft
-        if drafter not in ("prompt_lookup", "none"):
-            progress.update(task, description=f"loading {options.draft}")
-            drafter = _load(options.draft, dtype, options.device)
-        traced = Traced(resolve_drafter(drafter, model))
-        inputs = tokenizer(options.prompt, return_tensors="pt").to(options.device)
-        if inputs["input_ids"].shape[1] == 0:
-            raise ValueError("the prompt is empty; pass some text with --prompt")
-        call: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": options.temperature > 0}
-        if options.temperature > 0:
-            call["temperature"] = options.temperature
-        if tokenizer.pad_token_id is not None:
-            call["pad_token_id"] = tokenizer.pad_token_id
-
-        engines: dict[str, Callable[[], None]] = {
-            "transformers generate()": lambda: specdec.disable(model),
-            "specdec, plain loop": lambda: _enable(model, "none", options.num_draft_tokens),
-            "specdec, speculative": lambda: _enable(model, traced, options.num_draft_tokens),
-        }
-        texts: dict[str, Tensor] = {}
-        rates: dict[str, list[float]] = {name: [] for name in engines}
-        for round_index in range(ROUNDS + 1):  # the first warms up
-            for name, prepare in engines.items():
-                progress.update(
-                    task, description=f"{name}, round {round_index} of {ROUNDS}" if round_index else f"warm-up: {name}"
-                )
-                prepare()
-                torch.manual_seed(options.seed)
-                started = time.perf_counter()
-                texts[name] = model.generate(**inputs, **call)[0, inputs["input_ids"].shape[1] :]
-                rates[name].append(len(texts[name]) / (time.perf_counter() - started))
-
-    stats = specdec.last_stats(model)
-    assert stats is not None
-    stock, plain, speculative = texts.values()
-    identical = torch.equal(plain, speculative) and torch.equal(stock, speculative)
-    tokens_per_second = {name: statistics.median(values[1:]) for name, values in rates.items()}
-    baseline = tokens_per_second["specdec, plain loop"]
-    report = {
-        "model": options.model,
-        "draft": options.draft,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": options.device,
-        "num_draft_tokens": options.num_draft_tokens,
-        "temperature": options.temperature,
-        "prompt": options.prompt,
-        "text": tokenizer.decode(speculative, skip_special_tokens=True),
-        "tokens": len(speculative),
-        "tokens_per_second": {name: round(rate, 1) for name, rate in tokens_per_second.items()},
-        "speedup": round(tokens_per_second["specdec, speculative"] / baseline, 3),
-        "mean_acceptance_length": stats.mean_acceptance_length,
-        "draft_acceptance_rate": stats.draft_acceptance_rate,
-        "expected_acceptance": stats.expected_acceptance,
-        "acceptance_histogram": stats.acceptance_histogram,
-        "identical": identical if options.temperature == 0 else None,
-    }
-    if options.json:
-        print(json.dumps(report))
-    else:
-        show(report, _pieces(tokenizer, speculative.tolist()), traced.origins, Console())
-    return 1 if report["identical"] is False else 0
-
-
-def show(report: dict[str, Any], pieces: list[str], origins: list[str], console: Console) -> None:
-    """Print the text by origin, the table, and the verdict."""
-    plain_text = console.no_color or console.color_system is None
-
-    def marked(text: str, origin: str) -> Text:
-        if not plain_text:
-            return Text(text, style=STYLES[origin])
-        before, after = MARKS[origin]  # around the visible part, so that line breaks and indents stay where they are
-        core = text.strip()
-        start = text.find(core) if core else 0
-        return Text(f"{text[:start]}{before}{core}{after}{text[start + len(core) :]}")
-
-    generated = (marked(piece, origin) for piece, origin in zip(pieces, origins, strict=True))
-    console.print(Text.assemble(Text(report["prompt"], style="dim"), *generated), soft_wrap=True)
-    console.print()
-    counts = [
-        Text.assemble(marked(name, name), f" {origins.count(name)}  {meaning}")
-        for name, meaning in (
-            ("accepted", "the draft's, kept"),
-            ("recovered", "the target's, after a rejection"),
-            ("bonus", "the target's, after a draft kept whole"),
-        )
-    ]
-    for line in counts:
-        console.print(line)
-    console.print()
-
-    table = Table(title=f"{report['tokens']} tokens, K={report['num_draft_tokens']}, {report['dtype']} on {report['device']}")
-    table.add_column("median of 3 interleaved rounds")
-    table.add_column("tokens/s", justify="right")
-    table.add_column("× plain loop", justify="right")
-    baseline = report["tokens_per_second"]["specdec, plain loop"]
-    for name, rate in report["tokens_per_second"].items():
-        table.add_row(name, f"{rate:.1f}", f"{rate / baseline:.2f}")
-    console.print(table)
-    console.print(f"speedup: {report['speedup']:.2f}×")
-    console.print(f"mean acceptance length: {report['mean_acceptance_length']:.2f} tokens a step")
-    rate = report["draft_acceptance_rate"]
-    console.print(f"draft acceptance rate: {'nothing was drafted' if rate is None else f'{rate:.1%}'}")
-    verdict = {True: "yes", False: "no", None: "not compared, the text is sampled"}[report["identical"]]
-    console.print(f"identical: {verdict}", style={True: "bold green", False: "bold red", None: ""}[report["identical"]])
-
-
-def _enable(model: PreTrainedModel, drafter: Any, num_draft_tokens: int) -> None:
-    specdec.enable(model, drafter, num_draft_tokens=num_draft_tokens)
-
-
-def _load(name: str, dtype: str, device: str) -> PreTrainedModel:
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no model could be loaded from {name!r}: {str(error).partition(chr(10))[0]}") from error
-    return model.to(device).eval()  # type: ignore[no-any-return]
-
-
-def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text that each id adds; a character that several ids share goes to the last of them."""
-    pieces, done = [], ""
-    for count in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:count])
-        whole = text if count == len(ids) else text.rstrip("\ufffd")
-        pieces.append(whole[len(done) :])
-        done = whole
-    return pieces
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="specdec", description="Lossless speculative decoding for Hugging Face models.")
     parser.add_argument("--version", action="version", version=f"specdec {specdec.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="complete a prompt with the embedded pair, plain and speculative")
-    generate = commands.add_parser("generate", help="the same with a model and a prompt of your own")
     default_prompt = next(p["prompt"] for p in embedded.prompts() if p["id"] == DEMO_PROMPT)
-    for command, is_demo in ((demo, True), (generate, False)):
+    for name, is_demo, summary in (
+        ("demo", True, "complete a prompt with the embedded pair, plain and speculative"),
+        ("generate", False, "the same with a model and a prompt of your own"),
+    ):
+        command = commands.add_parser(name, help=summary)
+        command.set_defaults(run=demo.run)
         command.add_argument(
-            "--model", default=str(embedded.TARGET), required=not is_demo, help="the target: a folder or a hub id"
+            "--model",
+            default=str(embedded.TARGET),
+            required=not is_demo,
+            help="the target: a folder or a hub id, in full precision or in 4 bits (GPTQ, AWQ, MXFP4, … or our own)",
         )
         command.add_argument(
             "--draft",
@@ -225,12 +56,50 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--num-draft-tokens", type=int, default=5, metavar="K", help="ids proposed a step (5)")
         command.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
         command.add_argument("--seed", type=int, default=0, help="of sampling, with --temperature")
-        command.add_argument("--device", default="cpu", help="cpu (the default), cuda, cuda:1, …")
-        command.add_argument(
-            "--dtype", choices=["float32", "bfloat16", "float16"], help="float32 on a CPU; elsewhere the checkpoint's own"
-        )
+        _add_placement(command)
         command.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+    command = commands.add_parser("quantize", help="write a model in 4 bits")
+    command.set_defaults(run=quantize.run)
+    command.add_argument("source", metavar="SRC", help="the model: a folder or a hub id")
+    command.add_argument("destination", metavar="DST", help="a folder that is empty or not there yet")
+    _add_quantization(command)
+
+    audits = commands.add_parser("audit", help="check a claim on a model of your own").add_subparsers(dest="audit", required=True)
+    command = audits.add_parser("quality", help="perplexity, KL and top-1 agreement of a 4-bit model against its original")
+    command.set_defaults(run=audit.run)
+    command.add_argument("model", metavar="MODEL", help="a 4-bit model, with --original; or a plain one, quantized here")
+    command.add_argument("--original", help="the model that MODEL was quantized from")
+    command.add_argument("--text", required=True, metavar="FILE", help="a plain text, like what the model will write")
+    command.add_argument("--context", type=int, default=512, help="tokens that are read at a time (512)")
+    command.add_argument("--max-tokens", type=int, help="read no more than these; default: the whole text")
+    command.add_argument("--max-kl", type=float, help="exit with 1 where the mean KL, in nats, is above this")
+    _add_quantization(command)
+    _add_placement(command)
+    command.add_argument("--json", action="store_true", help="print one JSON object instead")
     return parser
+
+
+def _add_placement(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="cpu", help="cpu (the default), cuda, cuda:1, …")
+    command.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="float32 on a CPU; elsewhere the checkpoint's own"
+    )
+
+
+def _add_quantization(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--group-size", type=int, default=128, help="columns that share a scale: 32, 64, 128 (default), -1 a row"
+    )
+    command.add_argument("--asymmetric", action="store_true", help="give each group a zero point")
+    command.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="keep this layer, or all below this name, as it is; repeatable",
+    )
+    command.add_argument("--quantize-head", action="store_true", help="the output head too, unless it is the embedding's")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.interfaces import Drafter, Outcome
-from specdec.models import CachedModel, context_of, dynamic_rope_limit, unsupported
+from specdec.models import ATTENTIONS, CachedModel, context_of, dynamic_rope_limit, unsupported
 from specdec.sampling import Processor, Sampling
 from specdec.sequences import Sequences
 from specdec.speculative import speculate
@@ -268,7 +268,7 @@ def _why_stock(model: Any, config: GenerationConfig, mode: GenerationMode, model
         if value is not None and name not in OUR_MODEL_KWARGS:
             return f"{name} was passed"
     implementation = state.target.config._attn_implementation
-    if implementation not in ("sdpa", "eager"):
+    if implementation not in ATTENTIONS:
         return f"attention implementation {implementation!r} does not take a mask for each row"
     rope_limit = dynamic_rope_limit(model)
     limits = [config.max_length, *(c.max_length for c in given.get("stopping_criteria") or () if type(c) is MaxLengthCriteria)]

@@ -10,8 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.cache import RaggedCache, attention_kinds, attention_masks
+from specdec.quant import rows
+from specdec.quant.int4 import Int4Linear
 
 PREFILL_CHUNK = 1024  # positions a forward, so that a mask stays small: rows * 1024 * keys
+ATTENTIONS = ("sdpa", "eager", rows.ATTENTION)  # implementations that take a mask for each row
 LINEAR_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 # Relative error that a dtype's rounding explains; a wrong mask or cache is off by much more.
@@ -35,8 +38,9 @@ class CachedModel:
 
     def begin(self, batch_size: int) -> None:
         """Forget everything: an empty cache."""
-        self.cache = RaggedCache()
-        additive = self.config._attn_implementation == "eager"
+        implementation = self.config._attn_implementation
+        self.cache = RaggedCache(rows.KEYS if implementation == rows.ATTENTION else 1)
+        additive = implementation == "eager"
         self.mask_dtype = self.model.dtype if additive else torch.bool
 
     def prefill(self, ids: Tensor, last: Tensor) -> Tensor | None:
@@ -93,7 +97,7 @@ def unsupported(model: PreTrainedModel) -> str | None:
     if kinds := attention_kinds(text_config) - LINEAR_KINDS:
         return f"its layers of kind {', '.join(sorted(kinds))} keep more than keys and values by position"
     implementation = text_config._attn_implementation
-    if implementation not in ("sdpa", "eager"):
+    if implementation not in ATTENTIONS:
         return (
             f"its attention implementation {implementation!r} does not take a mask for each row;"
             " load it with attn_implementation='sdpa' or 'eager'"
@@ -112,6 +116,12 @@ def dynamic_rope_limit(model: PreTrainedModel) -> int | None:
         if rope.get("rope_type") in ("dynamic", "longrope")
     ]
     return min(limits, default=None)
+
+
+def _precision(model: PreTrainedModel) -> torch.dtype:
+    """The coarsest dtype that a model computes in: kernels of 4-bit layers take and give 16 bits, whatever is around them."""
+    has_kernel = any(isinstance(module, Int4Linear) and module.use_kernel for module in model.modules())
+    return torch.bfloat16 if has_kernel else model.dtype
 
 
 @torch.no_grad()
@@ -145,7 +155,7 @@ def _trial(model: PreTrainedModel) -> str | None:
             error = ((got[row] - want).norm() / (want - want.mean()).norm().clamp(min=1e-30)).item()
             if want.isnan().any():
                 return "its logits are NaN; check its weights and dtype"
-            if not error <= PROBE_TOLERANCE.get(model.dtype, 1e-1):
+            if not error <= PROBE_TOLERANCE.get(_precision(model), 1e-1):
                 return f"on a ragged batch its logits differ from those of the row alone (relative error {error:.1e})"
     except Exception as error:  # a model may fail in any way on inputs it was not made for; the answer is the same
         first_line = str(error).partition("\n")[0]

@@ -37,7 +37,7 @@ class Target(Protocol):
         """A call starts: an empty cache for so many rows."""
 
     def prefill(self, ids: Tensor, last: Tensor) -> Tensor | None:
-        """Fill the cache for positions 0 … last [B] of ids [B, L]; a row with last = -1 has nothing to fill."""
+        """Fill the cache for positions 0 … last [B] of ids [B, L]."""
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Run ids [B, W] at positions [B, W] against the cache: -> logits [B, W, V] float32."""
@@ -49,7 +49,7 @@ def speculate(
     """Generate until all rows have finished; yields what each step did, after it is committed to `sequences`."""
     target.begin(sequences.batch_size)
     drafter.begin(sequences, sampling)
-    target.prefill(sequences.ids, sequences.lengths - 2)
+    target.prefill(sequences.ids, sequences.lengths - 1)  # stock decoding's first window; the first step feeds its end again
     while not sequences.finished.all():
         yield step(target, drafter, sequences, sampling, num_draft_tokens)
 

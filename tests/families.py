@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import specdec
+from specdec.quant.int4 import Int4Linear
 
 VOCAB_SIZE = 101
 CONTEXT = 128
@@ -102,10 +106,22 @@ def make_model(model_type: str, seed: int = 0, **values: Any) -> PreTrainedModel
     return model
 
 
+# What the target's linear layers run on: their own float32; 4 bits in float32 arithmetic; 4 bits by the device's kernel.
+WEIGHTS = ("float32", "int4", "int4_kernel")
+
+
 @cache
-def family(model_type: str) -> PreTrainedModel:
+def family(model_type: str, weights: str = "float32") -> PreTrainedModel:
     """The family's test model; shared, so leave it as you found it."""
-    return make_model(model_type, **FAMILIES[model_type])
+    model = make_model(model_type, **FAMILIES[model_type])
+    if weights != "float32":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of layers whose width no group divides
+            specdec.quantize(model, specdec.Int4Config(group_size=32))
+        for module in model.modules():
+            if isinstance(module, Int4Linear):
+                module.use_kernel = weights == "int4_kernel"
+    return model
 
 
 def prompts(batch_size: int, vocab_size: int = VOCAB_SIZE, seed: int = 1) -> dict[str, torch.Tensor]:

@@ -15,8 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import specdec
 from specdec import embedded
+from specdec.quant.int4 import Int4Linear
 
 ROOT = Path(__file__).parent.parent
+ORIGINAL = ROOT / "tests" / "data" / "target"  # what the 4-bit target was made of
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +31,22 @@ def draft() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(embedded.DRAFT, dtype=torch.float32)
 
 
-def test_the_pair_fits_in_20_mb_of_bf16() -> None:
+def test_the_pair_fits_in_11_mb_the_target_in_4_bits() -> None:
     total = 0
-    for folder in (embedded.TARGET, embedded.DRAFT):
-        total += (folder / "model.safetensors").stat().st_size
+    for folder, expected in ((embedded.TARGET, {"BF16", "U8"}), (embedded.DRAFT, {"BF16"}), (ORIGINAL, {"BF16"})):
         with safe_open(folder / "model.safetensors", "pt") as weights:
-            assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == {"BF16"}  # noqa: SIM118
-    assert total <= 20_000_000
+            assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == expected  # noqa: SIM118
+        total += 0 if folder is ORIGINAL else (folder / "model.safetensors").stat().st_size
+    assert total <= 11_000_000
 
 
-@pytest.mark.parametrize("folder", [embedded.TARGET, embedded.DRAFT], ids=["target", "draft"])
+def test_the_target_runs_on_4_bit_layers_by_the_devices_kernel(target: PreTrainedModel) -> None:
+    layers = [module for module in target.modules() if isinstance(module, Int4Linear)]
+    assert len(layers) == 77  # of 84: the first layer stays in bfloat16
+    assert all(layer.group_size == 64 and layer.use_kernel for layer in layers)
+
+
+@pytest.mark.parametrize("folder", [embedded.TARGET, embedded.DRAFT, ORIGINAL], ids=["target", "draft", "original"])
 def test_shapes_suit_4_bit_groups(folder: Path) -> None:
     config = AutoConfig.from_pretrained(folder)
     assert config.model_type == "llama"
@@ -57,7 +65,7 @@ def test_both_have_the_same_tokenizer() -> None:
     assert tokenizer.decode(tokenizer(code)["input_ids"]) == code
 
 
-@pytest.mark.parametrize("folder", [embedded.TARGET, embedded.DRAFT], ids=["target", "draft"])
+@pytest.mark.parametrize("folder", [embedded.TARGET, embedded.DRAFT, ORIGINAL], ids=["target", "draft", "original"])
 def test_cards_name_the_prompts_and_the_measured_figures(folder: Path) -> None:
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert hashlib.sha256((embedded.ASSETS / "prompts.jsonl").read_bytes()).hexdigest() in card

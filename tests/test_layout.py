@@ -14,11 +14,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "specdec"
 
 FLOORS = {
-    "interfaces": 1, "sampling": 1, "verification": 1, "stats": 1, "embedded": 1,
-    "sequences": 2, "speculative": 2, "cache": 2, "models": 2,
+    "interfaces": 1, "sampling": 1, "verification": 1, "stats": 1, "embedded": 1, "provenance": 1,
+    "sequences": 2, "speculative": 2, "cache": 2, "models": 2, "quant": 2,
     "drafters": 3,
     "generate": 4,
-    "cli": 6,
+    "cli": 6, "commands": 6,
 }  # fmt: skip
 WITHOUT_TRANSFORMERS = {
     "interfaces",
@@ -101,6 +101,7 @@ def test_the_wheel_ships_the_pair_and_only_specdec(wheel: Path) -> None:
     for needed in ("target/model.safetensors", "draft/model.safetensors", "target/tokenizer.json", "prompts.jsonl"):
         assert f"specdec/assets/{needed}" in names
     assert "specdec/py.typed" in names
+    assert wheel.stat().st_size < 12_000_000  # 17.6 MB when the target shipped in bfloat16
 
 
 def test_no_file_names_a_machine() -> None:

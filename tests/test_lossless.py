@@ -1,4 +1,4 @@
-"""Greedy output is the stock generate()'s, id for id: every family, drafter, K, batch and stop."""
+"""Greedy output is the stock generate()'s, id for id: every family, weights, drafter, K, batch and stop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 import specdec
 from tests.drafters import AlwaysRight, AlwaysWrong, Empty, Random, Uneven
-from tests.families import FAMILIES, REFUSED, family, make_model, prompts
+from tests.families import FAMILIES, REFUSED, WEIGHTS, family, make_model, prompts
 
 NEW_TOKENS = 17  # no multiple of any K + 1 below
 
@@ -30,17 +30,6 @@ def perturbed(model_type: str) -> PreTrainedModel:
     return draft
 
 
-# The list every lossless test runs over: a new drafter joins it.
-DRAFTERS: dict[str, Callable[[str, int], Any]] = {
-    "none": lambda model_type, k: "none",
-    "model": lambda model_type, k: perturbed(model_type),
-    "prompt_lookup": lambda model_type, k: "prompt_lookup",
-    "always_right": lambda model_type, k: AlwaysRight(family(model_type)),
-    "always_wrong": lambda model_type, k: AlwaysWrong(family(model_type)),
-    "random": lambda model_type, k: Random(seed=k),
-    "uneven": lambda model_type, k: Uneven(seed=k),
-    "empty": lambda model_type, k: Empty(width=k),
-}
 NUM_DRAFT_TOKENS = (1, 2, 5, 8)
 BATCHES = (1, 4)
 STOPS = (False, True)
@@ -48,44 +37,60 @@ STOPS = (False, True)
 
 class Case(NamedTuple):
     family: str
+    weights: str
     drafter: str
     num_draft_tokens: int
     batch_size: int
     has_eos: bool
 
 
-FULL = [Case(*values) for values in itertools.product(FAMILIES, DRAFTERS, NUM_DRAFT_TOKENS, BATCHES, STOPS)]
+# The list every lossless test runs over: a new drafter joins it.
+DRAFTERS: dict[str, Callable[[Case], Any]] = {
+    "none": lambda case: "none",
+    "model": lambda case: perturbed(case.family),
+    "prompt_lookup": lambda case: "prompt_lookup",
+    "always_right": lambda case: AlwaysRight(family(case.family, case.weights)),
+    "always_wrong": lambda case: AlwaysWrong(family(case.family, case.weights)),
+    "random": lambda case: Random(seed=case.num_draft_tokens),
+    "uneven": lambda case: Uneven(seed=case.num_draft_tokens),
+    "empty": lambda case: Empty(width=case.num_draft_tokens),
+}
+
+FULL = [Case(*values) for values in itertools.product(FAMILIES, WEIGHTS, DRAFTERS, NUM_DRAFT_TOKENS, BATCHES, STOPS)]
 
 
 def covering() -> list[Case]:
-    """Every family with every drafter, the other values dealt out so that each pair of values meets (tested below)."""
+    """Every family and weights with every drafter; the other values are dealt out, so that all pairs meet (tested below)."""
     return [
         Case(
             model_type,
+            weights,
             drafter,
-            NUM_DRAFT_TOKENS[(f + d) % 4],
-            BATCHES[(f + d // 2 + f // 4) % 2],
+            NUM_DRAFT_TOKENS[(f + d + w) % 4],
+            BATCHES[(f + d // 2 + f // 4 + w) % 2],
             STOPS[(d // 4 + f // 2 + f) % 2],
         )
-        for (f, model_type), (d, drafter) in itertools.product(enumerate(FAMILIES), enumerate(DRAFTERS))
+        for (f, model_type), (w, weights), (d, drafter) in itertools.product(
+            enumerate(FAMILIES), enumerate(WEIGHTS), enumerate(DRAFTERS)
+        )
     ]
 
 
 @cache
-def plain_text(model_type: str, batch_size: int, eos_token_id: int | None) -> Tensor:
+def plain_text(model_type: str, weights: str, batch_size: int, eos_token_id: int | None) -> Tensor:
     """Stock greedy output, computed before the model is ever enabled."""
-    return family(model_type).generate(
+    return family(model_type, weights).generate(
         **prompts(batch_size), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=eos_token_id
     )
 
 
 def check_identical(case: Case) -> None:
-    model = family(case.family)
+    model = family(case.family, case.weights)
     eos_token_id = None
     if case.has_eos:  # an id that the model does write, in the middle of some row
-        eos_token_id = int(plain_text(case.family, case.batch_size, None)[-1, 11 + 6])
-    expected = plain_text(case.family, case.batch_size, eos_token_id)
-    specdec.enable(model, DRAFTERS[case.drafter](case.family, case.num_draft_tokens), num_draft_tokens=case.num_draft_tokens)
+        eos_token_id = int(plain_text(case.family, case.weights, case.batch_size, None)[-1, 11 + 6])
+    expected = plain_text(case.family, case.weights, case.batch_size, eos_token_id)
+    specdec.enable(model, DRAFTERS[case.drafter](case), num_draft_tokens=case.num_draft_tokens)
     try:
         got = model.generate(**prompts(case.batch_size), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=eos_token_id)
         stats = specdec.last_stats(model)

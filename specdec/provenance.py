@@ -1,0 +1,34 @@
+"""What a figure needs beside it to be compared and repeated."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+
+import torch
+
+
+def provenance(device: str) -> dict[str, str | int | bool]:
+    """Commit, command, versions, device and threads of this run."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], capture_output=True, text=True, check=False).stdout.strip()
+
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain")),
+        "command": " ".join(["python", *sys.argv]),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu(),
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu() -> str:
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"

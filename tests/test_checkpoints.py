@@ -1,0 +1,484 @@
+"""Quantized checkpoints of other libraries: the same weights bit for bit, the same logits, a clear word on what is not read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+import specdec
+from specdec.quant.checkpoints import load_quantized
+from specdec.quant.experts import Int4Experts
+from specdec.quant.int4 import Int4Linear, Int4Tensor
+from specdec.quant.quantizer import Int4Config
+from tests.checkpoint_writers import Case, edit_config, edit_tensors, quantization_config, random_weight, write
+from tests.checkpoint_writers import compressed as write_compressed
+from tests.families import make_model, prompts
+
+CASES = {
+    "gptq": Case("gptq"),
+    "gptq-asym": Case("gptq", symmetric=False),
+    "gptq-act-order": Case("gptq", "qwen3", act_order=True, dtype=torch.bfloat16),
+    "gptq-v2-asym-act-order": Case("gptq", "qwen3", version="gptq_v2", symmetric=False, act_order=True),
+    "gptq-row": Case("gptq", group_size=-1),
+    "gptq-odd-rows": Case("gptq", symmetric=False, values={"intermediate_size": 100}, skip=("down_proj",)),
+    "gptq-tied": Case("gptq", values={"tie_word_embeddings": True}),
+    "gptq-head": Case("gptq", head=True, symmetric=False, values={"vocab_size": 104}),
+    "gptq-experts": Case("gptq", "mixtral", symmetric=False),
+    "awq": Case("awq", symmetric=False),
+    "awq-qwen3": Case("awq", "qwen3", symmetric=False, dtype=torch.bfloat16),
+    "awq-row": Case("awq", symmetric=False, group_size=-1),
+    "compressed": Case("compressed-tensors", dtype=torch.bfloat16),
+    "compressed-asym": Case("compressed-tensors", "qwen3", symmetric=False),
+    "compressed-act-order": Case("compressed-tensors", act_order=True, dtype=torch.float32),
+    "compressed-row": Case("compressed-tensors", group_size=-1),
+    "compressed-odd-rows": Case(
+        "compressed-tensors", group_size=-1, symmetric=False, values={"intermediate_size": 100, "tie_word_embeddings": True}
+    ),
+    "mxfp4": Case("mxfp4", "gpt_oss"),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A case, its folder, the plain model that it stands for and that model's weights; leave them as you found them."""
+    folder = tmp_path_factory.mktemp(request.param) / "checkpoint"
+    return CASES[request.param], folder, *write(folder, CASES[request.param])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A GPTQ checkpoint to damage."""
+    return copy_of(Case("gptq"), tmp_path)
+
+
+def copy_of(case: Case, tmp_path: Path) -> Path:
+    write(tmp_path / "checkpoint", case)
+    return tmp_path / "checkpoint"
+
+
+def load(folder: Path, **kwargs: Any) -> PreTrainedModel:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "specdec keeps in full precision")
+        return load_quantized(folder, **kwargs)
+
+
+def in_full_precision(model: PreTrainedModel) -> PreTrainedModel:
+    for module in model.modules():
+        if isinstance(module, Int4Linear):
+            module.use_kernel = False
+    return model
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    """Of all real positions of three uneven prompts."""
+    batch = prompts(3)
+    with torch.no_grad():
+        return model(**batch).logits[batch["attention_mask"].bool()].float()
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    """Bit for bit, dtypes included."""
+
+    def bits(value: Tensor) -> tuple[Any, ...]:
+        return value.dtype, tuple(value.shape), value.contiguous().flatten().view(torch.uint8).tolist()
+
+    return ours.keys() == theirs.keys() and all(bits(value) == bits(theirs[name]) for name, value in ours.items())
+
+
+def test_weights_are_those_of_the_format_bit_for_bit(written: Any) -> None:
+    case, folder, _, dense = written
+    model = load(folder)
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Int4Linear):
+            assert module.weight_scale.dtype == case.dtype
+            assert (module.weight_zero is None) == case.symmetric
+            assert (module.weight_perm is not None) == case.act_order
+            found[f"{name}.weight"] = module.dequantize()
+        if isinstance(module, Int4Experts):
+            found |= {f"{name}.{part}": module.int4(part).dequantize().mT for part in ("gate_up_proj", "down_proj")}
+    expected = {name: value for name, value in dense.items() if "block_sparse_moe" not in name}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].equal(value.to(found[name].dtype)), name
+
+
+def test_logits_are_those_of_the_plain_model(written: Any) -> None:
+    _, folder, plain, _ = written
+    model = in_full_precision(load(folder, dtype=torch.float32, attn_implementation="eager"))
+    assert model.config._attn_implementation == "eager"
+    torch.testing.assert_close(logits(model), logits(plain), atol=1e-4, rtol=0)
+
+
+def test_logits_with_the_kernel_are_close(written: Any) -> None:
+    _, folder, plain, _ = written
+    expected = logits(plain)
+    error = (logits(load(folder, dtype=torch.float32)) - expected).abs()
+    assert error.mean() < 0.04 * expected.abs().mean()
+
+
+def test_saved_and_loaded_again_it_is_the_same(written: Any, tmp_path: Path) -> None:
+    _, folder, _, _ = written
+    model = load(folder)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "specdec_int4"
+    assert same(model.state_dict(), again.state_dict())
+    assert again.dtype == model.dtype
+
+
+def test_the_model_knows_where_it_came_from(written: Any) -> None:
+    _, folder, _, _ = written
+    model = load(folder)
+    assert model.name_or_path == model.config.name_or_path == str(folder)
+    assert model.generation_config.max_length == 77
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert load(folder, dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_generates_what_plain_decoding_does(tmp_path: Path) -> None:
+    model = load(copy_of(CASES["gptq-act-order"], tmp_path))
+    batch = prompts(3)
+    expected = model.generate(**batch, max_new_tokens=12, do_sample=False)
+    specdec.enable(model, "prompt_lookup", num_draft_tokens=3)
+    assert model.generate(**batch, max_new_tokens=12, do_sample=False).equal(expected)
+
+
+def test_shards_and_a_config_beside(folder: Path) -> None:
+    whole = load(folder).state_dict()
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    (folder / "model.safetensors").unlink()
+    shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}  # the parts of a layer lie apart
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, folder / file)
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    del settings["quant_method"], settings["checkpoint_format"]
+    edit_config(folder, quantization_config=None)
+    (folder / "quantize_config.json").write_text(json.dumps(settings))
+    assert same(load(folder).state_dict(), whole)
+
+
+def test_the_checkpoints_dtype_where_the_config_names_none(folder: Path) -> None:
+    edit_config(folder, dtype=None)
+    edit_tensors(
+        folder, **{n: v.bfloat16() for n, v in load_file(folder / "model.safetensors").items() if v.dtype == torch.float32}
+    )
+    assert load(folder).dtype == torch.bfloat16
+
+
+def test_symmetric_zero_points_of_the_other_version(folder: Path) -> None:
+    """There are checkpoints that say gptq and hold gptq_v2's zero points."""
+    expected = load(folder).state_dict()
+    edit_config(folder, quantization_config=quantization_config(Case("gptq", version="gptq_v2")))
+    assert same(load(folder).state_dict(), expected)
+
+
+def test_compressed_tensors_as_early_versions_wrote_them(tmp_path: Path) -> None:
+    """Zero points not packed, an order that was never set, and layers of two group sizes."""
+    folder = copy_of(CASES["compressed-asym"], tmp_path)
+    model = load(folder)
+    expected = model.state_dict()
+    name = "model.layers.0.mlp.up_proj"
+    zero = (model.get_submodule(name).weight_zero.int() - 8).to(torch.int8)
+    unset = {f"{name}.weight_g_idx": torch.full((64,), -1, dtype=torch.int32)}
+    edit_tensors(folder, **{f"{name}.weight_zero_point": zero}, **unset)
+    settings = quantization_config(CASES["compressed-asym"])
+    group = settings["config_groups"]["group_0"]
+    other = group | {"weights": group["weights"] | {"group_size": 64}}
+    edit_config(folder, quantization_config=settings | {"config_groups": {"group_0": group, "group_1": other}})
+    assert same(load(folder).state_dict(), expected)
+
+
+def test_biases_of_zeros_for_layers_without_one(folder: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.bias"
+    edit_tensors(folder, **{name: torch.zeros(64)})
+    assert name not in load(folder).state_dict()
+    edit_tensors(folder, **{name: torch.ones(64)})
+    with pytest.raises(ValueError, match=f"{name}, this model has none"):
+        load(folder)
+
+
+def test_experts_in_full_precision_are_told_of_once(tmp_path: Path) -> None:
+    folder = copy_of(CASES["gptq-experts"], tmp_path)
+    with pytest.warns(UserWarning, match=r"full precision: model.layers.0.block_sparse_moe.experts.0.w1, .* 21 more") as caught:
+        load_quantized(folder)
+    assert len([warning for warning in caught if "specdec" in str(warning.message)]) == 1
+
+
+def test_layers_without_a_place_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit_config(folder, num_hidden_layers=1)
+    with pytest.raises(ValueError, match=r"has 4-bit parts for model.layers.1.mlp.down_proj, where this model has no layer"):
+        load_quantized(folder)
+    ignored = [r"model\.layers\.1\."]  # as a family's own code says of layers for training alone
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", ignored)
+    assert len(load_quantized(folder).model.layers) == 1
+
+
+def test_a_plain_checkpoint_is_quantized(tmp_path: Path) -> None:
+    make_model("llama", **CASES["gptq"].values, hidden_size=64, intermediate_size=128, num_hidden_layers=1).save_pretrained(
+        tmp_path
+    )
+    model = load(tmp_path, config=Int4Config(group_size=64, symmetric=False))
+    layer = model.model.layers[0].mlp.down_proj
+    assert isinstance(layer, Int4Linear)
+    assert (layer.group_size, layer.weight_zero is None) == (64, False)
+    model.save_pretrained(tmp_path / "ours")
+    assert same(load(tmp_path / "ours").state_dict(), model.state_dict())
+    with pytest.raises(ValueError, match="quantized already, by specdec_int4; leave config out"):
+        load(tmp_path / "ours", config=Int4Config())
+
+
+# What the formats' own libraries make of it.
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_compressed_tensors_own_library(symmetric: bool, group_size: int, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    case = Case("compressed-tensors", symmetric=symmetric, group_size=group_size, values={"num_hidden_layers": 1})
+    settings = quantization_config(case)["config_groups"]["group_0"]
+    scheme = QuantizationScheme(**settings)
+    folder = copy_of(case, tmp_path)
+    name = "model.layers.0.mlp.gate_proj"
+    weight = random_weight(96, 64, case, torch.Generator().manual_seed(3))
+    theirs = PackedQuantizationCompressor.compress(
+        {
+            "weight": weight.dense().to(case.dtype),
+            "weight_scale": weight.scale,
+            "weight_zero_point": (weight.zero - 8).to(torch.int8),
+        },
+        scheme,
+    )
+    ours = write_compressed(weight, case)
+    assert all(theirs[part].equal(ours[part]) for part in ours)
+    edit_tensors(folder, **{f"{name}.{part}": theirs[part] for part in ours})
+    dense = PackedQuantizationCompressor.decompress(theirs, scheme)["weight"]
+    assert load(folder).get_submodule(name).dequantize().equal(dense)
+
+
+def test_mxfp4_as_transformers_reads_it(tmp_path: Path) -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    folder = copy_of(CASES["mxfp4"], tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.experts"
+    experts = load(folder).get_submodule(name)
+    for part in ("gate_up_proj", "down_proj"):
+        theirs = convert_moe_packed_tensors(tensors[f"{name}.{part}_blocks"], tensors[f"{name}.{part}_scales"])
+        assert experts.int4(part).dequantize(torch.bfloat16).mT.equal(theirs)
+
+
+def test_mxfp4_stays_in_four_bits(tmp_path: Path) -> None:
+    experts = load(copy_of(CASES["mxfp4"], tmp_path)).model.layers[0].mlp.experts
+    assert isinstance(experts, Int4Experts)
+    assert isinstance(experts.int4("down_proj"), Int4Tensor)
+    assert experts.int4("down_proj").nbytes < 0.6 * experts.num_experts * 64 * 96
+
+
+# What cannot be read.
+
+Q_PROJ = "model.layers.1.self_attn.q_proj"
+
+
+def damaged(match: str, folder: Path, **changes: Tensor | None) -> None:
+    edit_tensors(folder, **changes)
+    with pytest.raises(ValueError, match=match):
+        load(folder)
+
+
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales"])
+def test_a_missing_companion(part: str, folder: Path) -> None:
+    damaged(rf"no {Q_PROJ}\.{part} beside {Q_PROJ}\.\w+; .*download it again", folder, **{f"{Q_PROJ}.{part}": None})
+
+
+def test_a_missing_order(tmp_path: Path) -> None:
+    folder = copy_of(CASES["gptq-act-order"], tmp_path)
+    damaged(rf"no {Q_PROJ}\.g_idx beside", folder, **{f"{Q_PROJ}.g_idx": None})
+
+
+@pytest.mark.parametrize("part", ["weight_packed", "weight_scale", "weight_shape", "weight_zero_point"])
+def test_a_missing_companion_in_compressed_tensors(part: str, tmp_path: Path) -> None:
+    folder = copy_of(CASES["compressed-asym"], tmp_path)
+    damaged(rf"no {Q_PROJ}\.{part} beside", folder, **{f"{Q_PROJ}.{part}": None})
+
+
+@pytest.mark.parametrize("part", ["blocks", "scales"])
+def test_a_missing_companion_in_mxfp4(part: str, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.experts.down_proj"
+    damaged(rf"no {name}_{part} beside", copy_of(CASES["mxfp4"], tmp_path), **{f"{name}_{part}": None})
+
+
+@pytest.mark.parametrize("name", [f"{Q_PROJ}.qweight", "model.norm.weight", "model.embed_tokens.weight"])
+def test_a_missing_tensor(name: str, folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    gone = {other: None for other in tensors if other.startswith(name.removesuffix("qweight"))}
+    damaged(f"lacks {name.replace('qweight', 'weight')}|lacks the 4-bit parts of {Q_PROJ}", folder, **gone)
+
+
+def test_a_wrong_shape(folder: Path) -> None:
+    damaged(
+        rf"{Q_PROJ}\.scales is torch.float16 \[2, 60\], but must be .* \[2, 64\]",
+        folder,
+        **{f"{Q_PROJ}.scales": torch.ones(2, 60).half()},
+    )
+
+
+def test_a_weight_of_another_model(folder: Path) -> None:
+    edit_config(folder, intermediate_size=128)
+    damaged(r"mlp\.down_proj\.qweight is of a weight \[64, 96\], but this model has \[64, 128\]", folder)
+
+
+def test_a_wrong_dtype(folder: Path) -> None:
+    damaged(
+        rf"{Q_PROJ}\.qweight is torch.int64 .* must be torch.int32", folder, **{f"{Q_PROJ}.qweight": torch.ones(8, 64).long()}
+    )
+
+
+@pytest.mark.parametrize("value", [torch.ones(60), torch.ones(64, dtype=torch.int32)])
+def test_a_plain_tensor_of_wrong_shape_or_dtype(value: Tensor, folder: Path) -> None:
+    damaged(r"model.norm.weight is torch\.\w+ \[6\d\], but this model has \[64\]", folder, **{"model.norm.weight": value})
+
+
+def test_an_order_of_uneven_groups(folder: Path) -> None:
+    order = torch.zeros(64, dtype=torch.int32)
+    damaged(rf"{Q_PROJ}\.g_idx must put 32 input columns into each of 2 groups", folder, **{f"{Q_PROJ}.g_idx": order})
+    damaged(rf"{Q_PROJ}\.g_idx must put 32 input columns", folder, **{f"{Q_PROJ}.g_idx": order - 1})
+
+
+def test_a_ragged_last_group(folder: Path) -> None:
+    edit_config(folder, quantization_config=quantization_config(Case("gptq", group_size=64)))
+    damaged(r"model.layers.0.mlp.down_proj has 96 input columns, which group_size=64 does not divide", folder)
+
+
+def test_a_group_size_that_is_not_the_tensors(folder: Path) -> None:
+    edit_config(folder, quantization_config=quantization_config(Case("gptq", group_size=-1)))
+    damaged(r"\.scales has 3 groups, but 96 input columns in groups of -1 make 1", folder)
+
+
+def test_mxfp4_of_another_model(tmp_path: Path) -> None:
+    folder = copy_of(CASES["mxfp4"], tmp_path)
+    edit_config(folder, intermediate_size=128)
+    damaged(r"experts.down_proj_blocks is of experts \[4, 64, 96\], but this model has \[4, 64, 128\]", folder)
+    edit_config(folder, intermediate_size=96)
+    zeros = torch.zeros(4, 64, 3, 16, dtype=torch.uint8)
+    blocks = {"model.norm_blocks": zeros, "model.norm_scales": zeros[..., 0].contiguous()}
+    damaged("model.norm_blocks has no place in this model; MXFP4 is read for gpt_oss", folder, **blocks)
+
+
+def test_a_quantized_head_that_is_tied(tmp_path: Path) -> None:
+    folder = copy_of(replace(CASES["gptq-head"], values={"vocab_size": 104}), tmp_path)
+    edit_config(folder, tie_word_embeddings=True)
+    damaged("lm_head is quantized, but config.json ties it", folder)
+
+
+def test_files_that_cannot_be_read(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    damaged_file(r"model.safetensors cannot be read \(.*\); .*download it again", folder)
+    file.write_bytes(b"")
+    damaged_file("model.safetensors cannot be read", folder)
+    file.unlink()
+    damaged_file("has no weights, no", folder)
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    damaged_file(r"only pytorch_model.bin; a pickle can run code and is not read, so convert it to safetensors", folder)
+
+
+def test_an_index_that_does_not_fit(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    names = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
+    index.write_text(json.dumps({"weight_map": names | {"lm_head.weight": "model-2.safetensors"}}))
+    damaged_file("model.safetensors.index.json names model-2.safetensors, which is not in", folder)
+    index.write_text(json.dumps({"weight_map": names | {"model.more": "model.safetensors"}}))
+    damaged_file("model.safetensors has no model.more, where the index names it", folder)
+    index.unlink()
+    shutil.move(folder / "model.safetensors", folder / "a.safetensors")
+    shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
+    damaged_file("has several safetensors files and no index", folder)
+
+
+def damaged_file(match: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=match):
+        load(folder)
+
+
+WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+
+
+def compressed(weights: dict[str, Any] | None = None, group: dict[str, Any] | None = None, **values: Any) -> dict[str, Any]:
+    groups = {"group_0": {"targets": ["Linear"], "weights": WEIGHTS | (weights or {})} | (group or {})}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups} | values
+
+
+GPTQ = quantization_config(Case("gptq"))
+AWQ = quantization_config(Case("awq"))
+UNREAD = [
+    (GPTQ | {"bits": 8}, r"gptq checkpoint has bits=8; only 4"),
+    ({"quant_method": "gptq"}, r"gptq checkpoint has bits=None; only 4"),
+    (GPTQ | {"checkpoint_format": "marlin"}, r"checkpoint_format='marlin'; only 'gptq' or 'gptq_v2'"),
+    (GPTQ | {"group_size": 16}, r"gptq checkpoint has group_size=16; only 32 or 64 or 128 or -1"),
+    (AWQ | {"bits": 3}, r"awq checkpoint has bits=3"),
+    (AWQ | {"version": "GEMV"}, r"awq checkpoint has version='gemv'; only 'gemm'"),
+    (AWQ | {"backend": "llm-awq"}, r"backend='llm-awq'"),
+    (compressed(format="marlin-24"), r"compressed-tensors checkpoint has format='marlin-24'; only 'pack-quantized'"),
+    (compressed(group={"format": "int-quantized"}), r"format='int-quantized'"),
+    (compressed({"num_bits": 8}), r"num_bits=8"),
+    (compressed({"type": "float"}), r"type='float'; only 'int'"),
+    (compressed({"strategy": "tensor"}), r"strategy='tensor'; only 'group' or 'channel'"),
+    (compressed(group={"input_activations": {"num_bits": 8}}), r"input_activations="),
+    (compressed(group={"output_activations": {"num_bits": 8}}), r"output_activations="),
+    (compressed(group={"weights": None}), r"num_bits=None"),
+    (compressed(kv_cache_scheme={"num_bits": 8}), r"kv_cache_scheme="),
+    (compressed(transform_config={"config_groups": {"u": {}}}), r"config_groups="),
+    (compressed(sparsity_config={"format": "sparse-bitmask"}), r"format='sparse-bitmask'"),
+    (compressed(config_groups={}), r"no config_groups"),
+    (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        r"quant_method='bitsandbytes' cannot be read, only 'gptq'.*full precision",
+    ),
+    ({"quant_method": "fp8"}, r"quant_method='fp8' cannot be read"),
+    ({"quant_method": "hqq"}, r"quant_method='hqq' cannot be read"),
+    ({"bits": 4}, r"quant_method=None cannot be read"),
+]
+
+
+@pytest.fixture(scope="module")
+def any_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_of(Case("gptq", values={"num_hidden_layers": 1}), tmp_path_factory.mktemp("any"))
+
+
+@pytest.mark.parametrize(("settings", "match"), UNREAD, ids=[match for _, match in UNREAD])
+def test_formats_that_are_not_read(settings: dict[str, Any], match: str, any_folder: Path) -> None:
+    edit_config(any_folder, quantization_config=settings)
+    with pytest.raises(ValueError, match=match):
+        load(any_folder)
+
+
+def test_arguments_that_make_no_sense(folder: Path) -> None:
+    with pytest.raises(ValueError, match="quantized already, by gptq; leave config out"):
+        load(folder, config=Int4Config())
+    with pytest.raises(ValueError, match="takes no quantization_config; give an Int4Config as config="):
+        load(folder, quantization_config=Int4Config())
+    with pytest.raises(ValueError, match="takes no state_dict"):
+        load(folder, state_dict={})
+    with pytest.raises(ValueError, match="'no-such/model' is no folder here and cannot be had from the hub"):
+        load("no-such/model")
+    with pytest.raises(ValueError, match=r"'\./no/such/folder' is no folder here"):
+        load("./no/such/folder")
