@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import (
     EpsilonLogitsWarper,
@@ -47,6 +47,7 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.interfaces import Drafter, Outcome
 from specdec.models import ATTENTIONS, CachedModel, context_of, dynamic_rope_limit, unsupported
+from specdec.quant.checkpoints import load_as_it_is
 from specdec.sampling import Processor, Sampling
 from specdec.sequences import Sequences
 from specdec.speculative import speculate
@@ -481,7 +482,7 @@ def resolve_drafter(drafter: PreTrainedModel | Drafter | str | Path, model: PreT
 
 def _load_draft(name: str, model: PreTrainedModel) -> PreTrainedModel:
     try:
-        draft: Any = AutoModelForCausalLM.from_pretrained(name, dtype=model.dtype)
+        draft: Any = load_as_it_is(name, dtype=model.dtype)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"drafter={name!r} is not one of {sorted(NAMED_DRAFTERS)}, and no model could be loaded from it as a folder or"

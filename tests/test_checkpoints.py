@@ -219,6 +219,13 @@ def test_experts_in_full_precision_are_told_of_once(tmp_path: Path) -> None:
     assert len([warning for warning in caught if "specdec" in str(warning.message)]) == 1
 
 
+def test_a_draft_may_be_such_a_checkpoint(folder: Path) -> None:
+    target = load_quantized(folder)
+    specdec.enable(target, folder, num_draft_tokens=3)
+    target.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=9, do_sample=False)
+    assert specdec.last_stats(target).draft_acceptance_rate == 1.0
+
+
 def test_layers_without_a_place_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit_config(folder, num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"has 4-bit parts for model.layers.1.mlp.down_proj, where this model has no layer"):

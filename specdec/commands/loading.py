@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from specdec.quant.checkpoints import load_quantized
+from specdec.quant.checkpoints import load_as_it_is
 
 
 def load(name: str, dtype: str, device: str) -> PreTrainedModel:
     """A model from a folder or hub id. dtype: "auto" (the checkpoint's own) or a torch dtype's name."""
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        is_quantized = getattr(AutoConfig.from_pretrained(name), "quantization_config", None) is not None
-        model: Any = (load_quantized if is_quantized else AutoModelForCausalLM.from_pretrained)(name, dtype=torch_dtype)
+        model: Any = load_as_it_is(name, dtype=torch_dtype)
     except (OSError, ValueError) as error:
         raise ValueError(f"no model could be loaded from {name!r}: {str(error).partition(chr(10))[0]}") from error
     return model.to(device).eval()  # type: ignore[no-any-return]

@@ -81,6 +81,14 @@ def load_quantized(path: str | Path, config: Int4Config | None = None, **kwargs:
     return model
 
 
+def load_as_it_is(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """The model of a checkpoint, in the precision that it comes in: 4 bits where it is quantized, full precision where not."""
+    is_quantized = getattr(AutoConfig.from_pretrained(path), "quantization_config", None) is not None
+    load: Any = load_quantized if is_quantized else AutoModelForCausalLM.from_pretrained
+    model: PreTrainedModel = load(path, **kwargs)
+    return model
+
+
 def _folder(path: str | Path, hub: dict[str, Any]) -> Path:
     """The checkpoint's folder; a hub id is downloaded, or found in the cache."""
     if Path(path).is_dir():

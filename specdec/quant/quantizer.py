@@ -146,7 +146,10 @@ class Int4Quantizer(HfQuantizer):
                 scale = torch.empty(rows, columns // size, dtype=torch.bfloat16)
                 zero = None if self.quantization_config.symmetric else torch.empty(scale.shape, dtype=torch.uint8)
                 int4 = Int4Tensor(torch.empty(rows, columns // 2, dtype=torch.uint8), scale, zero)
-            model.set_submodule(name, Int4Linear(int4, layer.bias))
+            empty = Int4Linear(int4, layer.bias)
+            # As what comes from the file, until it is quantized: some transformers cast a tensor to the dtype that waits for it.
+            empty.weight = nn.Parameter(torch.empty(rows, columns, dtype=layer.weight.dtype, device="meta"), requires_grad=False)
+            model.set_submodule(name, empty)
         _settle(self.quantization_config, left_out)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -169,6 +172,11 @@ class Int4Quantizer(HfQuantizer):
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         module_name, _, part = param_name.rpartition(".")
         return not self.pre_quantized and part == "weight" and isinstance(model.get_submodule(module_name), Int4Linear)
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes a weight that waits to be quantized will have, for device maps."""
+        return 0.57
 
     def get_quantize_ops(self) -> Quantize:
         return Quantize(self)
