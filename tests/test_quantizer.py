@@ -259,15 +259,12 @@ def test_a_broken_checkpoint_raises(tmp_path: Path, name: str) -> None:
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_a_missing_plain_weight_is_not_made_up_silently(tmp_path: Path) -> None:
-    """A skipped layer that is missing is transformers' to report; a 4-bit one that got lost while loading is ours."""
-    folder = broken(tmp_path / "broken", lambda t: None)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    layer = model.model.layers[0].self_attn.q_proj
-    layer.weight_scale = torch.nn.Parameter(torch.empty_like(layer.weight_scale), requires_grad=False)
-    layer.weight_scale._is_hf_initialized = False
-    with pytest.raises(ValueError, match=rf"lacks {Q}\.weight_scale"):
-        model.hf_quantizer._process_model_after_weight_loading(model)
+def test_a_weight_that_is_missing_while_it_is_to_be_quantized(saved: Path) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    del tensors[f"{Q}.weight"]
+    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"lacks {Q}\.weight.*would be garbage"):
+        AutoModelForCausalLM.from_pretrained(saved, quantization_config=SMALL)
 
 
 def test_a_format_version_of_the_future(tmp_path: Path) -> None:

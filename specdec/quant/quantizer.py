@@ -121,12 +121,14 @@ class Int4Quantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Int4Config, **kwargs: Any) -> None:
         super().__init__(copy.copy(quantization_config), **kwargs)
+        self.is_loading = False
         self.failures: list[ValueError] = []
         self.transposed: set[str] = set()  # GPT-2's Conv1D layers keep their weights [in, out]
         self.on_layer, self.tensors = quantization_config.on_layer, quantization_config.tensors
         self.quantization_config.on_layer = self.quantization_config.tensors = None
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        self.is_loading = True
         if self.pre_quantized:
             tensors = _meta_tensors(checkpoint_files) if self.tensors is None else self.tensors
             self.quantization_config.skip_modules = place_parts(model, tensors, self.quantization_config.skip_modules)
@@ -159,12 +161,12 @@ class Int4Quantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, Int4Linear | Int4Experts):
                 for part, value in module.named_parameters(recurse=False):
-                    if value.is_meta or not getattr(value, "_is_hf_initialized", True):
+                    if self.is_loading and not getattr(value, "_is_hf_initialized", False):  # made up by transformers
                         missing.append(f"{name}.{part}")
                     value.requires_grad_(False)
         if missing:
             raise ValueError(f"the checkpoint lacks {some(missing)}; without it the layer's weights would be garbage")
-        self.on_layer = self.tensors = None
+        self.is_loading, self.on_layer, self.tensors = False, None, None
         self.quantization_config.parts = _count_parts(model)
         finish(model)
         return model
