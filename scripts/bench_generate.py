@@ -76,6 +76,7 @@ def main() -> None:
     if args.quick:
         args.rounds, args.max_new_tokens = 2, 64
 
+    origin = provenance(args.device) | {"dtype": args.dtype}
     dtype = getattr(torch, args.dtype)
     tokenizer = AutoTokenizer.from_pretrained(args.target, padding_side="left")
     target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(args.device)
@@ -87,7 +88,7 @@ def main() -> None:
     results = []
     for batch in args.batch:
         results += measure(target, draft, tokenizer, texts, batch, args)
-    report = {"script": "bench_generate", "provenance": provenance(args.device) | {"dtype": args.dtype}, "results": results}
+    report = {"script": "bench_generate", "provenance": origin, "results": results}
     show(results)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -32,11 +32,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--output", type=Path, help="write the JSON there too")
     args = parser.parse_args()
+    origin = provenance("cpu")
     results = []
     for shape in args.shapes:
         columns, rows_out = map(int, shape.split("x"))
         results += measure(columns, rows_out, args)
-    report = {"script": "bench_int4", "provenance": provenance("cpu"), "group_size": args.group_size, "results": results}
+    report = {"script": "bench_int4", "provenance": origin, "group_size": args.group_size, "results": results}
     show(results)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

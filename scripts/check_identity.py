@@ -10,6 +10,7 @@ between the two best logits of plain decoding is told: near zero means that roun
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the JSON there too")
     args = parser.parse_args()
 
+    origin = provenance(args.device) | {"dtype": args.dtype}  # of the code that runs, whatever is committed meanwhile
     target = load(args.target, args.dtype, args.device)
     draft = args.draft if args.draft in ("prompt_lookup", "none") else load(args.draft, args.dtype, args.device)
     tokenizer = AutoTokenizer.from_pretrained(args.target)
@@ -57,8 +59,8 @@ def main() -> None:
 
     report = {
         "script": "check_identity",
-        "provenance": provenance(args.device) | {"dtype": args.dtype},
-        "target": args.target,
+        "provenance": origin,
+        "target": os.path.relpath(args.target) if os.path.isdir(args.target) else args.target,
         "prompts": len(prompts),
         "max_new_tokens": args.max_new_tokens,
         "identical": {name: len(prompts) - len(found) for name, found in divergences.items()},
