@@ -48,6 +48,8 @@ from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.interfaces import Drafter, Outcome
 from specdec.models import ATTENTIONS, CachedModel, context_of, dynamic_rope_limit, unsupported
 from specdec.quant.checkpoints import load_as_it_is
+from specdec.quant.quantizer import is_4bit
+from specdec.quant.rows import MAX_WINDOW
 from specdec.sampling import Processor, Sampling
 from specdec.sequences import Sequences
 from specdec.speculative import speculate
@@ -533,6 +535,11 @@ def _check_num_draft_tokens(num_draft_tokens: int, model: PreTrainedModel) -> No
     context = context_of(model)
     if context is not None and num_draft_tokens >= context:
         raise ValueError(f"num_draft_tokens={num_draft_tokens} does not fit the model's context of {context}; 2 to 8 is usual")
+    if num_draft_tokens >= MAX_WINDOW and is_4bit(model):
+        raise ValueError(
+            f"num_draft_tokens={num_draft_tokens} makes a window that a 4-bit model takes for a prompt, and rounds otherwise; the"
+            f" most is {MAX_WINDOW - 1}, and 2 to 8 is usual"
+        )
 
 
 def _check_prompt(prompt: Any) -> None:

@@ -13,7 +13,8 @@ from specdec.cache import RaggedCache, attention_kinds, attention_masks
 from specdec.quant import rows
 from specdec.quant.int4 import Int4Linear
 
-PREFILL_CHUNK = 1024  # positions a forward, so that a mask stays small: rows * 1024 * keys
+PREFILL_CHUNK = 1024  # positions a forward, where a mask of rows * positions * keys would be too large
+PREFILL_MASK = 1 << 26  # elements of a mask: a prompt of 8192 in one forward, as stock decoding runs it
 ATTENTIONS = ("sdpa", "eager", rows.ATTENTION)  # implementations that take a mask for each row
 LINEAR_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -54,7 +55,8 @@ class CachedModel:
         """
         logits = None
         positions = (last[:, None] - torch.arange(width - 1, -1, -1, device=last.device)).clamp(min=0)
-        for chunk in positions.split(PREFILL_CHUNK, dim=1) if width else ():
+        chunk_size = width if len(ids) * width**2 <= PREFILL_MASK else PREFILL_CHUNK
+        for chunk in positions.split(chunk_size, dim=1) if width else ():
             logits = self.forward(ids.gather(1, chunk), chunk, last_only=True)
         return logits
 

@@ -48,7 +48,7 @@ def test_a_model_differs_from_itself_by_nothing() -> None:
     assert quality.perplexity == quality.original_perplexity
 
 
-@pytest.mark.parametrize("max_tokens", [None, 1, 20, 64, 65])
+@pytest.mark.parametrize("max_tokens", [None, 2, 20, 64, 65])
 def test_a_text_is_read_in_windows(tmp_path: Path, max_tokens: int | None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(embedded.TARGET)
     text = tmp_path / "text"
@@ -108,6 +108,8 @@ def test_a_plain_model_is_quantized_here(capsys: pytest.CaptureFixture[str], tex
         ([str(ORIGINAL), "--original", str(ORIGINAL), "--text", __file__], "leave --original out"),
         ([str(ORIGINAL), "--text", "no/such-file"], "--text no/such-file is no file"),
         (["no/such-model", "--text", __file__], "no/such-model"),
+        ([str(ORIGINAL), "--text", __file__, "--context", "1"], "must be 2 or more"),
+        ([str(ORIGINAL), "--text", __file__, "--max-tokens", "0"], "must be 2 or more"),
     ],
 )
 def test_bad_input(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import os
 import pickle
 import subprocess
 import sys
 import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -145,7 +149,64 @@ def test_pickles_and_copies_hold_the_same_model() -> None:
             other.to(torch.float16)
 
 
+def test_a_pickle_holds_the_canonical_form_for_a_cpu_of_another_kind(tmp_path: Path) -> None:
+    """A kernel's layout goes by the vector width of the CPU; what is read elsewhere must not be in it."""
+    model = specdec.quantize(small(), SMALL)
+    ids = prompts(1)["input_ids"]
+    expected = model(ids).logits.detach()
+    torch.save((model, ids, expected), tmp_path / "model.pt")
+    code = """
+import sys, torch
+model, ids, expected = torch.load(sys.argv[1], weights_only=False)
+with torch.no_grad():
+    assert (model(ids).logits - expected).norm() / expected.norm() < 0.05
+"""
+    for capability in ("avx2", "default"):
+        command = [sys.executable, "-c", code, str(tmp_path / "model.pt")]
+        env = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+        subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, env=env)
+
+
+def test_a_4_bit_model_is_freed_when_nobody_holds_it() -> None:
+    gc.disable()
+    try:
+        model = specdec.quantize(small(), SMALL)
+        alive = weakref.ref(model)
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_threads_on_a_fresh_model_get_the_same_bits() -> None:
+    models = [specdec.quantize(small(), SMALL) for _ in range(2)]
+    ids = prompts(1)["input_ids"]
+
+    def logits(model: PreTrainedModel) -> torch.Tensor:
+        with torch.no_grad():
+            return model(ids).logits
+
+    expected = logits(models[0])
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: logits(models[1]), range(32)))
+    assert all(result.equal(expected) for result in results)
+
+
 # --- clear words ---
+
+
+def test_a_name_to_skip_that_is_not_there() -> None:
+    with pytest.raises(
+        ValueError, match=r"skip_modules names 'model\.layer\.0', but no linear layer of this model is called that"
+    ):
+        specdec.quantize(small(), Int4Config(32, skip_modules=["model.layer.0"]))
+
+
+def test_settings_of_the_wrong_kind() -> None:
+    with pytest.raises(ValueError, match="symmetric='no' must be True or False"):
+        Int4Config(symmetric="no")
+    with pytest.raises(TypeError, match="config must be an Int4Config, got dict"):
+        specdec.quantize(small(), {"group_size": 32})
 
 
 def test_a_group_size_that_divides_nothing() -> None:

@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import specdec
 from specdec.cache import attention_masks
-from specdec.quant.rows import KEYS, MAX_WINDOW, RowLinear, by_phase, row_attention
+from specdec.quant.rows import ATTENTION, KEYS, MAX_WINDOW, RowLinear, by_phase, row_attention
 from tests.drafters import Random
+from tests.families import make_model
 
 MODULE = SimpleNamespace(is_causal=True, training=False)
 
@@ -110,7 +111,13 @@ def llama() -> LlamaForCausalLM:
     """A llama whose widths are as real ones', multiples of 32: element-wise functions treat the rest of a tensor otherwise."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
     )
     model = LlamaForCausalLM(config).eval()
     for parameter in model.parameters():
@@ -118,6 +125,70 @@ def llama() -> LlamaForCausalLM:
             torch.nn.init.normal_(parameter, std=0.08)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     return specdec.quantize(model, specdec.Int4Config(group_size=32))
+
+
+SLIDING = {"use_sliding_window": True, "sliding_window": 96, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.filterwarnings("ignore:specdec keeps in full precision")
+@pytest.mark.parametrize(
+    ("model_type", "values"), [("mistral", {"sliding_window": 96}), ("qwen3", SLIDING), ("gemma3_text", SLIDING)]
+)
+@pytest.mark.parametrize("prompt_length", [70, 100, 150])
+def test_a_sliding_window_is_read_in_the_same_blocks(model_type: str, values: dict[str, object], prompt_length: int) -> None:
+    """The stock loop's sliding cache hands over the last keys alone, ours all of them behind a mask."""
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    sizes |= {"head_dim": 32, "vocab_size": 512, "max_position_embeddings": 512}
+    model = make_model(model_type, **sizes | values)
+    specdec.quantize(model, specdec.Int4Config(group_size=32))
+    assert model.config._attn_implementation == ATTENTION
+    ids = torch.randint(3, 512, (1, prompt_length), generator=torch.Generator().manual_seed(0))
+    call = {"max_new_tokens": 60, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    stock = model.generate(ids, **call)
+    for drafter, k in (("none", 1), (model, 5)):
+        specdec.enable(model, drafter, num_draft_tokens=k)
+        ours = model.generate(ids, **call)
+        specdec.disable(model)
+        assert torch.stack(ours.logits).equal(torch.stack(stock.logits)), (drafter, k)
+
+
+@pytest.mark.filterwarnings("ignore:specdec keeps in full precision")
+def test_long_prompts_start_as_the_stock_loops(llama: LlamaForCausalLM) -> None:
+    ids = torch.randint(3, 512, (1, 1100), generator=torch.Generator().manual_seed(0))
+    call = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    stock = llama.generate(ids, **call)
+    specdec.enable(llama, "prompt_lookup", num_draft_tokens=4)
+    ours = llama.generate(ids, **call)
+    specdec.disable(llama)
+    assert torch.stack(ours.logits).equal(torch.stack(stock.logits))
+
+
+@pytest.mark.filterwarnings("ignore:specdec keeps in full precision")
+def test_encoders_see_both_ways() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    model = BertModel(BertConfig(vocab_size=512, **sizes)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.25)
+    specdec.quantize(model, specdec.Int4Config(group_size=32))
+    ids = torch.randint(3, 512, (2, 20))
+    got = model(ids).last_hidden_state
+    model.set_attn_implementation("sdpa")
+    expected = model(ids).last_hidden_state
+    assert (got - expected).norm() / expected.norm() < 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:specdec keeps in full precision")
+def test_a_window_as_wide_as_a_prompt_is_refused(llama: LlamaForCausalLM) -> None:
+    with pytest.raises(ValueError, match="num_draft_tokens=64 makes a window that a 4-bit model takes for a prompt"):
+        specdec.enable(llama, "prompt_lookup", num_draft_tokens=64)
 
 
 @pytest.mark.filterwarnings("ignore:specdec keeps in full precision")

@@ -27,12 +27,17 @@ def run(options: argparse.Namespace) -> int:
     text = Path(options.text)
     if not text.is_file():
         raise ValueError(f"--text {text} is no file; name a plain text that is like what the model will write")
+    if options.context < 2 or (options.max_tokens is not None and options.max_tokens < 2):
+        raise ValueError("--context and --max-tokens must be 2 or more: one token to read, one to predict")
     dtype = options.dtype or ("float32" if options.device == "cpu" else "auto")
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True), transient=True
     ) as progress:
         task = progress.add_task(f"loading {options.model}", total=None)
         original, quantized = _pair(options, dtype)
+        widths = [model.config.get_text_config(decoder=True).vocab_size for model in (original, quantized)]
+        if widths[0] != widths[1]:
+            raise ValueError(f"the original's vocabulary has {widths[0]} ids, the 4-bit model's {widths[1]}; are they a pair?")
         tokenizer = AutoTokenizer.from_pretrained(options.original or options.model)
         windows = _windows(text, tokenizer, min(options.context, context_of(original) or options.context), options.max_tokens)
         quality = Quality()

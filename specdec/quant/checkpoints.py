@@ -273,10 +273,12 @@ def _compressed_scheme(settings: Mapping[str, Any]) -> Scheme:
         _require(method, group.get("weights") or {"num_bits": None}, num_bits=(4,), type=("int",), strategy=("group", "channel"))
     weights = [group["weights"] for group in groups]
     sizes = {(args.get("group_size") if args.get("strategy") == "group" else -1): None for args in weights}
-    symmetric = any(args.get("symmetric", True) for args in weights)
-    act_order = all(args.get("actorder") in ("group", "dynamic", True) for args in weights)
+    symmetric = {bool(args.get("symmetric", True)) for args in weights}
+    act_order = {args.get("actorder") in ("group", "dynamic", True) for args in weights}
+    if len(symmetric) > 1 or len(act_order) > 1:
+        raise ValueError(f"this {method} checkpoint has config_groups that differ in symmetric or actorder; that is not read")
     suffixes = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx")
-    return Scheme(suffixes, _compressed, tuple(sizes), symmetric, act_order=act_order)
+    return Scheme(suffixes, _compressed, tuple(sizes), symmetric.pop(), act_order=act_order.pop())
 
 
 def _compressed(layer: Layer, scheme: Scheme) -> Int4Tensor:
@@ -331,7 +333,11 @@ def _tensor_files(folder: Path) -> dict[str, Any]:
     index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
     listed = {}
     if index is not None:
-        listed = {name: folder / Path(file).name for name, file in json.loads(index.read_text())["weight_map"].items()}
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{index} is no index of safetensors files ({error!r}); {AGAIN}") from error
+        listed = {name: folder / Path(file).name for name, file in weight_map.items()}
         if missing := [file.name for file in sorted(set(listed.values())) if file not in files]:
             raise ValueError(f"{index.name} names {some(missing)}, which is not in {folder}; {AGAIN}")
         files = sorted(set(listed.values()))
@@ -377,6 +383,8 @@ def _convert(files: Mapping[str, Any], scheme: Scheme, skeleton: Any, dtype: tor
     dequantized, ignored = [], []
     for name, parts in layers.items():
         int4 = scheme.read(Layer(name, {suffix: files[part].get_tensor(part) for suffix, part in parts.items()}), scheme)
+        if not int4.scale.float().isfinite().all():
+            raise ValueError(f"the scales of {name} have NaN or infinite values; {AGAIN}")
         key, merged = place(f"{name}.weight")
         module = key.removesuffix(".weight")
         if int4.codebook is not None:

@@ -11,6 +11,7 @@ the weights are bit for bit what the checkpoint's own library makes of them.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -117,6 +118,7 @@ class Kernel(Protocol):
 
 
 KERNELS: list[type[Kernel]] = [CpuKernel]
+_LAYOUT_LOCK = threading.Lock()
 
 
 class Int4Linear(nn.Module):
@@ -196,12 +198,15 @@ class Int4Linear(nn.Module):
 
     def _enter_layout(self) -> None:
         """Bring the codes into the layout of this device's kernel, if it has one for them."""
-        self.has_looked = True
-        int4 = self.int4
-        self.kernel = next((kernel for kind in KERNELS if (kernel := kind.of(int4)) is not None), None)
-        if self.kernel is not None:
-            self.weight = nn.Parameter(self.kernel.weight, requires_grad=False)
-            self.kernel_scale = self.kernel.scale
+        with _LAYOUT_LOCK:
+            if self.has_looked:  # another thread was first
+                return
+            int4 = self.int4
+            kernel = next((kernel for kind in KERNELS if (kernel := kind.of(int4)) is not None), None)
+            if kernel is not None:
+                self.kernel, self.kernel_scale = kernel, kernel.scale
+                self.weight = nn.Parameter(kernel.weight, requires_grad=False)
+            self.has_looked = True
 
     def _leave_layout(self) -> None:
         """Bring the codes back into the canonical layout."""
@@ -209,6 +214,15 @@ class Int4Linear(nn.Module):
             self.weight = nn.Parameter(self.int4.weight, requires_grad=False)
             self.kernel = self.kernel_scale = None
         self.has_looked = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles and copies hold the canonical form: a kernel's layout may be another one where they are read."""
+        state = self.__dict__.copy()
+        if self.kernel is not None:
+            state["_parameters"] = self._parameters | {"weight": nn.Parameter(self.int4.weight, requires_grad=False)}
+            state["_buffers"] = self._buffers | {"kernel_scale": None}
+            state |= {"kernel": None, "has_looked": False}
+        return state
 
     def _apply(self, fn: Any, recurse: bool = True) -> Int4Linear:
         probe = fn(torch.empty(0, dtype=self.weight_scale.dtype, device=self.weight_scale.device))

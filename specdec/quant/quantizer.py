@@ -8,8 +8,8 @@ raises.
 from __future__ import annotations
 
 import copy
-import functools
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -50,6 +50,8 @@ class Int4Config(QuantizationConfigMixin):
     ) -> None:
         if group_size not in GROUP_SIZES:
             raise ValueError(f"group_size={group_size!r} is none of {', '.join(map(str, GROUP_SIZES))} (-1: one scale a row)")
+        if not isinstance(symmetric, bool):
+            raise ValueError(f"symmetric={symmetric!r} must be True or False")
         if isinstance(skip_modules, str):
             raise ValueError(f"skip_modules={skip_modules!r} must be a list of names, not one string")
         self.quant_method: Any = METHOD
@@ -203,9 +205,11 @@ def quantize(
     on_layer: called with the name of each layer done. Raises ValueError, leaving the model as it was, where it is quantized
     already or nothing in it can be.
     """
-    config = copy.copy(config) if config else Int4Config()
+    config = Int4Config() if config is None else copy.copy(config)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"quantize() takes a transformers model, got {type(model).__name__}")
+    if not isinstance(config, Int4Config):
+        raise TypeError(f"config must be an Int4Config, got {type(config).__name__}")
     if is_4bit(model):
         raise ValueError("the model is in 4 bits already; quantizing twice would only lose more")
     if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None) is not None:
@@ -316,17 +320,25 @@ def _empty(like: Tensor | None) -> Tensor | None:
 def finish(model: Any) -> None:
     """What every 4-bit model gets: row-invariant rooms, and a guard against casting it."""
     make_row_invariant(model)
-    # On the model itself: a layer can only object when the ones before it are cast already.
-    model.__dict__["_apply"] = functools.partial(_apply_unless_cast, model)
+    model.__dict__["_apply"] = _CastGuard(model)
 
 
-def _apply_unless_cast(model: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-    scales = {module.weight_scale.dtype for module in model.modules() if isinstance(module, Int4Linear)}
-    for dtype in scales:
-        cast = fn(torch.empty(0, dtype=dtype)).dtype
-        if cast != dtype:
-            raise ValueError(CAST.format(cast))
-    return type(model)._apply(model, fn, recurse)
+class _CastGuard:
+    """Stands for a model's _apply, through which every cast goes: a layer could object only when others are cast already."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = weakref.ref(model)
+
+    def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        model: Any = self.model()
+        for dtype in {module.weight_scale.dtype for module in model.modules() if isinstance(module, Int4Linear)}:
+            cast = fn(torch.empty(0, dtype=dtype)).dtype
+            if cast != dtype:
+                raise ValueError(CAST.format(cast))
+        return type(model)._apply(model, fn, recurse)
+
+    def __reduce__(self) -> Any:
+        return _CastGuard, (self.model(),)
 
 
 def linear_layers(model: Any) -> dict[str, Any]:
@@ -357,10 +369,14 @@ def shape_of(layer: Any) -> tuple[int, int]:
 def _choose(model: Any, config: Int4Config) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """The linear layers to quantize by name, and those left out by reason."""
     tied = tied_weights(model)
+    layers = linear_layers(model)
+    for pattern in config.skip_modules:
+        if all(should_convert_module(name, [pattern]) for name in layers):
+            raise ValueError(f"skip_modules names {pattern!r}, but no linear layer of this model is called that or lies below it")
     head = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
     chosen: dict[str, Any] = {}
     left_out: dict[str, list[str]] = {}
-    for name, layer in linear_layers(model).items():
+    for name, layer in layers.items():
         columns = shape_of(layer)[1]
         if name in head and f"{name}.weight" in tied:
             reason = "the output head shares the embedding's weights"

@@ -8,6 +8,10 @@ plain loop and speculation then write the same text, bit for bit.
 
 A window of more than 64 positions is prefill and runs at full speed; but its last position, the one that the first id is sampled
 from, is computed the decoding way, since that is how it is computed again when the first draft is verified.
+
+Element-wise functions are left alone. PyTorch computes the rest of a tensor that no vector fills in another way, so widths should
+be multiples of 32, as real models' are; three threads and more may cut even those unevenly, which has not been seen to reach a
+text.
 """
 
 from __future__ import annotations
@@ -63,44 +67,75 @@ def row_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention call: query [B, H, W, D], key, value [B, H', S, D], bool mask [B, 1, W, S] -> [B, W, H, D]."""
-    if query.device.type != "cpu" or (attention_mask is not None and attention_mask.dtype != torch.bool):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    length, width = key.shape[2], query.shape[2]
+
+    width, length = query.shape[2], key.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if query.device.type != "cpu" or (attention_mask is not None and attention_mask.dtype != torch.bool) or not causal:
+        stock = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal} | kwargs
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **stock)
     if attention_mask is None:
         attention_mask = torch.ones(width, length, dtype=torch.bool).tril(length - width)[None, None]
-    missing = -length % KEYS
-    if missing:  # a cache that hands over whole blocks of keys is spared the copy
-        key, value = F.pad(key, (0, 0, 0, missing)), F.pad(value, (0, 0, 0, missing))
-        attention_mask = F.pad(attention_mask, (0, missing))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-
+    if width > MAX_WINDOW:
+        missing = -length % KEYS  # sdpa sums otherwise over another number of keys; a cache of ours hands over whole blocks
+        whole = (F.pad(key, (0, 0, 0, missing)), F.pad(value, (0, 0, 0, missing))) if missing else (key, value)
+        mask = F.pad(attention_mask, (0, missing))
+        y, _ = sdpa_attention_forward(module, query, *whole, mask, dropout=dropout, scaling=scaling, **kwargs)
+        query, attention_mask = query[:, :, -1:], attention_mask[:, :, -1:]
+    # Blocks of keys begin at multiples of 128 of their positions, also where a sliding cache hands over the last ones alone.
+    first = max(int(position_ids[0, -1]) + 1 - length, 0) if position_ids is not None and position_ids.ndim == 2 else 0
+    blocks = _blocks(key, value, first % KEYS)
+    attention_mask = F.pad(attention_mask, (first % KEYS, -(first + length) % KEYS))
+    parts = [
+        _attend(query[:, :, at : at + BLOCK], blocks, attention_mask[:, :, at : at + BLOCK], scale)
+        for at in range(0, query.shape[2], BLOCK)
+    ]
+    decoded = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).transpose(1, 2)
     if width <= MAX_WINDOW:
-        blocks = [
-            _attend(query[:, :, at : at + BLOCK], key, value, attention_mask[:, :, at : at + BLOCK], scale)
-            for at in range(0, width, BLOCK)
-        ]
-        y = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
-        return y.transpose(1, 2).contiguous(), None
-    y, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    y[:, -1:] = _attend(query[:, :, -1:], key, value, attention_mask[:, :, -1:], scale).transpose(1, 2)
+        return decoded.contiguous(), None
+    y[:, -1:] = decoded
     return y, None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+def _blocks(key: Tensor, value: Tensor, missing: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values [B, H', S, D] in pieces of whole blocks of 128; only those at the ends are filled up, with a copy.
+
+    missing: how many slots the first block lacks before the first key.
+    """
+    head = min((KEYS - missing) % KEYS, key.shape[2]) if missing else 0
+    tail = (key.shape[2] - head) % KEYS
+    pieces = []
+    if head:
+        behind = KEYS - missing - head
+        pieces.append((F.pad(key[:, :, :head], (0, 0, missing, behind)), F.pad(value[:, :, :head], (0, 0, missing, behind))))
+    if key.shape[2] - head - tail:
+        middle = slice(head, key.shape[2] - tail)
+        pieces.append((key[:, :, middle], value[:, :, middle]))
+    if tail:
+        last = slice(key.shape[2] - tail, None)
+        pieces.append((F.pad(key[:, :, last], (0, 0, 0, KEYS - tail)), F.pad(value[:, :, last], (0, 0, 0, KEYS - tail))))
+    return pieces
+
+
+def _attend(query: Tensor, blocks: list[tuple[Tensor, Tensor]], mask: Tensor, scale: float) -> Tensor:
     """Up to 8 queries against whole blocks of 128 keys: a matmul's shape depends on neither their number nor the length."""
     batch, heads, width, dim = query.shape
-    kv_heads, length = key.shape[1], key.shape[2]
+    kv_heads = blocks[0][0].shape[1]
     group = heads // kv_heads  # query heads that share a key head stand as rows of one matmul
     rows = F.pad(query * scale, (0, 0, 0, BLOCK - width)).reshape(batch, kv_heads, group * BLOCK, dim)
-    scores = torch.matmul(rows, key.transpose(2, 3)).view(batch, kv_heads, group, BLOCK, length)[:, :, :, :width]
-    probs = scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min).softmax(-1, dtype=torch.float32).to(value.dtype)
-    probs = F.pad(probs, (0, 0, 0, BLOCK - width)).reshape(batch, kv_heads, group * BLOCK, length)
-    y = torch.matmul(probs[..., :KEYS], value[:, :, :KEYS])
-    for at in range(KEYS, length, KEYS):  # summed in the keys' order: blocks that are not seen yet add exact zeros
-        y = y + torch.matmul(probs[..., at : at + KEYS], value[:, :, at : at + KEYS])
+    scores = torch.cat([torch.matmul(rows, key.transpose(2, 3)) for key, _ in blocks], dim=-1)
+    scores = scores.view(batch, kv_heads, group, BLOCK, -1)[:, :, :, :width]
+    probs = scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min).softmax(-1, dtype=torch.float32).to(query.dtype)
+    probs = F.pad(probs, (0, 0, 0, BLOCK - width)).reshape(batch, kv_heads, group * BLOCK, -1)
+    values = [value for _, piece in blocks for value in piece.split(KEYS, dim=2)]
+    y = torch.matmul(probs[..., :KEYS], values[0])
+    for index, value in enumerate(values[1:], start=1):  # summed in the keys' order: blocks not seen yet add exact zeros
+        y = y + torch.matmul(probs[..., index * KEYS : (index + 1) * KEYS], value)
     return y.view(batch, heads, BLOCK, -1)[:, :, :width]
 
 
@@ -113,5 +148,7 @@ def make_row_invariant(model: Any) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = RowLinear
-    if model.config.get_text_config(decoder=True)._attn_implementation == "sdpa":
-        model.set_attn_implementation(ATTENTION)
+    config = model.config.get_text_config(decoder=True)
+    if config._attn_implementation == "sdpa":
+        below = [name for name in model.config.sub_configs if getattr(model.config, name, None) is config]
+        model.set_attn_implementation({below[0]: ATTENTION} if below else ATTENTION)  # a vision tower keeps its own
