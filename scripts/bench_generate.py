@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import specdec
 from specdec import embedded
 from specdec.provenance import provenance
+from specdec.quant.rows import ATTENTION
 
 
 class ForwardClock:
@@ -108,6 +109,8 @@ def measure(
     ]
     options = {"do_sample": False, "max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
     engines = {"plain": Engine(target, options)}
+    if target.config._attn_implementation == ATTENTION:  # what plain decoding would take, were it not to be row-invariant
+        engines["plain, sdpa attention"] = WithSdpa(target, options)
     if batch == 1:  # stock assisted decoding takes no batch
         engines["stock assisted, its defaults"] = StockAssisted(target, options, draft)
         for k in args.num_draft_tokens:
@@ -185,6 +188,16 @@ class Engine:
     def mean_acceptance_length(self) -> float | None:
         """Over all batches since it was entered; None where it is not told."""
         return None
+
+
+class WithSdpa(Engine):
+    """Plain decoding of a 4-bit model on a CPU with sdpa's attention in place of the row-invariant one."""
+
+    def __enter__(self) -> None:
+        self.target.set_attn_implementation("sdpa")
+
+    def __exit__(self, *_: object) -> None:
+        self.target.set_attn_implementation(ATTENTION)
 
 
 class StockAssisted(Engine):

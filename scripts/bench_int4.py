@@ -91,7 +91,7 @@ def timed(call: Callable[[], object]) -> float:
 def show(results: list[dict]) -> None:
     table = Table(title="one linear layer, medians")
     table.add_column("shape", no_wrap=True)
-    for column in ("rows", "int4, us", "bf16, us", "× bf16", "single rows", "bytes/weight"):
+    for column in ("rows", "int4, us", "bf16, us", "× bf16", "× one row", "B/weight"):
         table.add_column(column, justify="right")
     for r in results:
         table.add_row(

@@ -86,5 +86,7 @@ def test_links_lead_somewhere(name: str) -> None:
 def test_the_identical_texts_are_those_of_the_results_file() -> None:
     report = json.loads((RESULTS.parent / "check_identity.json").read_text(encoding="utf-8"))
     same = report["identical"]
-    expected = f"Of {report['prompts']} held-out prompts the embedded pair continued {same['K=2']} (K=2) and {same['K=5']} (K=5) with"
+    expected = (
+        f"Of {report['prompts']} held-out prompts the embedded pair continued {same['K=2']} (K=2) and {same['K=5']} (K=5) with"
+    )
     assert f"{expected} {report['max_new_tokens']} ids" in " ".join(README.split())
