@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -17,10 +18,12 @@ def provenance(device: str) -> dict[str, str | int | bool]:
     def git(*command: str) -> str:
         return subprocess.run(["git", *command], capture_output=True, text=True, check=False).stdout.strip()
 
+    # an installed command by its name, a script as it was called
+    program = [Path(sys.argv[0]).name] if Path(sys.argv[0]).is_absolute() else ["python", sys.argv[0]]
     return {
         "commit": git("rev-parse", "HEAD"),
         "dirty": bool(git("status", "--porcelain")),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join([*program, *sys.argv[1:]]),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),

@@ -203,6 +203,26 @@ def test_compressed_tensors_as_early_versions_wrote_them(tmp_path: Path) -> None
     assert same(load(folder).state_dict(), expected)
 
 
+def test_groups_of_layers_that_differ_in_symmetry_are_refused(tmp_path: Path) -> None:
+    """Which layer has which would have to be told apart, or a lost zero point would pass for a symmetric layer."""
+    folder = copy_of(CASES["compressed"], tmp_path)
+    settings = quantization_config(CASES["compressed"])
+    group = settings["config_groups"]["group_0"]
+    other = group | {"weights": group["weights"] | {"symmetric": False}}
+    edit_config(folder, quantization_config=settings | {"config_groups": {"group_0": group, "group_1": other}})
+    with pytest.raises(ValueError, match="config_groups that differ in symmetric or actorder"):
+        load(folder)
+
+
+def test_scales_that_are_not_finite_are_refused(folder: Path) -> None:
+    name = "model.layers.0.mlp.up_proj"
+    scales = load_file(folder / "model.safetensors")[f"{name}.scales"]
+    scales[0, 0] = torch.nan
+    edit_tensors(folder, **{f"{name}.scales": scales})
+    with pytest.raises(ValueError, match=f"the scales of {name} have NaN or infinite values"):
+        load(folder)
+
+
 def test_biases_of_zeros_for_layers_without_one(folder: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.bias"
     edit_tensors(folder, **{name: torch.zeros(64)})
@@ -296,7 +316,8 @@ def test_mxfp4_stays_in_four_bits(tmp_path: Path) -> None:
     experts = load(copy_of(CASES["mxfp4"], tmp_path)).model.layers[0].mlp.experts
     assert isinstance(experts, Int4Experts)
     assert isinstance(experts.int4("down_proj"), Int4Tensor)
-    assert experts.int4("down_proj").nbytes < 0.6 * experts.num_experts * 64 * 96
+    held = sum(value.nbytes for name, value in experts.named_parameters() if name in ("down_proj", "down_proj_scale"))
+    assert held < 0.6 * experts.num_experts * 64 * 96
 
 
 # What cannot be read.
@@ -415,6 +436,8 @@ def test_an_index_that_does_not_fit(folder: Path) -> None:
     damaged_file("model.safetensors.index.json names model-2.safetensors, which is not in", folder)
     index.write_text(json.dumps({"weight_map": names | {"model.more": "model.safetensors"}}))
     damaged_file("model.safetensors has no model.more, where the index names it", folder)
+    index.write_text("{}")
+    damaged_file("is no index of safetensors files .*weight_map", folder)
     index.unlink()
     shutil.move(folder / "model.safetensors", folder / "a.safetensors")
     shutil.copy(folder / "a.safetensors", folder / "b.safetensors")

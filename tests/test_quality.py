@@ -117,6 +117,14 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], arguments: list[str], mes
     assert message in capsys.readouterr().err
 
 
+def test_models_of_other_vocabularies_are_no_pair(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    make_model("llama", hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4).save_pretrained(
+        tmp_path
+    )
+    assert main(["audit", "quality", str(embedded.TARGET), "--original", str(tmp_path), "--text", __file__]) == 2
+    assert "the original's vocabulary has 101 ids, the 4-bit model's 4096" in capsys.readouterr().err
+
+
 def test_an_empty_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     assert main(["audit", "quality", str(ORIGINAL), "--text", str(tmp_path / "empty")]) == 2

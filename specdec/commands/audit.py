@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -18,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from specdec.commands.loading import load
 from specdec.commands.quantize import int4_config, weight_bytes
 from specdec.models import context_of
+from specdec.provenance import provenance
 from specdec.quant.quality import Quality, compare
 from specdec.quant.quantizer import is_4bit, quantize
 
@@ -41,14 +44,14 @@ def run(options: argparse.Namespace) -> int:
         tokenizer = AutoTokenizer.from_pretrained(options.original or options.model)
         windows = _windows(text, tokenizer, min(options.context, context_of(original) or options.context), options.max_tokens)
         quality = Quality()
-        total = options.max_tokens or len(tokenizer(text.read_text(encoding="utf-8")).input_ids)
-        progress.update(task, total=total)
+        progress.update(task, total=options.max_tokens or sum(len(ids) for ids in _lines(text, tokenizer)))
         for quality in compare(original, quantized, windows):
             progress.update(task, completed=quality.positions, description=f"KL {quality.mean_kl:.4f} nats")
     if quality.predicted == 0:
         raise ValueError(f"{text} has fewer than two tokens; nothing can be measured on it")
 
     report = {
+        "provenance": provenance(options.device) | {"dtype": dtype},
         "model": options.model,
         "original": options.original or options.model,
         "text": str(text),
@@ -117,22 +120,14 @@ def _pair(options: argparse.Namespace, dtype: str) -> tuple[PreTrainedModel, Pre
 
 
 def _windows(text: Path, tokenizer: Any, context: int, max_tokens: int | None) -> Iterator[Tensor]:
-    """The text in windows of ids [1, context], line by line, so that a long file is never in memory as a whole."""
-    ids: list[int] = []
-    left = max_tokens if max_tokens is not None else 1 << 62
+    """The text in windows of ids [1, context], int64; the last one may be shorter."""
+    ids = itertools.islice(itertools.chain.from_iterable(_lines(text, tokenizer)), max_tokens)
+    while window := list(itertools.islice(ids, context)):
+        yield torch.tensor([window])
 
-    def window(size: int) -> Tensor:
-        return Tensor(ids[:size]).long()[None]
 
+def _lines(text: Path, tokenizer: Any) -> Iterator[list[int]]:
+    """The ids of each line: a long file is never in memory as a whole."""
     with text.open(encoding="utf-8") as lines:
         for line in lines:
-            ids += tokenizer(line, add_special_tokens=False).input_ids
-            while len(ids) >= min(context, left) and left:
-                size = min(context, left)
-                yield window(size)
-                del ids[:size]
-                left -= size
-            if not left:
-                return
-    if ids:
-        yield window(min(len(ids), left))
+            yield tokenizer(line, add_special_tokens=False).input_ids

@@ -62,11 +62,6 @@ class Int4Tensor:
     def group_size(self) -> int:
         return 2 * self.weight.shape[-1] // self.scale.shape[-1]
 
-    @property
-    def nbytes(self) -> int:
-        parts = (self.weight, self.scale, self.zero, self.perm, self.codebook)
-        return sum(part.nbytes for part in parts if part is not None)
-
     def __getitem__(self, index: Any) -> Int4Tensor:
         """The same of some rows, or of one expert of [E, N, K]."""
         zero = None if self.zero is None else self.zero[index]

@@ -342,6 +342,7 @@ class _CastGuard:
 
 
 def linear_layers(model: Any) -> dict[str, Any]:
+    """The layers whose forward is x W^T + b, by name: what can be in four bits."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -410,6 +411,7 @@ def _settle(config: Int4Config, left_out: dict[str, list[str]]) -> None:
 
 
 def some(names: Sequence[str]) -> str:
+    """The first names of a list that may be long, for a message."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

@@ -72,7 +72,6 @@ def row_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention call: query [B, H, W, D], key, value [B, H', S, D], bool mask [B, 1, W, S] -> [B, W, H, D]."""
-
     width, length = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if query.device.type != "cpu" or (attention_mask is not None and attention_mask.dtype != torch.bool) or not causal:
@@ -107,7 +106,7 @@ def _blocks(key: Tensor, value: Tensor, missing: int) -> list[tuple[Tensor, Tens
 
     missing: how many slots the first block lacks before the first key.
     """
-    head = min((KEYS - missing) % KEYS, key.shape[2]) if missing else 0
+    head = min(KEYS - missing, key.shape[2]) if missing else 0
     tail = (key.shape[2] - head) % KEYS
     pieces = []
     if head:
