@@ -90,3 +90,10 @@ def test_the_identical_texts_are_those_of_the_results_file() -> None:
         f"Of {report['prompts']} held-out prompts the embedded pair continued {same['K=2']} (K=2) and {same['K=5']} (K=5) with"
     )
     assert f"{expected} {report['max_new_tokens']} ids" in " ".join(README.split())
+
+
+def test_the_quality_is_that_of_the_results_file() -> None:
+    report = json.loads((RESULTS.parent / "audit_quality.json").read_text(encoding="utf-8"))
+    worse = report["perplexity"] / report["original_perplexity"] - 1
+    expected = f"is {report['mean_kl']:.4f} nats (mean KL) and {100 * worse:.1f} % of perplexity away from its original on"
+    assert f"{expected} {report['tokens']:,} held-out tokens" in " ".join(README.split())
