@@ -113,25 +113,34 @@ def attention_kinds(config: PreTrainedConfig) -> set[str]:
 def attention_masks(
     positions: Tensor, key_length: int, config: PreTrainedConfig, kinds: Iterable[str], dtype: torch.dtype
 ) -> Tensor | dict[str, Tensor]:
-    """Finished 4-D masks [B, 1, W, S] for queries at positions [B, W] over slots 0 … S-1; a dict by kind where there are several.
+    """Finished 4-D masks for queries at positions [B, W] over slots 0 … S-1; a dict by kind where there are several.
 
-    bool (True = see), as sdpa takes them, or additive in a floating `dtype`, as eager attention does.
+    bool [B, 1, W, S] (True = see), as sdpa takes them; additive in a floating `dtype`, as eager attention does; or int32
+    [B, 2, W, 1], the first and the last slot that each query sees, as specdec/attention.py does.
     """
-    key = torch.arange(key_length, device=positions.device)
-    query = positions[:, None, :, None]
-    causal = key <= query
     masks = {}
     for kind in kinds:
         if kind == "sliding_attention":
-            mask = causal & (key > query - config.sliding_window)
+            first = (positions - config.sliding_window + 1).clamp(min=0)
         elif kind == "chunked_attention":
-            mask = causal & (key // config.attention_chunk_size == query // config.attention_chunk_size)
+            first = positions // config.attention_chunk_size * config.attention_chunk_size
         else:
-            mask = causal
+            first = torch.zeros_like(positions)
+        intervals = torch.stack([first, positions], dim=1)[..., None]
+        if dtype == torch.int32:
+            masks[kind] = intervals.int()
+            continue
+        mask = seen_slots(intervals, key_length)
         if dtype != torch.bool:
             mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
         masks[kind] = mask
     return masks if len(masks) > 1 else masks.popitem()[1]
+
+
+def seen_slots(intervals: Tensor, key_length: int) -> Tensor:
+    """bool [B, 1, W, S] of intervals [B, 2, W, 1]."""
+    slot = torch.arange(key_length, device=intervals.device)
+    return (slot >= intervals[:, :1]) & (slot <= intervals[:, 1:])
 
 
 def _grown(buffer: Tensor, needed: int) -> Tensor:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.attention import KEYS, lent, takes_intervals
 from specdec.cache import RaggedCache, attention_kinds, attention_masks
-from specdec.quant import rows
 from specdec.quant.int4 import Int4Linear
+from specdec.quant.rows import ATTENTION, MAX_WINDOW
 
 PREFILL_CHUNK = 1024  # positions a forward, where a mask of rows * positions * keys would be too large
 PREFILL_MASK = 1 << 26  # elements of a mask: a prompt of 8192 in one forward, as stock decoding runs it
-ATTENTIONS = ("sdpa", "eager", rows.ATTENTION)  # implementations that take a mask for each row
+ATTENTIONS = ("sdpa", "eager", ATTENTION)  # implementations that take a mask for each row
 LINEAR_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 # Relative error that a dtype's rounding explains; a wrong mask or cache is off by much more.
@@ -40,9 +42,9 @@ class CachedModel:
     def begin(self, batch_size: int) -> None:
         """Forget everything: an empty cache."""
         implementation = self.config._attn_implementation
-        self.cache = RaggedCache(rows.KEYS if implementation == rows.ATTENTION else 1)
-        additive = implementation == "eager"
-        self.mask_dtype = self.model.dtype if additive else torch.bool
+        self.cache = RaggedCache(KEYS if implementation == ATTENTION else 1)
+        self.mask_dtype = self.model.dtype if implementation == "eager" else torch.bool
+        self.takes_intervals = takes_intervals(self.model)
 
     def prefill(self, ids: Tensor, last: Tensor) -> Tensor | None:
         """Feed positions up to last [B] of ids [B, L]: -> logits [B, 1, V] behind `last`, None where there is nothing to feed."""
@@ -64,9 +66,11 @@ class CachedModel:
         """Run ids [B, W] at positions [B, W]: -> logits [B, W, V] float32, or [B, 1, V] of the last column."""
         window = self.cache.window
         window.move(positions)
+        decodes = self.takes_intervals and positions.shape[1] <= MAX_WINDOW
+        mask_dtype = torch.int32 if decodes else self.mask_dtype
         inputs: dict[str, Any] = {
             "input_ids": ids,
-            "attention_mask": attention_masks(positions, window.key_length, self.config, self.kinds, self.mask_dtype),
+            "attention_mask": attention_masks(positions, window.key_length, self.config, self.kinds, mask_dtype),
             "past_key_values": self.cache,
             "use_cache": True,
             "return_dict": True,
@@ -75,7 +79,7 @@ class CachedModel:
             inputs["position_ids"] = positions
         if last_only and "logits_to_keep" in self.parameters:
             inputs["logits_to_keep"] = 1
-        with torch.inference_mode():  # a tenth less per operator than no_grad
+        with lent(self.config) if decodes else nullcontext(), torch.inference_mode():  # a tenth less per operator than no_grad
             logits: Tensor = self.model(**inputs).logits
         logits = logits[:, -1:] if last_only else logits
         return logits.to(device=ids.device, dtype=torch.float32, copy=True)  # a copy is an ordinary tensor again

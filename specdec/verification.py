@@ -1,7 +1,8 @@
 """Rejection sampling: keep the longest prefix of a draft that leaves the target's distribution unchanged.
 
 Leviathan et al., Fast Inference from Transformers via Speculative Decoding (2023), and Chen et al., Accelerating Large Language
-Model Decoding with Speculative Sampling (2023). Pure functions of tensors: the randomness comes in as uniforms.
+Model Decoding with Speculative Sampling (2023). Pure functions of tensors: the randomness comes in as uniforms. On a CUDA device
+specdec_kernels.rejection does all of verify() in one launch; what stands here is its definition.
 
     p  target probability        q  draft probability        u  uniform in [0, 1)
     draft id x at position i is accepted      when u < p(x) / q(x), so never where p(x) = 0
@@ -12,6 +13,7 @@ Model Decoding with Speculative Sampling (2023). Pure functions of tensors: the 
 from __future__ import annotations
 
 import torch
+from specdec_kernels import rejection
 from torch import Tensor
 
 from specdec.interfaces import Draft, Verdict
@@ -24,6 +26,8 @@ def verify(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Verdict:
     target_probs: [B, K+1, V] float32, the target's distribution at each draft position and behind the last.
     uniforms: [B, K+1] float64 in [0, 1), one for each draft id and one for the recovered or bonus id.
     """
+    if _takes_kernel(target_probs):
+        return _verify_in_kernel(draft, target_probs, uniforms)
     num_ids = draft.ids.shape[1]
     ids = draft.ids[..., None]
     p = target_probs[:, :num_ids].gather(-1, ids)[..., 0]
@@ -48,13 +52,12 @@ def verify_greedy(draft: Draft, target_ids: Tensor) -> Verdict:
 
 
 def residual(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
-    """Distribution of the recovered id, normalize(max(0, p - q)): [..., V], [..., V] -> [..., V].
+    """Weights of the recovered id, max(0, p - q), not normalized: [..., V], [..., V] -> [..., V].
 
     Falls back to p where p == q in floating point, since no mass is left there.
     """
     excess = (target_probs - draft_probs).clamp(min=0)
-    mass = excess.sum(-1, keepdim=True)
-    return torch.where(mass > 0, excess / mass, target_probs)
+    return torch.where((excess > 0).any(-1, keepdim=True), excess, target_probs)
 
 
 def overlap(draft: Draft, target_probs: Tensor) -> Tensor:
@@ -82,3 +85,13 @@ def _leading(accept: Tensor, lengths: Tensor) -> Tensor:
     """How many are accepted before the first rejection, among those offered: [B, K] bool, [B] -> [B] int64."""
     offered = torch.arange(accept.shape[1], device=accept.device) < lengths[:, None]
     return (accept & offered).long().cumprod(1).sum(1)
+
+
+def _takes_kernel(target_probs: Tensor) -> bool:
+    return target_probs.shape[-1] <= rejection.MAX_VOCAB_SIZE and rejection.works_on(target_probs.device)
+
+
+def _verify_in_kernel(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Verdict:
+    probs = None if draft.probs is None else draft.probs.contiguous()
+    ids, lengths = draft.ids.contiguous(), draft.lengths.contiguous()
+    return Verdict(*rejection.verify(target_probs.contiguous(), ids, probs, lengths, uniforms.contiguous()))

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import specdec
+from specdec.attention import KEYS, row_attention
 from specdec.cache import attention_masks
-from specdec.quant.rows import ATTENTION, KEYS, MAX_WINDOW, RowLinear, by_phase, row_attention
+from specdec.quant.rows import ATTENTION, MAX_WINDOW, RowLinear, by_phase
 from tests.drafters import Random
 from tests.families import make_model
 

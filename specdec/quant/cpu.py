@@ -30,6 +30,7 @@ class CpuKernel:
     def __init__(self, int4: Int4Tensor, group_size: int) -> None:
         self.out_features, self.in_features = int4.weight.shape[0], 2 * int4.weight.shape[1]
         self.group_size = group_size
+        self.perm = int4.perm
         padding = -self.out_features % ROWS
         self.is_padded = padding > 0
         codes = F.pad(int4.codes(), (0, 0, 0, padding)).int()
@@ -55,13 +56,16 @@ class CpuKernel:
         nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).view(-1, self.in_features, len(order))
         return nibbles[:, :, order].transpose(1, 2).reshape(-1, self.in_features)[: stop - start]
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """x [..., K], columns in stored order -> [..., N] of the same dtype."""
-        rows = x.reshape(-1, self.in_features).bfloat16().contiguous()
-        y = torch._weight_int4pack_mm_for_cpu(rows, self.weight, self.group_size, self.scale)
+    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., K] -> x W^T + bias, [..., N] of the same dtype."""
+        rows = x.reshape(-1, self.in_features)
+        if self.perm is not None:
+            rows = rows[:, self.perm]
+        y = torch._weight_int4pack_mm_for_cpu(rows.bfloat16().contiguous(), self.weight, self.group_size, self.scale)
         if self.is_padded:
             y = y[:, : self.out_features]
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return y if bias is None else y + bias.to(y.dtype)
 
 
 @functools.cache

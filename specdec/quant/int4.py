@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.quant.cpu import CpuKernel
-from specdec.quant.rows import by_phase
+from specdec.quant.cuda import CudaKernel, Siblings
+from specdec.quant.rows import MAX_WINDOW, by_phase
 
 GROUP_SIZES = (32, 64, 128, -1)  # columns that share a scale; -1: the whole row (per channel)
 SYMMETRIC_ZERO = 8
@@ -108,11 +109,11 @@ class Kernel(Protocol):
     def codes(self, start: int, stop: int) -> Tensor:
         """Codes 0 … 15, uint8 [stop - start, K], of rows start … stop; start is a multiple of 64."""
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """x [..., K], columns in stored order -> [..., N] of the same dtype."""
+    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., K] -> x W^T + bias, [..., N] of the same dtype."""
 
 
-KERNELS: list[type[Kernel]] = [CpuKernel]
+KERNELS: list[type[Kernel]] = [CpuKernel, CudaKernel]
 _LAYOUT_LOCK = threading.Lock()
 
 
@@ -124,8 +125,9 @@ class Int4Linear(nn.Module):
     ever exists; its last position, the one that is sampled from, goes the decoding way. Where no kernel takes the weight, slabs
     serve both.
 
-    On a CPU the kernel is PyTorch's int4 op: bfloat16 inputs, outputs and scales, whatever the dtype around it. The codes are
-    then held in its layout instead of the canonical one, never in both; state_dict() gives the canonical form.
+    On a CPU the kernel is PyTorch's int4 op: bfloat16 inputs, outputs and scales, whatever the dtype around it. On a CUDA device
+    it is the Triton kernel, which takes float16 and bfloat16 as they are, and layers that take the same input share its launch.
+    The codes are held in the kernel's layout instead of the canonical one, never in both; state_dict() gives the canonical form.
     use_kernel: False keeps to slabs, in the inputs' own precision.
     """
 
@@ -145,6 +147,7 @@ class Int4Linear(nn.Module):
         self.use_kernel = True
         self.kernel: Kernel | None = None  # the layout that `weight` is in: this kernel's, or the canonical one
         self.has_looked = False  # for a kernel, on this device
+        self.siblings: Siblings | None = None  # layers that take the same input; a copy of a layer has none
         for name, value in zip(PARTS, (int4.weight, int4.scale, int4.zero, int4.perm, int4.codebook), strict=True):
             self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
@@ -171,19 +174,27 @@ class Int4Linear(nn.Module):
             raise ValueError("a 4-bit layer cannot be trained and has no training mode; call model.eval()")
         if not self.has_looked:
             self._enter_layout()
-        if self.weight_perm is not None:
-            x = x[..., self.weight_perm]
-        decode = self._prefill if self.kernel is None or not self.use_kernel else self.kernel.matmul
-        y = by_phase(x, decode, self._prefill)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        # a compiled graph has no room for who was first; a layer's own slice gives it the same bits
+        if self.siblings is not None and self.use_kernel and x.shape[-2] <= MAX_WINDOW and not torch.compiler.is_compiling():
+            y = self.siblings.matmul(self, x)
+            if y is not None:
+                return y
+        return by_phase(x, self._decode, self._prefill)
+
+    def _decode(self, x: Tensor) -> Tensor:
+        if self.kernel is None or not self.use_kernel:
+            return self._prefill(x)
+        return self.kernel.matmul(x, self.bias)
 
     def _prefill(self, x: Tensor) -> Tensor:
+        if self.weight_perm is not None:
+            x = x[..., self.weight_perm]
         y = x.new_empty(*x.shape[:-1], self.out_features)
         step = max(64, SLAB_WEIGHTS // self.in_features // 64 * 64)
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
             y[..., start:stop] = F.linear(x, self._rows(start, stop).stored(x.dtype))
-        return y
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _rows(self, start: int, stop: int) -> Int4Tensor:
         """Rows start … stop in the canonical form; start is a multiple of 64."""
@@ -192,19 +203,30 @@ class Int4Linear(nn.Module):
         return Int4Tensor(weight, self.weight_scale[start:stop], zero, self.weight_perm, self.weight_codebook)
 
     def _enter_layout(self) -> None:
-        """Bring the codes into the layout of this device's kernel, if it has one for them."""
+        """Bring the codes into the layout of this device's kernel, if it has one for them; siblings go together."""
         with _LAYOUT_LOCK:
             if self.has_looked:  # another thread was first
                 return
-            int4 = self.int4
-            kernel = next((kernel for kind in KERNELS if (kernel := kind.of(int4)) is not None), None)
-            if kernel is not None:
-                self.kernel, self.kernel_scale = kernel, kernel.scale
-                self.weight = nn.Parameter(kernel.weight, requires_grad=False)
-            self.has_looked = True
+            layers = [self] if self.siblings is None else [layer for layer in self.siblings.layers if not layer.has_looked]
+            for layer in layers:
+                int4 = layer.int4
+                kernel = next((kernel for kind in KERNELS if (kernel := kind.of(int4)) is not None), None)
+                if kernel is not None:
+                    layer.adopt(kernel)
+            if self.siblings is not None:
+                self.siblings.fuse()
+            for layer in layers:
+                layer.has_looked = True
+
+    def adopt(self, kernel: Kernel) -> None:
+        """Hold the codes in the kernel's layout."""
+        self.kernel, self.kernel_scale = kernel, kernel.scale
+        self.weight = nn.Parameter(kernel.weight, requires_grad=False)
 
     def _leave_layout(self) -> None:
         """Bring the codes back into the canonical layout."""
+        if self.siblings is not None:
+            self.siblings.separate()
         if self.kernel is not None:
             self.weight = nn.Parameter(self.int4.weight, requires_grad=False)
             self.kernel = self.kernel_scale = None
@@ -212,7 +234,7 @@ class Int4Linear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies hold the canonical form: a kernel's layout may be another one where they are read."""
-        state = self.__dict__.copy()
+        state = self.__dict__ | {"siblings": None}
         if self.kernel is not None:
             state["_parameters"] = self._parameters | {"weight": nn.Parameter(self.int4.weight, requires_grad=False)}
             state["_buffers"] = self._buffers | {"kernel_scale": None}

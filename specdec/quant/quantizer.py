@@ -25,6 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from specdec.quant.cuda import Siblings
 from specdec.quant.experts import PROJECTIONS, Int4Experts
 from specdec.quant.int4 import CAST, GROUP_SIZES, PARTS, Int4Linear, Int4Tensor
 from specdec.quant.rounding import round_to_nearest
@@ -32,6 +33,7 @@ from specdec.quant.rows import make_row_invariant
 
 METHOD = "specdec_int4"
 VERSION = 1
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # names of layers that take the same input
 LINEAR_CLASSES = ("Linear", "RowLinear", "NonDynamicallyQuantizableLinear", "FalconLinear")  # whose forward is x W^T + b
 
 
@@ -318,9 +320,21 @@ def _empty(like: Tensor | None) -> Tensor | None:
 
 
 def finish(model: Any) -> None:
-    """What every 4-bit model gets: row-invariant rooms, and a guard against casting it."""
+    """What every 4-bit model gets: row-invariant rooms, layers that share a launch, and a guard against casting it."""
     make_row_invariant(model)
+    link_siblings(model)
     model.__dict__["_apply"] = _CastGuard(model)
+
+
+def link_siblings(model: Any) -> None:
+    """Tell the 4-bit layers that take the same input, by their names, of each other."""
+    for module in model.modules():
+        for names in SIBLINGS:
+            layers = [layer for name in names if isinstance(layer := getattr(module, name, None), Int4Linear)]
+            if len(layers) == len(names):
+                siblings = Siblings(layers)
+                for layer in layers:
+                    layer.siblings = siblings
 
 
 class _CastGuard:

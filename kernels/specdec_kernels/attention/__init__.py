@@ -1,0 +1,89 @@
+"""Attention of the K + 1 queries of a verification window over each row's own stretch of a KV cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specdec_kernels import trial
+from specdec_kernels.attention import reference
+
+MAX_DIM = 256  # a head's width, up to which there is a kernel
+DTYPES = (torch.bfloat16, torch.float16)  # those of the kernel
+
+_LIBRARY = torch.library.Library("specdec", "FRAGMENT")
+_LIBRARY.define("attention(Tensor query, Tensor key, Tensor value, Tensor first, Tensor last, float scale) -> Tensor")
+_LIBRARY.impl("attention", reference.attention, "CompositeExplicitAutograd")
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, last: Tensor, scale: float) -> Tensor:
+    """softmax(scale * query . key) @ value over the slots first … last of each query; zeros where there are none.
+
+    query [B, H, W, D], key [B, H', S, D], value [B, H', S, DV]; first, last [B, W] int32: -> [B, W, H, DV] in the query's dtype.
+    Query head h reads key head h // (H / H'). The last dimension is contiguous, the others may have any stride. Slots outside of
+    what a row's queries see may hold anything, NaN too; a gap between two of its queries must be finite.
+    On a CUDA device, bfloat16 and float16 heads of up to 256 run the kernel, and a query's result is the same, bit for bit,
+    whatever W, S, the batch and its neighbours are. Anything else runs the formula in float32. No gradients.
+    """
+    if wrong := _wrong(query, key, value, first, last):
+        raise ValueError(f"attention: {wrong}")
+    return torch.ops.specdec.attention(query, key, value, first, last, scale)
+
+
+def _wrong(query: Tensor, key: Tensor, value: Tensor, first: Tensor, last: Tensor) -> str | None:
+    shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+    if not query.ndim == key.ndim == value.ndim == 4:
+        return f"{shapes} must be [B, H, W, D], [B, H', S, D], [B, H', S, DV]"
+    batch, heads, width, dim = query.shape
+    kv_heads, length = key.shape[1:3]
+    if key.shape != (batch, kv_heads, length, dim) or value.shape[:3] != key.shape[:3]:
+        return f"{shapes} do not fit together; they must be [B, H, W, D], [B, H', S, D], [B, H', S, DV]"
+    if kv_heads == 0 or heads % kv_heads:
+        return f"{heads} query heads cannot share {kv_heads} key heads; H must be a multiple of H'"
+    if first.shape != (batch, width) or last.shape != (batch, width):
+        return f"first {list(first.shape)} and last {list(last.shape)} must be [B, W] = {[batch, width]}"
+    if first.dtype != torch.int32 or last.dtype != torch.int32:
+        return f"first is {first.dtype} and last {last.dtype}; convert them with .int()"
+    if not query.dtype == key.dtype == value.dtype or not query.dtype.is_floating_point:
+        return f"query is {query.dtype}, key {key.dtype}, value {value.dtype}; all must have one floating dtype"
+    if len(devices := {str(tensor.device) for tensor in (query, key, value, first, last)}) > 1:
+        return f"its tensors are on {', '.join(sorted(devices))}; move them to one device"
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("first", first), ("last", last)):
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            return f"{name} has a stride of {tensor.stride(-1)} in its last dimension; call .contiguous() on it"
+    return None
+
+
+def _on_cuda(query: Tensor, key: Tensor, value: Tensor, first: Tensor, last: Tensor, scale: float) -> Tensor:
+    dtype, dim, value_dim = query.dtype, query.shape[3], value.shape[3]
+    if dtype in DTYPES and max(dim, value_dim) <= MAX_DIM:
+        name = f"attention {dtype}, heads of {dim} and {value_dim}"
+        if trial.passes(query.device, name, lambda: _try(dtype, dim, value_dim, query.device)):
+            from specdec_kernels.attention.kernel import launch
+
+            return launch(query, key, value, first, last, scale)
+    return reference.attention(query, key, value, first, last, scale)
+
+
+def _try(dtype: torch.dtype, dim: int, value_dim: int, device: torch.device) -> float:
+    """The error on two rows of several chunks, one of them with a window."""
+    from specdec_kernels.attention.kernel import launch
+
+    query = torch.rand(2, 4, 6, dim, device=device).to(dtype)
+    key, value = (torch.rand(2, 2, 700, size, device=device).sub(0.5).to(dtype) for size in (dim, value_dim))
+    last = torch.arange(690, 696, dtype=torch.int32, device=device).repeat(2, 1)
+    last[1] -= 300
+    first = torch.zeros_like(last)
+    first[1] = last[1] - 200
+    arguments = (first, last, dim**-0.5)
+    expected = reference.attention(query.float(), key.float(), value.float(), *arguments)
+    return trial.relative_error(launch(query, key, value, *arguments), expected)
+
+
+def _shape_of_result(query: Tensor, key: Tensor, value: Tensor, first: Tensor, last: Tensor, scale: float) -> Tensor:
+    batch, heads, width, _ = query.shape
+    return query.new_empty(batch, width, heads, value.shape[3])
+
+
+_LIBRARY.impl("attention", _on_cuda, "CUDA")
+torch.library.register_fake("specdec::attention", _shape_of_result, lib=_LIBRARY)

@@ -1,0 +1,76 @@
+"""A kernel as it is launched, and all that a compiler must be told to build the same one without a GPU."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+ARCHS = (80, 86, 89, 90, 100, 120)  # compute capabilities, times ten
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One shipped form of a kernel: what dispatch launches is what scripts/check_kernels.py compiles.
+
+    name: unique in its op.
+    kernel: the triton.jit function.
+    signature: Triton type of every argument that is not a constant ("*fp16", "i32", …), by name.
+    constants: value of every constexpr argument, by name.
+    divisible: names of the arguments that dispatch guarantees to be multiples of 16 (addresses, sizes, strides).
+    weights_per_pass: 4-bit weights that one block takes in per pass of its main loop; None: the kernel reads none.
+    tensor_cores, wide_loads: the compiled kernel must multiply on tensor cores; must load 128 bits at a time.
+    barriers: most of them in the main loop.
+    ordered: the kernel's blocks meet at a counter, so a barrier must stand between what they wrote and the counter.
+    """
+
+    op: str
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: tuple[str, ...]
+    num_warps: int = 4
+    num_stages: int = 4
+    weights_per_pass: int | None = None
+    tensor_cores: bool = True
+    wide_loads: bool = True
+    barriers: int = 5
+    ordered: bool = False
+    archs: tuple[int, ...] = ARCHS
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What both a launch and a compilation ahead of time are told."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
+@functools.cache
+def runs_on(device: torch.device) -> bool:
+    """Whether Triton kernels can be launched on a device. Where they cannot, PyTorch's own operators do the work."""
+    return device.type == "cuda" and _can_launch() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def _can_launch() -> bool:
+    if find_spec("triton") is None or torch.version.hip is not None:  # on Linux only; nobody has tried them on AMD
+        return False
+    if not any(map(shutil.which, (os.environ.get("CC", ""), "clang", "gcc"))):
+        warnings.warn(
+            "specdec's kernels are left out: Triton compiles its launcher with gcc or clang, and neither is on the PATH;"
+            " install one, or set CC, for the speed they give",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def interpreting() -> bool:
+    """True where TRITON_INTERPRET=1 was set before triton's kernels were imported: they run in NumPy, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")

@@ -1,0 +1,276 @@
+"""Compile the shipped kernel configurations for GPUs that need not be there, and assert what decides their speed and correctness.
+
+    python scripts/check_kernels.py                        # one configuration an op, every architecture, this Triton
+    python scripts/check_kernels.py --all --triton A B     # all of them, with the Tritons installed under folders A and B
+    python scripts/check_kernels.py --op w4a16 --arch 90
+
+For each: no spilled register, tensor-core instructions, 128-bit loads of all weights, at most 3.3 instructions a weight and 5
+barriers (attention: 6) in the main loop, shared memory within the architecture's, the layout that inline asm counts on, and a
+barrier between what a block writes for others and the counter that says so.
+Prints a table and one JSON line last; the exit code is 1 if any check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+OPS = ("w4a16", "rejection", "attention")
+ARCHS = (80, 86, 89, 90, 100, 120)
+SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+INSTRUCTIONS_A_WEIGHT = 3.3
+WARP = 32
+NEIGHBOURS = r"#ttg\.dot_op<\{opIdx = 1, parent = #\w+, kWidth = 2\}>"  # a thread's registers hold two rows of K side by side
+
+
+@dataclass
+class Checked:
+    """One configuration, compiled for one architecture by one Triton. The loop is the longest one that branches backward."""
+
+    op: str
+    configuration: str
+    arch: int
+    triton: str
+    registers: int = 0
+    shared_bytes: int = 0
+    spills: int = 0
+    loop_instructions: int = 0
+    instructions_per_weight: float | None = None
+    barriers: int = 0
+    wide_loads: int = 0
+    tensor_core: str = ""
+    failures: list[str] = field(default_factory=list)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every configuration, not only the first of each op")
+    parser.add_argument("--op", nargs="+", default=list(OPS), metavar="OP", help=f"of {', '.join(OPS)}, or a module of your own")
+    parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHS), choices=ARCHS, metavar="N", help="90 for sm_90, …")
+    parser.add_argument("--triton", nargs="+", type=Path, metavar="PATH", help="folders that Tritons are installed in")
+    parser.add_argument("--output", type=Path, help="write the JSON there too")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        check_all(args)
+        return 0
+    results: list[Checked] = []
+    for path in args.triton or [None]:
+        if path is not None and not (path / "triton" / "__init__.py").exists():
+            parser.error(f"no triton under {path}; install one there: pip install --target {path} --no-deps triton==3.6.0")
+        results += run_child(path)
+    show(results)
+    failed = [result for result in results if result.failures]
+    report = {"script": "check_kernels", "provenance": origin(), "checked": len(results), "failed": len(failed)}
+    report["results"] = [asdict(result) for result in results]
+    text = json.dumps(report)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(text.replace('{"op"', '\n{"op"') + "\n")
+    print(text)
+    return 1 if failed or not results else 0
+
+
+def origin() -> dict[str, Any]:
+    from specdec.provenance import provenance
+
+    return {key: value for key, value in provenance("cpu").items() if key in ("commit", "dirty", "command", "python", "date")}
+
+
+def run_child(triton: Path | None) -> list[Checked]:
+    """The checks in a process of their own, with that Triton and without its interpreter: -> what it found, shown as it comes."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    paths = [*([str(triton)] if triton else []), str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    command = [sys.executable, __file__, "--child", *sys.argv[1:]]
+    results = []
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            result = Checked(**json.loads(line))
+            results.append(result)
+            verdict = "; ".join(result.failures) or "ok"
+            print(f"triton {result.triton}  sm_{result.arch}  {result.op} {result.configuration}: {verdict}", file=sys.stderr)
+    if process.returncode:
+        raise SystemExit(f"the checks ended early, with exit code {process.returncode}; the error stands above")
+    return results
+
+
+def check_all(args: argparse.Namespace) -> None:
+    """Compile and check, a JSON line each. Compiling leaves Python now and then, so two at a time."""
+    sys.path.insert(0, os.getcwd())
+    jobs = []
+    for op in args.op:
+        module = importlib.import_module(f"specdec_kernels.{op}.kernel" if op in OPS else op)
+        chosen = module.CONFIGURATIONS if args.all else module.CONFIGURATIONS[:1]
+        jobs += [(configuration, arch) for configuration in chosen for arch in args.arch if arch in configuration.archs]
+    with ThreadPoolExecutor(2) as pool:
+        for result in pool.map(lambda job: check(*job), jobs):
+            print(json.dumps(asdict(result)), flush=True)
+
+
+def check(configuration: Any, arch: int) -> Checked:
+    """Compile one configuration for one architecture and look at its machine code."""
+    import triton
+
+    result = Checked(configuration.op, configuration.name, arch, triton.__version__)
+    try:
+        compiled = compile_for(configuration, arch)
+    except Exception as error:
+        result.failures.append(f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}")
+        return result
+    sass, usage = disassemble(compiled.asm["cubin"])
+    instructions, loop = loop_of(sass)
+    names = [mnemonic(instruction) for _, instruction in instructions]
+    loop_names = [mnemonic(instruction) for instruction in loop]
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    result.registers, stack = int(found[1]), int(found[2])
+    result.shared_bytes = compiled.metadata.shared
+    result.spills = stack + sum(name.startswith(("STL", "LDL")) for name in names)
+    result.loop_instructions = len(loop)
+    result.barriers = sum(name.startswith("BAR") for name in loop_names)
+    reading = loop_names if configuration.weights_per_pass else names
+    result.wide_loads = sum(name.startswith(("LDG", "LDGSTS")) and ".128" in name for name in reading)
+    result.tensor_core = next((n for n in names if n.startswith(("HMMA", "HGMMA")) or re.match(r"UTC\w*MMA", n)), "")
+    if configuration.weights_per_pass:
+        threads = configuration.num_warps * WARP
+        result.instructions_per_weight = round(len(loop) * threads / configuration.weights_per_pass, 2)
+    result.failures += failures(configuration, result, compiled.asm["ttir"], compiled.asm["ttgir"])
+    return result
+
+
+def failures(configuration: Any, result: Checked, ttir: str, ttgir: str) -> list[str]:
+    """What a configuration's machine code lacks."""
+    found = []
+    if result.spills:
+        found.append("registers spill")
+    if configuration.tensor_cores and not result.tensor_core:
+        found.append("no tensor-core instruction")
+    # 32 codes a thread and load, where there are weights
+    needed = max(1, (configuration.weights_per_pass or 0) // (32 * WARP * configuration.num_warps))
+    if configuration.wide_loads and result.wide_loads < needed:
+        found.append(f"{result.wide_loads} loads of 128 bits, at least {needed}")
+    if (result.instructions_per_weight or 0) > INSTRUCTIONS_A_WEIGHT:
+        found.append(f"{result.instructions_per_weight} instructions a weight, at most {INSTRUCTIONS_A_WEIGHT}")
+    if configuration.weights_per_pass and not result.loop_instructions:
+        found.append("no main loop found")
+    if result.barriers > configuration.barriers:
+        found.append(f"{result.barriers} barriers in the loop, at most {configuration.barriers}")
+    if result.shared_bytes > SHARED_BYTES[result.arch]:
+        found.append(f"{result.shared_bytes} bytes of shared memory, at most {SHARED_BYTES[result.arch]}")
+    if configuration.weights_per_pass:
+        asm = "\n".join(line for line in ttgir.splitlines() if "elementwise_inline_asm" in line)
+        layouts = set(re.findall(r"x(?:i32|b?f16), (#[\w.]+(?:<\{.*?\}>)?)>", asm))
+        if not layouts or any(re.fullmatch(NEIGHBOURS, layout) is None for layout in layouts):
+            found.append(f"pairs of the asm may be no neighbours in K, in the layout {', '.join(sorted(layouts)) or 'of no asm'}")
+    if configuration.ordered and (gap := unordered(ttir)):
+        found.append(gap)
+    return found
+
+
+def unordered(ttir: str) -> str | None:
+    """What is wrong with how the blocks meet, None where every counter moves behind a barrier that follows the block's stores.
+
+    Read off Triton's own IR, as the kernel says it: newer Tritons put a barrier before such an atomic by themselves, older don't.
+    """
+    events = re.findall(r"^\s*(?:%\S+ = )?(tt\.store|gpu\.barrier|ttg\.barrier|tt\.atomic_rmw[^:]*)", ttir, re.MULTILINE)
+    since_store: list[str] | None = None  # None: nothing is stored yet
+    meetings = 0
+    for event in events:
+        if event == "tt.store":
+            since_store = []
+        elif not event.startswith("tt.atomic_rmw"):
+            if since_store is not None:
+                since_store.append(event)
+        else:
+            meetings += 1
+            if "acq_rel" not in event:
+                return "a counter is moved without acquire and release order"
+            if since_store is None:
+                return "nothing is stored before the counter moves"
+            if not since_store:
+                return "no barrier between a block's stores and its counter"
+    return None if meetings else "the blocks never meet at a counter"
+
+
+def compile_for(configuration: Any, arch: int) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = configuration.kernel.arg_names
+    signature = {name: "constexpr" if name in configuration.constants else configuration.signature[name] for name in names}
+    divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in configuration.divisible}
+    source = ASTSource(configuration.kernel, signature, configuration.constants, divisible)
+    return triton.compile(source, target=GPUTarget("cuda", arch, WARP), options=configuration.options)
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """(SASS, resource usage) by the cuobjdump that Triton brings along."""
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        outputs = [
+            subprocess.run([cuobjdump, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-sass", "-res-usage")
+        ]
+    return outputs[0], outputs[1]
+
+
+def loop_of(sass: str) -> tuple[list[tuple[int, str]], list[str]]:
+    """((address, instruction) of the kernel, the instructions of its longest loop)."""
+    instructions = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", sass)]
+    loop: list[str] = []
+    for address, text in instructions:
+        target = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            body = [inside for at, inside in instructions if int(target[1], 16) <= at <= address]
+            loop = max(loop, body, key=len)
+    return instructions, loop
+
+
+def mnemonic(instruction: str) -> str:
+    """The operation with its modifiers, without a predicate."""
+    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0]
+
+
+def show(results: list[Checked]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="kernels, compiled ahead of time; loop: its instructions, and how many a weight")
+    for column in ("Triton", "arch", "op", "configuration"):
+        table.add_column(column, no_wrap=True)
+    for column in ("regs", "shared", "loop", "per weight", "barriers", "128-bit"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for r in results:
+        per_weight = "–" if r.instructions_per_weight is None else f"{r.instructions_per_weight:.2f}"
+        cells = (r.registers, f"{r.shared_bytes:,}", r.loop_instructions, per_weight, r.barriers, r.wide_loads)
+        verdict = "[red]fails" if r.failures else "ok"
+        table.add_row(r.triton, f"sm_{r.arch}", r.op, r.configuration, *map(str, cells), verdict)
+    console = Console(width=max(125, Console().width))
+    console.print(table)
+    for r in results:
+        if r.failures:
+            console.print(f"[red]fails[/]: {r.op} {r.configuration}, sm_{r.arch}, Triton {r.triton}: {'; '.join(r.failures)}")
+    console.print(f"{len(results)} compiled, {sum(bool(r.failures) for r in results)} fail")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

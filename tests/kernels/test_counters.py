@@ -1,0 +1,66 @@
+"""Counters by device and stream, and of their own for what a CUDA graph holds."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from specdec_kernels import counters as module
+from specdec_kernels.counters import counters
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A CUDA device whose memory is the CPU's."""
+    state = SimpleNamespace(capturing=False, stream=1, filled=0)
+    zeros = torch.zeros
+
+    def counted(*size: int, device: object = None, **kwargs: object) -> torch.Tensor:
+        state.filled += 1
+        return zeros(*size, **kwargs)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=state.stream))
+    monkeypatch.setattr(torch, "zeros", counted)
+    monkeypatch.setattr(module, "_KEPT", {})
+    monkeypatch.setattr(module, "_SPARE", {})
+    return state
+
+
+DEVICE = torch.device("cuda", 0)
+
+
+def test_launches_of_a_stream_share_and_streams_do_not(cuda: SimpleNamespace) -> None:
+    first = counters(10, DEVICE)
+    assert counters(10, DEVICE) is first
+    assert len(counters(5000, DEVICE)) >= 5000
+    shared = counters(10, DEVICE)
+    cuda.stream = 2
+    assert counters(10, DEVICE).data_ptr() not in (first.data_ptr(), shared.data_ptr())
+    assert not counters(10, DEVICE).any()
+
+
+def test_a_captured_launch_has_its_own_without_a_fill(cuda: SimpleNamespace) -> None:
+    shared = counters(10, DEVICE)
+    cuda.capturing, cuda.filled = True, 0
+    one, other = counters(300, DEVICE), counters(300, DEVICE)
+    assert cuda.filled == 0
+    addresses = [set(range(part.data_ptr(), part.data_ptr() + part.nbytes)) for part in (shared, one, other)]
+    assert not addresses[0] & addresses[1]
+    assert not addresses[1] & addresses[2]
+    assert len(one) == len(other) == 300
+    assert len(counters(module.POOL, DEVICE)) == module.POOL  # more than is left: filled in the graph
+    assert cuda.filled == 1
+
+
+def test_a_capture_before_any_launch_fills_its_own(cuda: SimpleNamespace) -> None:
+    cuda.capturing = True
+    assert len(counters(7, DEVICE)) == 7
+    assert cuda.filled == 1
+
+
+def test_elsewhere_they_are_fresh() -> None:
+    one = counters(3, torch.device("cpu"))
+    assert one.tolist() == [0, 0, 0]
+    assert counters(3, torch.device("cpu")) is not one

@@ -1,0 +1,89 @@
+"""A kernel that does wrong on a device, or does not compile there, is not used there; the trials themselves run interpreted."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from specdec_kernels import attention, rejection, trial, w4a16
+
+CUDA = torch.device("cuda", 0)
+CPU = torch.device("cpu")
+DEVICE = CUDA if torch.cuda.is_available() else CPU
+
+
+@pytest.fixture(autouse=True)
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(trial, "_PASSED", {})
+
+
+def test_a_right_kernel_is_tried_once() -> None:
+    runs = []
+    for _ in range(3):
+        assert trial.passes(CUDA, "one", lambda: runs.append(1) or 1e-4)
+    assert len(runs) == 1
+    assert trial.passes(CPU, "one", lambda: runs.append(1) or math.nan)
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize("error", [0.1, math.nan, math.inf])
+def test_a_wrong_kernel_is_not_used_and_it_is_said_once(error: float) -> None:
+    with pytest.warns(
+        UserWarning, match=r"kernel one is not used on a GPU: its result was wrong by .*PyTorch's operators take its"
+    ):
+        assert not trial.passes(CUDA, "one", lambda: error)
+    assert not trial.passes(CUDA, "one", lambda: 0.0)
+    assert trial.passes(CUDA, "another", lambda: 0.0)
+
+
+def test_a_kernel_that_does_not_compile_is_not_used() -> None:
+    def fail() -> float:
+        raise RuntimeError("no ptxas\nwhatever else")
+
+    with pytest.warns(UserWarning, match="RuntimeError: no ptxas; PyTorch's"):
+        assert not trial.passes(CUDA, "one", fail)
+
+
+def test_within_a_capture_there_is_no_trial_and_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert trial.passes(CUDA, "one", lambda: math.nan)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with pytest.warns(UserWarning, match="wrong by nan"):
+        assert not trial.passes(CUDA, "one", lambda: math.nan)
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
+def test_the_matmul_passes_its_trial_and_a_wrong_one_does_not(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from specdec_kernels.w4a16 import kernel
+
+    form = (kind, 64, torch.float16, torch.float16, DEVICE)
+    assert w4a16._try(*form) < 1e-3
+    launch = kernel.launch
+    monkeypatch.setattr(kernel, "launch", lambda x, weight, bias: launch(x, weight, bias) * (1.05 if len(x) > 16 else 1))
+    assert w4a16._try(*form) > 1e-2
+
+
+def test_attention_passes_its_trial_and_a_wrong_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from specdec_kernels.attention import kernel
+
+    assert attention._try(torch.float16, 32, 32, DEVICE) < 1e-3
+    launch = kernel.launch
+    monkeypatch.setattr(kernel, "launch", lambda q, k, v, first, last, scale: launch(q, k, v, first * 0, last, scale))
+    assert attention._try(torch.float16, 32, 32, DEVICE) > 1e-2
+
+
+def test_rejection_passes_its_trial_and_a_wrong_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from specdec_kernels.rejection import kernel
+
+    assert rejection._try(DEVICE) == 0
+    launch = kernel.launch
+    monkeypatch.setattr(kernel, "launch", lambda p, ids, q, lengths, u: launch(p, ids.flip(1), q, lengths, u))
+    assert rejection._try(DEVICE) > 0
