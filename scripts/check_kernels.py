@@ -70,6 +70,8 @@ def main() -> int:
         if path is not None and not (path / "triton" / "__init__.py").exists():
             parser.error(f"no triton under {path}; install one there: pip install --target {path} --no-deps triton==3.6.0")
         results += run_child(path)
+    for result in results:
+        result.failures += other_family(result, results)
     show(results)
     failed = [result for result in results if result.failures]
     report = {"script": "check_kernels", "provenance": origin(), "checked": len(results), "failed": len(failed)}
@@ -178,6 +180,18 @@ def failures(configuration: Any, result: Checked, ttir: str, ttgir: str) -> list
     if configuration.ordered and (gap := unordered(ttir)):
         found.append(gap)
     return found
+
+
+def other_family(result: Checked, results: list[Checked]) -> list[str]:
+    """Configurations that differ in their rows alone must multiply by one instruction, or a row's bits would depend on M."""
+    form = result.configuration.rpartition("-m")[0]
+    same = [
+        r
+        for r in results
+        if form and (r.configuration.rpartition("-m")[0], r.arch, r.triton) == (form, result.arch, result.triton)
+    ]
+    families = sorted({r.tensor_core for r in same})
+    return [f"its forms for few and many rows multiply by {' and '.join(families)}"] if len(families) > 1 else []
 
 
 def unordered(ttir: str) -> str | None:
