@@ -190,7 +190,7 @@ def other_family(result: Checked, results: list[Checked]) -> list[str]:
         for r in results
         if form and (r.configuration.rpartition("-m")[0], r.arch, r.triton) == (form, result.arch, result.triton)
     ]
-    families = sorted({r.tensor_core for r in same})
+    families = sorted({r.tensor_core for r in same} - {""})
     return [f"its forms for few and many rows multiply by {' and '.join(families)}"] if len(families) > 1 else []
 
 

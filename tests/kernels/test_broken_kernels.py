@@ -45,10 +45,10 @@ def attention(kernel: ModuleType) -> tuple[Tensor, Tensor]:
 
 
 def rejection(kernel: ModuleType) -> tuple[Tensor, Tensor]:
-    p, q = torch.randn(40, 4, 5000).mul(3).softmax(-1), torch.randn(40, 3, 5000).mul(3).softmax(-1)
+    logits = 3 * torch.randn(40, 4, 5000)
+    p, q = logits.softmax(-1), (logits[:, :3] + torch.randn(40, 3, 5000)).softmax(-1)
+    ids = q.flatten(0, 1).multinomial(1).view(40, 3)
     lengths, uniforms = torch.randint(4, (40,)), torch.rand(40, 4, dtype=torch.float64)
-    ids = torch.where(torch.rand(40, 3) < 0.7, p[:, :3].argmax(-1), q.argmax(-1))
-    q = torch.where(torch.rand(40, 1, 1) < 0.5, p[:, :3], q)
     verdict = verification.verify(Draft(ids, q, lengths), p, uniforms)
     got = torch.stack(kernel.launch(p, ids, q, lengths, uniforms))
     return got.double(), torch.stack([verdict.accepted, verdict.next_ids]).double()
