@@ -97,3 +97,31 @@ def test_the_quality_is_that_of_the_results_file() -> None:
     worse = report["perplexity"] / report["original_perplexity"] - 1
     expected = f"is {report['mean_kl']:.4f} nats (mean KL) and {100 * worse:.1f} % of perplexity away from its original on"
     assert f"{expected} {report['tokens']:,} held-out tokens" in " ".join(README.split())
+
+
+def test_the_ladder_of_the_kernels_is_the_files() -> None:
+    report = json.loads((ROOT / "benchmarks" / "results" / "check_kernels_ladder.json").read_text(encoding="utf-8"))
+    page = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    rungs = re.findall(r"^\| (\d) .*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", page, flags=re.MULTILINE)
+    assert len(rungs) == 5
+    for number, *figures in rungs:
+        for arch, figure in zip((80, 90, 100), figures, strict=True):
+            (found,) = [r for r in report["results"] if r["configuration"].startswith(f"{number} ") and r["arch"] == arch]
+            assert found["instructions_per_weight"] == float(figure), (number, arch)
+
+
+def test_every_shipped_configuration_was_checked_and_held() -> None:
+    pytest.importorskip("triton")
+    from specdec_kernels.attention.kernel import CONFIGURATIONS as ATTENTION
+    from specdec_kernels.configuration import ARCHS
+    from specdec_kernels.rejection.kernel import CONFIGURATIONS as REJECTION
+    from specdec_kernels.w4a16.kernel import CONFIGURATIONS as W4A16
+
+    report = json.loads((ROOT / "benchmarks" / "results" / "check_kernels.json").read_text(encoding="utf-8"))
+    assert report["failed"] == 0
+    assert {result["triton"].rpartition(".")[0] for result in report["results"]} == {"3.6", "3.9"}
+    checked = {(r["op"], r["configuration"], r["arch"], r["triton"]) for r in report["results"] if not r["failures"]}
+    for triton in {result["triton"] for result in report["results"]}:
+        for shipped in (*W4A16, *REJECTION, *ATTENTION):
+            for arch in ARCHS:
+                assert (shipped.op, shipped.name, arch, triton) in checked

@@ -110,7 +110,8 @@ def prepack(codes: Tensor, scale: Tensor, zero: Tensor | None = None, codebook: 
     else:
         kind, words = "asymmetric", filled(_bits(scale) | _bits((zero.float() * -UNIT[dtype]).to(dtype)) << 16)
     splits = num_splits(tiles.shape[0], tiles.shape[1] // block)
-    return PackedWeight(tiles, words.T.contiguous(), kind, group_size, dtype, exponent, splits, rows, in_features)
+    words = words.T.clone(memory_format=torch.contiguous_format)
+    return PackedWeight(tiles, words, kind, group_size, dtype, exponent, splits, rows, in_features)
 
 
 def joined(weights: list[PackedWeight]) -> PackedWeight | None:
