@@ -197,3 +197,13 @@ def test_one_sibling_loaded_anew_does_not_touch_the_others() -> None:
     for part, got in ((linked.q_proj, q), (linked.k_proj, k), (linked.v_proj, v)):
         expected = x.float() @ part.dequantize(torch.float32).T + (0 if part.bias is None else part.bias)
         assert (got.float() - expected).norm() / expected.norm() < 1e-2
+
+
+def test_a_compiled_graph_takes_the_operator_whole() -> None:
+    linked = attention()
+    x = torch.randn(1, 2, 256, dtype=torch.bfloat16)
+    expected = linked(x)
+    compiled = torch.compile(linked, backend="aot_eager", fullgraph=True)
+    with torch.inference_mode():
+        for mine, own in zip(compiled(x), expected, strict=True):
+            torch.testing.assert_close(mine, own)

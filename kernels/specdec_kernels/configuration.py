@@ -59,16 +59,16 @@ def runs_on(device: torch.device) -> bool:
 
 @functools.cache
 def _can_launch() -> bool:
-    if find_spec("triton") is None or torch.version.hip is not None:  # on Linux only; nobody has tried them on AMD
+    if torch.version.hip is not None:  # nobody has tried them on AMD
         return False
-    if not any(map(shutil.which, (os.environ.get("CC", ""), "clang", "gcc"))):
-        warnings.warn(
-            "specdec's kernels are left out: Triton compiles its launcher with gcc or clang, and neither is on the PATH;"
-            " install one, or set CC, for the speed they give",
-            stacklevel=2,
-        )
-        return False
-    return True
+    missing = ""
+    if find_spec("triton") is None:
+        missing = "Triton is not installed (on Linux: pip install 'specdec-lossless[kernels]')"
+    elif not any(map(shutil.which, (os.environ.get("CC", ""), "clang", "gcc"))):
+        missing = "Triton compiles its launcher with gcc or clang, and neither is on the PATH (install one, or set CC)"
+    if missing:
+        warnings.warn(f"specdec's kernels are left out, and the speed they give: {missing}", stacklevel=2)
+    return not missing
 
 
 def interpreting() -> bool:

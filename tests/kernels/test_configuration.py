@@ -33,19 +33,24 @@ def test_a_recent_cuda_device_with_triton_and_a_compiler() -> None:
     assert not runs_on(torch.device("cpu"))
 
 
-@pytest.mark.parametrize("missing", ["triton", "capability", "nvidia"])
-def test_without_something_pytorch_does_the_work(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if missing == "triton":
-        monkeypatch.setattr(configuration, "find_spec", lambda name: None)
+@pytest.mark.parametrize("missing", ["capability", "nvidia"])
+def test_on_another_device_pytorch_does_the_work(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if missing == "capability":
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    if missing == "nvidia":
+    else:
         monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert not runs_on(CUDA)
+
+
+def test_missing_triton_is_said_once_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configuration, "find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match=r"Triton is not installed \(on Linux: pip install 'specdec-lossless\[kernels\]'\)"):
+        assert not runs_on(CUDA)
     assert not runs_on(CUDA)
 
 
 def test_a_missing_compiler_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configuration.shutil, "which", lambda name: None)
-    with pytest.warns(UserWarning, match="gcc or clang, and neither is on the PATH; install one, or set CC"):
+    with pytest.warns(UserWarning, match=r"gcc or clang, and neither is on the PATH \(install one, or set CC\)"):
         assert not runs_on(CUDA)
     assert not runs_on(CUDA)
