@@ -81,6 +81,17 @@ def test_a_weight_without_a_kernel_stays_canonical() -> None:
     assert one.weight.dtype == torch.uint8
 
 
+def test_inputs_that_the_kernel_lacks_go_to_slabs(calls: list) -> None:
+    weight = random_tensor(100, 256, 32, symmetric=False, scale_dtype=torch.float16)  # zeros of another dtype: not shipped
+    one = Int4Linear(weight).eval()
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        x = torch.randn(1, 3, 256).to(dtype)
+        expected = x.float() @ one.dequantize(torch.float32).T
+        assert (one(x).float() - expected).norm() / expected.norm() < 1e-2
+    assert len(calls) == 1
+    assert isinstance(one.kernel, CudaKernel)
+
+
 class Attention(nn.Module):
     """Three layers that take the same input."""
 

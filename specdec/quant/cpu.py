@@ -56,6 +56,10 @@ class CpuKernel:
         nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).view(-1, self.in_features, len(order))
         return nibbles[:, :, order].transpose(1, 2).reshape(-1, self.in_features)[: stop - start]
 
+    def takes(self, dtype: torch.dtype) -> bool:
+        """All of them, rounded to bfloat16."""
+        return True
+
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., K] -> x W^T + bias, [..., N] of the same dtype."""
         rows = x.reshape(-1, self.in_features)

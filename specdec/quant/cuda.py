@@ -39,11 +39,16 @@ class CudaKernel:
         if not runs_on(int4.weight.device):
             return None
         packed = w4a16.prepack(int4.codes(), int4.scale, int4.zero, int4.codebook)
-        return None if packed is None else cls(packed, int4.perm)
+        kernel = None if packed is None else cls(packed, int4.perm)
+        return kernel if kernel is not None and kernel.dtypes else None
 
     def codes(self, start: int, stop: int) -> Tensor:
         """Codes 0 … 15, uint8 [stop - start, K], of rows start … stop."""
         return self.packed.rows(start, stop).codes()
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Its own dtypes, and all others where bfloat16 is one of them."""
+        return dtype in self.dtypes or torch.bfloat16 in self.dtypes
 
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., K] -> x W^T + bias, [..., N] of the same dtype."""

@@ -109,6 +109,9 @@ class Kernel(Protocol):
     def codes(self, start: int, stop: int) -> Tensor:
         """Codes 0 … 15, uint8 [stop - start, K], of rows start … stop; start is a multiple of 64."""
 
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether inputs of a dtype can be multiplied, as they are or rounded to bfloat16."""
+
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., K] -> x W^T + bias, [..., N] of the same dtype."""
 
@@ -175,15 +178,19 @@ class Int4Linear(nn.Module):
         if not self.has_looked:
             self._enter_layout()
         # a compiled graph has no room for who was first; a layer's own slice gives it the same bits
-        if self.siblings is not None and self.use_kernel and x.shape[-2] <= MAX_WINDOW and not torch.compiler.is_compiling():
+        if self.siblings is not None and x.shape[-2] <= MAX_WINDOW and not torch.compiler.is_compiling() and self._has_kernel(x):
             y = self.siblings.matmul(self, x)
             if y is not None:
                 return y
         return by_phase(x, self._decode, self._prefill)
 
+    def _has_kernel(self, x: Tensor) -> bool:
+        return self.kernel is not None and self.use_kernel and self.kernel.takes(x.dtype)
+
     def _decode(self, x: Tensor) -> Tensor:
-        if self.kernel is None or not self.use_kernel:
+        if not self._has_kernel(x):
             return self._prefill(x)
+        assert self.kernel is not None
         return self.kernel.matmul(x, self.bias)
 
     def _prefill(self, x: Tensor) -> Tensor:
