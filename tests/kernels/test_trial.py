@@ -87,3 +87,13 @@ def test_rejection_passes_its_trial_and_a_wrong_one_does_not(monkeypatch: pytest
     launch = kernel.launch
     monkeypatch.setattr(kernel, "launch", lambda p, ids, q, lengths, u: launch(p, ids.flip(1), q, lengths, u))
     assert rejection._try(DEVICE) > 0
+
+
+def test_trials_leave_the_seed_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4, device=DEVICE)
+    torch.manual_seed(3)
+    w4a16._try("symmetric", 128, torch.float16, torch.float16, DEVICE)
+    attention._try(torch.float16, 32, 32, DEVICE)
+    rejection._try(DEVICE)
+    assert torch.rand(4, device=DEVICE).equal(expected)

@@ -69,8 +69,9 @@ def _try(dtype: torch.dtype, dim: int, value_dim: int, device: torch.device) -> 
     """The error on two rows of several chunks, one of them with a window."""
     from specdec_kernels.attention.kernel import launch
 
-    query = torch.rand(2, 4, 6, dim, device=device).to(dtype)
-    key, value = (torch.rand(2, 2, 700, size, device=device).sub(0.5).to(dtype) for size in (dim, value_dim))
+    generator = torch.Generator().manual_seed(0)  # of its own: a user's seed is for what they sample
+    query = torch.rand(2, 4, 6, dim, generator=generator).to(device, dtype)
+    key, value = (torch.rand(2, 2, 700, size, generator=generator).sub(0.5).to(device, dtype) for size in (dim, value_dim))
     last = torch.arange(690, 696, dtype=torch.int32, device=device).repeat(2, 1)
     last[1] -= 300
     first = torch.zeros_like(last)

@@ -65,14 +65,16 @@ def _try(kind: Kind, group_size: int, scale_dtype: torch.dtype, dtype: torch.dty
     """The larger error of two products, with 3 rows and with 20."""
     from specdec_kernels.w4a16 import kernel
 
-    weight = _random_weight(kind, group_size, scale_dtype, device)
-    inputs = [torch.rand(rows, weight.in_features, device=device).sub(0.5).to(dtype) for rows in (3, 20)]
+    generator = torch.Generator().manual_seed(0)  # of its own: a user's seed is for what they sample
+    weight = _random_weight(kind, group_size, scale_dtype, device, generator)
+    inputs = [torch.rand(rows, weight.in_features, generator=generator).sub(0.5).to(device, dtype) for rows in (3, 20)]
     return max(trial.relative_error(kernel.launch(x, weight, None), reference.matmul(x.float(), weight)) for x in inputs)
 
 
-def _random_weight(kind: Kind, group_size: int, scale_dtype: torch.dtype, device: torch.device) -> PackedWeight:
+def _random_weight(
+    kind: Kind, group_size: int, scale_dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> PackedWeight:
     """A weight [200, 1024] of the kind, in several splits."""
-    generator = torch.Generator().manual_seed(0)
     codes = torch.randint(16, (200, 1024), generator=generator, dtype=torch.uint8)
     shape = (200, 1024 // group_size)
     scale = (0.5 + torch.rand(shape, generator=generator)).to(scale_dtype)
