@@ -154,6 +154,24 @@ def test_siblings_called_alone_twice_or_in_any_order_are_right(calls: list) -> N
         assert (part(x).float() - expected).norm() / expected.norm() < 1e-2
 
 
+def test_an_input_written_to_between_siblings_counts_as_another(calls: list) -> None:
+    linked = attention()
+    x = torch.randn(1, 2, 256, dtype=torch.bfloat16)
+    linked.q_proj(x)
+    x.mul_(2)
+    expected = x.float() @ linked.k_proj.dequantize(torch.float32).T
+    assert (linked.k_proj(x).float() - expected).norm() / expected.norm() < 1e-2
+    assert len(calls) == 2
+
+
+def test_inputs_with_gradients_go_to_slabs(calls: list) -> None:
+    linked = attention()
+    x = torch.randn(1, 2, 256, requires_grad=True)
+    linked.q_proj(x).sum().backward()
+    torch.testing.assert_close(x.grad, linked.q_proj.dequantize(torch.float32).sum(0).expand_as(x))
+    assert not calls
+
+
 def test_layers_that_never_share_an_input_part_and_keep_their_bits(calls: list) -> None:
     linked = attention()
     x = torch.randn(1, 2, 256, dtype=torch.bfloat16)

@@ -11,7 +11,9 @@ import threading
 import torch
 from torch import Tensor
 
-POOL = 1 << 20  # counters for launches in CUDA graphs, 4 MB a device
+POOL = 1 << 22  # counters a device, 16 MB: those of streams, and of launches in CUDA graphs
+FOR_A_STREAM = 4096
+ALIGNMENT = 4  # counters, 16 bytes: addresses that 16 does not divide would have Triton compile another variant, in a capture
 
 _KEPT: dict[tuple[torch.device, int], Tensor] = {}
 _SPARE: dict[torch.device, Tensor] = {}
@@ -22,21 +24,28 @@ def counters(count: int, device: torch.device) -> Tensor:
     """int32 zeros [>= count]; whoever uses them leaves zeros.
 
     Launches of one stream come one after the other and share theirs. A launch in a CUDA graph, which may be replayed beside
-    anything, gets its own for good, and no fill that every replay would repeat.
+    anything, gets its own for good, and no fill that every replay would repeat. All come from one pool, made by the first launch.
     """
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
     with _LOCK:
         if torch.cuda.is_current_stream_capturing():
-            spare = _SPARE.get(device)
-            if spare is None or len(spare) < count:
-                return torch.zeros(count, dtype=torch.int32, device=device)
-            _SPARE[device] = spare[count:]
-            return spare[:count]
+            return _taken(count, device)
         if device not in _SPARE:
             _SPARE[device] = torch.zeros(POOL, dtype=torch.int32, device=device)
+            torch.cuda.synchronize(device)  # before any other stream reads them
         key = (device, torch.cuda.current_stream(device).cuda_stream)
         kept = _KEPT.get(key)
         if kept is None or len(kept) < count:
-            kept = _KEPT[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+            kept = _KEPT[key] = _taken(max(count, FOR_A_STREAM), device)
         return kept
+
+
+def _taken(count: int, device: torch.device) -> Tensor:
+    """Counters that nobody else has; filled anew where the pool has no more."""
+    count = -(-count // ALIGNMENT) * ALIGNMENT
+    spare = _SPARE.get(device)
+    if spare is None or len(spare) < count:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    _SPARE[device] = spare[count:]
+    return spare[:count]

@@ -21,7 +21,10 @@ def passes(device: torch.device, kernel: str, trial: Callable[[], float]) -> boo
     if known is None:
         if torch.cuda.is_current_stream_capturing():  # a graph can hold no trial; warming up before it runs one
             return True
-        known = _PASSED[device, kernel] = _run(device, kernel, trial)
+        try:
+            known = _PASSED[device, kernel] = _run(device, kernel, trial)
+        except torch.OutOfMemoryError:  # says nothing of the kernel; the next time there may be room
+            return False
     return known
 
 
@@ -30,6 +33,8 @@ def _run(device: torch.device, kernel: str, trial: Callable[[], float]) -> bool:
         with torch.cuda.device(device), torch.no_grad():
             error = trial()
         failure = "" if error < 1e-2 else f"its result was wrong by {error:.1e}"  # NaN is wrong
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         failure = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
     if failure:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from specdec_kernels import w4a16
 from specdec_kernels.configuration import runs_on
 from torch import Tensor
@@ -89,10 +90,14 @@ class Siblings:
         fused = self.fused  # another thread may part them at any time
         if fused is None:
             return None
+        version = None if x.is_inference() else x._version  # inference tensors are not written to between q and k
         pending: _Pending | None = getattr(self.pending, "product", None)
-        if pending is None or pending.x is not x or layer not in pending.waiting:
-            self._count_miss(pending)
-            pending = _Pending(x, fused.matmul(x, self._bias()), set(self.layers))
+        if pending is None or pending.x is not x or pending.version != version or layer not in pending.waiting:
+            self.misses = self.misses + 1 if pending is not None else 0
+            if self.misses > MISSES:  # they turn out not to share inputs, and would multiply for each other in vain
+                self.separate()
+                return None
+            pending = _Pending(x, version, fused.matmul(x, self._bias()), set(self.layers))
         pending.waiting.discard(layer)
         self.pending.product = pending if pending.waiting else None
         return pending.y[..., self.starts[layer] : self.starts[layer] + layer.out_features]
@@ -103,20 +108,15 @@ class Siblings:
         self.pending = threading.local()
 
     def _bias(self) -> Tensor | None:
-        """The layers' biases, one behind the other as the rows lie; made anew, since they may be written to."""
+        """The layers' biases, one behind the other as the rows lie; made anew each time, since they may be written to."""
         if all(layer.bias is None for layer in self.layers):
             return None
-        parts = [torch.zeros(layer.weight.shape[1], device=layer.weight.device) for layer in self.layers]
-        for part, layer in zip(parts, self.layers, strict=True):
-            if layer.bias is not None:
-                part[: layer.out_features] = layer.bias
+        parts = []
+        for layer in self.layers:
+            filled = layer.weight.shape[1]  # up to a whole block
+            bias = layer.weight_scale.new_zeros(filled) if layer.bias is None else layer.bias
+            parts.append(bias if len(bias) == filled else F.pad(bias, (0, filled - len(bias))))
         return torch.cat(parts)
-
-    def _count_miss(self, pending: _Pending | None) -> None:
-        """Layers that turn out not to share their inputs would multiply for each other in vain."""
-        self.misses = self.misses + 1 if pending is not None else 0
-        if self.misses > MISSES:
-            self.fused = None
 
 
 @dataclass
@@ -124,6 +124,7 @@ class _Pending:
     """A product x W^T of all layers, and who has not taken its columns yet."""
 
     x: Tensor
+    version: int | None
     y: Tensor
     waiting: set[Int4Linear]
 

@@ -185,7 +185,8 @@ class Int4Linear(nn.Module):
         return by_phase(x, self._decode, self._prefill)
 
     def _has_kernel(self, x: Tensor) -> bool:
-        return self.kernel is not None and self.use_kernel and self.kernel.takes(x.dtype)
+        has_gradients = x.requires_grad and torch.is_grad_enabled()  # which slabs alone have
+        return self.kernel is not None and self.use_kernel and self.kernel.takes(x.dtype) and not has_gradients
 
     def _decode(self, x: Tensor) -> Tensor:
         if not self._has_kernel(x):

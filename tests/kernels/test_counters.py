@@ -22,6 +22,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=state.stream))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch, "zeros", counted)
     monkeypatch.setattr(module, "_KEPT", {})
     monkeypatch.setattr(module, "_SPARE", {})
@@ -44,7 +45,9 @@ def test_launches_of_a_stream_share_and_streams_do_not(cuda: SimpleNamespace) ->
 def test_a_captured_launch_has_its_own_without_a_fill(cuda: SimpleNamespace) -> None:
     shared = counters(10, DEVICE)
     cuda.capturing, cuda.filled = True, 0
-    one, other = counters(300, DEVICE), counters(300, DEVICE)
+    odd, one, other = counters(301, DEVICE), counters(300, DEVICE), counters(300, DEVICE)
+    assert len(odd) >= 301
+    assert odd.data_ptr() % 16 == one.data_ptr() % 16 == other.data_ptr() % 16 == 0
     assert cuda.filled == 0
     addresses = [set(range(part.data_ptr(), part.data_ptr() + part.nbytes)) for part in (shared, one, other)]
     assert not addresses[0] & addresses[1]
@@ -56,7 +59,7 @@ def test_a_captured_launch_has_its_own_without_a_fill(cuda: SimpleNamespace) -> 
 
 def test_a_capture_before_any_launch_fills_its_own(cuda: SimpleNamespace) -> None:
     cuda.capturing = True
-    assert len(counters(7, DEVICE)) == 7
+    assert len(counters(7, DEVICE)) >= 7
     assert cuda.filled == 1
 
 

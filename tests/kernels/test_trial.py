@@ -52,6 +52,14 @@ def test_a_kernel_that_does_not_compile_is_not_used() -> None:
         assert not trial.passes(CUDA, "one", fail)
 
 
+def test_too_little_memory_is_no_verdict() -> None:
+    def no_room() -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert not trial.passes(CUDA, "one", no_room)
+    assert trial.passes(CUDA, "one", lambda: 0.0)
+
+
 def test_within_a_capture_there_is_no_trial_and_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert trial.passes(CUDA, "one", lambda: math.nan)

@@ -312,6 +312,14 @@ def test_the_launch_side_of_the_operator(monkeypatch: pytest.MonkeyPatch) -> Non
             assert w4a16._by_kernel(x.float(), weight.tiles, weight.scale, bias, perm, *rest).dtype == torch.float32
 
 
+def test_many_rows_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(w4a16, "MAX_ROWS", 8)
+    weight, _ = random_weight(40, 512, 128)
+    x = torch.randn(19, 512, dtype=torch.float16, device=DEVICE)
+    rest = (weight.kind, weight.group_size, weight.scale_dtype, weight.exponent, weight.splits, weight.out_features)
+    assert w4a16._by_kernel(x, weight.tiles, weight.scale, None, None, *rest).equal(launch(x, weight))
+
+
 @pytest.mark.parametrize(
     ("columns", "scales", "dtype"), [(192, 2, torch.float16), (128, 8, torch.float16), (128, 1, torch.float32)], ids=str
 )

@@ -19,6 +19,7 @@ GROUP = 16  # chunks that are added up together
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # These get no variants of their own: a window of one position runs the same code as any other.
 UNSPECIALIZED = ["first_row", "last_row", "width", "heads_per_key", "kv_heads", "length"]
+INTERVALS = ["first_ptr", "last_ptr"]  # rows of one tensor, at any address
 STRIDES = ["q_batch", "q_head", "q_query", "k_batch", "k_head", "k_slot", "v_batch", "v_head", "v_slot"]
 
 
@@ -70,7 +71,7 @@ def _added_up(
     return maximum, total, acc
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=INTERVALS)
 def _attention_kernel(
     q_ptr,  # [B, H, W, D]; of any strides, the last 1
     k_ptr,  # [B, H', S, D]; likewise
@@ -203,7 +204,7 @@ def configuration(dtype: torch.dtype, dim: int, value_dim: int) -> Configuration
             "D": dim, "DV": value_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv,
             "ROWS": ROWS, "CHUNK": CHUNK, "GROUP": GROUP, "KEYS": 32 if wide else 64, "FLOAT32": interpreting(),
         },
-        divisible=(*signature, *STRIDES),
+        divisible=tuple(name for name in (*signature, *STRIDES) if name not in INTERVALS),
         num_warps=8 if wide else 4,
         num_stages=3,
         barriers=6,  # of which two for the largest score of a row, whose keys several warps share

@@ -38,13 +38,13 @@ def _try(device: torch.device) -> float:
     from specdec_kernels.rejection import kernel
 
     target_ids = torch.tensor([[7, 4000, 2999], [1, 2, 3], [4999, 5, 6]], device=device)
-    target_probs = torch.zeros(3, 3, 5000, device=device).scatter_(2, target_ids[..., None], 1.0)
+    target_probs = torch.zeros(3, 3, 5008, device=device).scatter_(2, target_ids[..., None], 1.0)
     draft_ids = torch.tensor([[7, 4000], [1, 9], [8, 5]], device=device)
     lengths, uniforms = torch.tensor([2, 2, 0], device=device), torch.full((3, 3), 0.5, dtype=torch.float64, device=device)
     expected = torch.tensor([[2, 1, 0], [2999, 2, 4999]])
     results = [
         torch.stack(kernel.launch(target_probs, draft_ids, draft_probs, lengths, uniforms)).cpu()
-        for draft_probs in (None, torch.full((3, 2, 5000), 1 / 5000, device=device))
+        for draft_probs in (None, torch.full((3, 2, 5008), 1 / 5008, device=device))
     ]
     return max((result != expected).double().mean().item() for result in results)
 

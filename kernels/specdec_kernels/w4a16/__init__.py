@@ -19,6 +19,8 @@ from specdec_kernels.w4a16.layout import E2M1, TILE, Kind, PackedWeight, joined,
 
 __all__ = ["PackedWeight", "has_kernel", "joined", "matmul", "prepack"]
 
+MAX_ROWS = 256  # a launch; what splits of K write grows with them, and a row's bits don't depend on them
+
 _LIBRARY = torch.library.Library("specdec", "FRAGMENT")
 _LIBRARY.define(
     "w4a16(Tensor x, Tensor tiles, Tensor scale, Tensor? bias, Tensor? perm, str kind, int group_size, ScalarType scale_dtype,"
@@ -74,9 +76,9 @@ def _try(kind: Kind, group_size: int, scale_dtype: torch.dtype, dtype: torch.dty
 def _random_weight(
     kind: Kind, group_size: int, scale_dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> PackedWeight:
-    """A weight [200, 1024] of the kind, in several splits."""
-    codes = torch.randint(16, (200, 1024), generator=generator, dtype=torch.uint8)
-    shape = (200, 1024 // group_size)
+    """A weight [256, 1024] of the kind, in several splits."""
+    codes = torch.randint(16, (256, 1024), generator=generator, dtype=torch.uint8)
+    shape = (256, 1024 // group_size)
     scale = (0.5 + torch.rand(shape, generator=generator)).to(scale_dtype)
     zero = torch.randint(16, shape, generator=generator, dtype=torch.uint8) if kind == "asymmetric" else None
     codebook = torch.tensor(E2M1) if kind == "e2m1" else None
@@ -100,8 +102,10 @@ def _by_kernel(
     rows = rows.contiguous() if perm is None else rows.index_select(1, perm)
     if padding := tiles.shape[0] * TILE - rows.shape[1]:
         rows = F.pad(rows, (0, padding))
+    bias = None if bias is None else bias.to(x.dtype)
     with torch.cuda.device_of(x):
-        y = kernel.launch(rows, weight, None if bias is None else bias.to(x.dtype))
+        parts = [kernel.launch(piece, weight, bias) for piece in rows.split(MAX_ROWS)]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
     return y.view(*x.shape[:-1], out_features)
 
 
