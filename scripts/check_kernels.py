@@ -25,9 +25,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from specdec_kernels.configuration import ARCHS
+
 ROOT = Path(__file__).parent.parent
 OPS = ("w4a16", "rejection", "attention")
-ARCHS = (80, 86, 89, 90, 100, 120)
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 INSTRUCTIONS_A_WEIGHT = 3.3
 WARP = 32
@@ -116,7 +117,7 @@ def check_all(args: argparse.Namespace) -> None:
     for op in args.op:
         module = importlib.import_module(f"specdec_kernels.{op}.kernel" if op in OPS else op)
         chosen = module.CONFIGURATIONS if args.all else module.CONFIGURATIONS[:1]
-        jobs += [(configuration, arch) for configuration in chosen for arch in args.arch if arch in configuration.archs]
+        jobs += [(configuration, arch) for configuration in chosen for arch in args.arch]
     with ThreadPoolExecutor(2) as pool:
         for result in pool.map(lambda job: check(*job), jobs):
             print(json.dumps(asdict(result)), flush=True)

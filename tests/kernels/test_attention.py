@@ -14,7 +14,7 @@ import torch
 from specdec_kernels import counters as meeting
 from specdec_kernels.attention import attention, reference
 from specdec_kernels.configuration import interpreting
-from torch import Tensor
+from torch import Tensor, library
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -286,7 +286,7 @@ def test_the_launch_is_a_shipped_configuration(monkeypatch: pytest.MonkeyPatch) 
 def test_it_is_an_operator_of_torch() -> None:
     states = [state.float() for state in tensors(2, 4, 2, 3, 40, 16)]
     first, last = windows([5, 30], 3)
-    torch.library.opcheck(torch.ops.specdec.attention.default, (*states, first, last, 0.25))
+    library.opcheck(torch.ops.specdec.attention.default, (*states, first, last, 0.25))
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     assert compiled(*states, first, last, 0.25).equal(attention(*states, first, last, 0.25))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 pytest.importorskip("triton")
 
@@ -278,7 +278,7 @@ def test_the_operator_is_one_for_compilers_too() -> None:
     x, bias = torch.randn(2, 3, 256).half().to(DEVICE), torch.randn(40).half().to(DEVICE)
     args = (x, weight.tiles, weight.scale, bias, torch.randperm(256, device=DEVICE), weight.kind, weight.group_size,
             weight.scale_dtype, weight.exponent, weight.splits, weight.out_features)  # fmt: skip
-    torch.library.opcheck(torch.ops.specdec.w4a16.default, args, test_utils=("test_schema", "test_faketensor"))
+    library.opcheck(torch.ops.specdec.w4a16.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from specdec_kernels import trial
 from specdec_kernels.attention import reference
@@ -11,7 +11,7 @@ from specdec_kernels.attention import reference
 MAX_DIM = 256  # a head's width, up to which there is a kernel
 DTYPES = (torch.bfloat16, torch.float16)  # those of the kernel
 
-_LIBRARY = torch.library.Library("specdec", "FRAGMENT")
+_LIBRARY = library.Library("specdec", "FRAGMENT")
 _LIBRARY.define("attention(Tensor query, Tensor key, Tensor value, Tensor first, Tensor last, float scale) -> Tensor")
 _LIBRARY.impl("attention", reference.attention, "CompositeExplicitAutograd")
 
@@ -87,4 +87,4 @@ def _shape_of_result(query: Tensor, key: Tensor, value: Tensor, first: Tensor, l
 
 
 _LIBRARY.impl("attention", _on_cuda, "CUDA")
-torch.library.register_fake("specdec::attention", _shape_of_result, lib=_LIBRARY)
+library.register_fake("specdec::attention", _shape_of_result, lib=_LIBRARY)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from specdec_kernels import trial
 from specdec_kernels.w4a16 import reference
@@ -21,7 +21,7 @@ __all__ = ["PackedWeight", "has_kernel", "joined", "matmul", "prepack"]
 
 MAX_ROWS = 256  # a launch; what splits of K write grows with them, and a row's bits don't depend on them
 
-_LIBRARY = torch.library.Library("specdec", "FRAGMENT")
+_LIBRARY = library.Library("specdec", "FRAGMENT")
 _LIBRARY.define(
     "w4a16(Tensor x, Tensor tiles, Tensor scale, Tensor? bias, Tensor? perm, str kind, int group_size, ScalarType scale_dtype,"
     " int exponent, int splits, int out_features) -> Tensor"
@@ -125,4 +125,4 @@ def _shape_alone(x: Tensor, *args: object) -> Tensor:
 
 _LIBRARY.impl("w4a16", _by_kernel, "CUDA")
 _LIBRARY.impl("w4a16", _by_reference, "CPU")
-torch.library.register_fake("specdec::w4a16", _shape_alone, lib=_LIBRARY)
+library.register_fake("specdec::w4a16", _shape_alone, lib=_LIBRARY)
