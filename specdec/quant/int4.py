@@ -125,8 +125,8 @@ class Int4Linear(nn.Module):
 
     The path goes by phase, never by the number of rows. A window of up to 64 positions is decoding: the device's own kernel. A
     wider one is prefill: slabs of the weight in full precision, one after the other, so that no full-precision copy of the model
-    ever exists; its last position, the one that is sampled from, goes the decoding way. Where no kernel takes the weight, slabs
-    serve both.
+    ever exists; its last position, the one that is sampled from, goes the decoding way. Where no kernel takes the weight, or the
+    input wants a gradient, slabs serve both.
 
     On a CPU the kernel is PyTorch's int4 op: bfloat16 inputs, outputs and scales, whatever the dtype around it. On a CUDA device
     it is the Triton kernel, which takes float16 and bfloat16 as they are, and layers that take the same input share its launch.
