@@ -7,6 +7,7 @@ acceptance and finished rows cost nothing.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,17 +16,19 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-GROWTH = 256  # slots; a buffer grows by doubling, at least by this
+GROWTH = 256  # slots; a buffer grows by doubling, at least by this, up to what its call can fill
 
 
 class Window:
     """Where the ids of the forward in progress stand; one object shared by all layers of a cache.
 
     key_block: keys are handed to attention in whole blocks of so many slots; masks hide what lies behind the last position.
+    max_slots: how far the call's texts can come; buffers don't grow beyond its block.
     """
 
-    def __init__(self, key_block: int = 1) -> None:
+    def __init__(self, key_block: int = 1, max_slots: int | None = None) -> None:
         self.key_block = key_block
+        self.max_slots = sys.maxsize if max_slots is None else _blocks(max_slots, key_block)
         self.rows = torch.empty(0, 1, dtype=torch.int64)
         self.positions = torch.empty(0, 0, dtype=torch.int64)
         self.end = 0  # one behind the last position
@@ -46,7 +49,7 @@ class Window:
                 self.first = row[0]
         else:
             self.end = int(positions.max()) + 1
-        self.key_length = -(-self.end // self.key_block) * self.key_block
+        self.key_length = _blocks(self.end, self.key_block)
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -70,8 +73,8 @@ class RaggedLayer(CacheLayerMixin):
         assert self.keys is not None
         assert self.values is not None
         needed = self.window.key_length
-        self.keys = _write(_grown(self.keys, needed), key_states, self.window)
-        self.values = _write(_grown(self.values, needed), value_states, self.window)
+        self.keys = _write(_grown(self.keys, self.window), key_states, self.window)
+        self.values = _write(_grown(self.values, self.window), value_states, self.window)
         return self.keys[:, :, :needed], self.values[:, :, :needed]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -88,8 +91,8 @@ class RaggedLayer(CacheLayerMixin):
 class RaggedCache(Cache):
     """What a transformers model takes as past_key_values. Call `window.move(positions)` before each forward."""
 
-    def __init__(self, key_block: int = 1) -> None:
-        self.window = Window(key_block)
+    def __init__(self, key_block: int = 1, max_slots: int | None = None) -> None:
+        self.window = Window(key_block, max_slots)
         super().__init__(layer_class_to_replicate=lambda: RaggedLayer(self.window))  # type: ignore[arg-type]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -143,12 +146,22 @@ def seen_slots(intervals: Tensor, key_length: int) -> Tensor:
     return (slot >= intervals[:, :1]) & (slot <= intervals[:, 1:])
 
 
-def _grown(buffer: Tensor, needed: int) -> Tensor:
+def grown_capacity(capacity: int, needed: int, max_slots: int) -> int:
+    """Slots of a buffer of `capacity` slots once `needed` are to be filled."""
+    return capacity if needed <= capacity else max(needed, min(max(2 * capacity, GROWTH), max_slots))
+
+
+def _blocks(slots: int, key_block: int) -> int:
+    return -(-slots // key_block) * key_block
+
+
+def _grown(buffer: Tensor, window: Window) -> Tensor:
     """The buffer, or a longer one with its content. Zeros, because 0 times a masked NaN would still be NaN."""
     capacity = buffer.shape[2]
-    if needed <= capacity:
+    slots = grown_capacity(capacity, window.key_length, window.max_slots)
+    if slots == capacity:
         return buffer
-    larger = buffer.new_zeros(*buffer.shape[:2], max(needed, 2 * capacity, GROWTH), buffer.shape[3])
+    larger = buffer.new_zeros(*buffer.shape[:2], slots, buffer.shape[3])
     larger[:, :, :capacity] = buffer
     return larger
 

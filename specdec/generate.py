@@ -42,6 +42,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 
+from specdec.clock import Clock, no_lap
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
@@ -86,12 +87,14 @@ def enable(
     drafter: PreTrainedModel | Drafter | str | Path | None = None,
     *,
     num_draft_tokens: int = DEFAULT_NUM_DRAFT_TOKENS,
+    timing: bool = False,
 ) -> PreTrainedModel:
     """Make model.generate() speculative, in place: same arguments, same results, sooner.
 
     drafter: a model, a hub id or a folder of one, "prompt_lookup", "none" (plain decoding in our loop), a Drafter of your own, or
     None: calls run the stock loop unless they bring an `assistant_model` or `prompt_lookup_num_tokens`.
     num_draft_tokens: K, how many ids a step proposes; a call's `num_assistant_tokens` goes first.
+    timing: measure where each call's time goes, as `Stats.timing`.
     Enabling again replaces. Raises ValueError or TypeError, leaving the model as it was, where the pair cannot work.
     """
     if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
@@ -102,7 +105,7 @@ def enable(
     if reason := unsupported(model):
         raise ValueError(f"{stock.__name__} cannot decode speculatively: {reason}")
     _check_num_draft_tokens(num_draft_tokens, model)
-    state = _State(model, None if drafter is None else resolve_drafter(drafter, model), num_draft_tokens)
+    state = _State(model, None if drafter is None else resolve_drafter(drafter, model), num_draft_tokens, timing)
     model.__dict__[_STATE] = state
     model.__class__ = _drop_in_class(stock)
     return model
@@ -123,9 +126,10 @@ def last_stats(model: PreTrainedModel) -> Stats | None:
 class _State:
     """What an enabled model remembers between calls, and the call in progress."""
 
-    def __init__(self, model: PreTrainedModel, drafter: Drafter | None, num_draft_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, drafter: Drafter | None, num_draft_tokens: int, timing: bool) -> None:
         self.drafter = drafter
         self.num_draft_tokens = num_draft_tokens
+        self.timing = timing
         self.target = CachedModel(model)
         self.checked: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()  # assistant models of earlier calls
         self.last_stats: Stats | None = None
@@ -302,6 +306,7 @@ def _decode(
 ) -> Any:
     """Serve one call: input_ids [B, P], left-padded, rows already repeated for num_return_sequences."""
     state, _call = _state_of(model)
+    clock = Clock(model.device) if state.timing else None
     if model.training:
         raise ValueError("the model is in training mode, so dropout would change its output; call model.eval() first")
     if state.target.vocab_size != state.target.config.vocab_size:
@@ -339,7 +344,8 @@ def _decode(
     as_dict = generation_config.return_dict_in_generate
     scores = _PerToken(len(prompt)) if as_dict and generation_config.output_scores else None
     logits = _PerToken(len(prompt)) if as_dict and generation_config.output_logits else None
-    for outcome in speculate(state.target, drafter, sequences, sampling, num_draft_tokens):
+    lap = clock.lap if clock else no_lap
+    for outcome in speculate(state.target, drafter, sequences, sampling, num_draft_tokens, lap):
         counter.add(outcome)
         if scores is not None:
             scores.add(outcome, outcome.scores)
@@ -351,6 +357,9 @@ def _decode(
         streamer.end()
 
     state.last_stats = counter.stats()
+    if clock:
+        clock.lap("other")
+        state.last_stats.timing = clock.timing()
     pad = generation_config._pad_token_tensor
     text = _padded_text(sequences, 0 if pad is None else int(pad)).to(device)
     if not as_dict:

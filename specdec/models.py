@@ -39,10 +39,10 @@ class CachedModel:
         self.context = context_of(model)
         self.begin(0)
 
-    def begin(self, batch_size: int) -> None:
-        """Forget everything: an empty cache."""
+    def begin(self, batch_size: int, max_slots: int | None = None) -> None:
+        """Forget everything: an empty cache, whose buffers grow to max_slots at most; None: as far as texts go."""
         implementation = self.config._attn_implementation
-        self.cache = RaggedCache(KEYS if implementation == ATTENTION else 1)
+        self.cache = RaggedCache(KEYS if implementation == ATTENTION else 1, max_slots)
         self.mask_dtype = self.model.dtype if implementation == "eager" else torch.bool
         self.takes_intervals = takes_intervals(self.model)
 

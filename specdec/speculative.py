@@ -14,13 +14,14 @@ Plain decoding is this loop with a drafter that proposes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from specdec import verification
+from specdec.clock import no_lap
 from specdec.interfaces import Draft, Drafter, Outcome, Verdict
 from specdec.sampling import Sampling, check_finite, uniforms
 from specdec.sequences import Sequences
@@ -33,8 +34,8 @@ class Target(Protocol):
     def vocab_size(self) -> int:
         """V, the width of the logits."""
 
-    def begin(self, batch_size: int) -> None:
-        """A call starts: an empty cache for so many rows."""
+    def begin(self, batch_size: int, max_slots: int) -> None:
+        """A call starts: an empty cache for so many rows, whose texts come to at most max_slots positions."""
 
     def prefill(self, ids: Tensor, last: Tensor) -> Tensor | None:
         """Fill the cache for positions 0 … last [B] of ids [B, L]."""
@@ -43,31 +44,41 @@ class Target(Protocol):
         """Run ids [B, W] at positions [B, W] against the cache: -> logits [B, W, V] float32."""
 
 
+Lap = Callable[[str], None]  # told the name of each part of a step when it ends: where time goes
+
+
 def speculate(
-    target: Target, drafter: Drafter, sequences: Sequences, sampling: Sampling, num_draft_tokens: int
+    target: Target, drafter: Drafter, sequences: Sequences, sampling: Sampling, num_draft_tokens: int, lap: Lap = no_lap
 ) -> Iterator[Outcome]:
     """Generate until all rows have finished; yields what each step did, after it is committed to `sequences`."""
-    target.begin(sequences.batch_size)
+    target.begin(sequences.batch_size, int(sequences.end.max()))
     drafter.begin(sequences, sampling)
     target.prefill(sequences.ids, sequences.lengths - 1)  # stock decoding's first window; the first step feeds its end again
+    lap("prefill")
     while not sequences.finished.all():
-        yield step(target, drafter, sequences, sampling, num_draft_tokens)
+        yield step(target, drafter, sequences, sampling, num_draft_tokens, lap)
 
 
-def step(target: Target, drafter: Drafter, sequences: Sequences, sampling: Sampling, num_draft_tokens: int) -> Outcome:
+def step(
+    target: Target, drafter: Drafter, sequences: Sequences, sampling: Sampling, num_draft_tokens: int, lap: Lap = no_lap
+) -> Outcome:
     """One forward of the target for every row: up to num_draft_tokens accepted ids and one of its own."""
+    lap("other")
     limit = sequences.limit(num_draft_tokens)
     draft = drafter.propose(sequences, limit)
     if not isinstance(draft, Draft):
         raise ValueError(f"{type(drafter).__name__}.propose returned a {type(draft).__name__}; it must return a Draft")
     draft.check(limit, num_draft_tokens, target.vocab_size, drafter)
+    lap("draft")
 
     sequences.stage(draft.ids)
     positions = window_positions(sequences.lengths, draft)
     logits = target.forward(sequences.ids.gather(1, positions), positions)
+    lap("target")
     used = torch.where(sequences.finished, 0, draft.lengths + 1)
     scores = sampling.scores(logits, sequences, used=used, draft_ids=draft.ids)
     verdict, overlap = judge(draft, scores, sampling)
+    lap("verification")
 
     live = ~sequences.finished
     emitted, stopped = sequences.commit(draft, verdict)

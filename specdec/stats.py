@@ -4,7 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from specdec.clock import Timing
 from specdec.interfaces import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step did to one row.
+
+    drafted, accepted, emitted: as they count; on the row's last step only up to its stop.
+    overlap: sum(min(p, q)) at each position that was drafted with all before it accepted.
+    """
+
+    drafted: int
+    accepted: int
+    emitted: int
+    overlap: list[float]
+
+    def origins(self) -> list[str]:
+        """Where each emitted id came from: "accepted", then "recovered" or "bonus"; "plain" where nothing was drafted."""
+        own = "plain" if self.drafted == 0 else "bonus" if self.accepted == self.drafted else "recovered"
+        return (["accepted"] * self.accepted + [own])[: self.emitted]
 
 
 @dataclass(slots=True)
@@ -20,6 +40,8 @@ class Stats:
     conditional_acceptance_per_position[i]: the same among steps that drafted i with all before it accepted.
     expected_acceptance (alpha): mean of sum(min(p, q)) over those positions; from the distributions, not from coin flips.
     num_target_forwards: forwards of the target for the whole batch, the prompt's apart.
+    timing: seconds of the call by part, where enable(..., timing=True) asked for it.
+    steps: in a row's own figures, what each of its steps did.
     per_row: the same for each row; empty in a row's own.
     """
 
@@ -34,6 +56,8 @@ class Stats:
     acceptance_per_position: list[float | None] = field(default_factory=list)
     conditional_acceptance_per_position: list[float | None] = field(default_factory=list)
     expected_acceptance: float | None = None
+    timing: Timing | None = None
+    steps: list[Step] = field(default_factory=list)
     per_row: list[Stats] = field(default_factory=list)
 
 
@@ -68,6 +92,8 @@ class StatsCounter:
         stats = total.stats()
         stats.num_target_forwards = self.num_forwards
         stats.per_row = [row.stats() for row in self.rows]
+        for of_row, row in zip(stats.per_row, self.rows, strict=True):
+            of_row.steps = row.steps
         return stats
 
 
@@ -77,14 +103,16 @@ class _RowCounter:
         self.histogram = [0] * (num_draft_tokens + 1)
         self.tried = [0] * num_draft_tokens  # steps that drafted i with all before it accepted
         self.overlap = 0.0  # sum(min(p, q)) over the tried positions
+        self.steps: list[Step] = []
 
     def add(self, drafted: int, accepted: int, emitted: int, overlap: list[float]) -> None:
         self.drafted += drafted
         self.emitted += emitted
         self.histogram[accepted] += 1
-        for position in range(min(drafted, accepted + 1)):
+        self.steps.append(Step(drafted, accepted, emitted, overlap[: min(drafted, accepted + 1)]))
+        for position, value in enumerate(self.steps[-1].overlap):
             self.tried[position] += 1
-            self.overlap += overlap[position]
+            self.overlap += value
 
     def merge(self, other: _RowCounter) -> None:
         self.drafted += other.drafted

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import specdec
+from specdec.cache import grown_capacity
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.interfaces import Draft, Outcome
@@ -206,6 +207,23 @@ def test_a_growing_cache_keeps_its_content() -> None:
     for last, width in (([200, 250], 251), ([254, 300], 54), ([300, 520], 220), ([1100, 1395], 875)):  # over 256, 512, 1024 slots
         got = runner.feed(ids, torch.tensor(last), width)
         torch.testing.assert_close(got[:, 0], want[torch.arange(2), last], rtol=1e-3, atol=1e-3)
+
+
+def test_a_calls_buffers_end_where_its_texts_can() -> None:
+    runner = CachedModel(family("llama"))
+    ids = torch.randint(VOCAB_SIZE, (2, 700), generator=torch.Generator().manual_seed(0))
+    runner.begin(2, 600)
+    for last, slots in (
+        ([90, 100], 256),
+        ([255, 255], 256),
+        ([256, 200], 512),
+        ([511, 511], 512),
+        ([512, 9], 600),
+        ([599, 9], 600),
+    ):
+        runner.feed(ids, torch.tensor(last), 4)
+        assert runner.cache.layers[0].keys.shape[2] == slots
+    assert grown_capacity(600, 640, 600) == 640  # a text that goes on all the same is not cut
 
 
 def naive_lookup(text: list[int], max_ngram: int, limit: int) -> list[int]:

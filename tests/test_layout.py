@@ -14,10 +14,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "specdec"
 
 FLOORS = {
-    "interfaces": 1, "sampling": 1, "verification": 1, "stats": 1, "embedded": 1, "provenance": 1,
+    "interfaces": 1, "sampling": 1, "verification": 1, "stats": 1, "clock": 1, "cost": 1,
+    "text": 1, "embedded": 1, "provenance": 1,
     "sequences": 2, "speculative": 2, "cache": 2, "attention": 2, "models": 2, "quant": 2,
     "drafters": 3,
     "generate": 4,
+    "planning": 5, "experiments": 5,
     "cli": 6, "commands": 6,
 }  # fmt: skip
 WITHOUT_TRANSFORMERS = {
@@ -25,6 +27,9 @@ WITHOUT_TRANSFORMERS = {
     "sampling",
     "verification",
     "stats",
+    "clock",
+    "cost",
+    "text",
     "embedded",
     "sequences",
     "speculative",

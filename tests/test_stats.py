@@ -32,7 +32,7 @@ class Bigram:
     def __init__(self, seed: int) -> None:
         self.table = torch.randn(V, V, generator=torch.Generator().manual_seed(seed))
 
-    def begin(self, batch_size: int) -> None:
+    def begin(self, batch_size: int, max_slots: int) -> None:
         pass
 
     def prefill(self, ids: Tensor, last: Tensor) -> None:
@@ -117,12 +117,18 @@ def recount(log: list[RowStep], num_forwards: int) -> Stats:
     )
 
 
+def origins(step: RowStep) -> list[str]:
+    """From what was offered and what passed, before any stop."""
+    own = "plain" if not step.offered else "bonus" if step.passed == step.offered else "recovered"
+    return ([*["accepted"] * step.passed, own])[: step.emitted]
+
+
 def outcomes(log: list[RowStep]) -> list[Outcome]:
     return list({id(step.outcome): step.outcome for step in log}.values())
 
 
 def assert_equal(got: Stats, want: Stats) -> None:
-    for name in (field.name for field in fields(Stats) if field.name != "per_row"):
+    for name in (field.name for field in fields(Stats) if field.name not in ("per_row", "steps")):
         assert getattr(got, name) == pytest.approx(getattr(want, name), abs=1e-6), name
 
 
@@ -140,6 +146,14 @@ def test_stats_are_what_the_steps_did(call: tuple) -> None:
         steps = [step for step in log if step.row == row]
         assert_equal(of_row, recount(steps, len(steps)))
         assert of_row.per_row == []
+        assert [(step.drafted, step.accepted, step.emitted) for step in of_row.steps] == [
+            (step.drafted, step.accepted, step.emitted) for step in steps
+        ]
+        for noted, step in zip(of_row.steps, steps, strict=True):
+            tried = [i for i in range(step.drafted) if step.accepted >= i]
+            assert noted.overlap == step.outcome.overlap[row, tried].tolist()
+            assert noted.origins() == origins(step)
+    assert stats.steps == []
 
 
 @given(calls)

@@ -20,34 +20,11 @@ from transformers import AutoTokenizer, PreTrainedModel
 import specdec
 from specdec.commands.loading import load
 from specdec.generate import resolve_drafter
-from specdec.interfaces import Draft, Drafter, Outcome
-from specdec.sampling import Sampling
-from specdec.sequences import Sequences
+from specdec.text import pieces
 
 ROUNDS = 3
 STYLES = {"accepted": "green", "recovered": "bold red", "bonus": "bold blue underline", "plain": ""}
 MARKS = {"accepted": ("", ""), "recovered": ("⟨", "⟩"), "bonus": ("⟦", "⟧"), "plain": ("", "")}
-
-
-class Traced:
-    """A drafter that notes where each id of the first row came from; proposals pass through unchanged."""
-
-    def __init__(self, drafter: Drafter) -> None:
-        self.drafter = drafter
-        self.origins: list[str] = []
-
-    def begin(self, sequences: Sequences, sampling: Sampling) -> None:
-        self.origins = []
-        self.drafter.begin(sequences, sampling)
-
-    def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
-        return self.drafter.propose(sequences, limit)
-
-    def observe(self, outcome: Outcome) -> None:
-        self.drafter.observe(outcome)
-        offered, accepted, emitted = (int(t[0]) for t in (outcome.draft.lengths, outcome.verdict.accepted, outcome.emitted))
-        last = "plain" if offered == 0 else "bonus" if accepted == offered else "recovered"
-        self.origins += [*["accepted"] * accepted, last][:emitted]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -63,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
         if drafter not in ("prompt_lookup", "none"):
             progress.update(task, description=f"loading {options.draft}")
             drafter = load(options.draft, dtype, options.device)
-        traced = Traced(resolve_drafter(drafter, model))
+        drafter = resolve_drafter(drafter, model)
         inputs = tokenizer(options.prompt, return_tensors="pt").to(options.device)
         if inputs["input_ids"].shape[1] == 0:
             raise ValueError("the prompt is empty; pass some text with --prompt")
@@ -76,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
         engines: dict[str, Callable[[], None]] = {
             "transformers generate()": lambda: specdec.disable(model),
             "specdec, plain loop": lambda: _enable(model, "none", options.num_draft_tokens),
-            "specdec, speculative": lambda: _enable(model, traced, options.num_draft_tokens),
+            "specdec, speculative": lambda: _enable(model, drafter, options.num_draft_tokens),
         }
         texts: dict[str, Tensor] = {}
         rates: dict[str, list[float]] = {name: [] for name in engines}
@@ -118,7 +95,8 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(report))
     else:
-        show(report, _pieces(tokenizer, speculative.tolist()), traced.origins, Console())
+        origins = [origin for step in stats.per_row[0].steps for origin in step.origins()]
+        show(report, pieces(tokenizer, speculative.tolist()), origins, Console())
     return 1 if report["identical"] is False else 0
 
 
@@ -167,14 +145,3 @@ def show(report: dict[str, Any], pieces: list[str], origins: list[str], console:
 
 def _enable(model: PreTrainedModel, drafter: Any, num_draft_tokens: int) -> None:
     specdec.enable(model, drafter, num_draft_tokens=num_draft_tokens)
-
-
-def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text that each id adds; a character that several ids share goes to the last of them."""
-    pieces, done = [], ""
-    for count in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:count])
-        whole = text if count == len(ids) else text.rstrip("\ufffd")
-        pieces.append(whole[len(done) :])
-        done = whole
-    return pieces

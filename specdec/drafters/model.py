@@ -26,7 +26,7 @@ class ModelDrafter:
         self.vocab_size = vocab_size
 
     def begin(self, sequences: Sequences, sampling: Sampling) -> None:
-        self.runner.begin(sequences.batch_size)
+        self.runner.begin(sequences.batch_size, int(sequences.end.max()))
         self.sampling = sampling
         self.covered = torch.zeros_like(sequences.lengths)
         self.fed_drafts = torch.zeros_like(sequences.lengths)
