@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import specdec
 from specdec import embedded
-from specdec.commands.loading import load
+from specdec.loading import load
 from specdec.provenance import provenance
 
 

@@ -55,8 +55,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import specdec
 from specdec import embedded, verification
-from specdec.commands.loading import load
 from specdec.interfaces import Draft
+from specdec.loading import load
 from specdec.provenance import provenance
 from specdec.quant.int4 import Int4Linear, Int4Tensor, pack, unpack
 

@@ -1,4 +1,4 @@
-"""The command line: `specdec demo | generate | quantize | audit`."""
+"""The command line: `specdec demo | generate | quantize | audit | experiment | report | plan`."""
 
 from __future__ import annotations
 
@@ -10,23 +10,38 @@ from transformers.utils import logging as transformers_logging
 
 import specdec
 from specdec import embedded
-from specdec.commands import audit, demo, quantize
+from specdec.commands import audit, demo, plan, quantize, report
 
 DEMO_PROMPT = "queue-3"
+EXPERIMENT_MODULES = {"accelerate", "datasets", "hydra", "jinja2", "matplotlib", "omegaconf"}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 where what was to be shown did not hold, 2 where the input cannot be used."""
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     quiet: Any = transformers_logging
     quiet.disable_progress_bar()  # one progress display, ours
     quiet.set_verbosity_error()
     try:
+        if arguments[:1] == ["experiment"]:  # what follows is hydra's
+            return _experiment(arguments[1:])
+        options = _parser().parse_args(arguments)
         code: int = options.run(options)
         return code
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in EXPERIMENT_MODULES:
+            raise
+        print(f'specdec: {error.name} is not installed; pip install "specdec-lossless[experiments]"', file=sys.stderr)
+        return 2
     except (ValueError, TypeError, OSError) as error:
         print(f"specdec: {error}", file=sys.stderr)
         return 2
+
+
+def _experiment(arguments: list[str]) -> int:
+    from specdec.commands import experiment
+
+    return experiment.main(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,6 +79,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("source", metavar="SRC", help="the model: a folder or a hub id")
     command.add_argument("destination", metavar="DST", help="a folder that is empty or not there yet")
     _add_quantization(command)
+
+    commands.add_parser("experiment", add_help=False, help="run a hydra config: records, figures, one page (--help lists groups)")
+
+    command = commands.add_parser("report", help="a page from the records of one run or several; compare them, gate on them")
+    command.set_defaults(run=report.run)
+    report.add_arguments(command)
+
+    command = commands.add_parser("plan", help="memory of two models and their caches, from their configs alone")
+    command.set_defaults(run=plan.run)
+    plan.add_arguments(command)
 
     audits = commands.add_parser("audit", help="check a claim on a model of your own").add_subparsers(dest="audit", required=True)
     command = audits.add_parser("quality", help="perplexity, KL and top-1 agreement of a 4-bit model against its original")

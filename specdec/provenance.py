@@ -18,8 +18,8 @@ def provenance(device: str) -> dict[str, str | int | bool]:
     def git(*command: str) -> str:
         return subprocess.run(["git", *command], capture_output=True, text=True, check=False).stdout.strip()
 
-    # an installed command by its name, a script as it was called
-    program = [Path(sys.argv[0]).name] if Path(sys.argv[0]).is_absolute() else ["python", sys.argv[0]]
+    called = Path(sys.argv[0])  # an installed command goes by its name, a script as it was called
+    program = ["python", sys.argv[0]] if called.suffix == ".py" and not called.is_absolute() else [called.name]
     return {
         "commit": git("rev-parse", "HEAD"),
         "dirty": bool(git("status", "--porcelain")),

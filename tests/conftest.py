@@ -1,9 +1,24 @@
 """No test needs a network, and none may ask one: hub look-ups end at once. Without a GPU, Triton kernels are interpreted."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 import torch
+
+ROOT = Path(__file__).parent.parent
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package as it would be installed."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    return next(folder.glob("*.whl"))

@@ -17,8 +17,8 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from specdec.commands.loading import load
 from specdec.commands.quantize import int4_config, weight_bytes
+from specdec.loading import load
 from specdec.models import context_of
 from specdec.provenance import provenance
 from specdec.quant.quality import Quality, compare

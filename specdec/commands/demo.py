@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 import specdec
-from specdec.commands.loading import load
 from specdec.generate import resolve_drafter
+from specdec.loading import load
 from specdec.text import pieces
 
 ROUNDS = 3

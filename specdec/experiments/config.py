@@ -1,0 +1,122 @@
+"""The schema of an experiment. conf/ holds values for these classes; each of its files names its class as `_target_`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from specdec.loading import DTYPES, load
+from specdec.quant.quantizer import Int4Config
+
+
+@dataclass
+class TargetConfig:
+    """path: a folder or a hub id. dtype: of all but 4-bit weights; "auto": float32 on a CPU, elsewhere the checkpoint's own.
+
+    device: "cpu", "cuda", …; "auto": this process' own.
+    """
+
+    path: str
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_dtype("target.dtype", self.dtype)
+
+
+@dataclass
+class QuantConfig:
+    """Whether the target is quantized while it loads; one that is in 4 bits already is taken as it is, with int4=false."""
+
+    int4: bool = False
+    group_size: int = 128
+    symmetric: bool = True
+    skip_modules: list[str] = field(default_factory=list)
+    quantize_head: bool = False
+
+    def int4_config(self) -> Int4Config | None:
+        if not self.int4:
+            return None
+        return Int4Config(self.group_size, self.symmetric, list(self.skip_modules), self.quantize_head)
+
+
+@dataclass
+class DraftModel:
+    """A smaller model as the drafter. dtype: "auto" is the target's. int4: quantize it while loading, in groups of group_size."""
+
+    path: str
+    dtype: str = "auto"
+    int4: bool = False
+    group_size: int = 128
+
+    def __post_init__(self) -> None:
+        _check_dtype("drafter.dtype", self.dtype)
+
+    def load(self, target: Any) -> Any:
+        """The model, beside its target."""
+        dtype = str(target.dtype).removeprefix("torch.") if self.dtype == "auto" else self.dtype
+        return load(self.path, dtype, str(target.device), Int4Config(self.group_size) if self.int4 else None)
+
+
+@dataclass
+class SamplingConfig:
+    """temperature: 0 is greedy. top_k 0 and top_p 1 leave the distribution whole. What else the model's generation_config asks
+    for holds as in any generate() call."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"sampling.temperature={self.temperature} must be 0 (greedy) or more")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"sampling.max_new_tokens={self.max_new_tokens} must be 1 or more")
+
+    def call(self) -> dict[str, Any]:
+        """Arguments of generate()."""
+        call: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            call |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return call
+
+
+@dataclass
+class ExperimentConfig:
+    """One run.
+
+    drafter: a DraftModel or any specdec.Drafter. workload: any specdec.experiments.workloads.Workload.
+    num_draft_tokens: K. batch_size: prompts a generate() call. repetitions: of the whole workload, each with seeds of its own.
+    baseline: plain decoding of the same prompts in between, for an honest speedup.
+    too_long: "skip" a prompt that does not fit the context, and count it, or end with an "error".
+    folder: where records and report go. resume: go on with the records that are there.
+    """
+
+    name: str
+    target: TargetConfig
+    drafter: Any
+    quant: QuantConfig
+    sampling: SamplingConfig
+    workload: Any
+    folder: Path
+    num_draft_tokens: int = 5
+    batch_size: int = 1
+    repetitions: int = 1
+    seed: int = 0
+    baseline: bool = True
+    too_long: str = "skip"
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_draft_tokens", "batch_size", "repetitions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.too_long not in ("skip", "error"):
+            raise ValueError(f"too_long={self.too_long!r} must be skip or error")
+
+
+def _check_dtype(name: str, dtype: str) -> None:
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"{name}={dtype!r} must be auto, {', '.join(DTYPES)}")

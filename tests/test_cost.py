@@ -1,0 +1,86 @@
+"""The cost model's arithmetic, and replay() against writing texts anew with another K."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specdec.cost import StepTimes, acceptance_along, replay, speedup, tokens_per_second
+from specdec.stats import Step
+
+TIMES = StepTimes(draft_s=[0.0, 1.0, 2.0], target_s=[4.0, 4.5, 5.0], rest_s=[1.0, 1.0, 1.5])
+chances = st.lists(st.floats(0, 1), min_size=1, max_size=12)
+
+
+def written(along: list[float], k: int, coins: random.Random) -> list[Step]:
+    """The steps of one text whose draft ids are accepted with the given chances."""
+    steps, position = [], 0
+    while position < len(along):
+        drafted = min(k, len(along) - position - 1)
+        accepted = 0
+        while accepted < drafted and coins.random() < along[position + accepted]:
+            accepted += 1
+        tried = along[position : position + min(drafted, accepted + 1)]
+        steps.append(Step(drafted, accepted, accepted + 1, tried))
+        position += accepted + 1
+    return steps
+
+
+def test_speed_is_the_law_of_times_and_acceptance() -> None:
+    assert TIMES.step_s(2) == 8.5
+    assert tokens_per_second(2, 2.55, TIMES) == pytest.approx(0.3)
+    assert speedup(2, 2.55, TIMES) == pytest.approx(0.3 * 5)
+    assert speedup(0, 1.0, TIMES) == 1.0
+
+
+@given(chances, st.integers(1, 5))
+def test_replay_is_the_mean_of_many_texts(along: list[float], k: int) -> None:
+    certain = [float(chance > 0.5) for chance in along]
+    steps = written(certain, k, random.Random(0))
+    assert replay(certain, k, 0.5) == (len(steps), sum(step.accepted for step in steps))
+    expected = replay(along, k, 0.5)
+    assert expected[0] + expected[1] == pytest.approx(len(along))  # every id is accepted or a step's own
+
+
+def test_replay_of_chances_is_what_coins_come_to() -> None:
+    coins = random.Random(1)
+    along = [coins.random() for _ in range(30)]
+    texts = [written(along, 4, coins) for _ in range(4000)]
+    steps, accepted = replay(along, 4, 0.5)
+    assert steps == pytest.approx(sum(map(len, texts)) / 4000, rel=0.01)
+    assert accepted == pytest.approx(sum(step.accepted for text in texts for step in text) / 4000, rel=0.02)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
+def test_one_run_at_the_largest_k_tells_what_smaller_ones_come_to(k: int) -> None:
+    """Acceptance that comes in stretches, as in real text: averages by position are off there, replay is not."""
+    coins = random.Random(2)
+    source_steps = measured_steps = 0
+    expected = [0.0, 0.0]
+    for _ in range(300):
+        easy, along = True, []
+        for _ in range(60):
+            easy = easy if coins.random() < 0.85 else not easy
+            along.append(0.97 if easy else 0.3)
+        source = written(along, 8, coins)
+        source_steps += len(source)
+        measured_steps += len(written(along, k, coins))
+        steps, accepted = replay(acceptance_along(source, 8), k, 0.9)
+        expected[0] += steps
+        expected[1] += accepted
+    assert source_steps > 2400
+    assert 1 + expected[1] / expected[0] == pytest.approx(300 * 60 / measured_steps, rel=0.02)
+
+
+def test_acceptance_along_a_text() -> None:
+    steps = [
+        Step(3, 3, 4, [0.9, 0.8, 0.7]),  # a bonus id: nothing to compare it with
+        Step(3, 1, 2, [0.5, 0.25]),
+        Step(1, 1, 2, [0.6]),  # offered less than it was asked for
+        Step(0, 0, 1, []),
+        Step(2, 2, 2, [1.0, 0.5]),  # the stop fell on a draft id
+    ]
+    assert acceptance_along(steps, 3) == [0.9, 0.8, 0.7, None, 0.5, 0.25, 0.6, 0.0, 0.0, 1.0, 0.5]
