@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from specdec.stats import Step
 
@@ -26,14 +27,12 @@ class StepTimes:
         return self.draft_s[k] + self.target_s[k] + self.rest_s[k]
 
 
-def tokens_per_second(num_draft_tokens: int, mean_acceptance_length: float, times: StepTimes) -> float:
-    """Of one row, its prompt apart."""
-    return mean_acceptance_length / times.step_s(num_draft_tokens)
+def speedup(num_draft_tokens: int, mean_acceptance_length: Any, times: StepTimes, prompt_s: float = 0.0) -> Any:
+    """Over plain decoding, the step that drafts nothing and emits one token; of one acceptance length or of an array of them.
 
-
-def speedup(num_draft_tokens: int, mean_acceptance_length: float, times: StepTimes) -> float:
-    """Over plain decoding, the step that drafts nothing and emits one token."""
-    return tokens_per_second(num_draft_tokens, mean_acceptance_length, times) / tokens_per_second(0, 1.0, times)
+    prompt_s: seconds that reading the prompt adds to each generated token, with a draft or without.
+    """
+    return (prompt_s + times.step_s(0)) / (prompt_s + times.step_s(num_draft_tokens) / mean_acceptance_length)
 
 
 def acceptance_along(steps: Sequence[Step], num_draft_tokens: int) -> list[float | None]:
@@ -49,10 +48,13 @@ def acceptance_along(steps: Sequence[Step], num_draft_tokens: int) -> list[float
     return along
 
 
-def replay(along: Sequence[float | None], num_draft_tokens: int, at_bonus: float) -> tuple[float, float]:
+def replay(
+    along: Sequence[float | None], num_draft_tokens: int, at_bonus: float, *, stopped: bool = False
+) -> tuple[float, float]:
     """Write a text again with another K: -> the expected numbers of steps and of accepted ids.
 
-    along: acceptance at each position, as acceptance_along() gives it; at_bonus stands in where it is None. The text's law is
+    along: acceptance at each position, as acceptance_along() gives it; at_bonus stands in where it is None. stopped: the text
+    ended by itself, maybe on a draft id; one that came to its limit ends on an id of the target's own. The text's law is
     the target's whatever K is, so only the steps' borders move: from each step that may start at a position, weight passes on
     to where it may end. Averages by position would mislead: steps of another K start elsewhere, after other failures.
     """
@@ -64,10 +66,10 @@ def replay(along: Sequence[float | None], num_draft_tokens: int, at_bonus: float
     for position in range(length):
         weight = starts[position]
         steps += weight
-        limit = min(num_draft_tokens, length - position - 1)  # the last id is the target's own
+        limit = min(num_draft_tokens, length - position - (not stopped))
         for behind in range(position, position + limit):
             starts[behind + 1] += weight * (1 - chances[behind])
             weight *= chances[behind]
             accepted += weight
-        starts[position + limit + 1] += weight
+        starts[min(position + limit + 1, length)] += weight
     return steps, accepted

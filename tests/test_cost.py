@@ -4,54 +4,58 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdec.cost import StepTimes, acceptance_along, replay, speedup, tokens_per_second
+from specdec.cost import StepTimes, acceptance_along, replay, speedup
 from specdec.stats import Step
 
 TIMES = StepTimes(draft_s=[0.0, 1.0, 2.0], target_s=[4.0, 4.5, 5.0], rest_s=[1.0, 1.0, 1.5])
 chances = st.lists(st.floats(0, 1), min_size=1, max_size=12)
 
 
-def written(along: list[float], k: int, coins: random.Random) -> list[Step]:
-    """The steps of one text whose draft ids are accepted with the given chances."""
+def written(along: list[float], k: int, coins: random.Random, stopped: bool = False) -> list[Step]:
+    """The steps of one text whose draft ids are accepted with the given chances; it came to its limit, or stopped by itself."""
     steps, position = [], 0
     while position < len(along):
-        drafted = min(k, len(along) - position - 1)
+        drafted = min(k, len(along) - position - (not stopped))
         accepted = 0
         while accepted < drafted and coins.random() < along[position + accepted]:
             accepted += 1
         tried = along[position : position + min(drafted, accepted + 1)]
-        steps.append(Step(drafted, accepted, accepted + 1, tried))
-        position += accepted + 1
+        emitted = min(accepted + 1, len(along) - position)
+        steps.append(Step(drafted, accepted, emitted, tried))
+        position += emitted
     return steps
 
 
 def test_speed_is_the_law_of_times_and_acceptance() -> None:
     assert TIMES.step_s(2) == 8.5
-    assert tokens_per_second(2, 2.55, TIMES) == pytest.approx(0.3)
-    assert speedup(2, 2.55, TIMES) == pytest.approx(0.3 * 5)
     assert speedup(0, 1.0, TIMES) == 1.0
+    assert speedup(2, 2.55, TIMES) == pytest.approx(5 / (8.5 / 2.55))
+    assert speedup(2, 2.55, TIMES, prompt_s=10.0) == pytest.approx(15 / (10 + 8.5 / 2.55))
+    assert speedup(1, np.array([1.0, 2.0]), TIMES).tolist() == pytest.approx([5 / 6.5, 10 / 6.5])
 
 
-@given(chances, st.integers(1, 5))
-def test_replay_is_the_mean_of_many_texts(along: list[float], k: int) -> None:
+@given(chances, st.integers(1, 5), st.booleans())
+def test_replay_of_certainties_is_the_text_itself(along: list[float], k: int, stopped: bool) -> None:
     certain = [float(chance > 0.5) for chance in along]
-    steps = written(certain, k, random.Random(0))
-    assert replay(certain, k, 0.5) == (len(steps), sum(step.accepted for step in steps))
-    expected = replay(along, k, 0.5)
-    assert expected[0] + expected[1] == pytest.approx(len(along))  # every id is accepted or a step's own
+    steps = written(certain, k, random.Random(0), stopped)
+    assert replay(certain, k, 0.5, stopped=stopped) == (len(steps), sum(step.accepted for step in steps))
+    steps_expected, accepted = replay(along, k, 0.5)
+    assert steps_expected + accepted == pytest.approx(len(along))  # every id is accepted or a step's own
 
 
-def test_replay_of_chances_is_what_coins_come_to() -> None:
+@pytest.mark.parametrize("stopped", [False, True])
+def test_replay_of_chances_is_what_coins_come_to(stopped: bool) -> None:
     coins = random.Random(1)
-    along = [coins.random() for _ in range(30)]
-    texts = [written(along, 4, coins) for _ in range(4000)]
-    steps, accepted = replay(along, 4, 0.5)
-    assert steps == pytest.approx(sum(map(len, texts)) / 4000, rel=0.01)
-    assert accepted == pytest.approx(sum(step.accepted for text in texts for step in text) / 4000, rel=0.02)
+    along = [coins.random() for _ in range(12)]
+    texts = [written(along, 4, coins, stopped) for _ in range(8000)]
+    steps, accepted = replay(along, 4, 0.5, stopped=stopped)
+    assert steps == pytest.approx(sum(map(len, texts)) / 8000, rel=0.005)
+    assert accepted == pytest.approx(sum(step.accepted for text in texts for step in text) / 8000, rel=0.01)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 8])

@@ -24,7 +24,7 @@ from specdec import embedded
 from specdec.cli import main
 from specdec.commands.experiment import build, conf_dir
 from specdec.experiments.config import DraftModel, ExperimentConfig, QuantConfig, SamplingConfig, TargetConfig
-from specdec.experiments.figures import _ratio, figures, tally
+from specdec.experiments.figures import COLUMN, _ratio, figures, tally
 from specdec.experiments.records import PLAIN, SPECULATIVE, Key, Record, Run, read_run
 from specdec.experiments.run import Pair, run
 from specdec.experiments.workloads import Prompt, Stdlib
@@ -422,8 +422,11 @@ def test_a_sweep_goes_out_through_joblib_and_gets_one_report(tmp_path: Path) -> 
     assert f"report: {page}" in finished.stdout
 
 
-def test_expected_and_realized_acceptance_agree_and_what_if_foretells_a_sweep(tmp_path: Path) -> None:
+def test_expected_and_realized_acceptance_agree_and_what_if_foretells_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sampled, 8 drafts a step, some 2,400 steps; then the same prompts with fewer."""
+    monkeypatch.setattr("specdec.experiments.run._warm_up", lambda *_: None)  # no times are looked at here
     common: dict[str, Any] = {
         "workload": Stdlib(limit=80, shuffle_seed=1),
         "sampling": SamplingConfig(temperature=1.0, max_new_tokens=96),
@@ -434,8 +437,6 @@ def test_expected_and_realized_acceptance_agree_and_what_if_foretells_a_sweep(tm
     assert sum(record.num_spec_steps for record in source.records) > 2000
     found = figures(source)
     tallies = list(tally(source).values())
-    from specdec.experiments.figures import COLUMN
-
     gap = [[row[COLUMN["overlap"]] - row[COLUMN["accepted"]], row[COLUMN["tried"]]] for row in tallies]
     difference = _ratio(*(torch.tensor(gap).T.numpy()))
     assert difference.low is not None

@@ -20,6 +20,7 @@ from specdec.commands import report as command
 from specdec.experiments import report
 from specdec.experiments.figures import METRICS, figures
 from specdec.experiments.records import PLAIN, SPECULATIVE, Failure, Header, Run, Skipped
+from specdec.experiments.reported import labels, read_runs
 from tests.synthetic_runs import PROVENANCE, config, synthetic_run, write_run
 
 SAMPLED = {"sampling__temperature": 1.0}
@@ -64,7 +65,9 @@ def test_charts_say_their_figures() -> None:
     first = told.positions[0].conditional
     assert first.value is not None
     assert first.low is not None
-    wanted = f"Acceptance by draft position. position 1: kept, where all before it were {100 * first.value:.1f}\u00a0%"
+    wanted = (
+        f"Acceptance by draft position. position 1: conditional: kept, where all before it were {100 * first.value:.1f}\u00a0%"
+    )
     assert alts[0].startswith(f"{wanted} ({100 * first.low:.1f} to ")
     for title in ("Accepted tokens a step", "Acceptance along the output", "Mean acceptance length by K", "Speedup by K"):
         assert any(alt.startswith(title) for alt in alts), title
@@ -158,18 +161,18 @@ def test_memory_is_set_beside_its_prediction() -> None:
 def test_a_run_is_called_by_what_it_differs_in() -> None:
     lookup = {"_target_": "specdec.drafters.prompt_lookup.PromptLookup", "max_ngram": 3}
     runs = [synthetic_run(prompts=2, k=k) for k in (1, 2)]
-    assert report.labels(runs) == ["K=1", "K=2"]
-    assert report.labels([runs[0], synthetic_run(prompts=2, k=1, drafter=lookup)]) == [
+    assert labels(runs) == ["K=1", "K=2"]
+    assert labels([runs[0], synthetic_run(prompts=2, k=1, drafter=lookup)]) == [
         "drafter models/draft", "drafter prompt lookup",
     ]  # fmt: skip
-    assert report.labels([runs[0], synthetic_run(prompts=2, k=1, sampling__temperature=0.5)]) == [
+    assert labels([runs[0], synthetic_run(prompts=2, k=1, sampling__temperature=0.5)]) == [
         "temperature=0.0", "temperature=0.5",
     ]  # fmt: skip
     named = [synthetic_run(prompts=2, name=name, folder=f"runs/{name}") for name in ("before", "after")]
-    assert report.labels(named) == ["before", "after"]
+    assert labels(named) == ["before", "after"]
     same = [synthetic_run(prompts=2, folder=f"runs/{name}") for name in ("before", "after")]
-    assert report.labels(same) == ["synthetic (before)", "synthetic (after)"]
-    assert report.labels(runs[:1]) == ["synthetic"]
+    assert labels(same) == ["synthetic (before)", "synthetic (after)"]
+    assert labels(runs[:1]) == ["synthetic"]
 
 
 def test_runs_of_other_k_are_points_beside_the_prediction() -> None:
@@ -272,12 +275,12 @@ def test_the_page_lies_in_the_run_s_folder(folders: Path, capsys: pytest.Capture
 
 
 def test_a_sweep_s_folder_is_its_runs_in_order(folders: Path) -> None:
-    runs = report.read_runs([folders / "sweep"])
+    runs = read_runs([folders / "sweep"])
     assert [run.header.config["num_draft_tokens"] for run in runs] == [9, 10]
     assert command.run(parsed(str(folders / "sweep"))) == 0
     assert "2 runs compared" in (folders / "sweep" / "report.html").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="holds no records"):
-        report.read_runs([folders / "nowhere"])
+        read_runs([folders / "nowhere"])
 
 
 def test_markdown_and_json_go_to_stdout_or_a_file(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,7 +297,7 @@ def test_what_cannot_be_compared_or_written_leaves_nothing(folders: Path, tmp_pa
     with pytest.raises(ValueError, match="cannot be compared: 6 against 5"):
         command.run(parsed(str(folders / "good"), str(folders / "fewer"), "-o", str(tmp_path / "page.html")))
     with pytest.raises(ValueError, match="cannot be compared"):
-        report.summary_table(report.read_runs([folders / "good", folders / "fewer"]))
+        report.summary_table(read_runs([folders / "good", folders / "fewer"]))
     with pytest.raises(ValueError, match="is no folder"):
         command.run(parsed(str(folders / "good"), "-o", str(tmp_path / "missing" / "page.html")))
     (tmp_path / "taken").mkdir()

@@ -21,8 +21,11 @@ from rich.console import Console
 
 import specdec
 from specdec import embedded
+from specdec.commands.report import write
 from specdec.experiments.config import ExperimentConfig
-from specdec.experiments.records import Run, files_of, read_run
+from specdec.experiments.records import Run
+from specdec.experiments.report import page, summary_table
+from specdec.experiments.reported import read_runs
 from specdec.experiments.run import processes, run
 
 PACKAGE = Path(specdec.__file__).parent
@@ -84,7 +87,7 @@ def _task(config: DictConfig) -> None:
     experiment.folder = Path(HydraConfig.get().runtime.output_dir)
     done = run(experiment, values, Console(stderr=True, quiet=not is_main))
     if is_main:
-        _report([done], experiment.folder, Console())
+        _report([done], experiment.folder)
     if done.failures:
         first = done.failures[0]
         raise PromptsFailed(
@@ -97,17 +100,18 @@ class SweepReport(Callback):
     """One page for all runs of a sweep."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if not processes().is_main_process:
+            return
         folder = Path(config.hydra.sweep.dir)
-        folders = sorted((path for path in folder.glob("*") if files_of(path)), key=lambda path: int(path.name))
-        if processes().is_main_process and folders:
-            _report([read_run(path) for path in folders], folder, Console())
+        try:
+            _report(read_runs([folder]), folder)
+        except ValueError as error:  # other workloads, or failed prompts: the runs' own reports stand
+            print(f"no report of the whole sweep: {error}", file=sys.stderr)
 
 
-def _report(done: list[Run], folder: Path, console: Console) -> None:
-    from specdec.experiments.report import page, summary_table
-
-    file = folder / "report.html"
-    file.write_text(page(done), encoding="utf-8")
+def _report(done: list[Run], folder: Path) -> None:
+    file, console = folder / "report.html", Console()
+    write(file, page(done))
     console.print(summary_table(done))
     console.print(f"report: {file}", soft_wrap=True)
 

@@ -17,6 +17,7 @@ from specdec.experiments import report
 from specdec.experiments.figures import METRICS, Estimate, compare
 from specdec.experiments.plots import interval, number
 from specdec.experiments.records import Run
+from specdec.experiments.reported import labels, read_runs
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Report runs; 1 where a condition of --fail-if is met. Nothing is written where the runs can't be reported or compared."""
     conditions = [_condition(text) for text in options.fail_if]
-    runs = report.read_runs([Path(path) for path in options.runs])
+    runs = read_runs([Path(path) for path in options.runs])
     checks = _checks(runs, conditions)
     if options.json:
         text = json.dumps(report.as_json(runs) | {"checks": [asdict(check) for check in checks]}, ensure_ascii=False) + "\n"
@@ -79,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     if output is None:
         sys.stdout.write(text)
     else:
-        _write(output, text)
+        write(output, text)
         Console().print(report.summary_table(runs))
         print(f"written: {output}")
     if output is not None or options.json:
@@ -101,7 +102,7 @@ def _condition(text: str) -> Condition:
 def _checks(runs: Sequence[Run], conditions: Sequence[Condition]) -> list[Check]:
     if conditions and len(runs) < 2:
         raise ValueError("--fail-if compares runs: name two, the one to hold against first")
-    names = report.labels(runs)
+    names = labels(runs)
     changes = [(name, compare(runs[0], other)) for name, other in zip(names[1:], runs[1:], strict=True)] if conditions else []
     checks = []
     for condition in conditions:
@@ -127,7 +128,7 @@ def _checks(runs: Sequence[Run], conditions: Sequence[Condition]) -> list[Check]
     return checks
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """Whole or not at all."""
     if not path.parent.is_dir():
         raise ValueError(f"{path.parent} is no folder, so {path.name} cannot be written there; make it first, or name another -o")

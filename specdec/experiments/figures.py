@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec.cost import StepTimes, acceptance_along, replay
+from specdec.cost import StepTimes, acceptance_along, replay, speedup
 from specdec.experiments.records import PLAIN, SPECULATIVE, Record, Run
 
 DRAWS = 2000
@@ -163,21 +163,23 @@ def figures(run: Run) -> Figures:
 
 
 def tally(run: Run) -> dict[str, Array]:
-    """The columns of Tally for each prompt id."""
-    plain = {(record.prompt_id, record.turn, record.repetition): record for record in run.of(PLAIN)}
+    """The columns of Tally for each prompt id; times of those alone that both engines wrote, where there are two."""
+    plain, speculative = ({r.key._replace(engine=""): r for r in run.of(engine)} for engine in (PLAIN, SPECULATIVE))
     greedy = run.header.config["sampling"].get("temperature", 0) == 0
     sums: dict[str, Array] = defaultdict(lambda: np.zeros(len(COLUMN)))
     for record in run.records:
+        others = speculative if record.engine == PLAIN else plain
+        other = others.get(record.key._replace(engine=""))
+        timed = other is not None or not others
         seconds = record.seconds.total_s / record.rows
         if record.engine == PLAIN:
             row = Tally(
-                plain_tokens=record.num_emitted_tokens,
-                plain_seconds=seconds,
-                plain_first_token_s=record.seconds.first_token_s,
-                plain_records=1,
+                plain_tokens=timed * record.num_emitted_tokens,
+                plain_seconds=timed * seconds,
+                plain_first_token_s=timed * record.seconds.first_token_s,
+                plain_records=timed,
             )
         else:
-            other = plain.get((record.prompt_id, record.turn, record.repetition)) if greedy else None
             overlaps = [value for step in record.steps for value in step.overlap]
             row = Tally(
                 steps=record.num_spec_steps,
@@ -185,12 +187,12 @@ def tally(run: Run) -> dict[str, Array]:
                 accepted=record.num_accepted_draft_tokens,
                 tried=len(overlaps),
                 overlap=sum(overlaps),
-                tokens=record.num_emitted_tokens,
-                seconds=seconds,
-                first_token_s=record.seconds.first_token_s,
-                records=1,
-                paired=other is not None,
-                identical=other is not None and other.ids == record.ids,
+                tokens=timed * record.num_emitted_tokens,
+                seconds=timed * seconds,
+                first_token_s=timed * record.seconds.first_token_s,
+                records=timed,
+                paired=greedy and other is not None,
+                identical=greedy and other is not None and other.ids == record.ids,
             )
         sums[record.prompt_id] += np.array([getattr(row, name) for name in COLUMN], dtype=np.float64)
     return dict(sums)
@@ -322,29 +324,28 @@ def _what_if(run: Run, records: Sequence[Record]) -> list[WhatIf]:
     asked = max((len(record.acceptance_histogram) - 1 for record in records), default=0)
     last = [step.overlap[-1] for record in records for step in record.steps if len(step.overlap) == drafted_most > 0]
     at_bonus = sum(last) / len(last) if last else 0.0
-    groups = [[acceptance_along(record.steps, asked) for record in group] for group in _by_prompt(records)]
+    most = run.header.config["sampling"].get("max_new_tokens")
+    texts = [
+        [(acceptance_along(record.steps, asked), record.num_emitted_tokens != most) for record in group]
+        for group in _by_prompt(records)
+    ]
     times = None
     if run.costs is not None:
         rest = [a + b for a, b in zip(run.costs.verification_s, run.costs.other_s, strict=True)]
-        times = StepTimes(run.costs.draft_s, run.costs.target_s, rest)
+        parts = ([seconds / run.costs.rows for seconds in part] for part in (run.costs.draft_s, run.costs.target_s, rest))
+        times = StepTimes(*parts)
     prompt_s = sum(record.seconds.prefill_s / record.rows for record in records) / sum(r.num_emitted_tokens for r in records)
-
-    def pace(k: int, lengths: Any) -> Any:
-        """The speedup at so many tokens a step."""
-        assert times is not None
-        assert run.costs is not None
-        plain_s, step_s = (times.step_s(at) / run.costs.rows for at in (0, k))
-        return (prompt_s + plain_s) / (prompt_s + step_s / lengths)
 
     result, draws = [], []
     for k in range(1, drafted_most + 1):
-        sums = np.array([np.sum([replay(along, k, at_bonus) for along in group], axis=0) for group in groups])
+        sums = np.array([np.sum([replay(along, k, at_bonus, stopped=s) for along, s in group], axis=0) for group in texts])
         drawn = _drawn(sums)
         length, lengths = sums.sum() / sums[:, 0].sum(), drawn.sum(1) / drawn[:, 0]
         guess, draw = WhatIf(k, _estimate(length, lengths)), np.array([])
         if times is not None and k < len(times.draft_s):
-            draw = pace(k, lengths)
-            guess = replace(guess, step_ms=1000 * times.step_s(k), speedup=_estimate(pace(k, length), draw))
+            draw = speedup(k, lengths, times, prompt_s)
+            step_ms = 1000 * times.step_s(k)
+            guess = replace(guess, step_ms=step_ms, speedup=_estimate(speedup(k, length, times, prompt_s), draw))
         result.append(guess)
         draws.append(draw)
     timed = [index for index, guess in enumerate(result) if guess.speedup.value]

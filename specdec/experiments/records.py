@@ -44,6 +44,10 @@ class Header:
     config: dict[str, Any]
     version: int = FORMAT
 
+    def flat(self) -> dict[str, Any]:
+        """The config's values by their full names, as on a command line."""
+        return _flat(self.config)
+
 
 @dataclass(frozen=True)
 class Seconds:
@@ -285,6 +289,13 @@ def merge(folder: Path) -> None:
     for part in parts:
         if part.name != "records.jsonl":
             part.unlink()
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _encoded(line: Line) -> str:

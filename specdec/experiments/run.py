@@ -60,7 +60,7 @@ from specdec.sequences import Sequences
 from specdec.stats import Stats
 from specdec.text import pieces
 
-PER_RUN = ("folder", "resume")  # a run that is gone on with may differ in these
+PER_RUN = {"folder", "resume"}  # a run that is gone on with may differ in these
 COST_ROUNDS, COST_SECONDS = 3, 10.0  # no further round begins after so many seconds
 COST_STEPS, COST_TOKENS = 3, 12  # the least of a call: steps, should every draft be accepted, and tokens
 WARM_UP_TOKENS = 8
@@ -367,21 +367,15 @@ def _what_is_there(folder: Path, resume: bool, values: dict[str, Any]) -> Run | 
     if not resume:
         raise ValueError(f"{folder} holds a run already; go on with it by resume=true, or name another folder=…")
     before = read_run(folder)
-    theirs, ours = (_flat({k: v for k, v in c.items() if k not in PER_RUN}) for c in (before.header.config, values))
-    if changed := sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)):
+    theirs, ours = before.header.flat(), Header({}, values).flat()
+    names = (theirs.keys() | ours.keys()) - PER_RUN
+    if changed := sorted(name for name in names if theirs.get(name) != ours.get(name)):
         name = changed[0]
         raise ValueError(
             f"{folder} was run with {name}={theirs.get(name)}, now it is {ours.get(name)}; resume with the same config, or name"
             " another folder=…"
         )
     return before
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _first_batch(config: ExperimentConfig, pair: Pair, prompts: list[Prompt]) -> list[tuple[Prompt, list[int]]]:
