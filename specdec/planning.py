@@ -6,9 +6,10 @@ left to formulas, a line each, is attention (`forward_bytes`), logits (`logits_b
 
     peak = weights + both caches + the most that a phase needs beside them: target prefill, draft prefill, drafting, verification
 
-Tests hold it to 5 % of the peak measured on a CPU; attention without sdpa or our kernel is known to a factor of two. Not in it:
-the CUDA context, the allocator's fragmentation and workspaces inside of operators, for which `usable_bytes` leaves room; what a
-logits processor keeps; what quantizing while loading takes for a moment.
+Tests hold it to 5 % of the peak measured on a CPU. Where attention is neither sdpa's nor our kernel's, and for MLA on a CPU,
+what attention holds may be two or three times what is said. Not in it: the CUDA context, the allocator's fragmentation and
+workspaces inside of operators, for which `usable_bytes` leaves room; what a logits processor keeps; what quantizing while
+loading takes for a moment.
 """
 
 from __future__ import annotations
