@@ -92,8 +92,9 @@ class RaggedCache(Cache):
     """What a transformers model takes as past_key_values. Call `window.move(positions)` before each forward."""
 
     def __init__(self, key_block: int = 1, max_slots: int | None = None) -> None:
-        self.window = Window(key_block, max_slots)
-        super().__init__(layer_class_to_replicate=lambda: RaggedLayer(self.window))  # type: ignore[arg-type]
+        window = Window(key_block, max_slots)
+        super().__init__(layer_class_to_replicate=lambda: RaggedLayer(window))  # type: ignore[arg-type]
+        self.window = window
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return max(self.window.end - self.window.positions.shape[1], 0)

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from specdec.attention import KEYS
 from specdec.cache import RaggedCache, attention_kinds, attention_masks, grown_capacity
@@ -180,6 +181,8 @@ def footprint(
     checkpoint is in four bits already. Raises ValueError where there is no config, and for models whose cache is no plain one.
     """
     config, name = _config(model)
+    if isinstance(loaded := getattr(config, "quantization_config", None), QuantizationConfigMixin):  # of a model in memory
+        config.quantization_config = loaded.to_dict()
     settings = _settings(Path(name), config)
     if settings is not None:
         del config.quantization_config

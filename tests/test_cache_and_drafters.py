@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from copy import deepcopy
 from itertools import cycle, product
 
@@ -224,6 +226,19 @@ def test_a_calls_buffers_end_where_its_texts_can() -> None:
         runner.feed(ids, torch.tensor(last), 4)
         assert runner.cache.layers[0].keys.shape[2] == slots
     assert grown_capacity(600, 640, 600) == 640  # a text that goes on all the same is not cut
+
+
+def test_a_cache_is_freed_as_soon_as_it_is_let_go() -> None:
+    runner = CachedModel(family("llama"))
+    runner.begin(1)
+    runner.feed(torch.zeros(1, 8, dtype=torch.int64), torch.tensor([5]), 4)
+    keys = weakref.ref(runner.cache.layers[0].keys)
+    gc.disable()
+    try:
+        runner.begin(0)
+        assert keys() is None
+    finally:
+        gc.enable()
 
 
 def naive_lookup(text: list[int], max_ngram: int, limit: int) -> list[int]:

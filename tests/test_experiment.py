@@ -25,8 +25,10 @@ from specdec.cli import main
 from specdec.commands.experiment import build, conf_dir
 from specdec.experiments.config import DraftModel, ExperimentConfig, QuantConfig, SamplingConfig, TargetConfig
 from specdec.experiments.figures import COLUMN, _ratio, figures, tally
+from specdec.experiments.pair import Pair
 from specdec.experiments.records import PLAIN, SPECULATIVE, Key, Record, Run, read_run
-from specdec.experiments.run import Pair, run
+from specdec.experiments.report import page
+from specdec.experiments.run import run
 from specdec.experiments.workloads import Prompt, Stdlib
 from specdec.loading import load_tokenizer
 
@@ -50,7 +52,9 @@ def composed(*overrides: str, folder: Path | None = None) -> ExperimentConfig:
 
 
 def values_of(config: ExperimentConfig) -> dict[str, Any]:
-    return {"sampling": vars(config.sampling), "num_draft_tokens": config.num_draft_tokens, "name": config.name}
+    """As hydra's plain values of it would be, as far as they are looked at."""
+    groups = {"target": vars(config.target), "drafter": vars(config.drafter), "sampling": vars(config.sampling), "workload": {}}
+    return {**groups, "num_draft_tokens": config.num_draft_tokens, "name": config.name}
 
 
 def small(folder: Path, **changes: Any) -> ExperimentConfig:
@@ -340,11 +344,27 @@ def test_other_drafters_run_too(tmp_path: Path, name: str) -> None:
     assert figures(finished).prompts == 2
 
 
+def test_a_model_that_cannot_be_planned_runs_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ValueError("only attention can be planned\nmore")
+
+    monkeypatch.setattr("specdec.planning.footprint", refuse)
+    finished = done(small(tmp_path, workload=Stdlib(limit=1)))
+    assert finished.memory is not None
+    assert (finished.memory.predicted, finished.memory.unplanned) == ({}, "only attention can be planned")
+    assert finished.memory.measured_bytes > 0
+    assert "only attention can be planned" in page([finished])
+
+
 def test_a_target_is_quantized_while_it_loads(tmp_path: Path) -> None:
     from specdec.quant.quantizer import is_4bit
 
     original = TargetConfig(str(ROOT / "tests" / "data" / "target"), device="cpu")
-    assert is_4bit(Pair.load(small(tmp_path, target=original, quant=QuantConfig(int4=True, group_size=64)), "cpu").target)
+    quant = QuantConfig(int4=True, group_size=64, skip_modules=["model.layers.0"])
+    finished = done(small(tmp_path / "run", target=original, quant=quant, workload=Stdlib(limit=1)))
+    assert finished.memory is not None
+    assert sum(finished.memory.predicted.values()) == pytest.approx(finished.memory.measured_bytes, rel=0.05)
+    assert is_4bit(Pair.load(small(tmp_path, target=original, quant=quant), "cpu").target)
     assert not is_4bit(Pair.load(small(tmp_path, target=original), "cpu").target)
     draft = DraftModel(str(embedded.DRAFT), int4=True, group_size=64)
     assert is_4bit(Pair.load(small(tmp_path, drafter=draft), "cpu").models[1])
@@ -417,16 +437,16 @@ def test_a_sweep_goes_out_through_joblib_and_gets_one_report(tmp_path: Path) -> 
     runs = [read_run(tmp_path / "sweep" / str(number)) for number in (0, 1)]
     assert [r.header.config["num_draft_tokens"] for r in runs] == [1, 2]
     assert all(len(r.records) == 4 for r in runs)
-    page = tmp_path / "sweep" / "report.html"
-    assert page.is_file()
-    assert f"report: {page}" in finished.stdout
+    report = tmp_path / "sweep" / "report.html"
+    assert report.is_file()
+    assert f"report: {report}" in finished.stdout
 
 
 def test_expected_and_realized_acceptance_agree_and_what_if_foretells_a_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sampled, 8 drafts a step, some 2,400 steps; then the same prompts with fewer."""
-    monkeypatch.setattr("specdec.experiments.run._warm_up", lambda *_: None)  # no times are looked at here
+    monkeypatch.setattr("specdec.experiments.run.warm_up", lambda *_: None)  # no times are looked at here
     common: dict[str, Any] = {
         "workload": Stdlib(limit=80, shuffle_seed=1),
         "sampling": SamplingConfig(temperature=1.0, max_new_tokens=96),

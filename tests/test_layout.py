@@ -73,6 +73,8 @@ def test_imports_go_down(path: Path) -> None:
             assert FLOORS[parts[1]] <= FLOORS[room], f"{room} imports {name}"
         if parts[0] == "transformers":
             assert module_name(path) not in WITHOUT_TRANSFORMERS, f"{room} imports {name}"
+        if parts[0] in ("hydra", "omegaconf"):
+            assert FLOORS[room] == 6, f"{module_name(path)} imports {name}: the library never sees a DictConfig"
         if parts[0] in ONLY_UPSTAIRS:
             assert FLOORS[room] >= 5, f"{room} imports {name}"
 

@@ -50,7 +50,7 @@ LINES = [
     Failure("c", "t", 0, 0, SPECULATIVE, "RuntimeError: no"),
     Skipped("d", "t", 1, 0, "too long"),
     Costs(1, [0.0, 0.1], [0.2, 0.3], [0.01, 0.01], [0.02, 0.02]),
-    Memory({"weights_bytes": 3}, 4),
+    Memory({"weights_bytes": 3}, 4, None),
     Sample("a", "def", [SampleToken("x", "bonus", [("x", 0.5)], [])]),
 ]
 

@@ -153,11 +153,15 @@ class Costs:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak bytes of one call of the run's first prompts: predicted by part from the configs, and measured."""
+    """Peak bytes of one call of the run's first prompts: predicted by part from the configs, and measured.
+
+    unplanned: why there is no prediction, where there is none.
+    """
 
     kind: ClassVar[str] = "memory"
     predicted: dict[str, int]
     measured_bytes: int
+    unplanned: str | None = None
 
 
 @dataclass(frozen=True)

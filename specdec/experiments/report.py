@@ -441,6 +441,8 @@ def _memory(memory: Memory) -> Numbers:
     total = sum(memory.predicted.values())
     rows += [["predicted", _mib(total)]] if total else []
     rows.append(["measured", _mib(memory.measured_bytes)])
+    if memory.unplanned is not None:
+        rows.append(["not predicted", memory.unplanned])
     if total:
         rows.append(["measured against predicted", f"{100 * (memory.measured_bytes / total - 1):+.1f}\u00a0%".replace("-", "−")])
     return Numbers("Memory at the peak", ["part", "size"], rows)
