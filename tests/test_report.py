@@ -166,7 +166,7 @@ def test_a_run_is_called_by_what_it_differs_in() -> None:
         "drafter models/draft", "drafter prompt lookup",
     ]  # fmt: skip
     assert labels([runs[0], synthetic_run(prompts=2, k=1, sampling__temperature=0.5)]) == [
-        "temperature=0.0", "temperature=0.5",
+        "T=0.0", "T=0.5",
     ]  # fmt: skip
     named = [synthetic_run(prompts=2, name=name, folder=f"runs/{name}") for name in ("before", "after")]
     assert labels(named) == ["before", "after"]

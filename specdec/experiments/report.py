@@ -36,6 +36,13 @@ from specdec.experiments.wording import (
 
 BY_TASK = ("speedup", "mean_acceptance_length", "draft_acceptance_rate", "expected_acceptance")
 HANGS_ON_K = ("mean_acceptance_length", "draft_acceptance_rate")  # a larger K has more of one and less of the other
+HEADLINES = {
+    "speedup": "speedup",
+    "tokens_per_s": "tokens/s",
+    "mean_acceptance_length": "accept. length",
+    "draft_acceptance_rate": "accept. rate",
+    "identical": "identical",
+}
 FEW_PROMPTS = 10  # an interval of fewer is too narrow
 ORIGINS = {
     "accepted": "the drafter's guess, kept",
@@ -191,12 +198,13 @@ def summary_table(runs: Sequence[Run]) -> Table:
     """The headlines, for a terminal of 80 columns."""
     reported = to_report(runs)
     if len(reported) > 1:
-        names = ("speedup", "tokens_per_s", "mean_acceptance_length", "draft_acceptance_rate", "identical")
+        metrics = [one.figures.metrics for one in reported]
+        names = [name for name in HEADLINES if any(values[name].value is not None for values in metrics)]
         table = Table("run", title=f"{len(reported)} runs, {reported[0].figures.prompts} prompts each")
-        for column in ("speedup", "tokens/s", "accept. length", "accept. rate", "identical"):
-            table.add_column(column, justify="right")
-        for one in reported:
-            table.add_row(one.label, *(number(one.figures.metrics[name].value, METRICS[name].unit) for name in names))
+        for name in names:
+            table.add_column(HEADLINES[name], justify="right")
+        for one, values in zip(reported, metrics, strict=True):
+            table.add_row(one.label, *(number(values[name].value, METRICS[name].unit) for name in names))
         return table
     one = reported[0]
     table = Table(title=f"{one.label}: {count(one.figures.prompts, 'prompt')}, {plan(one)}")

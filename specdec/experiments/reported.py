@@ -12,6 +12,7 @@ from specdec.experiments.figures import COLUMN, Difference, Figures, check_compa
 from specdec.experiments.plots import Measured
 from specdec.experiments.records import SPECULATIVE, Run, files_of, read_run
 
+SHORT = {"num_draft_tokens": "K", "sampling.temperature": "T"}
 OF_NO_ACCOUNT = ("folder", "resume", "name")  # two runs that differ in these alone are of one config
 
 
@@ -70,7 +71,7 @@ def labels(runs: Sequence[Run]) -> list[str]:
         for name in sorted(differing):
             if name.partition(".")[0] not in whole and name in values:
                 value = values[name]
-                parts.append(f"K={value}" if name == "num_draft_tokens" else f"{name.rpartition('.')[2]}={value}")
+                parts.append(f"{SHORT.get(name, name.rpartition('.')[2])}={value}")
         told.append(", ".join(parts))
     if len(set(told)) == len(runs) and all(told):
         return told
