@@ -241,6 +241,12 @@ def test_the_summary_fits_80_columns(runs: list[Run]) -> None:
     assert "3." in text
 
 
+def test_the_summary_counts_what_was_left_out() -> None:
+    run = replace(DEMO, skipped=[Skipped("long", "t", 0, 0, "too long")], failures=[Failure("a", "t", 0, 0, PLAIN, "no")] * 2)
+    assert report.summary_table([run]).caption == "1 prompt skipped and 2 calls failed; the report says why"
+    assert report.summary_table([DEMO]).caption is None
+
+
 # The command
 
 

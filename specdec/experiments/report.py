@@ -197,17 +197,20 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
 def summary_table(runs: Sequence[Run]) -> Table:
     """The headlines, for a terminal of 80 columns."""
     reported = to_report(runs)
+    skipped, failed = sum(len(run.skipped) for run in runs), sum(len(run.failures) for run in runs)
+    left = [f"{count(skipped, 'prompt')} skipped"] * (skipped > 0) + [f"{count(failed, 'call')} failed"] * (failed > 0)
+    caption = f"{' and '.join(left)}; the report says why" if left else None
     if len(reported) > 1:
         metrics = [one.figures.metrics for one in reported]
         names = [name for name in HEADLINES if any(values[name].value is not None for values in metrics)]
-        table = Table("run", title=f"{len(reported)} runs, {reported[0].figures.prompts} prompts each")
+        table = Table("run", title=f"{len(reported)} runs, {reported[0].figures.prompts} prompts each", caption=caption)
         for name in names:
             table.add_column(HEADLINES[name], justify="right")
         for one, values in zip(reported, metrics, strict=True):
             table.add_row(one.label, *(number(values[name].value, METRICS[name].unit) for name in names))
         return table
     one = reported[0]
-    table = Table(title=f"{one.label}: {count(one.figures.prompts, 'prompt')}, {plan(one)}")
+    table = Table(title=f"{one.label}: {count(one.figures.prompts, 'prompt')}, {plan(one)}", caption=caption)
     table.add_column("")
     table.add_column("value", justify="right")
     table.add_column("95 % interval", justify="right")
