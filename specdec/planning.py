@@ -38,8 +38,8 @@ from specdec.attention import KEYS
 from specdec.cache import RaggedCache, attention_kinds, attention_masks, grown_capacity
 from specdec.experiments.memory import LiveStorages
 from specdec.models import LINEAR_KINDS, PREFILL_CHUNK, PREFILL_MASK, context_of
-from specdec.quant.checkpoints import _scheme, _settings
-from specdec.quant.cpu import OP_GROUP_SIZES, CpuKernel, _row_order
+from specdec.quant.checkpoints import scheme_of, settings_of
+from specdec.quant.cpu import OP_GROUP_SIZES, CpuKernel, row_order
 from specdec.quant.experts import PROJECTIONS
 from specdec.quant.int4 import SLAB_WEIGHTS, Int4Tensor
 from specdec.quant.quantizer import METHOD, Int4Config, layers_to_quantize, linear_layers, shape_of
@@ -183,7 +183,7 @@ def footprint(
     config, name = _config(model)
     if isinstance(loaded := getattr(config, "quantization_config", None), QuantizationConfigMixin):  # of a model in memory
         config.quantization_config = loaded.to_dict()
-    settings = _settings(Path(name), config)
+    settings = settings_of(Path(name), config)
     if settings is not None:
         del config.quantization_config
     text = config.get_text_config(decoder=True)
@@ -363,7 +363,7 @@ def _quantized(skeleton: Any, settings: dict[str, Any] | None, group_size: int, 
     if settings is not None and method == METHOD:
         config = Int4Config.from_dict(settings)
     elif settings is not None:
-        scheme = _scheme(settings)
+        scheme = scheme_of(settings)
         config = Int4Config(scheme.group_sizes[0], scheme.symmetric, quantize_head=method == "compressed-tensors")
         ignored = [*(settings.get("modules_to_not_convert") or ()), *(settings.get("ignore") or ())]
     try:
@@ -384,7 +384,7 @@ def _quantized(skeleton: Any, settings: dict[str, Any] | None, group_size: int, 
 def _int4_bytes(rows: int, columns: int, group_size: int, symmetric: bool, device: str) -> int:
     """A 4-bit weight [N, K] behind its first forward: codes and scales as the device's kernel has them, canonical scales."""
     size = columns if group_size == -1 else group_size
-    op_size = next((op_size for op_size in OP_GROUP_SIZES if size % op_size == 0), None) if _row_order() is not None else None
+    op_size = next((op_size for op_size in OP_GROUP_SIZES if size % op_size == 0), None) if row_order() is not None else None
     with torch.device("meta"):
         scale = torch.empty(rows, columns // size, dtype=torch.bfloat16)
         zero = None if symmetric else torch.empty(scale.shape, dtype=torch.uint8)

@@ -432,12 +432,15 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
 
 def test_a_sweep_goes_out_through_joblib_and_gets_one_report(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    command = script("-m", "launcher=joblib", "workload.limit=2", "num_draft_tokens=1,2", f"folder={tmp_path}/sweep")
+    # the folder is named by the clock: workers must take the main process' word for it
+    overrides = ("workload.limit=2", "num_draft_tokens=1,2", f"folder={tmp_path}/${{run_stamp:}}")
+    command = script("-m", "launcher=joblib", *overrides)
     finished = subprocess.run(command, check=True, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    runs = [read_run(tmp_path / "sweep" / str(number)) for number in (0, 1)]
+    (folder,) = tmp_path.iterdir()
+    runs = [read_run(folder / str(number)) for number in (0, 1)]
     assert [r.header.config["num_draft_tokens"] for r in runs] == [1, 2]
     assert all(len(r.records) == 4 for r in runs)
-    report = tmp_path / "sweep" / "report.html"
+    report = folder / "report.html"
     assert report.is_file()
     assert f"report: {report}" in finished.stdout
 

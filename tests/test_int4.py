@@ -16,7 +16,7 @@ from specdec.quant.int4 import Int4Linear, Int4Tensor, pack, unpack
 from specdec.quant.rounding import round_to_nearest
 from specdec.quant.rows import MAX_WINDOW
 
-needs_op = pytest.mark.skipif(cpu._row_order() is None, reason="this build of torch has no int4 op for its CPU")
+needs_op = pytest.mark.skipif(cpu.row_order() is None, reason="this build of torch has no int4 op for its CPU")
 
 
 def random_tensor(

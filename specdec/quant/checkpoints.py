@@ -53,7 +53,7 @@ def load_quantized(path: str | Path, config: Int4Config | None = None, **kwargs:
     dtype = kwargs.pop("dtype", None) or dtype or "auto"
     code = {"trust_remote_code": kwargs.pop("trust_remote_code", None)}
     model_config, rest = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **code, **kwargs)
-    settings = _settings(folder, model_config)
+    settings = settings_of(folder, model_config)
     files = _tensor_files(folder)
     method = settings.get("quant_method") if settings is not None else None
     if settings is not None and config is not None:
@@ -63,7 +63,7 @@ def load_quantized(path: str | Path, config: Int4Config | None = None, **kwargs:
             kwargs["quantization_config"] = config or Int4Config()
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **code, **kwargs)
         return _complete(folder, loaded)
-    scheme = _scheme(settings)
+    scheme = scheme_of(settings)
     del model_config.quantization_config
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model_config), **code)
@@ -99,7 +99,7 @@ def _folder(path: str | Path, hub: dict[str, Any]) -> Path:
         raise ValueError(f"{str(path)!r} is no folder here and cannot be had from the hub: {error}") from error
 
 
-def _settings(folder: Path, config: Any) -> dict[str, Any] | None:
+def settings_of(folder: Path, config: Any) -> dict[str, Any] | None:
     """What the checkpoint says of its quantization; AutoGPTQ once said it in a file of its own."""
     settings = getattr(config, "quantization_config", None)
     beside = folder / "quantize_config.json"
@@ -186,7 +186,7 @@ class Scheme:
     act_order: bool = False
 
 
-def _scheme(settings: Mapping[str, Any]) -> Scheme:
+def scheme_of(settings: Mapping[str, Any]) -> Scheme:
     """The format that a quantization_config tells of; ValueError where it is not read."""
     method = settings.get("quant_method")
     known = {"gptq": _gptq_scheme, "awq": _awq_scheme, "compressed-tensors": _compressed_scheme, "mxfp4": _mxfp4_scheme}

@@ -43,14 +43,14 @@ class CpuKernel:
     @classmethod
     def of(cls, int4: Int4Tensor) -> CpuKernel | None:
         """The kernel for a weight, None where it is not on a CPU, has a codebook, or its groups don't suit the op."""
-        if int4.weight.device.type != "cpu" or int4.codebook is not None or _row_order() is None:
+        if int4.weight.device.type != "cpu" or int4.codebook is not None or row_order() is None:
             return None
         group_size = next((size for size in OP_GROUP_SIZES if int4.group_size % size == 0), None)
         return None if group_size is None else cls(int4, group_size)
 
     def codes(self, start: int, stop: int) -> Tensor:
         """Codes 0 … 15, uint8 [stop - start, K], of rows start … stop; start is a multiple of 64."""
-        order = _row_order()
+        order = row_order()
         assert order is not None
         packed = self.weight[start : -(-stop // ROWS) * ROWS]
         nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).view(-1, self.in_features, len(order))
@@ -73,7 +73,7 @@ class CpuKernel:
 
 
 @functools.cache
-def _row_order() -> Tensor | None:
+def row_order() -> Tensor | None:
     """Where the op's layout keeps each row: nibble order[r] of a block, column by column; None where it does otherwise.
 
     The layout goes by the CPU's vector width and is not documented, so it is read off: each element's own number is packed, digit
