@@ -483,7 +483,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no drafts": (["num_draft_tokens=0"], "num_draft_tokens=0 must be 1 or more"),
     "no token": (["sampling.max_new_tokens=0"], "sampling.max_new_tokens=0 must be 1 or more"),
     "too_long": (["too_long=cut"], "too_long='cut' must be skip or error"),
-    "dtype": (["+target.dtype=int3"], "target.dtype='int3' must be auto"),
+    "dtype": (["target.dtype=int3"], "target.dtype='int3' must be auto"),
     "missing path": (["target=model"], "target.path has no value; give it one on the command line: target.path=…"),
     "missing model": (["target=model", "target.path=no/such-model"], "no model could be loaded from 'no/such-model'"),
     "missing draft": (["drafter=model", "drafter.path=no/such-draft"], "no model could be loaded from 'no/such-draft'"),
