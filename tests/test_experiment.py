@@ -285,6 +285,33 @@ def test_failed_prompts_are_the_exit_code(
     assert (tmp_path / "report.html").is_file()
 
 
+def test_a_run_of_which_every_call_fails_has_its_error_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Pair, "generate", failing)
+    assert main(["experiment", "experiment=demo", "workload.limit=2", f"folder={tmp_path}"]) == 1
+    error = capsys.readouterr().err
+    assert "step costs are not all there: RuntimeError: out of memory" in error
+    assert "4 of 4 calls failed, the first on " in error
+    finished = read_run(tmp_path)
+    assert (len(finished.failures), finished.records) == (4, [])
+
+
+def test_a_call_that_the_stock_loop_would_serve_is_no_measurement(tmp_path: Path) -> None:
+    pair = Pair.load(small(tmp_path), "cpu")
+    with pytest.raises(ValueError, match="this call cannot be measured: specdec leaves this call to the stock loop: guidance"):
+        pair.generate(pair.engines[PLAIN], [[5, 6, 7]], 0, guidance_scale=1.5)
+
+
+def test_resuming_where_nothing_is_begins_anew_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = small(tmp_path / "new", workload=Stdlib(limit=1), resume=True)
+    assert len(run(config, values_of(config), Console(stderr=True, width=200)).records) == 2
+    assert "holds no run to go on with, so this is a new one" in capsys.readouterr().err
+
+
 def test_prompts_that_do_not_fit_are_skipped_and_counted_or_refused(tmp_path: Path) -> None:
     long = Prompt("long", "t", ("x = 1\n" * 600,))
     short = Prompt("short", "t", ("import os\n",))

@@ -85,8 +85,8 @@ def _task(config: DictConfig) -> None:
     values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     experiment = build(config)
     experiment.folder = Path(HydraConfig.get().runtime.output_dir)
-    done = run(experiment, values, Console(stderr=True, quiet=not is_main))
-    if is_main:
+    done = run(experiment, values, Console(stderr=True, quiet=not is_main, markup=False, highlight=False))
+    if is_main and done.records:
         _report([done], experiment.folder)
     if done.failures:
         first = done.failures[0]

@@ -124,7 +124,10 @@ class Pair:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="specdec leaves this call to the stock loop")
             started = time.perf_counter()
-            output = self.target.generate(**batch, **self.call | changes)
+            try:
+                output = self.target.generate(**batch, **self.call | changes)
+            except UserWarning as warning:
+                raise ValueError(f"this call cannot be measured: {warning}") from warning
             if output.is_cuda:
                 torch.cuda.synchronize(output.device)
             seconds = time.perf_counter() - started

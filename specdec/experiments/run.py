@@ -59,6 +59,8 @@ def run(config: ExperimentConfig, values: dict[str, Any], console: Console) -> R
     prompts: list[Prompt] = config.workload.prompts()
     state = processes()
     before = _what_is_there(folder, config.resume, values)
+    if config.resume and before is None:
+        console.print(f"{folder} holds no run to go on with, so this is a new one; another is named by folder=…")
     device = config.target.device
     if device == "auto":  # a launcher counts CPUs too
         device = "cpu" if state.device.type == "cpu" else str(state.device)
@@ -75,7 +77,10 @@ def run(config: ExperimentConfig, values: dict[str, Any], console: Console) -> R
     turns = sum(len(prompt.turns) for _, (_, batch) in mine for prompt in batch)
     try:
         with _Bar(turns * len(pair.engines), console) as bar:
-            warm_up(config, pair, first, file if state.is_main_process else None, before, bar.say)
+            try:
+                warm_up(config, pair, first, file if state.is_main_process else None, before, bar.say)
+            except Exception as error:  # no figure of the prompts hangs on it, and what fails here may work for others
+                console.print(f"memory, sample and step costs are not all there: {type(error).__name__}: {error}")
             known: list[Record | Skipped] = [] if before is None else [*before.records, *before.skipped]
             results = {line.key: line for line in known}
             worker = Worker(config, pair, file, results, bar, max(len(prompt.turns) for prompt in prompts))
