@@ -218,6 +218,7 @@ def test_beside_the_records_stand_provenance_costs_memory_and_a_sample(greedy: R
     assert greedy.costs.draft_s[0] == 0
     assert greedy.costs.draft_s[3] > greedy.costs.draft_s[1]
     assert greedy.memory is not None
+    assert greedy.memory.unplanned is None
     assert sum(greedy.memory.predicted.values()) == pytest.approx(greedy.memory.measured_bytes, rel=0.05)
     assert greedy.sample is not None
     sample = [record for record in greedy.of(SPECULATIVE) if record.prompt_id == greedy.sample.prompt_id]
@@ -390,6 +391,7 @@ def test_a_target_is_quantized_while_it_loads(tmp_path: Path) -> None:
     quant = QuantConfig(int4=True, group_size=64, skip_modules=["model.layers.0"])
     finished = done(small(tmp_path / "run", target=original, quant=quant, workload=Stdlib(limit=1)))
     assert finished.memory is not None
+    assert finished.memory.unplanned is None
     assert sum(finished.memory.predicted.values()) == pytest.approx(finished.memory.measured_bytes, rel=0.05)
     assert is_4bit(Pair.load(small(tmp_path, target=original, quant=quant), "cpu").target)
     assert not is_4bit(Pair.load(small(tmp_path, target=original), "cpu").target)
