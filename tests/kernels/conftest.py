@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+with torch.device("cpu"):  # torch remembers its constructors on first use here: before a test puts another torch.empty in place
+    torch.empty(0)
+
 
 @pytest.fixture(autouse=True)
 def rows_of_a_dot_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
