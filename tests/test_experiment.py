@@ -12,6 +12,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hydra
@@ -24,9 +25,9 @@ from specdec import embedded
 from specdec.cli import main
 from specdec.commands.experiment import build, conf_dir
 from specdec.experiments.config import DraftModel, ExperimentConfig, QuantConfig, SamplingConfig, TargetConfig
-from specdec.experiments.figures import COLUMN, _ratio, figures, tally
+from specdec.experiments.figures import COLUMN, figures, ratio, tally
 from specdec.experiments.pair import Pair
-from specdec.experiments.records import PLAIN, SPECULATIVE, Key, Record, Run, read_run
+from specdec.experiments.records import PLAIN, SPECULATIVE, Failure, Header, Key, Record, Run, read_run
 from specdec.experiments.report import page
 from specdec.experiments.run import run
 from specdec.experiments.workloads import Prompt, Stdlib
@@ -301,6 +302,24 @@ def test_a_run_of_which_every_call_fails_has_its_error_records(
     assert (len(finished.failures), finished.records) == (4, [])
 
 
+def test_the_main_process_alone_says_that_prompts_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher ends all processes at the first error: another's would come before the report."""
+    failed = Run(tmp_path, Header({}, {}), failures=[Failure("a", "t", 0, 0, PLAIN, "no")])
+    monkeypatch.setattr("specdec.commands.experiment.run", lambda *_: failed)
+    for is_main, code in ((True, 1), (False, 0)):
+        process = SimpleNamespace(is_main_process=is_main)
+        monkeypatch.setattr("specdec.commands.experiment.processes", lambda process=process: process)
+        assert main(["experiment", "experiment=demo", f"folder={tmp_path}"]) == code
+
+
+@pytest.mark.parametrize("content", ["", '{"kind": "head'])
+def test_a_run_that_was_killed_in_its_first_line_is_gone_on_with(tmp_path: Path, content: str) -> None:
+    (tmp_path / "records-0.jsonl").write_text(content)
+    finished = done(small(tmp_path, workload=Stdlib(limit=1), resume=True))
+    assert len(finished.records) == 2
+    assert not finished.torn
+
+
 def test_a_call_that_the_stock_loop_would_serve_is_no_measurement(tmp_path: Path) -> None:
     pair = Pair.load(small(tmp_path), "cpu")
     with pytest.raises(ValueError, match="this call cannot be measured: specdec leaves this call to the stock loop: guidance"):
@@ -490,7 +509,7 @@ def test_expected_and_realized_acceptance_agree_and_what_if_foretells_a_sweep(
     found = figures(source)
     tallies = list(tally(source).values())
     gap = [[row[COLUMN["overlap"]] - row[COLUMN["accepted"]], row[COLUMN["tried"]]] for row in tallies]
-    difference = _ratio(*(torch.tensor(gap).T.numpy()))
+    difference = ratio(*(torch.tensor(gap).T.numpy()))
     assert difference.low is not None
     assert difference.high is not None
     assert difference.low <= 0 <= difference.high

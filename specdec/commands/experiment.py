@@ -86,7 +86,9 @@ def _task(config: DictConfig) -> None:
     experiment = build(config)
     experiment.folder = Path(HydraConfig.get().runtime.output_dir)
     done = run(experiment, values, Console(stderr=True, quiet=not is_main, markup=False, highlight=False))
-    if is_main and done.records:
+    if not is_main:  # an error of its own would have the launcher end the main process before its report is written
+        return
+    if done.records:
         _report([done], experiment.folder)
     if done.failures:
         first = done.failures[0]

@@ -139,7 +139,7 @@ class Figures:
 
 
 def figures(run: Run) -> Figures:
-    """Raises ValueError for a run that has no record of its drafter."""
+    """Raises ValueError for a run without a record."""
     speculative = run.of(SPECULATIVE)
     if not run.records:
         raise ValueError(f"{run.folder} holds no finished prompt, so there is nothing to report")
@@ -289,7 +289,7 @@ def _finite(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _ratio(parts: Array, wholes: Array) -> Estimate:
+def ratio(parts: Array, wholes: Array) -> Estimate:
     """Sum of parts / sum of wholes over prompts, each [n]."""
     both = np.stack([parts, wholes], axis=1)
     drawn = _drawn(both)
@@ -313,7 +313,7 @@ def _positions(records: Sequence[Record]) -> list[Position]:
         accepted = np.array([sum(step.accepted > at for step in steps) for steps in groups], dtype=np.float64)
         overlap = np.array([sum(step.overlap[at] for step in steps if len(step.overlap) > at) for steps in groups])
         total = np.array([len(steps) for steps in groups], dtype=np.float64)
-        result.append(Position(at + 1, _ratio(accepted, total), _ratio(accepted, tried), _ratio(overlap, tried)))
+        result.append(Position(at + 1, ratio(accepted, total), ratio(accepted, tried), ratio(overlap, tried)))
     return result
 
 
@@ -381,4 +381,4 @@ def _along(records: Sequence[Record]) -> list[Stretch]:
                     overlap[(position + at) // width, index] += value
                     tried[(position + at) // width, index] += 1
                 position += step.emitted
-    return [Stretch(at * width, min((at + 1) * width, longest), _ratio(overlap[at], tried[at])) for at in range(stretches)]
+    return [Stretch(at * width, min((at + 1) * width, longest), ratio(overlap[at], tried[at])) for at in range(stretches)]

@@ -36,6 +36,7 @@ from specdec.experiments.records import (
     files_of,
     merge,
     read_run,
+    repair,
 )
 from specdec.experiments.workloads import Prompt
 from specdec.provenance import provenance
@@ -236,6 +237,9 @@ class _Bar:
 
 def _what_is_there(folder: Path, resume: bool, values: dict[str, Any]) -> Run | None:
     """The run that this one goes on with, None where it starts anew."""
+    if resume:  # a process that was killed in its very first line has left nothing
+        for file in files_of(folder):
+            repair(file)
     if not any(file.stat().st_size for file in files_of(folder)):
         return None
     if not resume:
