@@ -207,7 +207,7 @@ def quantize(
     on_layer: called with the name of each layer done. Raises ValueError, leaving the model as it was, where it is quantized
     already or nothing in it can be.
     """
-    config = Int4Config() if config is None else copy.copy(config)
+    config = Int4Config() if config is None else config
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"quantize() takes a transformers model, got {type(model).__name__}")
     if not isinstance(config, Int4Config):
@@ -217,11 +217,27 @@ def quantize(
     if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None) is not None:
         method = getattr(model.config.quantization_config, "quant_method", None) or model.config.quantization_config
         raise ValueError(f"the model is quantized already, by {getattr(method, 'value', method)}; quantize the original instead")
-    chosen, left_out = _choose(model, config)
+    chosen, _ = _choose(model, config)
     for name, layer in chosen.items():
         _check_finite(name, layer.weight)
+    return quantize_from(lambda name: chosen[name].weight.detach(), model, config, on_layer=on_layer)
+
+
+def quantize_from(
+    weight_of: Callable[[str], Tensor],
+    model: PreTrainedModel,
+    config: Int4Config,
+    *,
+    on_layer: Callable[[str], None] | None = None,
+) -> PreTrainedModel:
+    """The same with weights made when their turn comes: weight_of(layer) -> the weight, in the layer's own layout.
+
+    The layers' own weights are not read and may be on meta, so no two in full precision need ever be there at once.
+    """
+    config = copy.copy(config)
+    chosen, left_out = _choose(model, config)
     for name, layer in chosen.items():
-        weight = layer.weight.detach()
+        weight = weight_of(name)
         replacement = Int4Linear(_rounded(name, weight.T if isinstance(layer, Conv1D) else weight, config), layer.bias)
         model.set_submodule(name, replacement.train(layer.training))
         if on_layer is not None:
