@@ -4,7 +4,7 @@ A step of decoding reads every weight, key and value once, so its time is bytes 
 weights at 4.3 TB/s are 0.84 ms, whether one row is multiplied or six. A kernel is good when it comes near that time and stays
 there while rows are added. So each time stands beside the bytes that had to move and the speed of a copy on this device.
 
-    PYTHONPATH=.:kernels python scripts/gpu_suite.py                                # all sections, some 10 minutes
+    PYTHONPATH=.:kernels python scripts/gpu_suite.py                                # all sections, some 20 minutes
     PYTHONPATH=.:kernels python scripts/gpu_suite.py --section correctness w4a16
     PYTHONPATH=.:kernels python scripts/gpu_suite.py --dry                          # tiny shapes, no figures, no GPU needed
 
@@ -46,11 +46,14 @@ if HAS_CUDA or "--dry" in sys.argv:  # triton reads it when it is imported, whic
     os.environ["TRITON_INTERPRET"] = "0" if HAS_CUDA else "1"
 
 # ruff: noqa: E402
+import widen_pair
+from peers.engines import Engine, specdec_draft, specdec_plain, stock_assisted, stock_plain
+from peers.measure import Cell, Tuned, compare, tune
 from specdec_kernels import rejection, trial
 from specdec_kernels.attention import attention as attention_op
 from specdec_kernels.w4a16 import PackedWeight, matmul, prepack
 from specdec_kernels.w4a16.layout import E2M1
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import specdec
@@ -59,6 +62,7 @@ from specdec.interfaces import Draft
 from specdec.loading import load
 from specdec.provenance import provenance
 from specdec.quant.int4 import Int4Linear, Int4Tensor, pack, unpack
+from specdec.quant.quantizer import Int4Config
 
 Row = dict[str, Any]
 Call = Callable[[], Any]
@@ -68,7 +72,9 @@ CALLS = 128  # in a CUDA graph, at least: what starting it takes is then a hundr
 GRAPH_S = 0.05  # of calls in a graph, at most
 NEAR_TIE = 0.25  # between the two best logits: bfloat16's rounding may decide
 SPREAD = 4  # between the largest errors of repetitions, at most; one that moves more comes from something left over
-FIGURE = re.compile(r"_us$|gbps$|^ratio|^fraction|^cost|^spread|^seconds$|^worst$|^met$|^launches|^at$")  # none in a dry run
+FIGURE = re.compile(
+    r"_us$|gbps$|^ratio|^fraction|^cost|^spread|^seconds$|^worst$|^met$|^launches|^at$|_ms$|^tokens_per_second|^build_s$"
+)  # none in a dry run
 
 
 @dataclass(frozen=True)
@@ -113,12 +119,19 @@ class Sizes:
     new_tokens: int = 64
     rounds: int = 15
     repetitions: int = 4
+    target_shape: widen_pair.Shape = widen_pair.SHAPES["8b"]
+    draft_shapes: tuple[tuple[str, widen_pair.Shape], ...] = tuple((name, widen_pair.SHAPES[name]) for name in ("1b", "100m"))
+    peer_batches: tuple[int, ...] = (1, 4, 16)
+    peer_ids: tuple[int, ...] = (1, 3, 5)  # K
+    peer_rounds: int = 3
 
 
 DRY = Sizes(
     shapes=((256, 128), (128, 384)), other_shape=(128, 256), rows=(1, 16), checked_rows=(1, 17), width=3, heads=(4, 2, 16),
     keys=(70, 300), goal_keys=300, attention_batches=(1, 2), vocab_size=5000, rejection_batches=(1, 3), copy_bytes=1 << 16,
     prompts=2, new_tokens=6, rounds=1, repetitions=2,
+    target_shape=widen_pair.Shape(384, 512, 12, 4, 1, 64, 4200, False), peer_batches=(1, 2), peer_ids=(1, 3), peer_rounds=1,
+    draft_shapes=(("small", widen_pair.Shape(384, 512, 2, 4, 1, 64, 4200, True)),),
 )  # fmt: skip
 
 
@@ -181,6 +194,10 @@ class Suite:
         """A time of a wrong result is no time."""
         if wrong := [row["case"] for row in self.verdict(op) if not row["ok"]]:
             raise Refused(f"{op} gives wrong results ({len(wrong)} cases, the first: {wrong[0]}), so it is not timed")
+
+    def synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
 
     def tidy(self) -> None:
         if self.cuda:
@@ -728,6 +745,51 @@ def run_lossless(suite: Suite) -> Row:
     return report
 
 
+# Against transformers' own loops
+
+
+def run_peers(suite: Suite) -> Row:
+    """The embedded pair in large shapes, the target in 4 bits: greedy, everything launched from Python, in turns."""
+    sizes, options = suite.sizes, {"device": str(suite.device), "dtype": torch.bfloat16}
+    started = time.perf_counter()
+    target = widen_pair.widen(
+        load(str(widen_pair.ORIGINAL), "float32", "cpu"), sizes.target_shape, int4=Int4Config(64), **options
+    )
+    suite.synchronize()
+    built = {"parameters": sizes.target_shape.num_parameters, "build_s": time.perf_counter() - started}
+    say(f"  built {built['parameters'] / 1e6:,.0f} million parameters in {built['build_s']:.0f} s")
+    source = load(str(embedded.DRAFT), "float32", "cpu")
+    drafts = {name: widen_pair.widen(source, shape, **options) for name, shape in sizes.draft_shapes}
+    every = (AutoTokenizer.from_pretrained(str(embedded.TARGET))(prompt["prompt"]).input_ids for prompt in embedded.prompts())
+    prompts = [ids[:64] for ids in every if len(ids) >= 64]
+    results, tuned = [], []
+    for batch in sizes.peer_batches:
+        cell = Cell(batch, False, prompts[: max(batch, 2)], sizes.new_tokens)
+        engines, found = peers_of(target, drafts, cell, sizes.peer_ids)
+        results += compare(engines, cell, sizes.peer_rounds, lambda words: say(f"  {words}"))
+        tuned += found
+    for row in results:
+        row |= {f"ratio_to_{name}": row[f"ratio_to_{name}"]["median"] for name in ("baseline", "own_plain")}
+    goals = [goal("8 billion parameters built in a minute", "build_s", max, 60, [built])]
+    return built | {"results": results, "tuned": [vars(one) for one in tuned], "goals": goals}
+
+
+def peers_of(
+    target: PreTrainedModel, drafts: dict[str, PreTrainedModel], cell: Cell, ks: Sequence[int]
+) -> tuple[list[Engine], list[Tuned]]:
+    """transformers' plain loop, its assisted one with the best K (it takes no batches), and ours, on one 4-bit target."""
+    threads, tuned = torch.get_num_threads(), []
+    engines: list[Engine] = [stock_plain("transformers", target, threads)]
+    for name, draft in drafts.items() if cell.batch == 1 else ():
+        ways = {f"K={k}": stock_assisted("transformers", target, threads, draft, k, f"assisted by {name}") for k in ks}
+        best, found = tune(f"transformers assisted by {name}", ways, cell, lambda words: say(f"  {words}"))
+        engines.append(best)
+        tuned.append(found)
+    engines.append(specdec_plain(target, threads))
+    engines += [specdec_draft(target, threads, draft, k, f"draft {name}") for name, draft in drafts.items() for k in ks]
+    return engines, tuned
+
+
 # The other sections
 
 
@@ -767,6 +829,7 @@ SECTIONS: dict[str, Callable[[Suite], Row]] = {
     "attention": torch.inference_mode()(run_attention),
     "rejection": torch.inference_mode()(run_rejection),
     "lossless": run_lossless,
+    "peers": run_peers,
 }
 
 
@@ -863,6 +926,9 @@ COLUMNS = {
                   "launches_torch": "torch's"},
     "lossless": {"batch": "batch", "drafter": "drafter", "texts": "texts", "identical": "identical", "accepted": "accepted",
                  "drafted": "drafted"},
+    "peers": {"batch": "batch", "library": "library", "engine": "engine", "num_draft_tokens": "K", "tokens_per_second": "tok/s",
+              "ratio_to_baseline": "x plain", "tokens_per_step": "tokens", "draft_ms": "draft", "target_ms": "target",
+              "other_ms": "rest", "prompt_ms": "prompt", "identical_rows": "same"},
 }  # fmt: skip
 
 

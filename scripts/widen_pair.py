@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 from specdec import embedded
 from specdec.loading import load
@@ -319,6 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="where it is built")
     parser.add_argument("--output", type=Path, required=True, help="a folder that gets target/ and draft/")
     args = parser.parse_args(arguments)
+    logging.disable_progress_bar()  # there is one of ours
     try:
         shapes = [parse_shape(w, name) for w, name in zip((args.target, args.draft), PAIRS[args.pair], strict=True)]
         for seat, source, shape in zip(("target", "draft"), (args.source_target, args.source_draft), shapes, strict=True):

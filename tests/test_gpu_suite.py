@@ -22,7 +22,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "gpu_suite.py"
-SECTIONS = ["tests", "correctness", "w4a16", "attention", "rejection", "lossless"]
+SECTIONS = ["tests", "correctness", "w4a16", "attention", "rejection", "lossless", "peers"]
 TIMED = SECTIONS[2:5]
 
 
@@ -77,9 +77,18 @@ def test_a_dry_run_runs_every_section_and_keeps_no_figure(tmp_path: Path) -> Non
     assert report["sections"]["tests"]["counts"]["collected"] > 100
     for row in report["sections"]["lossless"]["results"]:
         assert row["identical"] == row["texts"] > 0
+    peers = report["sections"]["peers"]["results"]
+    assert {(row["library"], row["batch"]) for row in peers} == {
+        (lib, batch) for lib in ("transformers", "specdec") for batch in (1, 2)
+    }
+    assert any(row["engine"].startswith("assisted") for row in peers)
+    for row in peers:
+        assert row["identical_rows"] == row["rows"]
+        assert row["tokens_per_second"] is row["target_ms"] is None
     for path, value in items(report["sections"]):
         if isinstance(value, float):
-            assert path[-1] in ("max_error", "bound"), path  # what was compared, and goals: nothing was measured
+            known = ("max_error", "bound", "tokens_per_step")  # what was compared, goals, what was accepted: nothing was timed
+            assert path[-1] in known, path
         if path[-1].endswith(("_us", "gbps")) or path[-1].startswith(("ratio", "fraction", "cost", "spread")):
             assert value is None, path
     table = done.stdout[done.stdout.index("w4a16: ok") :]

@@ -10,7 +10,8 @@ from torch import Tensor
 from specdec.quant.int4 import SYMMETRIC_ZERO, Int4Tensor, pack
 
 SHRINKS = torch.linspace(1.0, 0.7, 16)  # of the range that the codes cover; clipping a few weights may serve the others
-CHUNK_WEIGHTS = 1 << 18  # in float32 at any one time, several times over
+CHUNK_WEIGHTS = 1 << 18  # in float32 at any one time, several times over; what a CPU's cache holds
+CUDA_CHUNK_WEIGHTS = 1 << 24  # so that launches don't decide
 
 
 def round_to_nearest(weight: Tensor, group_size: int, symmetric: bool) -> Int4Tensor:
@@ -24,7 +25,7 @@ def round_to_nearest(weight: Tensor, group_size: int, symmetric: bool) -> Int4Te
     size = columns if group_size == -1 else group_size
     if columns % size:
         raise ValueError(f"group_size={group_size} does not divide in_features={columns}")
-    rows, step = len(weight), max(1, CHUNK_WEIGHTS // columns)
+    rows, step = len(weight), max(1, (CUDA_CHUNK_WEIGHTS if weight.is_cuda else CHUNK_WEIGHTS) // columns)
     search = _symmetric if symmetric else _asymmetric
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(rows, columns // size, dtype=torch.bfloat16, device=weight.device)

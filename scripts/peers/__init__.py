@@ -1,0 +1,1 @@
+"""Engines that generate text, measured in turns: transformers, specdec, OpenVINO GenAI."""

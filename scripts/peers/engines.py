@@ -1,0 +1,234 @@
+"""Engines that run in this process: transformers' own loops, and specdec's."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+import specdec
+
+Ids = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a call is asked for: prompts of one length, so that no engine has to pad; ends of text are ignored."""
+
+    prompts: Ids
+    new_tokens: int
+    sampled: bool = False  # temperature 1, the whole distribution; else greedy
+    seed: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompts) * self.new_tokens
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The generated ids of each row, and the seconds that the call took, prompt included."""
+
+    ids: Ids
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How a call's steps went. A step is a forward of the target for the whole batch.
+
+    tokens_per_step: of a row. prompt_ms: what the call takes besides its steps: preparation, the prompt, the first step. The
+    parts of a step are means of the others. Where verification_ms is None, it is part of other_ms.
+    """
+
+    tokens_per_step: float
+    prompt_ms: float
+    draft_ms: float
+    target_ms: float
+    verification_ms: float | None
+    other_ms: float
+
+
+class Engine(Protocol):
+    """A way to generate. Within `with engine.ready():` it is set up; calls are timed inside."""
+
+    library: str
+    name: str
+    num_draft_tokens: int | None
+
+    def ready(self) -> AbstractContextManager[None]:
+        """Set up, untimed."""
+
+    def generate(self, task: Task) -> Answer:
+        """One call."""
+
+    def steps(self, task: Task) -> Steps:
+        """One more call, watched, and slower for it."""
+
+
+@dataclass
+class Stock:
+    """transformers' own generate() on a target: its plain loop, or assisted by `settings` and `config`, the draft's."""
+
+    library: str
+    name: str
+    target: PreTrainedModel
+    threads: int
+    draft: PreTrainedModel | None = None
+    num_draft_tokens: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def ready(self) -> Any:
+        with ExitStack() as stack:
+            stack.enter_context(using_threads(self.threads))
+            for model in (self.target, *([self.draft] if self.draft is not None else [])):
+                stack.enter_context(settings(model.generation_config, eos_token_id=None, pad_token_id=1))
+            if self.draft is not None:  # K every time, however sure the draft is
+                constant = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
+                constant["num_assistant_tokens"] = self.num_draft_tokens
+                stack.enter_context(settings(self.draft.generation_config, **constant))
+            yield
+
+    def generate(self, task: Task) -> Answer:
+        ids = torch.tensor(task.prompts, device=self.target.device)
+        how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if task.sampled else {"do_sample": False}
+        torch.manual_seed(task.seed)
+        started = time.perf_counter()
+        output = self.target.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=task.new_tokens, **how, **self.options
+        )
+        new = output[:, ids.shape[1] :].tolist()
+        return Answer(new, time.perf_counter() - started)
+
+    def steps(self, task: Task) -> Steps:
+        models = [self.target] if self.draft is None else [self.target, self.draft]
+        with Forwards(*models) as forwards:
+            started = time.perf_counter()
+            self.generate(task)
+            end = time.perf_counter()
+        target, draft = forwards.spans[0], [span for spans in forwards.spans[1:] for span in spans]
+        begin, count = target[0][1], len(target) - 1  # behind the prompt's forward
+        target_s = sum(stop - start for start, stop in target[1:])
+        draft_s = sum(stop - start for start, stop in draft if start > begin)
+        other_s = end - begin - target_s - draft_s
+        draft_ms, target_ms, other_ms = (1000 * part / count for part in (draft_s, target_s, other_s))
+        return Steps(task.new_tokens / len(target), 1000 * (begin - started), draft_ms, target_ms, None, other_ms)
+
+
+def stock_plain(library: str, target: PreTrainedModel, threads: int, name: str = "plain") -> Stock:
+    return Stock(library, name, target, threads)
+
+
+def stock_assisted(
+    library: str, target: PreTrainedModel, threads: int, draft: PreTrainedModel, k: int, name: str = "assisted"
+) -> Stock:
+    return Stock(library, name, target, threads, draft, k, {"assistant_model": draft})
+
+
+def stock_lookup(library: str, target: PreTrainedModel, threads: int, k: int) -> Stock:
+    options = {"prompt_lookup_num_tokens": k}
+    return Stock(library, "prompt lookup", target, threads, None, k, options)
+
+
+@dataclass
+class Specdec(Stock):
+    """Ours, on a 4-bit target; drafter: a model, "prompt_lookup" or "none"."""
+
+    drafter: PreTrainedModel | str = "none"
+
+    @contextmanager
+    def ready(self) -> Any:
+        with super().ready():
+            specdec.enable(self.target, self.drafter, num_draft_tokens=self.num_draft_tokens or 1)
+            try:
+                yield
+            finally:
+                specdec.disable(self.target)
+
+    def steps(self, task: Task) -> Steps:
+        specdec.enable(self.target, self.drafter, num_draft_tokens=self.num_draft_tokens or 1, timing=True)
+        answer = self.generate(task)
+        stats = specdec.last_stats(self.target)
+        assert stats is not None
+        assert stats.timing is not None
+        timed = stats.timing.steps[1:]
+        parts = ("draft_s", "target_s", "verification_s", "other_s")
+        means = [1000 * sum(getattr(step, part) for step in timed) / len(timed) for part in parts]
+        assert stats.mean_acceptance_length is not None
+        return Steps(stats.mean_acceptance_length, 1000 * answer.seconds - len(timed) * sum(means), *means)
+
+
+def specdec_plain(target: PreTrainedModel, threads: int) -> Specdec:
+    return Specdec("specdec", "plain", target, threads)
+
+
+def specdec_draft(target: PreTrainedModel, threads: int, draft: PreTrainedModel, k: int, name: str = "draft model") -> Specdec:
+    return Specdec("specdec", name, target, threads, None, k, drafter=draft)
+
+
+def specdec_lookup(target: PreTrainedModel, threads: int, k: int) -> Specdec:
+    return Specdec("specdec", "prompt lookup", target, threads, None, k, drafter="prompt_lookup")
+
+
+class Forwards:
+    """When each model's forwards began and ended, while it is entered: spans[i] of the i-th model, (start, stop) in seconds."""
+
+    def __init__(self, *models: PreTrainedModel) -> None:
+        self.models = models
+        self.spans: list[list[tuple[float, float]]] = [[] for _ in models]
+
+    def __enter__(self) -> Forwards:
+        for model, spans in zip(self.models, self.spans, strict=True):
+            model.forward = self._timed(model.forward, spans)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for model in self.models:
+            del model.forward
+
+    @staticmethod
+    def _timed(forward: Callable, spans: list[tuple[float, float]]) -> Callable:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            result = forward(*args, **kwargs)
+            if result.logits.is_cuda:
+                torch.cuda.synchronize()
+            spans.append((started, time.perf_counter()))
+            return result
+
+        timed.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # generate() looks at it
+        return timed
+
+
+@contextmanager
+def using_threads(count: int) -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def settings(config: Any, **values: Any) -> Any:
+    """A generation config with other values for a while."""
+    before = {name: getattr(config, name) for name in values}
+    for name, value in values.items():
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def same_rows(ids: Sequence[list[int]], others: Sequence[list[int]]) -> int:
+    return sum(a == b for a, b in zip(ids, others, strict=True))

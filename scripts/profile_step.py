@@ -1,0 +1,197 @@
+"""Where the time of specdec's step goes, in a pair's modules and operators: what there is to remove.
+
+    python scripts/profile_step.py --pair embedded --threads 1
+    python scripts/profile_step.py --pair 200m --output benchmarks/results/profile_step-200m.json
+
+Greedy calls, three times over. Once watched by Stats.timing alone: the parts of a step as they are. Once with a clock around
+every module: time within it apart from its submodules, Python included. Once with torch.profiler: operators and how often they
+run. The last two are slower than the first; their shares are what counts. What prompts take is measured in short calls and taken
+off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_peers import find_pair
+from peers.engines import Task, specdec_draft
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers.utils import logging
+
+import specdec
+from specdec import embedded
+from specdec.loading import load, load_tokenizer
+from specdec.provenance import provenance
+
+PARTS = ("draft_ms", "target_ms", "verification_ms", "other_ms")
+LISTED = 20  # operators
+SHORT = 8  # new ids of a call that is mostly prompt, the draft's included
+
+Counts = dict[str, tuple[float, int]]  # ms and calls, by name
+
+
+class ModuleClock:
+    """Seconds within modules of each class, their submodules' apart, and how often they ran."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.calls: dict[str, int] = defaultdict(int)
+        self.stack: list[list[float]] = []  # [began, seconds in submodules]
+
+    @contextmanager
+    def on(self, seat: str, model: nn.Module) -> Iterator[None]:
+        with ExitStack() as stack:
+            for module in model.modules():
+                name = f"{seat}: {type(module).__name__}"
+                stack.callback(module.register_forward_pre_hook(self._begin).remove)
+                stack.callback(module.register_forward_hook(lambda *_, name=name: self._end(name)).remove)
+            yield
+
+    def _begin(self, *_: Any) -> None:
+        self.stack.append([time.perf_counter(), 0.0])
+
+    def _end(self, name: str) -> None:
+        began, within = self.stack.pop()
+        spent = time.perf_counter() - began
+        self.seconds[name] += spent - within
+        self.calls[name] += 1
+        if self.stack:
+            self.stack[-1][1] += spent
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", default="embedded", help="as for bench_peers.py")
+    parser.add_argument("--num-draft-tokens", type=int, default=3, metavar="K")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, help="write the JSON there")
+    args = parser.parse_args(arguments)
+    console = Console(stderr=True)
+    logging.disable_progress_bar()
+    torch.set_num_threads(args.threads)
+    origin = provenance("cpu")
+    try:
+        pair = find_pair(args.pair, console)
+    except ValueError as error:
+        console.print(f"profile_step: {error}", style="red")
+        return 1
+    console.print("loading")
+    target, draft = pair.load_int4(args.dtype), load(str(pair.draft), args.dtype, "cpu")
+    every = (load_tokenizer(str(pair.target))(prompt["prompt"]).input_ids for prompt in embedded.prompts())
+    prompts = [ids[: args.prompt_tokens] for ids in every if len(ids) >= args.prompt_tokens][: args.prompts]
+    tasks = [Task(prompts[at : at + args.batch], args.new_tokens) for at in range(0, len(prompts), args.batch)]
+    engine = specdec_draft(target, args.threads, draft, args.num_draft_tokens)
+    report = {"script": "profile_step", "pair": pair.name, "provenance": origin, "num_draft_tokens": args.num_draft_tokens}
+    report |= {"batch": args.batch, "dtype": args.dtype, **measure(engine, tasks, target, draft, console)}
+    show(report)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(rounded(report), indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def measure(engine: Any, tasks: Sequence[Task], target: Any, draft: Any, console: Console) -> dict[str, Any]:
+    """Parts, modules and operators of a step. What prompts take is seen in short calls, and taken off."""
+
+    def write(new_tokens: int) -> int:
+        """All tasks, so far: -> steps."""
+        steps = 0
+        for task in tasks:
+            engine.generate(replace(task, new_tokens=new_tokens))
+            steps += specdec.last_stats(target).num_target_forwards
+        return steps
+
+    def clocked(new_tokens: int) -> tuple[int, Counts]:
+        clock = ModuleClock()
+        with clock.on("target", target), clock.on("draft", draft):
+            steps = write(new_tokens)
+        return steps, {name: (1000 * seconds, clock.calls[name]) for name, seconds in clock.seconds.items()}
+
+    def profiled(new_tokens: int) -> tuple[int, Counts]:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            steps = write(new_tokens)
+        return steps, {event.key: (event.self_cpu_time_total / 1000, event.count) for event in profiler.key_averages()}
+
+    def by_step(run: Callable[[int], tuple[int, Counts]]) -> dict[str, dict[str, float]]:
+        """ms and calls of each name in a step behind the first ones."""
+        run(SHORT)
+        (few, prompts), (many, all_of_it) = run(SHORT), run(tasks[0].new_tokens)
+        taken = {
+            name: {
+                "ms_per_step": (ms - prompts.get(name, (0, 0))[0]) / (many - few),
+                "calls_per_step": (n - prompts.get(name, (0, 0))[1]) / (many - few),
+            }
+            for name, (ms, n) in all_of_it.items()
+        }
+        return dict(sorted(taken.items(), key=lambda item: -item[1]["ms_per_step"]))
+
+    with engine.ready():
+        console.print("measuring the parts of a step")
+        engine.generate(tasks[0])
+        watched = [engine.steps(task) for task in tasks]
+        parts = {
+            name: sum(getattr(one, name) for one in watched) / len(watched) for name in (*PARTS, "prompt_ms", "tokens_per_step")
+        }
+        console.print("a clock around every module")
+        modules = by_step(clocked)
+        console.print("torch.profiler")
+        operators = by_step(profiled)
+    total = {key: sum(operator[key] for operator in operators.values()) for key in ("ms_per_step", "calls_per_step")}
+    return {"step": parts, "modules": modules, "operators": dict(list(operators.items())[:LISTED]), "all_operators": total}
+
+
+def rounded(value: Any) -> Any:
+    """With four decimals, which is more than is known."""
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def show(report: dict[str, Any]) -> None:
+    console, step = Console(width=max(90, Console().width)), report["step"]
+    together = sum(step[name] for name in PARTS)
+    parts = ", ".join(f"{name.removesuffix('_ms')} {step[name]:.2f}" for name in PARTS)
+    console.print(
+        f"{report['pair']} pair, K={report['num_draft_tokens']}, batch {report['batch']}: a step takes {together:.2f} ms for"
+        f" {step['tokens_per_step']:.2f} tokens ({parts}); a call's preparation, prompt and first step {step['prompt_ms']:.0f} ms"
+    )
+    for title, name in (("time in modules, their submodules' apart", "modules"), ("time in operators", "operators")):
+        table = Table(title=title, title_justify="left")
+        table.add_column(name)
+        for column in ("ms a step", "share", "calls a step"):
+            table.add_column(column, justify="right")
+        whole = (
+            sum(row["ms_per_step"] for row in report["modules"].values())
+            if name == "modules"
+            else report["all_operators"]["ms_per_step"]
+        )
+        for key, row in report[name].items():
+            if row["ms_per_step"] >= 0.005 * whole:
+                table.add_row(
+                    key, f"{row['ms_per_step']:.3f}", f"{row['ms_per_step'] / whole:.1%}", f"{row['calls_per_step']:.1f}"
+                )
+        console.print(table)
+    total = report["all_operators"]
+    console.print(f"all operators: {total['calls_per_step']:,.0f} calls and {total['ms_per_step']:.2f} ms a step")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
