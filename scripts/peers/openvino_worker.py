@@ -11,16 +11,18 @@ import openvino_genai
 
 CACHE_GB = 1
 ALL_IDS = 1 << 30  # top_k: the whole vocabulary
+ALL_TOKENS = (1 << 63) - 1  # of prompts in one forward, as its own default for a single user has it
 
 
 def load(target: str, draft: str | None, threads: int):
     properties = {"INFERENCE_NUM_THREADS": threads}
-    if draft is None:
-        return openvino_genai.LLMPipeline(target, "CPU", **properties)
     scheduler = openvino_genai.SchedulerConfig()
-    scheduler.cache_size = CACHE_GB
-    drafting = openvino_genai.draft_model(draft, "CPU", **properties)
-    return openvino_genai.LLMPipeline(target, "CPU", scheduler_config=scheduler, draft_model=drafting, **properties)
+    scheduler.cache_size, scheduler.max_num_batched_tokens = CACHE_GB, ALL_TOKENS
+    scheduler.enable_prefix_caching = False  # each call reads its prompt: rounds ask the same ones again
+    properties["scheduler_config"] = scheduler
+    if draft is not None:
+        properties["draft_model"] = openvino_genai.draft_model(draft, "CPU", INFERENCE_NUM_THREADS=threads)
+    return openvino_genai.LLMPipeline(target, "CPU", **properties)
 
 
 def generate(pipeline, prompts: list[list[int]], new_tokens: int, sampled: bool, seed: int, k: int | None) -> dict:
