@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
 from specdec import embedded, verification
@@ -91,16 +88,3 @@ def test_bad_input_ends_with_a_message_and_exit_code_2(
     assert error.startswith("specdec: ")
     assert words in error
     assert "Traceback" not in error
-
-
-def test_bench_generate_ends_with_one_json_line(tmp_path: Path) -> None:
-    output = tmp_path / "results" / "bench.json"
-    command = [sys.executable, "scripts/bench_generate.py", "--rounds", "1", "--max-new-tokens", "12", "--prompts", "2"]
-    command += ["--batch", "1", "2", "--num-draft-tokens", "2", "--output", str(output)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert report == json.loads(output.read_text(encoding="utf-8"))
-    engines = {(r["batch"], r["engine"]) for r in report["results"]}
-    assert {(1, "plain"), (1, "stock assisted K=2"), (1, "specdec K=2"), (2, "plain"), (2, "specdec K=2")} <= engines
-    assert all(r["identical_rows"] == r["rows"] for r in report["results"])
-    assert report["provenance"]["torch"] == torch.__version__

@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from peers.show import best, name_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RESULTS = ROOT / "benchmarks" / "results" / "bench_generate.json"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -64,27 +65,44 @@ def test_ci_runs_the_make_commands_of_the_readme() -> None:
         assert f"make {target} " in script
 
 
-def test_the_table_holds_the_figures_of_the_results_file() -> None:
-    results = {(r["batch"], r["engine"]): r for r in json.loads(RESULTS.read_text(encoding="utf-8"))["results"]}
-    rows = re.findall(r"^\| (\d+) \| ([^|]+?) \| ([\d.,]+) \| ([\d.]+) \| ([\d.]*) ?\|$", README, flags=re.MULTILINE)
-    assert len(rows) >= 4
-    for batch, engine, rate, ratio, length in rows:
-        result = results[int(batch), engine]
-        assert rate == f"{result['tokens_per_second']:,.0f}"
-        assert ratio == f"{result['ratio_to_plain']:.2f}"
-        assert length == (f"{result['mean_acceptance_length']:.2f}" if result["mean_acceptance_length"] else "")
+def test_the_table_holds_the_figures_of_the_results_files() -> None:
+    row = r"^\| (embedded|200m) \| (\d+) \| ([^|]+?) \| ([\d.,]+) \| ([\d.]+) \| ([\d.]+) \| (\d+/\d+) \|$"
+    rows = re.findall(row, README, flags=re.MULTILINE)
+    for pair in ("embedded", "200m"):
+        results = json.loads((RESULTS / f"bench_peers-{pair}.json").read_text(encoding="utf-8"))["results"]
+        greedy = {(r["batch"], name_of(r)): r for r in results if r["sampling"] == "greedy"}
+        shown = {(int(batch), engine): figures for name, batch, engine, *figures in rows if name == pair}
+        for key, (rate, ratio, own, same) in shown.items():
+            result = greedy[key]
+            assert rate == f"{result['tokens_per_second']:,.0f}", (pair, key)
+            assert ratio == f"{result['ratio_to_baseline']['median']:.2f}", (pair, key)
+            assert own == f"{result['ratio_to_own_plain']['median']:.2f}", (pair, key)
+            assert same == f"{result['identical_rows']}/{result['rows']}", (pair, key)
+        peers = {key for key, result in greedy.items() if result["library"] != "specdec"}
+        assert len(peers) == 8
+        assert peers < set(shown), "a peer's row is left out"
+        for batch in (1, 8):  # where we stand is told at our best
+            assert best([r for r in results if r["sampling"] == "greedy" and r["batch"] == batch], "specdec") in [
+                greedy[key] for key in shown
+            ]
 
 
-@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"])
+def test_every_results_file_says_how_to_repeat_it() -> None:
+    page = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    for file in RESULTS.glob("*.json"):
+        assert f"(results/{file.name})" in page, file.name
+
+
+@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/LOG.md"])
 def test_links_lead_somewhere(name: str) -> None:
-    text = (ROOT / name).read_text(encoding="utf-8")
-    for link in re.findall(r"\]\(([^)#]+)\)", text):
+    page = ROOT / name
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if not link.startswith("http"):
-            assert (ROOT / link).exists(), link
+            assert (page.parent / link).exists(), link
 
 
 def test_the_identical_texts_are_those_of_the_results_file() -> None:
-    report = json.loads((RESULTS.parent / "check_identity.json").read_text(encoding="utf-8"))
+    report = json.loads((RESULTS / "check_identity.json").read_text(encoding="utf-8"))
     same = report["identical"]
     expected = (
         f"Of {report['prompts']} held-out prompts the embedded pair continued {same['K=2']} (K=2) and {same['K=5']} (K=5) with"
@@ -93,7 +111,7 @@ def test_the_identical_texts_are_those_of_the_results_file() -> None:
 
 
 def test_the_quality_is_that_of_the_results_file() -> None:
-    report = json.loads((RESULTS.parent / "audit_quality.json").read_text(encoding="utf-8"))
+    report = json.loads((RESULTS / "audit_quality.json").read_text(encoding="utf-8"))
     worse = report["perplexity"] / report["original_perplexity"] - 1
     expected = f"is {report['mean_kl']:.4f} nats (mean KL) and {100 * worse:.1f} % of perplexity away from its original on"
     assert f"{expected} {report['tokens']:,} held-out tokens" in " ".join(README.split())
