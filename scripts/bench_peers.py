@@ -182,7 +182,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     if args.setup_peers:
-        openvino.setup(console.print)
+        try:
+            openvino.setup(console.print)
+        except openvino.Failed as error:
+            console.print(f"bench_peers: {error}", style="red", highlight=False)
+            return 1
         return 0
     if args.quick:
         args.rounds, args.new_tokens, args.prompts = 3, 48, 4

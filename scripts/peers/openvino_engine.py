@@ -35,21 +35,21 @@ def setup(say: Say) -> None:
     """Make the virtual environment, whole or not at all."""
     say(f"making {ENVIRONMENT.name} (some 2 GB, a few minutes)")
     shutil.rmtree(ENVIRONMENT, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
     pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--quiet"]
     try:
-        install = [*pip, "install", "--retries", "1", "--extra-index-url", TORCH_INDEX]
-        # torch first: then nothing that is installed later brings a build of it with CUDA
-        (torch,) = [
-            line for line in (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines() if line.startswith("torch=")
-        ]
-        subprocess.run([*install, torch], check=True)
-        subprocess.run([*install, "--requirement", str(HERE / "requirements.txt")], check=True)
+        subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
+        lines = (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines()
+        (torch,) = [line for line in lines if line.startswith("torch=")]
+        # torch first, from where its CPU build is: then nothing that is installed later brings one with CUDA
+        subprocess.run([*pip, "install", "--retries", "1", "--extra-index-url", TORCH_INDEX, torch], check=True)
+        subprocess.run([*pip, "install", "--requirement", str(HERE / "requirements.txt")], check=True)
         # optimum-intel asks for it, text models don't, and its usual build does not go with the CPU build of torch
         subprocess.run([*pip, "uninstall", "--yes", "torchvision"], check=True)
         subprocess.run([str(PYTHON), "-c", "import openvino_genai, openvino_tokenizers, optimum.intel"], check=True)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(ENVIRONMENT, ignore_errors=True)
+        if isinstance(error, subprocess.CalledProcessError):
+            raise Failed(f"{ENVIRONMENT.name} could not be made, and nothing of it is left: {error}") from error
         raise
     say(f"{ENVIRONMENT.name} is ready")
 
