@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="at most; 1 is tried too")
     parser.add_argument("--no-openvino", dest="openvino", action="store_false", help="leave it out, installed or not")
     parser.add_argument("--setup-peers", action="store_true", help="install the peers and end; runs never install")
-    parser.add_argument("--output", type=Path, help="the JSON, and a .png beside it; benchmarks/results/bench_peers-<pair>.json")
+    parser.add_argument("--output", type=Path, help="bench_peers-<pair>.json in benchmarks/results, of a quick run in build")
     args = parser.parse_args(arguments)
     console = Console(stderr=True)
     logging.disable_progress_bar()
@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out.print("; ".join(f"{library} runs with {chosen}" for library, chosen in settings.items()), "\n", highlight=False)
     for line in [*show.sentences(results), *missing]:
         out.print(line, highlight=False)
-    output = args.output or RESULTS / f"bench_peers-{pair.name}{'-quick' if args.quick else ''}.json"
+    output = args.output or (ROOT / "build" if args.quick else RESULTS) / f"bench_peers-{pair.name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     show.plot(results, f"{pair.name} pair, {origin['device']}, {origin['date']}", output.with_suffix(".png"))
