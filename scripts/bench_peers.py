@@ -5,9 +5,9 @@
     python scripts/bench_peers.py --pair 200m                       # the embedded pair widened to 201 million parameters
     python scripts/bench_peers.py --pair folder                     # one of your own: folder/target, folder/draft
 
-All engines get the same prompts, of one length, and write the same number of ids, ends of text ignored. Each library runs with
+All engines get the same prompts, of one length, and write the same number of ids, ends of text ignored. Each runtime runs with
 the dtype and the number of threads that serve its plain decoding best, each speculative peer with the K that serves it best, by
-batch and sampling: both are measured first and stand in the JSON. Texts are held against those of the same library's first
+batch and sampling: both are measured first and stand in the JSON. Texts are held against those of the same runtime's first
 engine. How to read it all: benchmarks/README.md.
 """
 
@@ -63,7 +63,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a library runs with."""
+    """What a runtime runs with."""
 
     threads: int
     dtype: str = ""
@@ -73,7 +73,7 @@ class Chosen:
 
 
 class Bench:
-    """One run: libraries settle on dtype and threads, then each cell is measured."""
+    """One run: runtimes settle on dtype and threads, then each cell is measured."""
 
     def __init__(self, pair: Pair, args: argparse.Namespace, advance: Any) -> None:
         self.pair, self.args, self.advance = pair, args, advance
@@ -91,7 +91,7 @@ class Bench:
         return Cell(batch, sampled, self.prompts[:count], self.args.new_tokens)
 
     def settle(self) -> None:
-        """Choose each library's dtype and threads by its plain decoding, and load what it will run."""
+        """Choose each runtime's dtype and threads by its plain decoding, and load what it will run."""
         threads = sorted({1, self.args.threads})
         dense = {dtype: load(str(self.pair.target), dtype, "cpu") for dtype in DTYPES}
         quantized = {dtype: self.pair.load_int4(dtype) for dtype in DTYPES}
@@ -105,8 +105,8 @@ class Bench:
             engines = {Chosen(t): openvino.OpenVino(self.worker, self.exports[0], t) for t in threads}
             self.other = self._best("OpenVINO", engines)
 
-    def _best(self, library: str, engines: dict[Chosen, Any]) -> Chosen:
-        _, tuned = tune(f"{library} plain", {str(c): engine for c, engine in engines.items()}, self.cell(1, False), self.advance)
+    def _best(self, runtime: str, engines: dict[Chosen, Any]) -> Chosen:
+        _, tuned = tune(f"{runtime} plain", {str(c): engine for c, engine in engines.items()}, self.cell(1, False), self.advance)
         self.tuned.append(tuned)
         return next(chosen for chosen in engines if str(chosen) == tuned.best)
 
@@ -132,7 +132,7 @@ class Bench:
 
     def _tune(self, cell: Cell, engines: dict[int, Any]) -> Engine:
         first = next(iter(engines.values()))
-        what = f"{first.library} {first.name}, batch {cell.batch}, {cell.sampling}"
+        what = f"{first.runtime} {first.name}, batch {cell.batch}, {cell.sampling}"
         best, tuned = tune(what, {f"K={k}": engine for k, engine in engines.items()}, cell, self.advance)
         self.tuned.append(tuned)
         return best
@@ -223,8 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for cell, group in show.cells(results):
         out.print("", show.speed_table(cell, group), show.steps_table(cell, group))
     settings = {one.what.removesuffix(" plain"): one.best for one in tuned if one.what.endswith(" plain")}
-    out.print(f"baseline: {show.name_of(results[0])}; a library's texts are held against those of its own first engine")
-    out.print("; ".join(f"{library} runs with {chosen}" for library, chosen in settings.items()), "\n", highlight=False)
+    out.print(f"baseline: {show.name_of(results[0])}; a runtime's texts are held against those of its own first engine")
+    out.print("; ".join(f"{runtime} runs with {chosen}" for runtime, chosen in settings.items()), "\n", highlight=False)
     for line in [*show.sentences(results), *missing]:
         out.print(line, highlight=False)
     output = args.output or (ROOT / "build" if args.quick else RESULTS) / f"bench_peers-{pair.name}.json"
@@ -232,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     show.plot(results, f"{pair.name} pair, {origin['device']}, {origin['date']}", output.with_suffix(".png"))
     out.print(f"written: {output} and {output.with_suffix('.png').name}", highlight=False)
-    if any(r["library"] == "specdec" and r["identical_rows"] not in (None, r["rows"]) for r in results):
+    if any(r["runtime"] == "specdec" and r["identical_rows"] not in (None, r["rows"]) for r in results):
         console.print(
             "bench_peers: a greedy text of specdec differs from that of transformers' loop on the same model", style="red"
         )

@@ -926,7 +926,7 @@ COLUMNS = {
                   "launches_torch": "torch's"},
     "lossless": {"batch": "batch", "drafter": "drafter", "texts": "texts", "identical": "identical", "accepted": "accepted",
                  "drafted": "drafted"},
-    "peers": {"batch": "batch", "library": "library", "engine": "engine", "num_draft_tokens": "K", "tokens_per_second": "tok/s",
+    "peers": {"batch": "batch", "runtime": "runtime", "engine": "engine", "num_draft_tokens": "K", "tokens_per_second": "tok/s",
               "ratio_to_baseline": "x plain", "tokens_per_step": "tokens", "draft_ms": "draft", "target_ms": "target",
               "other_ms": "rest", "prompt_ms": "prompt", "identical_rows": "same"},
 }  # fmt: skip

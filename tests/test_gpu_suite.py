@@ -78,7 +78,7 @@ def test_a_dry_run_runs_every_section_and_keeps_no_figure(tmp_path: Path) -> Non
     for row in report["sections"]["lossless"]["results"]:
         assert row["identical"] == row["texts"] > 0
     peers = report["sections"]["peers"]["results"]
-    assert {(row["library"], row["batch"]) for row in peers} == {
+    assert {(row["runtime"], row["batch"]) for row in peers} == {
         (lib, batch) for lib in ("transformers", "specdec") for batch in (1, 2)
     }
     assert any(row["engine"].startswith("assisted") for row in peers)

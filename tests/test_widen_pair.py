@@ -53,7 +53,7 @@ def logits(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("head", ["tied to tied", "tied to untied", "untied"])
 @pytest.mark.parametrize("name", WIDER)
 def test_logits_and_greedy_texts_are_the_small_models(name: str, head: str) -> None:
-    source = tiny(tied=head != "untied", num_key_value_heads=2)
+    source = tiny(tied=head != "untied")
     shape = replace(WIDER[name], tie_word_embeddings=head == "tied to tied")
     wide = widen(source, shape, dtype=torch.float32)
     assert Shape.of(wide.config) == shape

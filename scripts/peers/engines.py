@@ -58,7 +58,7 @@ class Steps:
 class Engine(Protocol):
     """A way to generate. Within `with engine.ready():` it is set up; calls are timed inside."""
 
-    library: str
+    runtime: str
     name: str
     num_draft_tokens: int | None
 
@@ -76,7 +76,7 @@ class Engine(Protocol):
 class Stock:
     """transformers' own generate() on a target: its plain loop, or assisted by `settings` and `config`, the draft's."""
 
-    library: str
+    runtime: str
     name: str
     target: PreTrainedModel
     threads: int
@@ -122,19 +122,19 @@ class Stock:
         return Steps(task.new_tokens / len(target), 1000 * (begin - started), draft_ms, target_ms, None, other_ms)
 
 
-def stock_plain(library: str, target: PreTrainedModel, threads: int, name: str = "plain") -> Stock:
-    return Stock(library, name, target, threads)
+def stock_plain(runtime: str, target: PreTrainedModel, threads: int, name: str = "plain") -> Stock:
+    return Stock(runtime, name, target, threads)
 
 
 def stock_assisted(
-    library: str, target: PreTrainedModel, threads: int, draft: PreTrainedModel, k: int, name: str = "assisted"
+    runtime: str, target: PreTrainedModel, threads: int, draft: PreTrainedModel, k: int, name: str = "assisted"
 ) -> Stock:
-    return Stock(library, name, target, threads, draft, k, {"assistant_model": draft})
+    return Stock(runtime, name, target, threads, draft, k, {"assistant_model": draft})
 
 
-def stock_lookup(library: str, target: PreTrainedModel, threads: int, k: int) -> Stock:
+def stock_lookup(runtime: str, target: PreTrainedModel, threads: int, k: int) -> Stock:
     options = {"prompt_lookup_num_tokens": k}
-    return Stock(library, "prompt lookup", target, threads, None, k, options)
+    return Stock(runtime, "prompt lookup", target, threads, None, k, options)
 
 
 @dataclass

@@ -79,7 +79,7 @@ def tune(what: str, candidates: dict[str, Engine], cell: Cell, advance: Advance)
 def compare(engines: Sequence[Engine], cell: Cell, rounds: int, advance: Advance) -> list[dict[str, Any]]:
     """One result an engine. Ratios are taken within a round; the first engine is the baseline of all.
 
-    Greedy texts are compared to those of the same library's first engine.
+    Greedy texts are compared to those of the same runtime's first engine.
     """
     rates: list[list[float]] = [[] for _ in engines]
     texts: list[Ids] = []
@@ -100,11 +100,11 @@ def compare(engines: Sequence[Engine], cell: Cell, rounds: int, advance: Advance
             advance(f"{describe(cell)}: {label(engines[index])}, round {turn + 1}")
     results = []
     for index, engine in enumerate(engines):
-        own = [i for i, other in enumerate(engines) if other.library == engine.library]
+        own = [i for i, other in enumerate(engines) if other.runtime == engine.runtime]
         plain = next((i for i in own if engines[i].name == "plain"), own[0])
         results.append(
             {
-                "library": engine.library,
+                "runtime": engine.runtime,
                 "engine": engine.name,
                 "num_draft_tokens": engine.num_draft_tokens,
                 "batch": cell.batch,
@@ -135,7 +135,7 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 def label(engine: Engine) -> str:
     k = "" if engine.num_draft_tokens is None else f" K={engine.num_draft_tokens}"
-    return f"{engine.library} {engine.name}{k}"
+    return f"{engine.runtime} {engine.name}{k}"
 
 
 def describe(cell: Cell) -> str:

@@ -128,7 +128,7 @@ class OpenVino:
     threads: int
     draft: Path | None = None
     num_draft_tokens: int | None = None
-    library: str = "OpenVINO"
+    runtime: str = "OpenVINO"
     name: str = field(init=False)
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ COLOURS = {"transformers": "#8a8a8a", "OpenVINO": "#3b75af", "specdec": "#d1602f
 
 def name_of(result: Result) -> str:
     k = "" if result["num_draft_tokens"] is None else f" K={result['num_draft_tokens']}"
-    return f"{result['library']} {result['engine']}{k}"
+    return f"{result['runtime']} {result['engine']}{k}"
 
 
 def cells(results: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
@@ -52,17 +52,17 @@ def steps_table(cell: str, group: Sequence[Result]) -> Table:
     return table
 
 
-def best(results: Sequence[Result], library: str) -> Result | None:
-    return max((r for r in results if r["library"] == library), key=lambda r: r["tokens_per_second"], default=None)
+def best(results: Sequence[Result], runtime: str) -> Result | None:
+    return max((r for r in results if r["runtime"] == runtime), key=lambda r: r["tokens_per_second"], default=None)
 
 
 def sentences(results: Sequence[Result]) -> list[str]:
-    """For each cell, how specdec's best stands beside each other library's best, good or bad."""
+    """For each cell, how specdec's best stands beside each other runtime's best, good or bad."""
     lines = []
     for cell, group in cells(results):
         ours = best(group, "specdec")
-        libraries = dict.fromkeys(r["library"] for r in group if r["library"] != "specdec")
-        others = [other for library in libraries if (other := best(group, library)) is not None]
+        runtimes = dict.fromkeys(r["runtime"] for r in group if r["runtime"] != "specdec")
+        others = [other for runtime in runtimes if (other := best(group, runtime)) is not None]
         if ours is not None and others:
             rate = ours["tokens_per_second"]
             said = [f"{rate / o['tokens_per_second']:.2f} times {name_of(o)} ({o['tokens_per_second']:,.0f})" for o in others]
@@ -89,7 +89,7 @@ def plot(results: Sequence[Result], title: str, path: Path) -> None:
         rates = [r["tokens_per_second"] for r in group]
         lows = [r["tokens_per_second"] - min(r["tokens_per_second_rounds"]) for r in group]
         highs = [max(r["tokens_per_second_rounds"]) - r["tokens_per_second"] for r in group]
-        axis.barh(places, rates, xerr=[lows, highs], color=[COLOURS.get(r["library"], "#8a8a8a") for r in group], height=0.72,
+        axis.barh(places, rates, xerr=[lows, highs], color=[COLOURS.get(r["runtime"], "#8a8a8a") for r in group], height=0.72,
                   error_kw={"elinewidth": 1, "ecolor": "#333333"})  # fmt: skip
         for place, rate, high in zip(places, rates, highs, strict=True):
             axis.annotate(
