@@ -190,12 +190,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if args.quick:
         args.rounds, args.new_tokens, args.prompts = 3, 48, 4
-    if (
-        min(args.num_draft_tokens) < 1
-        or min(args.batch) < 1
-        or min(args.prompts, args.new_tokens - 1, args.rounds, args.threads) < 1
-    ):
-        parser.error("K, batches, prompts, rounds and threads begin at 1, new tokens at 2")
+    if min(*args.num_draft_tokens, *args.batch, args.prompts, args.rounds, args.threads) < 1:
+        parser.error("K, batches, prompts, rounds and threads begin at 1")
+    if args.new_tokens < max(args.num_draft_tokens) + 2:  # a call's first step is not looked at
+        parser.error(f"--new-tokens {args.new_tokens} may be one step at K={max(args.num_draft_tokens)}; K + 2 at least make two")
     if find_spec("matplotlib") is None:
         parser.error("the plot needs matplotlib: pip install 'specdec-lossless[experiments]'")
     missing = []

@@ -91,10 +91,13 @@ def test_bad_input_ends_with_a_message(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_count_of_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "words"), [(["--rounds", "0"], "begin at 1"), (["--new-tokens", "6"], "may be one step at K=5")]
+)
+def test_counts_of_nothing_are_refused(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        bench_peers.main(["--rounds", "0"])
-    assert "begin at 1" in capsys.readouterr().err
+        bench_peers.main(arguments)
+    assert words in capsys.readouterr().err
 
 
 def python_that(path: Path, says: str) -> Path:
