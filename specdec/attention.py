@@ -1,20 +1,22 @@
 """Attention over the ragged cache: each query by itself, whatever its window, its batch and its neighbours are.
 
-`row_attention` stands in transformers' AttentionInterface as "specdec_rows". On a CUDA device, a decoding window in float16 or
-bfloat16 goes to the fused kernel, which reads from each row's stretch of the cache and nothing else; `CachedModel` hands over
-where that stretch begins and ends instead of a mask. On a CPU it works in blocks of 8 queries and 128 keys. What neither does is
-sdpa's, so any model may carry the name, and a stock call gets what it would from sdpa.
+`row_attention` stands in transformers' AttentionInterface as "specdec_rows". A decoding window goes to a fused kernel, which
+reads from each row's stretch of the cache and nothing else: on a CUDA device in float16 or bfloat16, on a CPU where the kernels
+have been built; `CachedModel` hands over where that stretch begins and ends instead of a mask. A CPU without them works in blocks
+of 8 queries and 128 keys. What neither does is sdpa's, so any model may carry the name, and a stock call gets what it would from
+sdpa.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from specdec_kernels import cpu
 from specdec_kernels.attention import DTYPES, MAX_DIM, attention
 from specdec_kernels.configuration import runs_on
 from torch import Tensor, nn
@@ -26,19 +28,20 @@ from specdec.cache import seen_slots
 from specdec.quant.rows import ATTENTION, BLOCK, MAX_WINDOW
 
 KEYS = 128  # keys of one matmul on a CPU
+SDPA_STAYS = ("cpu",)  # there the kernel adds up in another order than sdpa, which some text would show in bfloat16
 OTHER_FORMULAS = ("softcap", "s_aux", "position_bias", "cache")  # keywords of transformers' that change what is computed
 
 
 def serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the fused kernel runs there."""
-    return dtype in DTYPES and runs_on(device)
+    """Whether a fused kernel runs there."""
+    return (dtype in cpu.DTYPES and cpu.load()) if device.type == "cpu" else (dtype in DTYPES and runs_on(device))
 
 
 def takes_intervals(model: PreTrainedModel) -> bool:
-    """Whether the model's decoding windows can go to the kernel: it reaches its attention through transformers' interface."""
+    """Whether the model's decoding windows go to the kernel: it reaches its attention through transformers' interface."""
     implementation = model.config.get_text_config(decoder=True)._attn_implementation
-    in_reach = implementation in ("sdpa", ATTENTION) and model._supports_attention_backend
-    return in_reach and serves(model.device, model.dtype)
+    in_reach = implementation == ATTENTION or (implementation == "sdpa" and model.device.type not in SDPA_STAYS)
+    return in_reach and model._supports_attention_backend and serves(model.device, model.dtype)
 
 
 @contextmanager
@@ -99,31 +102,43 @@ def row_attention(
     mask, intervals = attention_mask, None
     if attention_mask is not None and attention_mask.dtype == torch.int32 and attention_mask.shape[1:] == (2, width, 1):
         mask, intervals = None, attention_mask
-    if ours and mask is None and _has_kernel(query, key, value):
-        at = slice(None) if width <= MAX_WINDOW else slice(-1, None)
-        first, last = (_causal(query, length) if intervals is None else intervals)[:, :, at, 0].unbind(1)
-        decoded = attention(query[:, :, at], key, value, first, last, scale)
-        if width > MAX_WINDOW:
-            y = stock(key, value, None if intervals is None else seen_slots(intervals, length))
+    on_cpu = query.device.type == "cpu"
+    if ours and (mask is None or (on_cpu and cpu.load())) and _has_kernel(query, key, value):
+        seen = intervals
+        if seen is None:
+            seen = _causal(query, length) if mask is None else _intervals(mask, len(query))  # a mask: a stock call
+        if seen is not None:
+            at = slice(None) if width <= MAX_WINDOW else slice(-1, None)
+            first, last = seen[:, :, at, 0].unbind(1)
+            decoded = attention(query[:, :, at], key, value, first, last, scale)
+            if width <= MAX_WINDOW:
+                return decoded, None
+            is_plain = mask is None and intervals is None and not on_cpu
+            y = _whole(stock, key, value, None if is_plain else seen_slots(seen, length))
             y[:, -1:] = decoded
             return y, None
-        return decoded, None
 
     if intervals is not None:
         mask = seen_slots(intervals, length)
-    if not ours or query.device.type != "cpu" or (mask is not None and mask.dtype != torch.bool):
+    if not ours or not on_cpu or (mask is not None and mask.dtype != torch.bool):
         return stock(key, value, mask), None
     if mask is None:
         mask = seen_slots(_causal(query, length), length)
     # Blocks of keys begin at multiples of 128 of their positions, also where a sliding cache hands over the last ones alone.
     start = max(int(position_ids[0, -1]) + 1 - length, 0) if position_ids is not None and position_ids.ndim == 2 else 0
     if width > MAX_WINDOW:
-        missing = -length % KEYS  # sdpa sums otherwise over another number of keys; a cache of ours hands over whole blocks
-        whole = (F.pad(key, (0, 0, 0, missing)), F.pad(value, (0, 0, 0, missing))) if missing else (key, value)
-        y = stock(*whole, F.pad(mask, (0, missing)))
+        y = _whole(stock, key, value, mask)
         y[:, -1:] = _in_blocks(query[:, :, -1:], key, value, mask[:, :, -1:], scale, start % KEYS)
         return y, None
     return _in_blocks(query, key, value, mask, scale, start % KEYS), None
+
+
+def _whole(stock: Callable[..., Tensor], key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """sdpa over whole blocks of keys on a CPU, where it sums otherwise over another number of them; our caches hand over such."""
+    missing = -key.shape[2] % KEYS
+    if key.device.type != "cpu" or not missing or mask is None:
+        return stock(key, value, mask)
+    return stock(F.pad(key, (0, 0, 0, missing)), F.pad(value, (0, 0, 0, missing)), F.pad(mask, (0, missing)))
 
 
 def _has_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -137,6 +152,18 @@ def _causal(query: Tensor, length: int) -> Tensor:
     """Intervals of the last W queries of a text of so many slots."""
     last = torch.arange(length - query.shape[2], length, dtype=torch.int32, device=query.device)
     return torch.stack([torch.zeros_like(last), last])[None, :, :, None].expand(len(query), -1, -1, -1)
+
+
+def _intervals(mask: Tensor, batch_size: int) -> Tensor | None:
+    """A bool mask [B or 1, 1, W, S] as intervals [B, 2, W, 1]; None where some query sees slots with gaps between them."""
+    if mask.dtype != torch.bool or mask.shape[1] != 1:
+        return None
+    seen = mask[:, 0].int()
+    first, count = seen.argmax(-1), seen.sum(-1)
+    slot = torch.arange(mask.shape[3], device=mask.device)
+    if ((slot - first[..., None]) * seen >= count[..., None]).logical_and(mask[:, 0]).any():
+        return None
+    return torch.stack([first, first + count - 1], dim=1)[..., None].int().expand(batch_size, -1, -1, -1)
 
 
 def _in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, missing: int) -> Tensor:

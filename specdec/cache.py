@@ -8,7 +8,7 @@ acceptance and finished rows cost nothing.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -95,6 +95,41 @@ class RaggedCache(Cache):
         window = Window(key_block, max_slots)
         super().__init__(layer_class_to_replicate=lambda: RaggedLayer(window))  # type: ignore[arg-type]
         self.window = window
+        self._buffers: list[Tensor] = []
+
+    @classmethod
+    def over(cls, buffers: list[Tensor], positions: Tensor) -> RaggedCache:
+        """A cache on buffers() of another, for one forward of ids at positions [B, W]; nothing is read of them on the host."""
+        cache = cls()
+        window = cache.window
+        window.rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        window.positions, window.key_length = positions, buffers[0].shape[2]
+        for keys, values in zip(buffers[::2], buffers[1::2], strict=True):
+            layer = RaggedLayer(window)
+            layer.keys, layer.values, layer.is_initialized = keys, values, True
+            cache.layers.append(layer)
+        return cache
+
+    def fill(self, shapes: Sequence[Sequence[int]], batch_size: int, dtype: torch.dtype) -> None:
+        """Make the layers, empty, before a first forward that cannot: heads and width of each of buffers()."""
+        device = self.window.positions.device
+        empty = [torch.zeros(batch_size, heads, 0, width, dtype=dtype, device=device) for heads, width in shapes]
+        for layer in RaggedCache.over(empty, self.window.positions).layers:
+            assert isinstance(layer, RaggedLayer)
+            layer.window = self.window
+            self.layers.append(layer)
+
+    def buffers(self) -> list[Tensor]:
+        """Keys and values of each layer in turn, [B, H, S, D] each, with room for the window; empty before the first forward."""
+        if not self._buffers or self._buffers[0].shape[2] < self.window.key_length:
+            self._buffers = []
+            for layer in self.layers:
+                assert isinstance(layer, RaggedLayer)
+                assert layer.keys is not None
+                assert layer.values is not None
+                layer.keys, layer.values = _grown(layer.keys, self.window), _grown(layer.values, self.window)
+                self._buffers += [layer.keys, layer.values]
+        return self._buffers
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return max(self.window.end - self.window.positions.shape[1], 0)

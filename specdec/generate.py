@@ -43,6 +43,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 
 from specdec.clock import Clock, no_lap
+from specdec.compiled import Compile, Part, prepare
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
@@ -87,6 +88,7 @@ def enable(
     drafter: PreTrainedModel | Drafter | str | Path | None = None,
     *,
     num_draft_tokens: int = DEFAULT_NUM_DRAFT_TOKENS,
+    compile: Compile = "auto",
     timing: bool = False,
 ) -> PreTrainedModel:
     """Make model.generate() speculative, in place: same arguments, same results, sooner.
@@ -94,6 +96,9 @@ def enable(
     drafter: a model, a hub id or a folder of one, "prompt_lookup", "none" (plain decoding in our loop), a Drafter of your own, or
     None: calls run the stock loop unless they bring an `assistant_model` or `prompt_lookup_num_tokens`.
     num_draft_tokens: K, how many ids a step proposes; a call's `num_assistant_tokens` goes first.
+    compile: on a CPU, run decoding forwards compiled. True: compile what is not on disk yet, once per machine and architecture,
+    in a minute or so, with a progress bar; "auto": use what is on disk; False: don't. Where it fails, a warning says why and the
+    model runs without. A 4-bit target's logits are the same, bit for bit; a dense one's differ by rounding.
     timing: measure where each call's time goes, as `Stats.timing`.
     Enabling again replaces. Raises ValueError or TypeError, leaving the model as it was, where the pair cannot work.
     """
@@ -105,7 +110,10 @@ def enable(
     if reason := unsupported(model):
         raise ValueError(f"{stock.__name__} cannot decode speculatively: {reason}")
     _check_num_draft_tokens(num_draft_tokens, model)
-    state = _State(model, None if drafter is None else resolve_drafter(drafter, model), num_draft_tokens, timing)
+    if compile not in ("auto", True, False):
+        raise ValueError(f"compile={compile!r} must be True, False or 'auto'")
+    state = _State(model, None if drafter is None else resolve_drafter(drafter, model), num_draft_tokens, compile, timing)
+    prepare(state.parts(state.drafter), compile)
     model.__dict__[_STATE] = state
     model.__class__ = _drop_in_class(stock)
     return model
@@ -126,15 +134,23 @@ def last_stats(model: PreTrainedModel) -> Stats | None:
 class _State:
     """What an enabled model remembers between calls, and the call in progress."""
 
-    def __init__(self, model: PreTrainedModel, drafter: Drafter | None, num_draft_tokens: int, timing: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, drafter: Drafter | None, num_draft_tokens: int, compile: Compile, timing: bool
+    ) -> None:
         self.drafter = drafter
         self.num_draft_tokens = num_draft_tokens
+        self.compile = compile
         self.timing = timing
         self.target = CachedModel(model)
         self.checked: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()  # assistant models of earlier calls
         self.last_stats: Stats | None = None
         self.lock = threading.RLock()  # a drafter serves one call at a time
         self.call: _Call | None = None
+
+    def parts(self, drafter: Drafter | None) -> list[Part]:
+        """The models that a call with this drafter runs."""
+        parts = [Part("target", self.target, exact=True)]
+        return parts + ([Part("draft", drafter.runner, exact=False)] if isinstance(drafter, ModelDrafter) else [])
 
 
 @dataclass
@@ -462,6 +478,7 @@ def _call_drafter(
             _check_pair(model, assistant_model)
             state.checked.add(assistant_model)
         drafter: Drafter = ModelDrafter(assistant_model, state.target.vocab_size)
+        prepare(state.parts(drafter)[1:], state.compile)
     elif config.prompt_lookup_num_tokens is not None:
         drafter = PromptLookup(config.max_matching_ngram_size) if config.max_matching_ngram_size else PromptLookup()
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,10 +24,21 @@ LINEAR_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
+class Forward(Protocol):
+    """A model's decoding forward in another form: see specdec/compiled.py."""
+
+    def renew(self) -> bool:
+        """Take note of weights that were replaced; False where they no longer fit."""
+
+    def __call__(self, ids: Tensor, positions: Tensor, last_only: bool, cache: RaggedCache) -> Tensor:
+        """As CachedModel.forward, with a window of up to MAX_WINDOW that the cache has moved to."""
+
+
 class CachedModel:
     """A causal language model with its own KV cache: forward(ids [B, W], positions [B, W]) -> logits float32.
 
     vocab_size: V, the width of the logits. context: positions the model was made for, None where its config names no limit.
+    compiled: what runs the windows of up to MAX_WINDOW, None: the model itself.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -37,10 +48,13 @@ class CachedModel:
         self.parameters = set(inspect.signature(model.forward).parameters)
         self.vocab_size = int(self.config.vocab_size)
         self.context = context_of(model)
+        self.compiled: Forward | None = None
         self.begin(0)
 
     def begin(self, batch_size: int, max_slots: int | None = None) -> None:
         """Forget everything: an empty cache, whose buffers grow to max_slots at most; None: as far as texts go."""
+        if self.compiled is not None and batch_size and not self.compiled.renew():
+            self.compiled = None
         implementation = self.config._attn_implementation
         self.cache = RaggedCache(KEYS if implementation == ATTENTION else 1, max_slots)
         self.mask_dtype = self.model.dtype if implementation == "eager" else torch.bool
@@ -64,25 +78,32 @@ class CachedModel:
 
     def forward(self, ids: Tensor, positions: Tensor, last_only: bool = False) -> Tensor:
         """Run ids [B, W] at positions [B, W]: -> logits [B, W, V] float32, or [B, 1, V] of the last column."""
-        window = self.cache.window
-        window.move(positions)
-        decodes = self.takes_intervals and positions.shape[1] <= MAX_WINDOW
+        self.cache.window.move(positions)
+        is_narrow = positions.shape[1] <= MAX_WINDOW
+        if self.compiled is not None and is_narrow:
+            return self.compiled(ids, positions, last_only, self.cache)
+        decodes = self.takes_intervals and is_narrow
         mask_dtype = torch.int32 if decodes else self.mask_dtype
+        with lent(self.config) if decodes else nullcontext(), torch.inference_mode():  # a tenth less per operator than no_grad
+            logits = self.run(ids, positions, self.cache, mask_dtype, int(last_only))
+        return logits.to(device=ids.device, dtype=torch.float32, copy=True)  # a copy is an ordinary tensor again
+
+    def run(self, ids: Tensor, positions: Tensor, cache: RaggedCache, mask_dtype: torch.dtype, columns: int | Tensor) -> Tensor:
+        """The model's own forward: -> logits of the last `columns` of them (0: all), or of those numbered."""
         inputs: dict[str, Any] = {
             "input_ids": ids,
-            "attention_mask": attention_masks(positions, window.key_length, self.config, self.kinds, mask_dtype),
-            "past_key_values": self.cache,
+            "attention_mask": attention_masks(positions, cache.window.key_length, self.config, self.kinds, mask_dtype),
+            "past_key_values": cache,
             "use_cache": True,
             "return_dict": True,
         }
         if "position_ids" in self.parameters:
             inputs["position_ids"] = positions
-        if last_only and "logits_to_keep" in self.parameters:
-            inputs["logits_to_keep"] = 1
-        with lent(self.config) if decodes else nullcontext(), torch.inference_mode():  # a tenth less per operator than no_grad
-            logits: Tensor = self.model(**inputs).logits
-        logits = logits[:, -1:] if last_only else logits
-        return logits.to(device=ids.device, dtype=torch.float32, copy=True)  # a copy is an ordinary tensor again
+        keeps = "logits_to_keep" in self.parameters
+        if keeps:
+            inputs["logits_to_keep"] = columns
+        logits: Tensor = self.model(**inputs).logits
+        return logits if keeps else logits[:, columns] if isinstance(columns, Tensor) else logits[:, -columns:]
 
 
 def context_of(model: PreTrainedModel) -> int | None:

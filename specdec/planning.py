@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from specdec_kernels import w4a16
+from specdec_kernels import cpu, w4a16
 from specdec_kernels.attention import MAX_DIM
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -39,7 +39,7 @@ from specdec.cache import RaggedCache, attention_kinds, attention_masks, grown_c
 from specdec.experiments.memory import LiveStorages
 from specdec.models import LINEAR_KINDS, PREFILL_CHUNK, PREFILL_MASK, context_of
 from specdec.quant.checkpoints import scheme_of, settings_of
-from specdec.quant.cpu import OP_GROUP_SIZES, CpuKernel, row_order
+from specdec.quant.cpu import OP_GROUP_SIZES, CpuKernel, TorchKernel, row_order
 from specdec.quant.experts import PROJECTIONS
 from specdec.quant.int4 import SLAB_WEIGHTS, Int4Tensor
 from specdec.quant.quantizer import METHOD, Int4Config, layers_to_quantize, linear_layers, shape_of
@@ -390,8 +390,11 @@ def _int4_bytes(rows: int, columns: int, group_size: int, symmetric: bool, devic
         zero = None if symmetric else torch.empty(scale.shape, dtype=torch.uint8)
         int4 = Int4Tensor(torch.empty(rows, columns // 2, dtype=torch.uint8), scale, zero)
         codes = [int4.weight]  # where there is no kernel
-        if device == "cpu" and op_size is not None:
-            kernel = CpuKernel(int4, op_size)
+        if device == "cpu" and cpu.load():
+            kernel: CpuKernel | TorchKernel = CpuKernel(int4)
+            codes = [kernel.weight, kernel.scale]
+        elif device == "cpu" and op_size is not None:
+            kernel = TorchKernel(int4, op_size)
             codes = [kernel.weight, kernel.scale]
         elif device != "cpu" and (packed := w4a16.prepack(int4.codes(), scale, zero)) is not None:
             codes = [packed.tiles, packed.scale]

@@ -11,8 +11,26 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["SPECDEC_CACHE"] = str(ROOT / "build" / "test-cache")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cold_machine() -> None:
+    """Nothing has been compiled, unless a test asks for it."""
+    from specdec_kernels import cpu
+
+    cpu._IS_LOADED = False
+
+
+@pytest.fixture
+def cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's own kernels, built where no run of these tests has done so."""
+    from specdec_kernels import cpu
+
+    monkeypatch.setattr(cpu, "_IS_LOADED", None)
+    cpu.build()
 
 
 @pytest.fixture(scope="session")

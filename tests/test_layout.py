@@ -17,6 +17,7 @@ FLOORS = {
     "interfaces": 1, "sampling": 1, "verification": 1, "stats": 1, "clock": 1, "cost": 1,
     "text": 1, "embedded": 1, "provenance": 1,
     "sequences": 2, "speculative": 2, "cache": 2, "attention": 2, "models": 2, "quant": 2,
+    "compiled": 2,
     "drafters": 3,
     "generate": 4, "loading": 4,
     "planning": 5, "experiments": 5,

@@ -1,7 +1,8 @@
-"""PyTorch's own int4 matmul on a CPU (torch._weight_int4pack_mm_for_cpu): bfloat16 in and out, one call for a whole window.
+"""4-bit matmuls of a CPU: specdec's own kernel where it has been built (specdec_kernels.cpu), else PyTorch's int4 op.
 
-Its result for a row is the same at any number of rows. One row takes about a quarter of a bfloat16 linear's time; more rows take
-more, and from some eight on the op loses (the cost table of scripts/bench_int4.py has the figures of a machine).
+Ours computes in float32; one read of the weights serves eight rows. PyTorch's (torch._weight_int4pack_mm_for_cpu) takes and gives
+bfloat16; one row takes about a quarter of a bfloat16 linear's time, more rows take more, and from some eight on it loses (the
+cost table of scripts/bench_int4.py has the figures of a machine). Neither's result for a row depends on the other rows.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from specdec_kernels import cpu
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -21,7 +23,41 @@ OP_GROUP_SIZES = (256, 128, 64, 32)
 
 
 class CpuKernel:
-    """The op on one weight [N, K].
+    """specdec::int4_linear on one weight [N, K].
+
+    weight: int32 [N'/64, K/8, 64], the codes; scale: [1 or 2, K/G, N'] bfloat16 or float32; see specdec_kernels.cpu.pack.
+    """
+
+    def __init__(self, int4: Int4Tensor) -> None:
+        self.out_features, self.perm = int4.weight.shape[0], int4.perm
+        self.weight, self.scale = cpu.pack(int4.codes(), int4.scale, int4.zero)
+
+    @classmethod
+    def of(cls, int4: Int4Tensor) -> CpuKernel | None:
+        """The kernel for a weight, None where it is not on a CPU or has a codebook, or the kernel has not been built."""
+        if int4.weight.device.type != "cpu" or int4.codebook is not None or int4.group_size % cpu.WORD or not cpu.load():
+            return None
+        return cls(int4)
+
+    def codes(self, start: int, stop: int) -> Tensor:
+        """Codes 0 … 15, uint8 [stop - start, K], of rows start … stop; start is a multiple of 64."""
+        return cpu.unpack(self.weight[start // cpu.BLOCK : -(-stop // cpu.BLOCK)])[: stop - start]
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """All of them, through float32."""
+        return True
+
+    def matmul(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., K] -> x W^T + bias, [..., N] of the same dtype."""
+        if self.perm is not None:
+            x = x[..., self.perm]
+        inner = x if x.dtype in cpu.DTYPES else x.float()
+        y: Tensor = torch.ops.specdec.int4_linear(inner, weight, scale, self.out_features)
+        return y.to(x.dtype) if bias is None else y.to(x.dtype) + bias.to(x.dtype)
+
+
+class TorchKernel:
+    """PyTorch's op on one weight [N, K].
 
     weight: uint8 [N', K/2], codes in the op's layout, N' a multiple of 64.
     scale: bfloat16 [K/G, N', 2], scale and (8 - zero) * scale; G is the weight's group size or a divisor of it that the op has.
@@ -41,7 +77,7 @@ class CpuKernel:
         self.scale = F.pad(both, (0, 0, 0, 0, 0, padding)).transpose(0, 1).contiguous().bfloat16()
 
     @classmethod
-    def of(cls, int4: Int4Tensor) -> CpuKernel | None:
+    def of(cls, int4: Int4Tensor) -> TorchKernel | None:
         """The kernel for a weight, None where it is not on a CPU, has a codebook, or its groups don't suit the op."""
         if int4.weight.device.type != "cpu" or int4.codebook is not None or row_order() is None:
             return None
@@ -60,12 +96,12 @@ class CpuKernel:
         """All of them, rounded to bfloat16."""
         return True
 
-    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def matmul(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., K] -> x W^T + bias, [..., N] of the same dtype."""
         rows = x.reshape(-1, self.in_features)
         if self.perm is not None:
             rows = rows[:, self.perm]
-        y = torch._weight_int4pack_mm_for_cpu(rows.bfloat16().contiguous(), self.weight, self.group_size, self.scale)
+        y = torch._weight_int4pack_mm_for_cpu(rows.bfloat16().contiguous(), weight, self.group_size, scale)
         if self.is_padded:
             y = y[:, : self.out_features]
         y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)

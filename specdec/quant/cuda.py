@@ -51,8 +51,8 @@ class CudaKernel:
         """Its own dtypes, and all others where bfloat16 is one of them."""
         return dtype in self.dtypes or torch.bfloat16 in self.dtypes
 
-    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., K] -> x W^T + bias, [..., N] of the same dtype."""
+    def matmul(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., K] -> x W^T + bias, [..., N] of the same dtype; weight and scale are `packed`'s."""
         inner = x.dtype if x.dtype in self.dtypes else torch.bfloat16
         return w4a16.matmul(x.to(inner), self.packed, bias, self.perm).to(x.dtype)
 
@@ -97,7 +97,7 @@ class Siblings:
             if self.misses > MISSES:  # they turn out not to share inputs, and would multiply for each other in vain
                 self.separate()
                 return None
-            pending = _Pending(x, version, fused.matmul(x, self._bias()), set(self.layers))
+            pending = _Pending(x, version, fused.matmul(x, fused.weight, fused.scale, self._bias()), set(self.layers))
         pending.waiting.discard(layer)
         self.pending.product = pending if pending.waiting else None
         return pending.y[..., self.starts[layer] : self.starts[layer] + layer.out_features]

@@ -17,9 +17,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from specdec_kernels import cpu
 from torch import Tensor, nn
 
-from specdec.quant.cpu import CpuKernel
+from specdec.quant.cpu import CpuKernel, TorchKernel
 from specdec.quant.cuda import CudaKernel, Siblings
 from specdec.quant.rows import MAX_WINDOW, by_phase
 
@@ -112,11 +113,14 @@ class Kernel(Protocol):
     def takes(self, dtype: torch.dtype) -> bool:
         """Whether inputs of a dtype can be multiplied, as they are or rounded to bfloat16."""
 
-    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., K] -> x W^T + bias, [..., N] of the same dtype."""
+    def matmul(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., K] -> x W^T + bias, [..., N] of the same dtype.
+
+        weight, scale: the kernel's own, as its layer holds them, since a tracer knows no others.
+        """
 
 
-KERNELS: list[type[Kernel]] = [CpuKernel, CudaKernel]
+KERNELS: list[type[Kernel]] = [CpuKernel, TorchKernel, CudaKernel]
 _LAYOUT_LOCK = threading.Lock()
 
 
@@ -128,7 +132,8 @@ class Int4Linear(nn.Module):
     ever exists; its last position, the one that is sampled from, goes the decoding way. Where no kernel takes the weight, or the
     input wants a gradient, slabs serve both.
 
-    On a CPU the kernel is PyTorch's int4 op: bfloat16 inputs, outputs and scales, whatever the dtype around it. On a CUDA device
+    On a CPU the kernel is specdec's own where it has been built, else PyTorch's int4 op (bfloat16 inputs, outputs and scales,
+    whatever the dtype around it). On a CUDA device
     it is the Triton kernel, which takes float16 and bfloat16 as they are, and layers that take the same input share its launch.
     The codes are held in the kernel's layout instead of the canonical one, never in both; state_dict() gives the canonical form.
     use_kernel: False keeps to slabs, in the inputs' own precision.
@@ -159,9 +164,8 @@ class Int4Linear(nn.Module):
     def extra_repr(self) -> str:
         kind = "codebook" if self.weight_codebook is not None else "asymmetric" if self.weight_zero is not None else "symmetric"
         order = ", activation order" if self.weight_perm is not None else ""
-        return (
-            f"{self.in_features}, {self.out_features}, group_size={self.group_size}, {kind}{order}, bias={self.bias is not None}"
-        )
+        bias = f"bias={self.bias is not None}{'' if self.use_kernel else ', no kernel'}"
+        return f"{self.in_features}, {self.out_features}, group_size={self.group_size}, {kind}{order}, {bias}"
 
     @property
     def int4(self) -> Int4Tensor:
@@ -176,7 +180,7 @@ class Int4Linear(nn.Module):
         if self.training:
             raise ValueError("a 4-bit layer cannot be trained and has no training mode; call model.eval()")
         if not self.has_looked:
-            self._enter_layout()
+            self.enter_layout()
         # a compiled graph has no room for who was first; a layer's own slice gives it the same bits
         if self.siblings is not None and x.shape[-2] <= MAX_WINDOW and not torch.compiler.is_compiling() and self._has_kernel(x):
             y = self.siblings.matmul(self, x)
@@ -192,7 +196,8 @@ class Int4Linear(nn.Module):
         if not self._has_kernel(x):
             return self._prefill(x)
         assert self.kernel is not None
-        return self.kernel.matmul(x, self.bias)
+        assert self.kernel_scale is not None
+        return self.kernel.matmul(x, self.weight, self.kernel_scale, self.bias)
 
     def _prefill(self, x: Tensor) -> Tensor:
         if self.weight_perm is not None:
@@ -210,8 +215,12 @@ class Int4Linear(nn.Module):
         zero = None if self.weight_zero is None else self.weight_zero[start:stop]
         return Int4Tensor(weight, self.weight_scale[start:stop], zero, self.weight_perm, self.weight_codebook)
 
-    def _enter_layout(self) -> None:
-        """Bring the codes into the layout of this device's kernel, if it has one for them; siblings go together."""
+    def enter_layout(self) -> None:
+        """Bring the codes into the layout of this device's best kernel, if it has one for them; siblings go together."""
+        if self.has_looked and isinstance(self.kernel, TorchKernel) and cpu.load():  # which was not there when it looked
+            self._leave_layout()
+        if self.has_looked:
+            return
         with _LAYOUT_LOCK:
             if self.has_looked:  # another thread was first
                 return

@@ -3,8 +3,9 @@
 Verification runs K+1 positions at once, plain decoding one. A matmul library sums in another order for another number of rows, so
 the last bits differ, and where 4-bit layers round their inputs to bfloat16 a last bit now and then becomes a visible one: texts
 part at near ties. With a 4-bit model on a CPU every room of a decoding forward therefore does the same work for a row, whatever
-is beside it: the int4 op by itself, other linear layers and attention in blocks of 8 rows and 128 keys. Plain generate(), our
-plain loop and speculation then write the same text, bit for bit. On a CUDA device the 4-bit kernel and the attention kernel are
+is beside it: by specdec's own kernels where they have been built (specdec_kernels.cpu), else the int4 op by itself, other linear
+layers and attention in blocks of 8 rows and 128 keys. Plain generate(), our plain loop and speculation then write the same text,
+bit for bit. On a CUDA device the 4-bit kernel and the attention kernel are
 row-invariant by themselves, and other linear layers run in blocks of 64 rows; norms are PyTorch's, and not proven to be.
 
 A window of more than 64 positions is prefill and runs at full speed; but its last position, the one that the first id is sampled
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from specdec_kernels import cpu
 from torch import Tensor, nn
 
 MAX_WINDOW = 64  # positions of one row of a batch; a wider window is prefill
@@ -41,7 +43,7 @@ def by_phase(x: Tensor, decode: Callable[[Tensor], Tensor], prefill: Callable[[T
 
 
 class RowLinear(nn.Linear):
-    """nn.Linear in blocks of 8 rows on a CPU, of 64 on a CUDA device; the same weights and the same values otherwise."""
+    """nn.Linear by a kernel that treats each row alone, or in blocks: of 8 rows on a CPU, of 64 on a CUDA device."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type not in ("cpu", "cuda") or x.ndim < 2:
@@ -49,6 +51,10 @@ class RowLinear(nn.Linear):
         return by_phase(x, self._decode, super().forward)
 
     def _decode(self, x: Tensor) -> Tensor:
+        has_gradients = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        if not x.is_cuda and x.dtype == self.weight.dtype and x.dtype in cpu.DTYPES and not has_gradients and cpu.load():
+            by_row: Tensor = torch.ops.specdec.linear(x, self.weight, self.bias)
+            return by_row
         rows, block = x.reshape(-1, self.in_features), CUDA_BLOCK if x.is_cuda else BLOCK
         count = len(rows)
         rows = F.pad(rows, (0, 0, 0, -count % block))

@@ -347,6 +347,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         return attention(query, *rest)
 
     monkeypatch.setattr(hook, "serves", lambda device, dtype: True)
+    monkeypatch.setattr(hook, "SDPA_STAYS", ())
     monkeypatch.setattr(hook, "attention", recorded)
     return shapes
 

@@ -1,0 +1,157 @@
+"""The decoding kernels of a CPU: kernels.cpp, built once with the machine's own compiler and kept on disk.
+
+Importing this module declares the operators; `load` gives them to PyTorch where the library has been built, `build` builds it.
+Every result is the same, bit for bit, at any number of rows and threads, at any place among the rows.
+
+    specdec::int4_linear(x [..., K], packed, scale, N) -> [..., N]             see `pack`
+    specdec::linear(x [..., K], weight [N, K], bias [N] or None) -> [..., N]   one read of the weights for up to four rows
+    specdec::attention                                                         see specdec_kernels.attention
+    specdec::mean(x [..., K]) -> [..., 1], specdec::cos, specdec::sin          PyTorch's own, which no compiler rewrites
+
+x is float32 or bfloat16, and so are the results; sums are float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, library
+
+import specdec_kernels.attention  # noqa: F401  # declares specdec::attention
+
+SOURCE = Path(__file__).parent / "kernels.cpp"
+DTYPES = (torch.float32, torch.bfloat16)
+BLOCK = 64  # columns of the result whose weights lie together
+WORD = 8  # codes of an int32
+SYMMETRIC_ZERO = 8
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-shared", "-fPIC")
+
+_LIBRARY = library.Library("specdec", "FRAGMENT")
+_LIBRARY.define("int4_linear(Tensor x, Tensor packed, Tensor scale, int columns) -> Tensor")
+_LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+for _name in ("mean", "cos", "sin"):
+    _LIBRARY.define(f"{_name}(Tensor x) -> Tensor")
+
+_LOADING = threading.Lock()
+_IS_LOADED: bool | None = None  # None: nobody has looked
+
+
+def load() -> bool:
+    """Whether the operators work: they do once the library has been built, by any process, for this CPU and this PyTorch.
+
+    Looks on the disk once; what another process builds later is seen by the next one.
+    """
+    global _IS_LOADED
+    if _IS_LOADED is None:
+        with _LOADING:
+            if _IS_LOADED is None:
+                path = built_at()
+                if path.exists():
+                    torch.ops.load_library(path)
+                _IS_LOADED = path.exists()
+    return _IS_LOADED
+
+
+def build() -> None:
+    """Build the library, in some ten seconds, and load it. Raises RuntimeError where there is no compiler, or it fails."""
+    global _IS_LOADED
+    if load():
+        return
+    path = built_at()
+    if not path.exists():
+        compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
+        if compiler is None:
+            raise RuntimeError("no C++ compiler was found: neither $CXX nor g++ nor clang++ is on the PATH")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        torch_folder = Path(torch.__file__).parent
+        folders = [f"-I{torch_folder}/include", f"-L{torch_folder}/lib"]
+        command = [compiler, *FLAGS, *folders, str(SOURCE), "-o", str(unfinished), "-ltorch_cpu", "-lc10"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            unfinished.unlink(missing_ok=True)
+            wrong = (
+                [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no reason given"]
+            )
+            raise RuntimeError(f"{compiler} could not build {SOURCE.name}: {wrong[0]}")
+        unfinished.replace(path)  # whole, or not there
+    _IS_LOADED = None
+    load()
+
+
+def cache_folder() -> Path:
+    """Where what was compiled is kept: $SPECDEC_CACHE, else specdec in the user's cache folder."""
+    own = os.environ.get("SPECDEC_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specdec"
+
+
+def built_at() -> Path:
+    """The library's place, which names all that it depends on."""
+    return cache_folder() / f"kernels-{fingerprint(SOURCE.read_text(encoding='utf-8'))}.so"
+
+
+def fingerprint(*parts: str) -> str:
+    """Of what is to be compiled, with the machine and the PyTorch that it is compiled for."""
+    whole = "\n".join([*parts, torch.__version__, sys.version, platform.machine(), _cpu(), " ".join(FLAGS)])
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+def _cpu() -> str:
+    """What the CPU can do, as Linux tells it; its name elsewhere."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
+    known = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+    return "\n".join(sorted(set(known))) or platform.processor()
+
+
+def pack(codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes 0 … 15 [N, K], scale [N, K/G], zero [N, K/G] or None (8) -> packed and scale as specdec::int4_linear takes them.
+
+    packed: int32 [N'/64, K/8, 64], eight codes of a row of W in a word, the first in its lowest bits; N' is N filled up to whole
+    blocks of 64. scale: [1, K/G, N'], or [2, K/G, N'] with 8 - zero behind it; bfloat16 where the scale is, else float32.
+    """
+    missing = -codes.shape[0] % BLOCK
+    blocks = F.pad(codes, (0, 0, 0, missing)).view(-1, BLOCK, codes.shape[1] // WORD, WORD).int()
+    words = torch.zeros(blocks.shape[:3], dtype=torch.int32, device=codes.device)
+    for place in range(WORD):
+        words |= blocks[..., place] << 4 * place
+    parts = [scale.float()] if zero is None else [scale.float(), SYMMETRIC_ZERO - zero.float()]
+    dtype = torch.bfloat16 if scale.dtype == torch.bfloat16 else torch.float32
+    scales = torch.stack([F.pad(part, (0, 0, 0, missing)).t() for part in parts]).to(dtype)
+    return words.transpose(1, 2).contiguous(), scales
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """packed [N'/64, K/8, 64] -> codes 0 … 15, uint8 [N', K]."""
+    codes = torch.stack([packed >> 4 * place & 15 for place in range(WORD)], dim=-1).to(torch.uint8)
+    return codes.transpose(1, 2).reshape(-1, WORD * packed.shape[1])
+
+
+@library.register_fake("specdec::int4_linear", lib=_LIBRARY)
+def _(x: Tensor, packed: Tensor, scale: Tensor, columns: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], columns)
+
+
+@library.register_fake("specdec::linear", lib=_LIBRARY)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@library.register_fake("specdec::mean", lib=_LIBRARY)
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], 1)
+
+
+@library.register_fake("specdec::cos", lib=_LIBRARY)
+@library.register_fake("specdec::sin", lib=_LIBRARY)
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)

@@ -1,0 +1,364 @@
+// What a decoding forward on a CPU spends its time in, for windows of a few positions: 4-bit and dense linear layers, attention.
+//
+// A result never depends on how many rows a call holds, on a row's place among them or on the number of threads: each output is
+// summed in one fixed order, whatever is computed beside it. So a draft verified together is judged as it would be one by one.
+//
+// Vectors are GCC's and clang's own (16 floats; the compiler splits them where the CPU's are narrower). specdec_kernels/cpu/__init__.py
+// declares these operators, says what they compute, and builds this file.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+namespace {
+
+using at::BFloat16;
+using at::Tensor;
+
+constexpr int64_t LANES = 16;
+constexpr int64_t COLUMNS = 64;  // output columns of one block of 4-bit weights: four vectors
+constexpr int64_t ROWS = 8;      // at a time
+constexpr int64_t DEPTH = 64;    // weights of a column at a time, within one group
+constexpr int64_t WORK = 1 << 16;  // multiplications that are worth a thread
+
+typedef float Vec __attribute__((vector_size(64)));
+typedef int32_t IntVec __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+
+inline Vec load(const float* at) {
+  Vec v;
+  std::memcpy(&v, at, sizeof(v));
+  return v;
+}
+
+inline Vec load(const BFloat16* at) {
+  Halves h;
+  std::memcpy(&h, at, sizeof(h));
+  Words w = __builtin_convertvector(h, Words) << 16;
+  Vec v;
+  std::memcpy(&v, &w, sizeof(v));
+  return v;
+}
+
+inline void store(float* at, Vec v) { std::memcpy(at, &v, sizeof(v)); }
+
+template <typename T>
+Vec load_some(const T* at, int64_t count) {  // the first `count` of them, zeros behind
+  T padded[LANES] = {};
+  std::memcpy(padded, at, count * sizeof(T));
+  return load(padded);
+}
+
+inline Vec splat(float x) { return x - Vec{}; }
+
+inline float sum(Vec v) {  // halves onto halves: one order, always
+  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1);
+  return v[0] + v[1];
+}
+
+typedef float Four __attribute__((vector_size(16)));
+
+inline Four sums_of(const Vec* v) {  // of four vectors, each in the order of sum()
+  auto halves = [](Vec a, Vec b) {
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  };
+  Vec a = halves(v[0], v[1]), b = halves(v[2], v[3]);
+  Vec w = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+          __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  w += __builtin_shufflevector(w, w, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  w += __builtin_shufflevector(w, w, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  return __builtin_shufflevector(w, w, 0, 4, 8, 12);
+}
+
+inline Vec exponential(Vec x) {  // x <= 0; to 2 units in the last place; 0 below -87
+  const Vec low = splat(-87.0f);
+  IntVec dropped = x < low;
+  x = dropped ? low : x;
+  Vec n = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: what is added and taken away again rounds to a whole number
+  IntVec bits;
+  std::memcpy(&bits, &n, sizeof(n));
+  n -= 12582912.0f;
+  Vec r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  IntVec power = ((bits & 0xff) << 24 >> 24) + 127 << 23;  // n fits into 8 bits
+  Vec scale;
+  std::memcpy(&scale, &power, sizeof(scale));
+  Vec y = p * scale;
+  return dropped ? Vec{} : y;
+}
+
+// x [M, K] as floats: itself, or a copy in `room`
+inline const float* floats(const Tensor& x, std::vector<float>& room) {
+  if (x.scalar_type() == at::kFloat) return x.const_data_ptr<float>();
+  const BFloat16* from = x.const_data_ptr<BFloat16>();
+  room.resize(x.numel());
+  for (int64_t i = 0; i < x.numel(); ++i) room[i] = static_cast<float>(from[i]);
+  return room.data();
+}
+
+inline int64_t rows_of(const Tensor& x) { return x.numel() / std::max<int64_t>(1, x.size(-1)); }
+
+// ---- 4-bit linear
+
+// y [R, 64] += x [R, depth] times one block of weights, unpacked as they are used: 8 codes of a column in a word, the first in its
+// lowest bits; words of 64 columns stand beside each other. V vectors of columns at a time, as many as there are registers for.
+template <int R, int V, typename S>
+void multiply(const float* x, int64_t x_stride, const int32_t* packed, const S* scale, const S* offset, int64_t depth, float* y) {
+  for (int64_t n = 0; n < COLUMNS; n += V * LANES) {
+    Vec sums[R][V], s[V], z[V];
+    for (int i = 0; i < V; ++i) {
+      s[i] = load(scale + n + i * LANES);
+      z[i] = s[i] * ((offset ? load(offset + n + i * LANES) : Vec{}) - 8);  // (code - zero) * s, rounded once
+      for (int r = 0; r < R; ++r) sums[r][i] = load(y + r * COLUMNS + n + i * LANES);
+    }
+    for (int64_t k = 0; k < depth; k += 8) {
+      IntVec words[V];
+      std::memcpy(words, packed + k / 8 * COLUMNS + n, sizeof(words));
+      for (int j = 0; j < 8; ++j)
+        for (int i = 0; i < V; ++i) {
+          Vec w = __builtin_convertvector(words[i] & 15, Vec) * s[i] + z[i];
+          words[i] >>= 4;
+          for (int r = 0; r < R; ++r) sums[r][i] += x[r * x_stride + k + j] * w;
+        }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < V; ++i) store(y + r * COLUMNS + n + i * LANES, sums[r][i]);
+  }
+}
+
+template <typename T, typename S>
+void int4_linear_into(const Tensor& x, const Tensor& packed, const Tensor& scale, Tensor& y) {
+  const int64_t rows = rows_of(x), depth = x.size(-1), columns = y.size(-1), groups = scale.size(1), padded = scale.size(2);
+  const int64_t group = depth / groups, step = std::gcd(group, DEPTH);  // a multiple of 8, as groups are
+  std::vector<float> room;
+  const float* inputs = floats(x, room);
+  const int32_t* codes = packed.const_data_ptr<int32_t>();
+  const S* scales = scale.const_data_ptr<S>();
+  const S* offsets = scale.size(0) == 2 ? scales + groups * padded : nullptr;
+  T* out = y.mutable_data_ptr<T>();
+  const int64_t blocks = padded / COLUMNS, grain = std::max<int64_t>(1, WORK / (depth * COLUMNS * std::min<int64_t>(rows, 4)));
+  at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> sums(rows * COLUMNS);
+    for (int64_t block = begin; block < end; ++block) {
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      for (int64_t k = 0; k < depth; k += step) {
+        const int64_t at = k / group * padded + block * COLUMNS;
+        const int32_t* here = codes + (block * depth + k) * 8;
+        const S *s = scales + at, *z = offsets ? offsets + at : nullptr;
+        for (int64_t row = 0; row < rows; row += ROWS) {
+          const float* in = &inputs[row * depth + k];
+          float* out = &sums[row * COLUMNS];
+          switch (std::min(ROWS, rows - row)) {
+            case 1: multiply<1, 4>(in, depth, here, s, z, step, out); break;
+            case 2: multiply<2, 4>(in, depth, here, s, z, step, out); break;
+            case 3: multiply<3, 2>(in, depth, here, s, z, step, out); break;
+            case 4: multiply<4, 2>(in, depth, here, s, z, step, out); break;
+            case 5: multiply<5, 2>(in, depth, here, s, z, step, out); break;
+            case 6: multiply<6, 2>(in, depth, here, s, z, step, out); break;
+            case 7: multiply<7, 2>(in, depth, here, s, z, step, out); break;
+            default: multiply<8, 2>(in, depth, here, s, z, step, out);
+          }
+        }
+      }
+      const int64_t first = block * COLUMNS, count = std::min(COLUMNS, columns - first);
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t n = 0; n < count; ++n) out[row * columns + first + n] = static_cast<T>(sums[row * COLUMNS + n]);
+    }
+  });
+}
+
+Tensor int4_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, int64_t columns) {
+  const Tensor rows = x.contiguous();
+  auto sizes = x.sizes().vec();
+  sizes.back() = columns;
+  Tensor y = at::empty(sizes, x.options());
+  const bool wide = scale.scalar_type() == at::kFloat;
+  if (x.scalar_type() == at::kFloat)
+    wide ? int4_linear_into<float, float>(rows, packed, scale, y) : int4_linear_into<float, BFloat16>(rows, packed, scale, y);
+  else
+    wide ? int4_linear_into<BFloat16, float>(rows, packed, scale, y) : int4_linear_into<BFloat16, BFloat16>(rows, packed, scale, y);
+  return y;
+}
+
+// ---- dense linear
+
+template <int R, int N, typename T>
+void dots(const float* x, int64_t depth, const T* w, float* y, int64_t y_stride) {  // R rows of x times N rows of W
+  Vec sums[R][N] = {};
+  int64_t k = 0;
+  for (; k + LANES <= depth; k += LANES) {
+    Vec v[N];
+    for (int n = 0; n < N; ++n) v[n] = load(w + n * depth + k);
+    for (int r = 0; r < R; ++r) {
+      Vec value = load(x + r * depth + k);
+      for (int n = 0; n < N; ++n) sums[r][n] += value * v[n];
+    }
+  }
+  if (k < depth)
+    for (int r = 0; r < R; ++r)
+      for (int n = 0; n < N; ++n) sums[r][n] += load_some(x + r * depth + k, depth - k) * load_some(w + n * depth + k, depth - k);
+  for (int r = 0; r < R; ++r) {
+    if constexpr (N == 4) {
+      Four four = sums_of(sums[r]);
+      std::memcpy(y + r * y_stride, &four, sizeof(four));
+    } else {
+      for (int n = 0; n < N; ++n) y[r * y_stride + n] = sum(sums[r][n]);
+    }
+  }
+}
+
+template <int N, typename T>
+void dots_of_rows(const float* x, int64_t rows, int64_t depth, const T* w, float* y, int64_t y_stride) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) dots<4, N>(x + row * depth, depth, w, y + row * y_stride, y_stride);
+  if (rows - row == 3) dots<3, N>(x + row * depth, depth, w, y + row * y_stride, y_stride);
+  if (rows - row == 2) dots<2, N>(x + row * depth, depth, w, y + row * y_stride, y_stride);
+  if (rows - row == 1) dots<1, N>(x + row * depth, depth, w, y + row * y_stride, y_stride);
+}
+
+template <typename T>
+void linear_into(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, Tensor& y) {
+  const int64_t rows = rows_of(x), depth = x.size(-1), columns = weight.size(0);
+  std::vector<float> room;
+  const float* inputs = floats(x, room);
+  const T* w = weight.const_data_ptr<T>();
+  const T* b = bias ? bias->const_data_ptr<T>() : nullptr;
+  T* out = y.mutable_data_ptr<T>();
+  const int64_t tiles = (columns + 3) / 4, grain = std::max<int64_t>(1, WORK / (depth * 4 * std::min<int64_t>(rows, 4)));
+  at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> sums(rows * 4);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile * 4, count = std::min<int64_t>(4, columns - first);
+      if (count == 4)
+        dots_of_rows<4>(inputs, rows, depth, w + first * depth, sums.data(), 4);
+      else
+        for (int64_t n = 0; n < count; ++n) dots_of_rows<1>(inputs, rows, depth, w + (first + n) * depth, sums.data() + n, 4);
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t n = 0; n < count; ++n) {
+          T value = static_cast<T>(sums[row * 4 + n]);
+          out[row * columns + first + n] = b ? static_cast<T>(static_cast<float>(value) + static_cast<float>(b[first + n])) : value;
+        }
+    }
+  });
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const Tensor rows = x.contiguous();
+  auto sizes = x.sizes().vec();
+  sizes.back() = weight.size(0);
+  Tensor y = at::empty(sizes, x.options());
+  x.scalar_type() == at::kFloat ? linear_into<float>(rows, weight, bias, y) : linear_into<BFloat16>(rows, weight, bias, y);
+  return y;
+}
+
+// ---- attention
+
+template <int N, typename T>
+void mix(const float* weights, const T* values, int64_t stride, int64_t count, float whole, float* y) {  // N vectors of a head
+  Vec sums[N] = {};
+  for (int64_t j = 0; j < count; ++j)
+    for (int n = 0; n < N; ++n) sums[n] += weights[j] * load(values + j * stride + n * LANES);
+  for (int n = 0; n < N; ++n) store(y + n * LANES, sums[n] / whole);
+}
+
+template <typename T>
+void attend(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& first, const Tensor& last, double scale, Tensor& y) {
+  const int64_t heads = query.size(1), width = query.size(2), dim = query.size(3), value_dim = value.size(3);
+  const int64_t group = heads / key.size(1), dims = (dim + LANES - 1) / LANES * LANES, value_dims = (value_dim + LANES - 1) / LANES * LANES;
+  const T *q = query.const_data_ptr<T>(), *k = key.const_data_ptr<T>(), *v = value.const_data_ptr<T>();
+  const int32_t *from = first.const_data_ptr<int32_t>(), *to = last.const_data_ptr<int32_t>();
+  T* out = y.mutable_data_ptr<T>();
+  const int64_t count = query.size(0) * heads * width, slots = key.size(2);
+  const int64_t grain = std::max<int64_t>(1, WORK / std::max<int64_t>(1, slots * dim));
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> x(dims), scores(slots + LANES), sums(value_dims);
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t row = index / (heads * width), head = index / width % heads, column = index % width;
+      const int64_t start = std::max<int64_t>(0, from[row * width + column]), stop = std::min<int64_t>(slots, to[row * width + column] + 1);
+      const int64_t seen = std::max<int64_t>(0, stop - start);
+      const T* own = q + row * query.stride(0) + head * query.stride(1) + column * query.stride(2);
+      for (int64_t d = 0; d < dim; ++d) x[d] = static_cast<float>(own[d]) * static_cast<float>(scale);
+      const T* keys = k + row * key.stride(0) + head / group * key.stride(1) + start * key.stride(2);
+      for (int64_t j = 0; j < seen; j += 4) {
+        const T* other[4];  // four keys at a time, the last one several times over
+        for (int i = 0; i < 4; ++i) other[i] = keys + std::min(j + i, seen - 1) * key.stride(2);
+        Vec dots[4] = {};
+        int64_t d = 0;
+        for (; d + LANES <= dim; d += LANES) {
+          const Vec part = load(&x[d]);
+          for (int i = 0; i < 4; ++i) dots[i] += part * load(other[i] + d);
+        }
+        if (d < dim) {
+          const Vec part = load_some(&x[d], dim - d);
+          for (int i = 0; i < 4; ++i) dots[i] += part * load_some(other[i] + d, dim - d);
+        }
+        Four four = sums_of(dots);
+        std::memcpy(&scores[j], &four, sizeof(four));
+      }
+      Vec top = splat(-std::numeric_limits<float>::infinity());
+      for (int64_t j = seen; j < seen + LANES; ++j) scores[j] = -std::numeric_limits<float>::infinity();
+      for (int64_t j = 0; j < seen; j += LANES) {
+        const Vec some = load(&scores[j]);
+        top = some > top ? some : top;
+      }
+      float largest = top[0];
+      for (int64_t i = 1; i < LANES; ++i) largest = std::max(largest, top[i]);
+      Vec total = {};
+      for (int64_t j = 0; j < seen; j += LANES) {
+        Vec p = exponential(load(&scores[j]) - largest);
+        store(&scores[j], p);
+        total += p;
+      }
+      const T* values = v + row * value.stride(0) + head / group * value.stride(1) + start * value.stride(2);
+      const float whole = seen ? sum(total) : 1.0f;
+      int64_t d = 0;
+      for (; d + 4 * LANES <= value_dim; d += 4 * LANES) mix<4>(scores.data(), values + d, value.stride(2), seen, whole, &sums[d]);
+      for (; d + LANES <= value_dim; d += LANES) mix<1>(scores.data(), values + d, value.stride(2), seen, whole, &sums[d]);
+      if (d < value_dim) {
+        Vec mixed = {};
+        for (int64_t j = 0; j < seen; ++j) mixed += scores[j] * load_some(values + j * value.stride(2) + d, value_dim - d);
+        store(&sums[d], mixed / whole);
+      }
+      T* at = out + ((row * width + column) * heads + head) * value_dim;
+      for (int64_t d = 0; d < value_dim; ++d) at[d] = static_cast<T>(sums[d]);
+    }
+  });
+}
+
+Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& first, const Tensor& last, double scale) {
+  const auto dtype = query.scalar_type();
+  if (dtype != at::kFloat && dtype != at::kBFloat16)
+    return attention(query.to(at::kFloat), key.to(at::kFloat), value.to(at::kFloat), first, last, scale).to(dtype);
+  Tensor y = at::empty({query.size(0), query.size(2), query.size(1), value.size(3)}, query.options());
+  Tensor from = first.contiguous(), to = last.contiguous();
+  dtype == at::kFloat ? attend<float>(query, key, value, from, to, scale, y) : attend<BFloat16>(query, key, value, from, to, scale, y);
+  return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(specdec, CPU, m) {
+  m.impl("int4_linear", int4_linear);
+  m.impl("linear", linear);
+  m.impl("attention", attention);
+  m.impl("mean", [](const Tensor& x) { return at::mean(x, {-1}, true); });
+  m.impl("cos", [](const Tensor& x) { return at::cos(x); });
+  m.impl("sin", [](const Tensor& x) { return at::sin(x); });
+}

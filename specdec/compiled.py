@@ -1,0 +1,284 @@
+"""A model's decoding forward, compiled ahead of time for a CPU and kept on disk.
+
+What the compiler is given is the eager forward on a ragged cache, with the batch, the window's width and the buffers' length left
+open: one package serves every K and every batch, and a row's result is the same in all of them. It holds no weights; the model's
+own are lent to it. Elementwise work is fused by torch's compiler; the rest stays with operators that the eager forward calls too:
+specdec_kernels.cpu's, and in a target PyTorch's own means and rotary angles, so that the logits of a 4-bit target come out bit
+for bit as they do without a compiler.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+import transformers
+from specdec_kernels import cpu
+from torch import Tensor, nn
+from transformers.utils.logging import tqdm
+
+from specdec import attention, cache, models
+from specdec.cache import RaggedCache
+from specdec.models import PROBE_TOLERANCE, CachedModel
+from specdec.quant import int4, rows
+from specdec.quant.rows import ATTENTION
+
+Compile = Literal["auto"] | bool
+SOURCES: tuple[ModuleType, ...] = (cache, attention, models, int4, rows)  # what is traced, with this file
+SHAPES = "buffers"  # a package's note of each layer's heads and widths, keys and values in turn
+SIZES = (3, 5)  # rows and columns of the example that is traced; left open, as the buffers' length is
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model to be compiled. exact: its logits decide a text, so they keep their bits; a draft's may be rounded otherwise."""
+
+    name: str
+    runner: CachedModel
+    exact: bool
+
+
+class CompiledForward:
+    """ids, positions [B, W] int64 and a cache -> logits [B, W, V] float32, or [B, 1, V] of the last column; W <= MAX_WINDOW."""
+
+    def __init__(self, runner: CachedModel, package: Path) -> None:
+        self.loaded = torch._inductor.aoti_load_package(str(package))
+        self.traced = _Traced(runner)
+        self.names: list[str] = self.loaded.get_constant_fqns()
+        self.shapes: list[list[int]] = json.loads(self.loaded.get_metadata()[SHAPES])
+        self.weights: list[Tensor] = []  # lent, so they have to be there
+        self.places: list[tuple[int, torch.dtype]] = []
+        self.forms: list[tuple[Any, ...]] = []
+        self.columns: dict[tuple[int, bool], Tensor] = {}
+        self.renew()
+
+    def renew(self) -> bool:
+        """Lend it the model's weights as they are now; False where they no longer fit, moved or cast. A call begins with this."""
+        enter_layouts(self.traced.model)
+        weights = [operator.attrgetter(name)(self.traced) for name in self.names]
+        places = [(weight.data_ptr(), weight.dtype) for weight in weights]
+        if places == self.places:
+            return True
+        forms = [_form(weight) for weight in weights]
+        if forms != (self.forms or forms):
+            return False
+        named = dict(zip(self.names, weights, strict=True))
+        self.loaded.load_constants(named, check_full_update=True, user_managed=True)
+        self.weights, self.places, self.forms = weights, places, forms
+        return True
+
+    def __call__(self, ids: Tensor, positions: Tensor, last_only: bool, cache: RaggedCache) -> Tensor:
+        if not cache.layers:
+            cache.fill(self.shapes, len(ids), self.traced.model.dtype)
+        key = ids.shape[1], last_only
+        if key not in self.columns:
+            self.columns[key] = torch.arange(ids.shape[1])[-1 if last_only else 0 :]
+        # past the package's own __call__, which reads its signature from JSON every time
+        logits: Tensor = self.loaded.loader.boxed_run([ids, positions, self.columns[key], *cache.buffers()])[0]
+        return logits
+
+
+def prepare(parts: Sequence[Part], compile: Compile) -> None:
+    """Give each runner its compiled forward, or take it away.
+
+    True: what is not on disk yet is compiled, with a progress bar; what cannot be is left eager, with one warning that says why.
+    "auto": what an earlier process has left on disk is used. False: eager.
+    """
+    for part in parts:
+        part.runner.compiled = None
+    if compile is False or any(part.runner.model.device.type != "cpu" for part in parts):
+        return
+    if compile is True and (failures := _build(parts)):
+        warnings.warn(f"specdec runs without a compiler's help: {'; '.join(failures)}", stacklevel=3)
+    if not cpu.load():
+        return
+    for part in parts:
+        enter_layouts(part.runner.model)
+        if _why_not(part.runner) is None and (package := _package(part)).exists():
+            part.runner.compiled = CompiledForward(part.runner, package)
+
+
+def enter_layouts(model: nn.Module) -> None:
+    """Bring 4-bit layers to the kernels that there are now, whether or not they have been called."""
+    for module in model.modules():
+        if isinstance(module, int4.Int4Linear):
+            module.enter_layout()
+
+
+def _why_not(runner: CachedModel) -> str | None:
+    """Why a model's forward cannot be compiled, None where it can."""
+    model, config = runner.model, runner.config
+    if model.dtype not in cpu.DTYPES:
+        return f"its dtype is {model.dtype}; the CPU's kernels take float32 and bfloat16"
+    if "position_ids" not in runner.parameters:
+        return "its forward takes no positions"
+    if not model._supports_attention_backend or config._attn_implementation not in ("sdpa", ATTENTION):
+        return f"its attention ({config._attn_implementation}) cannot be given to the CPU's kernel"
+    return None
+
+
+def _build(parts: Sequence[Part]) -> list[str]:
+    """Compile what is missing on disk: -> what failed, and why. Compilers fail in their own ways; the models run without."""
+    if cpu.load() and not any(map(_is_missing, parts)):
+        return [f"the {part.name} cannot be compiled: {reason}" for part in parts if (reason := _why_not(part.runner))]
+    with tqdm(total=1 + 2 * len(parts), desc="compiling the kernels for this CPU", bar_format=BAR) as bar:
+        try:
+            cpu.build()
+        except Exception as error:
+            return [f"the kernels could not be built: {_said(error)}"]
+        bar.update()
+        failures = []
+        for part in parts:
+            bar.set_description(f"compiling the {part.name} for this CPU")
+            if (reason := _why_not(part.runner)) is not None:
+                failures.append(f"the {part.name} cannot be compiled: {reason}")
+            elif _is_missing(part):
+                try:
+                    _compile(part, _package(part), bar.update)
+                except Exception as error:
+                    failures.append(f"the {part.name} could not be compiled: {_said(error)}")
+                finally:
+                    part.runner.begin(0)
+        return failures
+
+
+def _is_missing(part: Part) -> bool:
+    """Whether a model can be compiled and has not been."""
+    enter_layouts(part.runner.model)
+    return _why_not(part.runner) is None and not _package(part).exists()
+
+
+def _compile(part: Part, package: Path, advance: Callable[[], Any]) -> None:
+    program, shapes = _trace(part)
+    advance()
+    package.parent.mkdir(parents=True, exist_ok=True)
+    settings = SETTINGS | {"emulate_precision_casts": part.exact, "aot_inductor.metadata": {SHAPES: json.dumps(shapes)}}
+    unfinished = package.with_suffix(f".{os.getpid()}.pt2")
+    try:
+        with warnings.catch_warnings():  # torch's, of what it will do by and by
+            warnings.simplefilter("ignore")
+            torch._inductor.aoti_compile_and_package(program, package_path=str(unfinished), inductor_configs=settings)
+        _check(part, unfinished)
+        unfinished.replace(package)  # whole and tried, or not there
+    finally:
+        unfinished.unlink(missing_ok=True)
+    advance()
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+
+
+BAR = "{desc} |{bar}| {n}/{total} [{elapsed}]"
+SETTINGS = {
+    "aot_inductor.package_constants_in_so": False,
+    "cpp.threads": 1,  # it writes small pieces between kernels; those find their threads themselves
+}
+
+
+def _package(part: Part) -> Path:
+    """Where a model's compiled forward lies. Its name tells all that it depends on, but for the weights' values."""
+    model = part.runner.model
+    sources = [Path(path).read_text(encoding="utf-8") for path in (__file__, *(module.__file__ or "" for module in SOURCES))]
+    config = {name: value for name, value in model.config.to_dict().items() if name not in UNTRACED}
+    tensors = [f"{name} {_form(value)}" for name, value in (*model.named_parameters(), *model.named_buffers())]
+    traced = [f"{type(model).__module__} {model}", str(sorted(config.items(), key=str)), *tensors, str(part.exact)]
+    return cpu.cache_folder() / f"forward-{cpu.fingerprint(cpu.built_at().name, transformers.__version__, *sources, *traced)}.pt2"
+
+
+UNTRACED = ("_name_or_path", "transformers_version")  # of a config: the forward does not depend on them
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.dtype, tensor.device
+
+
+class _Traced(nn.Module):
+    """The forward as a function of tensors alone."""
+
+    def __init__(self, runner: CachedModel) -> None:
+        super().__init__()
+        self.model = runner.model
+        self.runner = [runner]  # no module, and not to be looked for one
+
+    def forward(self, ids: Tensor, positions: Tensor, columns: Tensor, buffers: list[Tensor]) -> Tensor:
+        cache = RaggedCache.over(buffers, positions)
+        return self.runner[0].run(ids, positions, cache, torch.int32, columns).float()
+
+
+@torch.no_grad()
+def _trace(part: Part) -> tuple[Any, list[list[int]]]:
+    """The forward as an exported program, with all that must keep its bits as operators no compiler looks into.
+
+    And of each buffer of the cache, [B, H, S, D], the heads and the width.
+    """
+    runner = part.runner
+    batch, width = SIZES
+    runner.begin(batch)
+    ids = torch.ones(batch, 2 * width, dtype=torch.int64)
+    runner.prefill(ids, torch.full((batch,), width - 1))  # makes the buffers
+    positions = torch.arange(width, 2 * width).repeat(batch, 1)
+    buffers = [buffer.clone() for buffer in runner.cache.buffers()]
+    any_size = torch.export.Dim.DYNAMIC
+    shapes = ({0: any_size, 1: any_size}, {0: any_size, 1: any_size}, {0: any_size}, [{0: any_size, 2: any_size}] * len(buffers))
+    with attention.lent(runner.config):
+        program = torch.export.export(
+            _Traced(runner),
+            (ids[:, width:].contiguous(), positions, torch.arange(width), buffers),
+            dynamic_shapes=shapes,
+            strict=False,
+        )
+    for node in program.graph.nodes:
+        _keep(node, part.exact)
+    program.graph_module.recompile()
+    return program, [[buffer.shape[1], buffer.shape[3]] for buffer in buffers]
+
+
+def _keep(node: Any, exact: bool) -> None:
+    """Put one of our operators in the place of a node that it computes, and computes better or to the very bit."""
+    aten, ours = torch.ops.aten, torch.ops.specdec
+    if node.op != "call_function":
+        return
+    if node.target == aten.linear.default:
+        x, weight = node.args[0].meta["val"], node.args[1].meta["val"]
+        if x.dtype == weight.dtype and x.dtype in cpu.DTYPES:
+            node.target = ours.linear.default
+            node.args = (*node.args, None)[:3]
+    elif exact and node.target == aten.mean.dim and node.args[1:] == ([-1], True) and not node.kwargs:
+        node.target, node.args = ours.mean.default, node.args[:1]
+    elif exact and node.target == aten.cos.default:
+        node.target = ours.cos.default
+    elif exact and node.target == aten.sin.default:
+        node.target = ours.sin.default
+
+
+@torch.no_grad()
+def _check(part: Part, package: Path) -> None:
+    """Raise where the compiled forward computes something else than the eager one, on a ragged batch and on one row."""
+    runner = part.runner
+    compiled = CompiledForward(runner, package)
+    generator = torch.Generator().manual_seed(0)
+    exact = part.exact and any(isinstance(module, int4.Int4Linear) for module in runner.model.modules())
+    tolerance = PROBE_TOLERANCE.get(runner.model.dtype, 1e-1)
+    for lengths in ([9], [9, 4, 7]):
+        last = torch.tensor(lengths)
+        ids = torch.randint(runner.vocab_size, (len(lengths), 16), generator=generator)
+        positions = last[:, None] + torch.arange(3)
+        window = ids.gather(1, positions)
+        runner.begin(len(lengths))
+        runner.prefill(ids, last - 1)
+        eager = runner.forward(window, positions)
+        runner.compiled = compiled
+        got = runner.forward(window, positions)
+        runner.compiled = None
+        error = ((got - eager).norm() / (eager - eager.mean()).norm().clamp(min=1e-30)).item()
+        if not error <= tolerance or (exact and runner.model.dtype == torch.bfloat16 and not torch.equal(got, eager)):
+            raise RuntimeError(f"it came out of the compiler with other logits (relative error {error:.1e})")

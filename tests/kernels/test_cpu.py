@@ -1,0 +1,185 @@
+"""The CPU's own kernels against PyTorch's formulas, and that a row never depends on what is computed beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from specdec_kernels import cpu
+from specdec_kernels.attention import reference
+from torch import Tensor
+
+from specdec.quant.int4 import Int4Tensor, pack
+
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
+OPS = torch.ops.specdec
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def random_weight(rows: int, columns: int, group_size: int, asymmetric: bool, dtype: torch.dtype) -> Int4Tensor:
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(16, (rows, columns), generator=generator, dtype=torch.uint8)
+    scale = (0.01 + 0.1 * torch.rand(rows, columns // group_size, generator=generator)).to(dtype)
+    zero = torch.randint(16, scale.shape, generator=generator, dtype=torch.uint8) if asymmetric else None
+    return Int4Tensor(pack(codes), scale, zero)
+
+
+def check(got: Tensor, want: Tensor) -> None:
+    assert got.shape == want.shape
+    error = (got.double() - want.double()).norm() / want.double().norm()
+    assert error < TOLERANCE[got.dtype]
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "columns", "group_size"), [(64, 128, 64), (130, 96, 96), (3, 64, 32), (200, 256, 128), (64, 512, 512)]
+)
+def test_int4_linear(
+    rows: int, columns: int, group_size: int, dtype: torch.dtype, scale_dtype: torch.dtype, asymmetric: bool
+) -> None:
+    int4 = random_weight(rows, columns, group_size, asymmetric, scale_dtype)
+    packed, scale = cpu.pack(int4.codes(), int4.scale, int4.zero)
+    assert cpu.unpack(packed)[:rows].equal(int4.codes())
+    x = random(2, 7, columns, dtype=dtype)
+    got = OPS.int4_linear(x, packed, scale, rows)
+    assert got.dtype == dtype
+    check(got, x.double() @ int4.dequantize(torch.float64).T)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(64, 128), (70, 50), (3, 7), (1, 16), (9, 300)])
+def test_linear(rows: int, columns: int, dtype: torch.dtype, with_bias: bool) -> None:
+    x, weight = random(2, 7, columns, dtype=dtype), random(rows, columns, dtype=dtype, seed=1)
+    bias = random(rows, dtype=dtype, seed=2) if with_bias else None
+    want = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    check(OPS.linear(x, weight, bias), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "value_dim"), [(4, 1, 64, 64), (4, 4, 40, 24), (6, 2, 8, 128), (2, 1, 16, 7)]
+)
+def test_attention(heads: int, kv_heads: int, dim: int, value_dim: int, dtype: torch.dtype) -> None:
+    query, key = random(2, heads, 5, dim, dtype=dtype), random(2, kv_heads, 61, dim, dtype=dtype, seed=1)
+    value = random(2, kv_heads, 61, value_dim, dtype=dtype, seed=2)
+    last = torch.tensor([[0, 1, 17, 30, 60], [5, 6, 7, 8, -1]], dtype=torch.int32)
+    first = torch.tensor([[0, 0, 9, 0, 60], [5, 0, 3, 0, 0]], dtype=torch.int32)
+    got = OPS.attention(query, key, value, first, last, dim**-0.5)
+    assert got.dtype == dtype
+    assert not got[1, 4].any(), "a query that sees nothing"
+    check(got, reference.attention(query.double(), key.double(), value.double(), first, last, dim**-0.5))
+
+
+def test_attention_takes_any_strides_and_reads_nothing_that_is_not_seen() -> None:
+    query, key, value = (
+        random(2, 5, 4, 16).transpose(1, 2),
+        random(2, 40, 2, 16, seed=1).transpose(1, 2),
+        random(2, 40, 2, 16, seed=2),
+    )
+    value = value.transpose(1, 2)
+    last = torch.tensor([[3, 4, 5, 6, 7], [20, 21, 22, 23, 24]], dtype=torch.int32)
+    first = torch.zeros_like(last)
+    want = reference.attention(query, key, value, first, last, 0.25)
+    key[0, :, 8:], value[0, :, 8:], key[1, :, 25:], value[1, :, 25:] = (torch.nan,) * 4
+    check(OPS.attention(query, key, value, first, last, 0.25), want)
+
+
+def test_attention_in_another_dtype_goes_through_float32() -> None:
+    query, key, value = random(1, 2, 3, 8), random(1, 2, 9, 8, seed=1), random(1, 2, 9, 8, seed=2)
+    last = torch.tensor([[4, 5, 6]], dtype=torch.int32)
+    arguments = (torch.zeros_like(last), last, 0.3)
+    want = OPS.attention(query, key, value, *arguments)
+    got = OPS.attention(query.double(), key.double(), value.double(), *arguments)
+    assert got.dtype == torch.float64
+    assert got.float().equal(want)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    query, key, value = 100 * random(1, 1, 2, 32), 100 * random(1, 1, 50, 32, seed=1), random(1, 1, 50, 32, seed=2)
+    last = torch.tensor([[30, 49]], dtype=torch.int32)
+    got = OPS.attention(query, key, value, torch.zeros_like(last), last, 1.0)
+    check(got, reference.attention(query.double(), key.double(), value.double(), torch.zeros_like(last), last, 1.0))
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+def test_a_row_is_the_same_whatever_is_beside_it(dtype: torch.dtype) -> None:
+    int4 = random_weight(1030, 256, 64, True, torch.bfloat16)
+    packed, scale = cpu.pack(int4.codes(), int4.scale, int4.zero)
+    weight = random(1030, 250, dtype=dtype, seed=1)
+    rows, others = random(64, 256, dtype=dtype), random(64, 250, dtype=dtype)
+    one_by_one = torch.cat([OPS.int4_linear(row, packed, scale, 1030) for row in rows.split(1)])
+    alone = torch.cat([OPS.linear(row, weight, None) for row in others.split(1)])
+    for count in (2, 3, 4, 5, 6, 7, 8, 9, 13, 64):
+        for start in {0, 64 - count, (64 - count) // 2}:
+            at = slice(start, start + count)
+            assert OPS.int4_linear(rows[at], packed, scale, 1030).equal(one_by_one[at])
+            assert OPS.linear(others[at], weight, None).equal(alone[at])
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+def test_a_query_is_the_same_whatever_is_beside_it(dtype: torch.dtype) -> None:
+    query, key, value = (
+        random(3, 4, 6, 64, dtype=dtype),
+        random(3, 2, 700, 64, dtype=dtype, seed=1),
+        random(3, 2, 700, 64, dtype=dtype),
+    )
+    last = torch.randint(700, (3, 6), generator=torch.Generator().manual_seed(3)).int()
+    first = last // 3
+    whole = OPS.attention(query, key, value, first, last, 0.125)
+    for row in range(3):
+        for column in range(6):
+            slots = int(last[row, column]) + 1
+            at = slice(row, row + 1), slice(column, column + 1)
+            alone = OPS.attention(
+                query[at[0], :, at[1]], key[at[0], :, :slots], value[at[0], :, :slots], first[at], last[at], 0.125
+            )
+            assert alone.equal(whole[at])
+
+
+def test_pytorchs_own_are_its_own() -> None:
+    x = random(3, 5, 32)
+    assert OPS.mean(x).equal(x.mean(-1, keepdim=True))
+    assert OPS.cos(x).equal(x.cos())
+    assert OPS.sin(x).equal(x.sin())
+
+
+def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpu, "_IS_LOADED", None)
+    assert not cpu.load()
+    monkeypatch.setattr(cpu, "_IS_LOADED", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler was found"):
+        cpu.build()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compiler_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cpu, "_IS_LOADED", None)
+    broken = tmp_path / "broken.cpp"
+    broken.write_text("int main() { return nothing; }\n", encoding="utf-8")
+    monkeypatch.setattr(cpu, "SOURCE", broken)
+    with pytest.raises(RuntimeError, match=r"could not build broken.cpp: .*nothing"):
+        cpu.build()
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert not cpu.load()

@@ -1,0 +1,309 @@
+"""Compiled forwards: the same logits, the same texts, and plain eager decoding where there is nothing to be compiled with."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from specdec_kernels import cpu
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import specdec
+from specdec import compiled, embedded
+from specdec.models import CachedModel
+from tests import test_distribution, test_lossless
+from tests.families import FAMILIES, family, make_model, prompts
+from tests.plain import CALLS, WIDTH, continuation, pair
+
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
+COMPILED_FAMILIES = ("llama", "gemma3_text")
+CASES = [
+    case for case in test_lossless.covering() if case.family in COMPILED_FAMILIES and case.weights in ("float32", "int4_kernel")
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_warning() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="specdec runs without")
+        yield
+
+
+def state_of(model: PreTrainedModel) -> Any:
+    return model.__dict__["_specdec_state"]
+
+
+def is_compiled(model: PreTrainedModel) -> bool:
+    state = state_of(model)
+    return all(part.runner.compiled is not None for part in state.parts(state.drafter))
+
+
+@cache
+def family_on_kernels(model_type: str, weights: str) -> tuple[PreTrainedModel, dict[Any, Tensor]]:
+    """A test model of its own, whose 4-bit layers are on the CPU's kernels; and its plain texts."""
+    return family.__wrapped__(model_type, weights), {}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_greedy_text_is_the_plain_one(case: test_lossless.Case) -> None:
+    model, texts = family_on_kernels(case.family, case.weights)
+    call = prompts(case.batch_size) | {"max_new_tokens": test_lossless.NEW_TOKENS, "do_sample": False}
+    specdec.disable(model)
+    if case.batch_size not in texts:
+        texts[case.batch_size] = model.generate(**call, eos_token_id=None)
+    eos_token_id = int(texts[case.batch_size][-1, 11 + 6]) if case.has_eos else None
+    expected = model.generate(**call, eos_token_id=eos_token_id)
+    specdec.enable(model, test_lossless.DRAFTERS[case.drafter](case), num_draft_tokens=case.num_draft_tokens, compile=True)
+    assert is_compiled(model)
+    assert model.generate(**call, eos_token_id=eos_token_id).tolist() == expected.tolist()
+    assert specdec.last_stats(model) is not None
+
+
+@pytest.mark.parametrize("kind", ["model", "prompt_lookup"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("name", CALLS)
+def test_any_call_gives_plain_text(name: str, batch_size: int, kind: str) -> None:
+    model, draft = pair("llama")
+    call = CALLS[name](continuation("llama", batch_size))
+    inputs = prompts(batch_size)
+    specdec.disable(model)
+    call = {"max_new_tokens": 18, "do_sample": False} | call
+    want = model.generate(**inputs, **copy.copy(call))
+    specdec.enable(model, draft if kind == "model" else kind, num_draft_tokens=3, compile=True)
+    assert is_compiled(model)
+    got = model.generate(**inputs, **call)
+    specdec.disable(model)
+    assert got[:, WIDTH:].tolist() == want[:, WIDTH:].tolist()
+
+
+@pytest.mark.parametrize("drafter", ["model", "prompt_lookup", "random", "none"])
+def test_sampled_texts_have_the_targets_distribution(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    enable = specdec.enable
+
+    def enable_compiled(model: PreTrainedModel, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        enable(model, *args, **kwargs, compile=True)
+        assert is_compiled(model)
+        return model
+
+    monkeypatch.setattr(specdec, "enable", enable_compiled)
+    make = test_distribution.DRAFTERS.get(drafter, lambda model: drafter)
+    [p] = test_distribution.sampled_p_values(make(test_distribution.tiny_model(0)), "temperature")
+    assert p > test_distribution.SIGNIFICANCE
+
+
+@cache
+def embedded_pair(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]:
+    target, draft = (AutoModelForCausalLM.from_pretrained(path, dtype=dtype) for path in (embedded.TARGET, embedded.DRAFT))
+    return target, draft
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+def test_logits_of_a_4_bit_target_keep_their_bits(dtype: torch.dtype) -> None:
+    target, _ = embedded_pair(dtype)
+    runner = CachedModel(target)
+    compiled.prepare([compiled.Part("target", runner, exact=True)], True)
+    forward = runner.compiled
+    assert forward is not None
+    ids = torch.randint(4096, (3, 80), generator=torch.Generator().manual_seed(0))
+    for lengths in ([70], [1], [70, 1, 33]):
+        last = torch.tensor(lengths)
+        for width in (1, 2, 6, 9):
+            got = []
+            for runner.compiled in (None, forward):
+                runner.begin(len(lengths), 80)
+                runner.prefill(ids[: len(lengths)], last - 1)
+                positions = last[:, None] - 1 + torch.arange(width)
+                rejected = runner.forward(ids[: len(lengths)].flip(1).gather(1, positions), positions)
+                got.append((rejected, runner.forward(ids[: len(lengths)].gather(1, positions), positions)))
+            assert got[0][0].equal(got[1][0])
+            assert got[0][1].equal(got[1][1])
+
+
+@pytest.mark.parametrize("num_draft_tokens", [2, 5])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_embedded_pair_writes_the_targets_own_text_beyond_the_first_buffers(batch_size: int, num_draft_tokens: int) -> None:
+    target, draft = embedded_pair(torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(embedded.TARGET, padding_side="left")
+    texts = [p["prompt"] for p in embedded.prompts()[3 :: len(embedded.prompts()) // 4]][:batch_size]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=220)
+    call = {"max_new_tokens": 160, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    specdec.disable(target)
+    expected = target.generate(**inputs, **call)
+    assert expected.shape[1] > 256
+    specdec.enable(target, draft, num_draft_tokens=num_draft_tokens, compile=True)
+    assert is_compiled(target)
+    got = target.generate(**inputs, **call)
+    stats = specdec.last_stats(target)
+    specdec.disable(target)
+    assert got.tolist() == expected.tolist()
+    assert stats.num_accepted_draft_tokens > 0
+
+
+@pytest.fixture
+def small() -> PreTrainedModel:
+    """A model that no other test has compiled."""
+    return make_model("llama", 3, **FAMILIES["llama"] | {"intermediate_size": 32, "num_hidden_layers": 1})
+
+
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache that holds the kernels and nothing else."""
+    kernels = cpu.built_at()
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    cpu.built_at().write_bytes(kernels.read_bytes())
+    return tmp_path
+
+
+def text_of(model: PreTrainedModel) -> list[list[int]]:
+    output: Tensor = model.generate(**prompts(4), max_new_tokens=9, do_sample=False)
+    return output.tolist()
+
+
+def test_auto_takes_what_is_on_disk_and_compiles_nothing(
+    small: PreTrainedModel, own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    want = text_of(small)
+    specdec.enable(small, "prompt_lookup")
+    assert not is_compiled(small)
+    assert len(list(own_cache.iterdir())) == 1
+    capsys.readouterr()
+    specdec.enable(small, "prompt_lookup", compile=True)
+    assert is_compiled(small)
+    assert len(list(own_cache.iterdir())) == 2
+    assert "compiling the target" in capsys.readouterr().err
+    specdec.enable(small, "prompt_lookup", compile=True)
+    assert "compiling" not in capsys.readouterr().err
+    specdec.enable(small, "prompt_lookup", compile=False)
+    assert not is_compiled(small)
+    specdec.enable(small, "prompt_lookup")
+    assert is_compiled(small)
+    assert text_of(small) == want
+    specdec.enable(make_model("llama", 3, **FAMILIES["llama"] | {"num_hidden_layers": 1}), "prompt_lookup")
+    assert len(list(own_cache.iterdir())) == 2
+
+
+def test_a_compiler_that_fails_leaves_the_model_eager_and_says_why(
+    small: PreTrainedModel, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("g++: not today\nand a long story")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fails)
+    want = text_of(small)
+    with pytest.warns(UserWarning, match=r"the target could not be compiled: RuntimeError: g\+\+: not today$") as warned:
+        specdec.enable(small, "prompt_lookup", compile=True)
+    assert len(warned) == 1
+    assert not is_compiled(small)
+    assert text_of(small) == want
+    assert len(list(own_cache.iterdir())) == 1
+
+
+def test_without_a_compiler_the_model_is_eager_and_says_why(
+    small: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpu, "_IS_LOADED", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    want = text_of(small)
+    with pytest.warns(UserWarning, match=r"the kernels could not be built: RuntimeError: no C\+\+ compiler was found") as warned:
+        specdec.enable(small, "prompt_lookup", compile=True)
+    assert len(warned) == 1
+    assert not is_compiled(small)
+    assert text_of(small) == want
+
+
+def test_a_forward_that_came_out_wrong_is_not_used(
+    small: PreTrainedModel, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = compiled._keep
+
+    def wrong(node: Any, exact: bool) -> None:
+        if node.target == torch.ops.aten.cos.default:
+            node.target = torch.ops.aten.sin.default
+        keep(node, exact)
+
+    monkeypatch.setattr(compiled, "_keep", wrong)
+    with pytest.warns(UserWarning, match="came out of the compiler with other logits"):
+        specdec.enable(small, "prompt_lookup", compile=True)
+    assert not is_compiled(small)
+    assert len(list(own_cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: make_model("llama", 3, **FAMILIES["llama"]).double(), "its dtype is torch.float64"),
+        (lambda: make_model("gemma2", 3, **FAMILIES["gemma2"]), r"its attention \(eager\)"),
+        (lambda: make_model("mpt", 3, **FAMILIES["mpt"]), "its forward takes no positions"),
+    ],
+)
+def test_what_cannot_be_compiled_is_named(model: Any, reason: str, own_cache: Path) -> None:
+    model = model()
+    want = text_of(model)
+    with pytest.warns(UserWarning, match=f"the target cannot be compiled: {reason}"):
+        specdec.enable(model, "prompt_lookup", compile=True)
+    assert text_of(model) == want
+
+
+def test_a_bad_value_is_refused(small: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="compile='yes' must be True, False or 'auto'"):
+        specdec.enable(small, "prompt_lookup", compile="yes")
+
+
+def test_weights_may_be_written_to_replaced_and_cast(small: PreTrainedModel) -> None:
+    specdec.enable(small, "prompt_lookup", compile=True)
+    before = text_of(small)
+    other = make_model("llama", 4, **FAMILIES["llama"] | {"intermediate_size": 32, "num_hidden_layers": 1})
+    for change in (
+        lambda: small.load_state_dict(other.state_dict()),
+        lambda: small.lm_head.__setattr__("weight", torch.nn.Parameter(small.lm_head.weight.flip(0).clone())),
+    ):
+        change()
+        got = text_of(small)
+        assert is_compiled(small)
+        specdec.disable(small)
+        assert got == text_of(small) != before
+        before = got
+        specdec.enable(small, "prompt_lookup", compile=True)
+    small.double()
+    text = text_of(small)
+    assert state_of(small).target.compiled is None
+    specdec.disable(small)
+    assert text == text_of(small)
+
+
+def test_a_4_bit_target_may_be_loaded_anew() -> None:
+    model, _ = family_on_kernels("llama", "int4_kernel")
+    model = copy.deepcopy(model)
+    specdec.enable(model, "prompt_lookup", compile=True)
+    want = text_of(model)
+    model.load_state_dict(copy.deepcopy(model.state_dict()))  # in the canonical layout
+    assert text_of(model) == want
+    assert is_compiled(model)
+
+
+def test_an_assistant_of_a_call_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, draft = pair("llama")
+    specdec.disable(model)
+    want = text_of(model)
+    specdec.enable(model, compile=True)
+    ran = []
+    call = compiled.CompiledForward.__call__
+
+    def watched(self: Any, *args: Any) -> Tensor:
+        ran.append(self.traced.model)
+        return call(self, *args)
+
+    monkeypatch.setattr(compiled.CompiledForward, "__call__", watched)
+    got = model.generate(**prompts(4), max_new_tokens=9, do_sample=False, assistant_model=draft, num_assistant_tokens=3)
+    specdec.disable(model)
+    assert got.tolist() == want
+    assert {id(one) for one in ran} == {id(model), id(draft)}
