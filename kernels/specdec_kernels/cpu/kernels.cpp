@@ -13,8 +13,10 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <numeric>
 #include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -24,8 +26,7 @@ using at::Tensor;
 constexpr int64_t LANES = 16;
 constexpr int64_t COLUMNS = 64;  // output columns of one block of 4-bit weights: four vectors
 constexpr int64_t ROWS = 8;      // at a time
-constexpr int64_t DEPTH = 64;    // weights of a column at a time, within one group
-constexpr int64_t WORK = 1 << 16;  // multiplications that are worth a thread
+constexpr int64_t WORK = 1 << 19;  // multiplications that are worth a thread: some ten microseconds of them
 
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t IntVec __attribute__((vector_size(64)));
@@ -116,39 +117,96 @@ inline const float* floats(const Tensor& x, std::vector<float>& room) {
 inline int64_t rows_of(const Tensor& x) { return x.numel() / std::max<int64_t>(1, x.size(-1)); }
 
 // ---- 4-bit linear
+//
+// y = sum over groups of scale * (sum of x * (code + BIAS) - (zero + BIAS) * sum of x): what depends on the group alone is taken out of
+// the sum. Eight codes of a column share a word, the first in its lowest bits; words of 64 columns stand beside each other.
 
-// y [R, 64] += x [R, depth] times one block of weights, unpacked as they are used: 8 codes of a column in a word, the first in its
-// lowest bits; words of 64 columns stand beside each other. V vectors of columns at a time, as many as there are registers for.
+#ifdef __AVX512BF16__
+// Two products an instruction, of inputs rounded to bfloat16: code j of a word in the lower half, j + 4 in the upper one. A code
+// needs no conversion: put into the last bits of 128, bfloat16's step there being 1, it reads 128 + code.
+typedef uint32_t Input;
+typedef IntVec Codes;
+constexpr int64_t STEPS = 4;  // of a word
+constexpr float BIAS = 128;
+
+inline Codes codes(IntVec words, int64_t step) { return (words >> 4 * step & 0x000f000f) | 0x43004300; }
+
+inline Vec add_products(Vec sums, Input x, Codes c) { return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(x), (__m512bh)c); }
+
+inline Vec prepare(Vec x, Input* to) {  // the inputs of two words; what of x they hold
+  x = __builtin_shufflevector(x, x, 0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+  __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+  std::memcpy(to, &rounded, sizeof(rounded));
+  return load(reinterpret_cast<const BFloat16*>(to));
+}
+#else
+typedef float Input;
+typedef Vec Codes;
+constexpr int64_t STEPS = 8;
+constexpr float BIAS = 0;
+
+inline Codes codes(IntVec words, int64_t step) { return __builtin_convertvector(words >> 4 * step & 15, Vec); }
+
+inline Vec add_products(Vec sums, Input x, Codes c) { return sums + x * c; }
+
+inline Vec prepare(Vec x, Input* to) {
+  store(to, x);
+  return x;
+}
+#endif
+
+inline float prepare_group(const float* x, int64_t depth, Input* to) {  // the inputs of a group, and their sum
+  Vec total = {};
+  int64_t k = 0;
+  for (; k + LANES <= depth; k += LANES) total += prepare(load(x + k), to + k / 8 * STEPS);
+  if (k < depth) {  // a word
+    Input two[2 * STEPS];
+    total += prepare(load_some(x + k, 8), two);
+    std::memcpy(to + k / 8 * STEPS, two, STEPS * sizeof(Input));
+  }
+  return sum(total);
+}
+
+template <typename S>
+struct Group {  // of one block of columns
+  const int32_t* words;
+  const S *scale, *offset;  // offset: 8 - zero; null where zeros are 8
+  int64_t depth;            // in words
+};
+
+// y [R, 64] += R rows of x times a group; V vectors of columns at a time, as many as there are registers for.
 template <int R, int V, typename S>
-void multiply(const float* x, int64_t x_stride, const int32_t* packed, const S* scale, const S* offset, int64_t depth, float* y) {
+void multiply(const Input* x, int64_t x_stride, const float* totals, int64_t totals_stride, const Group<S>& group, float* y) {
   for (int64_t n = 0; n < COLUMNS; n += V * LANES) {
-    Vec sums[R][V], s[V], z[V];
-    for (int i = 0; i < V; ++i) {
-      s[i] = load(scale + n + i * LANES);
-      z[i] = s[i] * ((offset ? load(offset + n + i * LANES) : Vec{}) - 8);  // (code - zero) * s, rounded once
-      for (int r = 0; r < R; ++r) sums[r][i] = load(y + r * COLUMNS + n + i * LANES);
-    }
-    for (int64_t k = 0; k < depth; k += 8) {
+    Vec sums[R][V] = {};
+    for (int64_t k = 0; k < group.depth; ++k) {
       IntVec words[V];
-      std::memcpy(words, packed + k / 8 * COLUMNS + n, sizeof(words));
-      for (int j = 0; j < 8; ++j)
+      std::memcpy(words, group.words + k * COLUMNS + n, sizeof(words));
+      for (int64_t step = 0; step < STEPS; ++step)
         for (int i = 0; i < V; ++i) {
-          Vec w = __builtin_convertvector(words[i] & 15, Vec) * s[i] + z[i];
-          words[i] >>= 4;
-          for (int r = 0; r < R; ++r) sums[r][i] += x[r * x_stride + k + j] * w;
+          const Codes c = codes(words[i], step);
+          for (int r = 0; r < R; ++r) sums[r][i] = add_products(sums[r][i], x[r * x_stride + k * STEPS + step], c);
         }
     }
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < V; ++i) store(y + r * COLUMNS + n + i * LANES, sums[r][i]);
+    for (int i = 0; i < V; ++i) {
+      const int64_t at = n + i * LANES;
+      const Vec scale = load(group.scale + at), zero = 8 - (group.offset ? load(group.offset + at) : Vec{}) + BIAS;
+      for (int r = 0; r < R; ++r) {
+        float* sum = y + r * COLUMNS + at;
+        store(sum, load(sum) + scale * (sums[r][i] - zero * totals[r * totals_stride]));
+      }
+    }
   }
 }
 
 template <typename T, typename S>
 void int4_linear_into(const Tensor& x, const Tensor& packed, const Tensor& scale, Tensor& y) {
   const int64_t rows = rows_of(x), depth = x.size(-1), columns = y.size(-1), groups = scale.size(1), padded = scale.size(2);
-  const int64_t group = depth / groups, step = std::gcd(group, DEPTH);  // a multiple of 8, as groups are
-  std::vector<float> room;
-  const float* inputs = floats(x, room);
+  const int64_t words = depth / 8, in_group = words / groups;
+  std::vector<float> room, totals(rows * groups);
+  std::vector<Input> inputs(rows * words * STEPS);
+  const float* from = floats(x, room);
+  for (int64_t i = 0; i < rows * groups; ++i) totals[i] = prepare_group(from + i * in_group * 8, in_group * 8, &inputs[i * in_group * STEPS]);
   const int32_t* codes = packed.const_data_ptr<int32_t>();
   const S* scales = scale.const_data_ptr<S>();
   const S* offsets = scale.size(0) == 2 ? scales + groups * padded : nullptr;
@@ -158,22 +216,22 @@ void int4_linear_into(const Tensor& x, const Tensor& packed, const Tensor& scale
     std::vector<float> sums(rows * COLUMNS);
     for (int64_t block = begin; block < end; ++block) {
       std::fill(sums.begin(), sums.end(), 0.0f);
-      for (int64_t k = 0; k < depth; k += step) {
-        const int64_t at = k / group * padded + block * COLUMNS;
-        const int32_t* here = codes + (block * depth + k) * 8;
-        const S *s = scales + at, *z = offsets ? offsets + at : nullptr;
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t at = g * padded + block * COLUMNS;
+        const Group<S> group{codes + (block * words + g * in_group) * COLUMNS, scales + at, offsets ? offsets + at : nullptr, in_group};
         for (int64_t row = 0; row < rows; row += ROWS) {
-          const float* in = &inputs[row * depth + k];
-          float* out = &sums[row * COLUMNS];
+          const Input* in = &inputs[(row * words + g * in_group) * STEPS];
+          const float* total = &totals[row * groups + g];
+          float* sum = &sums[row * COLUMNS];
           switch (std::min(ROWS, rows - row)) {
-            case 1: multiply<1, 4>(in, depth, here, s, z, step, out); break;
-            case 2: multiply<2, 4>(in, depth, here, s, z, step, out); break;
-            case 3: multiply<3, 2>(in, depth, here, s, z, step, out); break;
-            case 4: multiply<4, 2>(in, depth, here, s, z, step, out); break;
-            case 5: multiply<5, 2>(in, depth, here, s, z, step, out); break;
-            case 6: multiply<6, 2>(in, depth, here, s, z, step, out); break;
-            case 7: multiply<7, 2>(in, depth, here, s, z, step, out); break;
-            default: multiply<8, 2>(in, depth, here, s, z, step, out);
+            case 1: multiply<1, 4>(in, words * STEPS, total, groups, group, sum); break;
+            case 2: multiply<2, 4>(in, words * STEPS, total, groups, group, sum); break;
+            case 3: multiply<3, 4>(in, words * STEPS, total, groups, group, sum); break;
+            case 4: multiply<4, 4>(in, words * STEPS, total, groups, group, sum); break;
+            case 5: multiply<5, 2>(in, words * STEPS, total, groups, group, sum); break;
+            case 6: multiply<6, 2>(in, words * STEPS, total, groups, group, sum); break;
+            case 7: multiply<7, 2>(in, words * STEPS, total, groups, group, sum); break;
+            default: multiply<8, 2>(in, words * STEPS, total, groups, group, sum);
           }
         }
       }
