@@ -41,7 +41,9 @@ def main() -> None:
     target, draft = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).to(args.device) for f in folders)
 
     def seconds(timing: bool) -> float:
-        specdec.enable(target, draft, timing=timing)  # one and the same model: where weights lie matters more than a mark
+        specdec.enable(
+            target, draft, num_draft_tokens=5, timing=timing
+        )  # one and the same model: where weights lie matters more than a mark
         started = time.perf_counter()
         target.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False, pad_token_id=1)
         return time.perf_counter() - started

@@ -714,7 +714,7 @@ class Writer:
             part = prompts[start : start + batch]
             said = [prompt["prompt"] for prompt in part]
             _, plain = self.write(said, limit)
-            specdec.enable(self.target, drafter)
+            specdec.enable(self.target, drafter, num_draft_tokens=5)
             output, ours = self.write(said, limit)
             specdec.disable(self.target)
             row["accepted"] += output.speculation.num_accepted_draft_tokens

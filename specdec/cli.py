@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 import specdec
 from specdec import embedded
 from specdec.commands import audit, demo, plan, quantize, report
+from specdec.generate import AUTO
 
 DEMO_PROMPT = "queue-3"
 EXPERIMENT_MODULES = {"accelerate", "datasets", "hydra", "jinja2", "matplotlib", "omegaconf"}
@@ -68,7 +69,13 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--prompt", default=default_prompt, required=not is_demo, help="the text to complete")
         command.add_argument("--max-new-tokens", type=int, default=128)
-        command.add_argument("--num-draft-tokens", type=int, default=5, metavar="K", help="ids proposed a step (5)")
+        command.add_argument(
+            "--num-draft-tokens",
+            type=_k,
+            default=AUTO,
+            metavar="K",
+            help="ids proposed a step; auto, the default: whatever is fastest",
+        )
         command.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
         command.add_argument("--seed", type=int, default=0, help="of sampling, with --temperature")
         _add_placement(command)
@@ -103,6 +110,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_placement(command)
     command.add_argument("--json", action="store_true", help="print one JSON object instead")
     return parser
+
+
+def _k(text: str) -> int | str:
+    return text if text == AUTO else int(text)
 
 
 def _add_placement(command: argparse.ArgumentParser) -> None:

@@ -7,11 +7,12 @@ as SpecMQuant (2025) puts it. A draft pays while what it adds to the acceptance 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from specdec.stats import Step
+from specdec.interfaces import Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,30 +23,55 @@ class StepTimes:
     target_s: Sequence[float]
     rest_s: Sequence[float]
 
-    def step_s(self, num_draft_tokens: int) -> float:
-        k = num_draft_tokens
-        return self.draft_s[k] + self.target_s[k] + self.rest_s[k]
+    @property
+    def step_s(self) -> list[float]:
+        return [sum(parts) for parts in zip(self.draft_s, self.target_s, self.rest_s, strict=True)]
 
 
-def speedup(num_draft_tokens: int, mean_acceptance_length: Any, times: StepTimes, prompt_s: float = 0.0) -> Any:
+def speedup(num_draft_tokens: int, mean_acceptance_length: Any, step_s: Sequence[float], prompt_s: float = 0.0) -> Any:
     """Over plain decoding, the step that drafts nothing and emits one token; of one acceptance length or of an array of them.
 
-    prompt_s: seconds that reading the prompt adds to each generated token, with a draft or without.
+    step_s: seconds of a step, by K. prompt_s: seconds that reading the prompt adds to each generated token, draft or no draft.
     """
-    return (prompt_s + times.step_s(0)) / (prompt_s + times.step_s(num_draft_tokens) / mean_acceptance_length)
+    return (prompt_s + step_s[0]) / (prompt_s + step_s[num_draft_tokens] / mean_acceptance_length)
 
 
-def acceptance_along(steps: Sequence[Step], num_draft_tokens: int) -> list[float | None]:
-    """The chance that a draft id would be accepted at each generated position of a text, from the steps that wrote it.
+def acceptance_lengths(rows: Iterable[tuple[float, int]], most: int) -> list[float]:
+    """The acceptance length to expect at each K = 0 … most, as a mean over the rows: 1 + a + a^2 + …
 
-    Where ids were drafted it is their sum(min(p, q)). None at a bonus id, which follows num_draft_tokens accepted ones and had no
-    draft to compare with. 0 where the drafter offered less than it was asked for.
+    rows: each one's acceptance a and its room, the number of ids that may be drafted for it.
     """
-    along: list[float | None] = []
-    for step in steps:
-        own = None if step.drafted == num_draft_tokens else 0.0
-        along += [*step.overlap, own][: step.emitted]
-    return along
+    lengths = [0.0] * (most + 1)
+    count = 0
+    for acceptance, room in rows:
+        count += 1
+        length = reached = 1.0
+        for k in range(most + 1):
+            if 0 < k <= room:
+                reached *= acceptance
+                length += reached
+            lengths[k] += length
+    return [length / count for length in lengths]
+
+
+def fastest(lengths: Sequence[float], step_s: Sequence[float]) -> int:
+    """The K that gives the most tokens a second; the smallest of equals."""
+    return max(range(len(lengths)), key=lambda k: lengths[k] / step_s[k])
+
+
+def interpolated(known: dict[int, float]) -> list[float]:
+    """Values at 0 … the largest key, straight lines between the known ones, 0 being one of them."""
+    keys = sorted(known)
+    values = [known[0]]
+    for left, right in pairwise(keys):
+        slope = (known[right] - known[left]) / (right - left)
+        values += [known[left] + slope * step for step in range(1, right - left + 1)]
+    return values
+
+
+def acceptance_along(steps: Sequence[Step]) -> list[float | None]:
+    """The chance that a draft id would be accepted at each generated position of a text, from the steps that wrote it."""
+    return [chance for step in steps for chance in step.chances()]
 
 
 def replay(

@@ -49,6 +49,8 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.interfaces import Drafter, Outcome
 from specdec.models import ATTENTIONS, CachedModel, context_of, dynamic_rope_limit, unsupported
+from specdec.pace import LARGEST, Auto, Constant, Experience, Pace
+from specdec.profiling import profile
 from specdec.quant.checkpoints import load_as_it_is
 from specdec.quant.quantizer import is_4bit
 from specdec.quant.rows import MAX_WINDOW
@@ -57,7 +59,7 @@ from specdec.sequences import Sequences
 from specdec.speculative import speculate
 from specdec.stats import Stats, StatsCounter
 
-DEFAULT_NUM_DRAFT_TOKENS = 5
+AUTO = "auto"
 NAMED_DRAFTERS: dict[str, Callable[[], Drafter]] = {"none": NoDrafter, "prompt_lookup": PromptLookup}
 
 # The scores alone decide, row by row: these run on all positions of a window at once.
@@ -87,7 +89,7 @@ def enable(
     model: PreTrainedModel,
     drafter: PreTrainedModel | Drafter | str | Path | None = None,
     *,
-    num_draft_tokens: int = DEFAULT_NUM_DRAFT_TOKENS,
+    num_draft_tokens: int | str = AUTO,
     compile: Compile = "auto",
     timing: bool = False,
 ) -> PreTrainedModel:
@@ -95,7 +97,10 @@ def enable(
 
     drafter: a model, a hub id or a folder of one, "prompt_lookup", "none" (plain decoding in our loop), a Drafter of your own, or
     None: calls run the stock loop unless they bring an `assistant_model` or `prompt_lookup_num_tokens`.
-    num_draft_tokens: K, how many ids a step proposes; a call's `num_assistant_tokens` goes first.
+    num_draft_tokens: K, how many ids a step proposes; a call's `num_assistant_tokens` goes first. "auto": whatever gives the most
+    tokens a second, chosen for each step from times and acceptance as measured; 0, plain decoding, where drafting does not pay.
+    A profile, of some seconds at most, comes before the first call of each batch size. Sampled text keeps its distribution, but
+    K follows measured times, so the same seed may give another text; with a number it gives the same.
     compile: on a CPU, run decoding forwards compiled. True: compile what is not on disk yet, once per machine and architecture,
     in a minute or so, with a progress bar; "auto": use what is on disk; False: don't. Where it fails, a warning says why and the
     model runs without. A 4-bit target's logits are the same, bit for bit; a dense one's differ by rounding.
@@ -114,6 +119,9 @@ def enable(
         raise ValueError(f"compile={compile!r} must be True, False or 'auto'")
     state = _State(model, None if drafter is None else resolve_drafter(drafter, model), num_draft_tokens, compile, timing)
     prepare(state.parts(state.drafter), compile)
+    before = model.__dict__.get(_STATE)
+    if before is not None and (before.target.compiled is None) == (state.target.compiled is None):
+        state.learned = before.learned  # of steps that take as long as they will
     model.__dict__[_STATE] = state
     model.__class__ = _drop_in_class(stock)
     return model
@@ -135,7 +143,7 @@ class _State:
     """What an enabled model remembers between calls, and the call in progress."""
 
     def __init__(
-        self, model: PreTrainedModel, drafter: Drafter | None, num_draft_tokens: int, compile: Compile, timing: bool
+        self, model: PreTrainedModel, drafter: Drafter | None, num_draft_tokens: int | str, compile: Compile, timing: bool
     ) -> None:
         self.drafter = drafter
         self.num_draft_tokens = num_draft_tokens
@@ -143,6 +151,9 @@ class _State:
         self.timing = timing
         self.target = CachedModel(model)
         self.checked: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()  # assistant models of earlier calls
+        # By draft model or drafter, then by device, rows and whether they are sampled; enabling again keeps it.
+        self.learned: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Experience]] = weakref.WeakKeyDictionary()
+        self.learned_of_own: dict[tuple[Any, ...], Experience] = {}  # of a drafter that can be no key there
         self.last_stats: Stats | None = None
         self.lock = threading.RLock()  # a drafter serves one call at a time
         self.call: _Call | None = None
@@ -295,7 +306,7 @@ def _why_stock(model: Any, config: GenerationConfig, mode: GenerationMode, model
         return f"attention implementation {implementation!r} does not take a mask for each row"
     rope_limit = dynamic_rope_limit(model)
     limits = [config.max_length, *(c.max_length for c in given.get("stopping_criteria") or () if type(c) is MaxLengthCriteria)]
-    if rope_limit is not None and max(limits) + _num_draft_tokens(model, config) > rope_limit:
+    if rope_limit is not None and max(limits) + _most(_num_draft_tokens(model, config), state) > rope_limit:
         return f"beyond {rope_limit} positions its rotary frequencies change with the longest row of a batch"
     if (
         call.mode_kwargs.get("streamer") is not None
@@ -348,7 +359,7 @@ def _decode(
         prompt_lengths,
         max_length=max(max_length, prompt.shape[1] + 1),  # plain decoding judges its first id after it has chosen it
         context=context,
-        num_draft_tokens=num_draft_tokens,
+        num_draft_tokens=_most(num_draft_tokens, state),
         stop_ids=stop_ids,
         stop=functools.partial(_any_stops, host_criteria) if host_criteria else None,
     )
@@ -356,12 +367,13 @@ def _decode(
         [_processor(function) for function in logits_processor],
         do_sample=bool(generation_config.do_sample),
     )
-    counter = StatsCounter(sequences.batch_size, num_draft_tokens)
+    pace = _pace(state, drafter, num_draft_tokens, sequences, sampling)
+    counter = StatsCounter(sequences.batch_size, pace.most)
     as_dict = generation_config.return_dict_in_generate
     scores = _PerToken(len(prompt)) if as_dict and generation_config.output_scores else None
     logits = _PerToken(len(prompt)) if as_dict and generation_config.output_logits else None
     lap = clock.lap if clock else no_lap
-    for outcome in speculate(state.target, drafter, sequences, sampling, num_draft_tokens, lap):
+    for outcome in speculate(state.target, drafter, sequences, sampling, pace, lap):
         counter.add(outcome)
         if scores is not None:
             scores.add(outcome, outcome.scores)
@@ -373,6 +385,7 @@ def _decode(
         streamer.end()
 
     state.last_stats = counter.stats()
+    state.last_stats.choice = pace.choice() if isinstance(pace, Auto) else None
     if clock:
         clock.lap("other")
         state.last_stats.timing = clock.timing()
@@ -456,8 +469,8 @@ def _any_stops(criteria: list[Callable[[Tensor, None], Any]], text: Tensor) -> b
     return stops
 
 
-def _num_draft_tokens(model: PreTrainedModel, config: GenerationConfig) -> int:
-    """K of this call: its own, else enable's."""
+def _num_draft_tokens(model: PreTrainedModel, config: GenerationConfig) -> int | str:
+    """K of this call, or "auto": its own, else enable's."""
     state, call = _state_of(model)
     own = config.prompt_lookup_num_tokens
     if own is None:
@@ -467,6 +480,32 @@ def _num_draft_tokens(model: PreTrainedModel, config: GenerationConfig) -> int:
     own = state.num_draft_tokens if own is None else own
     _check_num_draft_tokens(own, model)
     return own
+
+
+def _most(num_draft_tokens: int | str, state: _State) -> int:
+    """The largest K that a step of the call may ask for."""
+    if isinstance(num_draft_tokens, int):
+        return num_draft_tokens
+    return LARGEST if state.target.context is None else min(LARGEST, state.target.context - 1)
+
+
+def _pace(state: _State, drafter: Drafter, num_draft_tokens: int | str, sequences: Sequences, sampling: Sampling) -> Pace:
+    """What says how many ids each step drafts. The first call of its kind is preceded by a profile."""
+    if isinstance(num_draft_tokens, int):
+        return Constant(num_draft_tokens)
+    if isinstance(drafter, NoDrafter):
+        return Constant(0)
+    try:
+        learned = state.learned.setdefault(drafter.runner.model if isinstance(drafter, ModelDrafter) else drafter, {})
+    except TypeError:  # it cannot be hashed, or not be referred to weakly
+        learned = state.learned_of_own
+    kind = (sequences.device, sequences.batch_size, sampling.do_sample)
+    is_new = kind not in learned
+    if is_new:
+        most = _most(num_draft_tokens, state)
+        learned[kind] = Experience(profile(state.target, drafter, sequences, sampling, most))
+    rooms = sequences.limit(sequences.max_length).tolist()
+    return Auto(learned[kind], rooms, int(sequences.lengths.max()), is_new=is_new)
 
 
 def _call_drafter(
@@ -553,10 +592,13 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def _check_num_draft_tokens(num_draft_tokens: int, model: PreTrainedModel) -> None:
+def _check_num_draft_tokens(num_draft_tokens: int | str, model: PreTrainedModel) -> None:
+    if num_draft_tokens == AUTO:
+        return
     if not isinstance(num_draft_tokens, int) or isinstance(num_draft_tokens, bool) or num_draft_tokens < 1:
         raise ValueError(
-            f"num_draft_tokens={num_draft_tokens!r} must be a whole number, 1 or more; for plain decoding use drafter='none'"
+            f"num_draft_tokens={num_draft_tokens!r} must be a whole number, 1 or more, or 'auto'; for plain decoding use"
+            " drafter='none'"
         )
     context = context_of(model)
     if context is not None and num_draft_tokens >= context:

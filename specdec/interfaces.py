@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
@@ -78,11 +79,42 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """What one step did to one row.
+
+    asked: how many ids the drafter was asked for: K, or fewer where the row had no room for so many.
+    drafted, accepted, emitted: as they count; on the row's last step only up to its stop.
+    overlap: sum(min(p, q)) at each position that was drafted with all before it accepted.
+    """
+
+    asked: int
+    drafted: int
+    accepted: int
+    emitted: int
+    overlap: list[float]
+
+    def origins(self) -> list[str]:
+        """Where each emitted id came from: "accepted", then "recovered" or "bonus"; "plain" where nothing was drafted."""
+        own = "plain" if self.drafted == 0 else "bonus" if self.accepted == self.drafted else "recovered"
+        return (["accepted"] * self.accepted + [own])[: self.emitted]
+
+    def chances(self) -> list[float | None]:
+        """The chance that a draft id would be accepted at each emitted one's position.
+
+        Where ids were drafted it is their sum(min(p, q)). None at an id behind as many accepted ones as were asked for: there was
+        no draft to compare with. 0 where the drafter offered less than it was asked for.
+        """
+        own = None if self.drafted == self.asked else 0.0
+        return [*self.overlap, own][: self.emitted]
+
+
+@dataclass(frozen=True)
 class Outcome:
     """One committed step. Rows that had finished before it have live = False and zeros everywhere.
 
     draft, verdict: as proposed and as judged, before any stop.
     live: [B] bool, the row took part.
+    asked: [B] int64, the limit that the drafter was given.
     emitted: [B] int64, ids committed for the row: accepted + 1, or fewer where a stop fell.
     drafted, accepted: [B] int64, the counts for the statistics; on a row's last step only up to its stop.
     overlap: [B, K] float32, sum(min(p, q)) at each draft position.
@@ -92,12 +124,23 @@ class Outcome:
     draft: Draft
     verdict: Verdict
     live: Tensor
+    asked: Tensor
     emitted: Tensor
     drafted: Tensor
     accepted: Tensor
     overlap: Tensor
     logits: Tensor
     scores: Tensor
+
+    @cached_property
+    def steps(self) -> list[Step | None]:
+        """The same on the host, for each row; None for one that had finished. One copy from the device, however many ask."""
+        counts = torch.stack([self.asked, self.drafted, self.accepted, self.emitted], dim=1).float()  # exact below 2^24
+        steps: list[Step | None] = []
+        for asked, drafted, accepted, emitted, *overlap in torch.cat([counts, self.overlap], dim=1).tolist():
+            tried = int(min(drafted, accepted + 1))
+            steps.append(Step(int(asked), int(drafted), int(accepted), int(emitted), overlap[:tried]) if emitted else None)
+        return steps
 
 
 @runtime_checkable

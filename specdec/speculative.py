@@ -2,7 +2,7 @@
 
 Row b has n[b] committed ids; the target's cache covers the first n-1. One step:
 
-    1. the drafter proposes up to K ids for each row                       draft      [B, K]
+    1. the drafter proposes up to K ids for each row; the pace says K      draft      [B, K]
     2. one target forward over the last committed id and the draft         logits     [B, K+1, V]
     3. the call's processors turn them into the target's distributions     p          [B, K+1, V]
     4. rejection sampling keeps a prefix and draws one id behind it        verdict    accepted [B], next_ids [B]
@@ -23,6 +23,7 @@ from torch import Tensor
 from specdec import verification
 from specdec.clock import no_lap
 from specdec.interfaces import Draft, Drafter, Outcome, Verdict
+from specdec.pace import Pace
 from specdec.sampling import Sampling, check_finite, uniforms
 from specdec.sequences import Sequences
 
@@ -48,15 +49,20 @@ Lap = Callable[[str], None]  # told the name of each part of a step when it ends
 
 
 def speculate(
-    target: Target, drafter: Drafter, sequences: Sequences, sampling: Sampling, num_draft_tokens: int, lap: Lap = no_lap
+    target: Target, drafter: Drafter, sequences: Sequences, sampling: Sampling, pace: Pace, lap: Lap = no_lap
 ) -> Iterator[Outcome]:
-    """Generate until all rows have finished; yields what each step did, after it is committed to `sequences`."""
+    """Generate until all rows have finished; yields what each step did, after it is committed to `sequences`.
+
+    sequences: with columns for as many ids a step as the pace may ask for.
+    """
     target.begin(sequences.batch_size, int(sequences.end.max()))
     drafter.begin(sequences, sampling)
     target.prefill(sequences.ids, sequences.lengths - 1)  # stock decoding's first window; the first step feeds its end again
     lap("prefill")
     while not sequences.finished.all():
-        yield step(target, drafter, sequences, sampling, num_draft_tokens, lap)
+        outcome = step(target, drafter, sequences, sampling, pace.next(), lap)
+        pace.observe(outcome.steps)
+        yield outcome
 
 
 def step(
@@ -68,7 +74,7 @@ def step(
     draft = drafter.propose(sequences, limit)
     if not isinstance(draft, Draft):
         raise ValueError(f"{type(drafter).__name__}.propose returned a {type(draft).__name__}; it must return a Draft")
-    draft.check(limit, num_draft_tokens, target.vocab_size, drafter)
+    draft.check(limit, sequences.spare - 1, target.vocab_size, drafter)
     lap("draft")
 
     sequences.stage(draft.ids)
@@ -86,6 +92,7 @@ def step(
         draft=draft,
         verdict=verdict,
         live=live,
+        asked=limit,
         emitted=emitted,
         drafted=torch.where(stopped, torch.minimum(draft.lengths, emitted), draft.lengths),
         accepted=torch.minimum(verdict.accepted, emitted),

@@ -21,7 +21,7 @@ from specdec.experiments.records import (
     SampleToken,
     Seconds,
 )
-from specdec.stats import Step
+from specdec.interfaces import Step
 
 PREFILL_S, STEP_S, DRAFT_S, VERIFY_S, OTHER_S = 0.020, 0.010, 0.002, 0.0005, 0.0005
 CONFIG: dict[str, Any] = {
@@ -79,7 +79,7 @@ def synthetic_steps(rng: random.Random, chances: Sequence[float], k: int, is_gre
             if rng.random() >= chance:
                 break
             accepted += 1
-        steps.append(Step(drafted, accepted, accepted + 1, overlap))
+        steps.append(Step(drafted, drafted, accepted, accepted + 1, overlap))
         position += accepted + 1
     return steps
 
@@ -171,7 +171,7 @@ def _plain(common: dict[str, Any], length: int, speed: float) -> Record:
         "num_accepted_draft_tokens": 0,
         "acceptance_histogram": [length],
     }
-    return Record(**common, **counts, steps=[Step(0, 0, 1, []) for _ in range(length)], seconds=seconds)
+    return Record(**common, **counts, steps=[Step(0, 0, 0, 1, []) for _ in range(length)], seconds=seconds)
 
 
 def _sample(rng: random.Random) -> Sample:

@@ -48,9 +48,9 @@ def refused_by_generate(words: str, call: dict[str, Any], drafter: Any = "prompt
     assert writes_plain_text(model)
 
 
-@pytest.mark.parametrize("given", [0, -1, 2.5, True, "3", None])
-def test_num_draft_tokens_is_a_whole_number(given: Any) -> None:
-    words = rf"num_draft_tokens={given!r} must be a whole number, 1 or more; .*drafter='none'"
+@pytest.mark.parametrize("given", [0, -1, 2.5, True, "3", "Auto", None])
+def test_num_draft_tokens_is_a_whole_number_or_auto(given: Any) -> None:
+    words = rf"num_draft_tokens={given!r} must be a whole number, 1 or more, or 'auto'; .*drafter='none'"
     refused_by_enable(ValueError, words, target(), drafter(), num_draft_tokens=given)
 
 
@@ -118,7 +118,7 @@ def test_a_draft_model_with_another_tokenizer_is_refused(as_path: bool, tmp_path
     refused_by_enable(
         ValueError, r"another tokenizer than the target: 'c[cd]' is id \d+ in .*other and \d+ in .*target", model, other
     )
-    assert writes_plain_text(specdec.enable(model, same))
+    assert writes_plain_text(specdec.enable(model, same, num_draft_tokens=5))
     assert specdec.last_stats(model).num_accepted_draft_tokens > 0
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdec.cost import StepTimes, acceptance_along, replay, speedup
-from specdec.stats import Step
+from specdec.cost import StepTimes, acceptance_along, acceptance_lengths, fastest, interpolated, replay, speedup
+from specdec.interfaces import Step
 
 TIMES = StepTimes(draft_s=[0.0, 1.0, 2.0], target_s=[4.0, 4.5, 5.0], rest_s=[1.0, 1.0, 1.5])
 chances = st.lists(st.floats(0, 1), min_size=1, max_size=12)
@@ -26,17 +26,37 @@ def written(along: list[float], k: int, coins: random.Random, stopped: bool = Fa
             accepted += 1
         tried = along[position : position + min(drafted, accepted + 1)]
         emitted = min(accepted + 1, len(along) - position)
-        steps.append(Step(drafted, accepted, emitted, tried))
+        steps.append(Step(drafted, drafted, accepted, emitted, tried))
         position += emitted
     return steps
 
 
 def test_speed_is_the_law_of_times_and_acceptance() -> None:
-    assert TIMES.step_s(2) == 8.5
-    assert speedup(0, 1.0, TIMES) == 1.0
-    assert speedup(2, 2.55, TIMES) == pytest.approx(5 / (8.5 / 2.55))
-    assert speedup(2, 2.55, TIMES, prompt_s=10.0) == pytest.approx(15 / (10 + 8.5 / 2.55))
-    assert speedup(1, np.array([1.0, 2.0]), TIMES).tolist() == pytest.approx([5 / 6.5, 10 / 6.5])
+    step_s = TIMES.step_s
+    assert step_s == [5.0, 6.5, 8.5]
+    assert speedup(0, 1.0, step_s) == 1.0
+    assert speedup(2, 2.55, step_s) == pytest.approx(5 / (8.5 / 2.55))
+    assert speedup(2, 2.55, step_s, prompt_s=10.0) == pytest.approx(15 / (10 + 8.5 / 2.55))
+    assert speedup(1, np.array([1.0, 2.0]), step_s).tolist() == pytest.approx([5 / 6.5, 10 / 6.5])
+
+
+def test_expected_lengths_end_at_each_row_s_room() -> None:
+    assert acceptance_lengths([(0.5, 9)], 3) == [1.0, 1.5, 1.75, 1.875]
+    assert acceptance_lengths([(1.0, 1)], 3) == [1.0, 2.0, 2.0, 2.0]
+    assert acceptance_lengths([(0.5, 9), (1.0, 1), (0.9, 0)], 2) == pytest.approx([1.0, 4.5 / 3, 4.75 / 3])
+
+
+def test_the_fastest_k_is_the_one_of_most_tokens_a_second() -> None:
+    lengths = acceptance_lengths([(0.8, 9)], 3)
+    for step_s in ([1.0, 1.1, 1.2, 9.0], [1.0, 1.5, 1.6, 1.7], [1.0, 2.0, 3.0, 4.0], [1.0, 1.8, 3.0, 4.0]):
+        rates = [length / seconds for length, seconds in zip(lengths, step_s, strict=True)]
+        assert rates[fastest(lengths, step_s)] == max(rates)
+    assert fastest([1.0, 2.0, 2.0], [1.0, 1.0, 1.0]) == 1
+
+
+def test_what_lies_between_known_values_lies_on_a_line() -> None:
+    assert interpolated({0: 1.0, 1: 2.0, 3: 6.0, 5: 4.0}) == [1.0, 2.0, 4.0, 6.0, 5.0, 4.0]
+    assert interpolated({8: 9.0, 0: 1.0}) == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
 
 
 @given(chances, st.integers(1, 5), st.booleans())
@@ -72,7 +92,7 @@ def test_one_run_at_the_largest_k_tells_what_smaller_ones_come_to(k: int) -> Non
         source = written(along, 8, coins)
         source_steps += len(source)
         measured_steps += len(written(along, k, coins))
-        steps, accepted = replay(acceptance_along(source, 8), k, 0.9)
+        steps, accepted = replay(acceptance_along(source), k, 0.9)
         expected[0] += steps
         expected[1] += accepted
     assert source_steps > 2400
@@ -81,10 +101,12 @@ def test_one_run_at_the_largest_k_tells_what_smaller_ones_come_to(k: int) -> Non
 
 def test_acceptance_along_a_text() -> None:
     steps = [
-        Step(3, 3, 4, [0.9, 0.8, 0.7]),  # a bonus id: nothing to compare it with
-        Step(3, 1, 2, [0.5, 0.25]),
-        Step(1, 1, 2, [0.6]),  # offered less than it was asked for
-        Step(0, 0, 1, []),
-        Step(2, 2, 2, [1.0, 0.5]),  # the stop fell on a draft id
+        Step(3, 3, 3, 4, [0.9, 0.8, 0.7]),  # a bonus id: nothing to compare it with
+        Step(3, 3, 1, 2, [0.5, 0.25]),
+        Step(3, 1, 1, 2, [0.6]),  # offered less than it was asked for
+        Step(3, 0, 0, 1, []),
+        Step(1, 1, 1, 2, [0.4]),  # another K
+        Step(0, 0, 0, 1, []),
+        Step(3, 2, 2, 2, [1.0, 0.5]),  # the stop fell on a draft id
     ]
-    assert acceptance_along(steps, 3) == [0.9, 0.8, 0.7, None, 0.5, 0.25, 0.6, 0.0, 0.0, 1.0, 0.5]
+    assert acceptance_along(steps) == [0.9, 0.8, 0.7, None, 0.5, 0.25, 0.6, 0.0, 0.0, 0.4, None, None, 1.0, 0.5]

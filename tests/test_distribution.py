@@ -26,6 +26,7 @@ from specdec.sampling import Sampling, draw
 from specdec.sequences import Sequences
 from tests.drafters import AlwaysRight, Empty, Random, Uneven
 from tests.families import make_model
+from tests.pacing import jumpy
 
 V = 5
 LENGTH = 3
@@ -113,9 +114,11 @@ def p_value(counts: Counter[Text], probability: dict[Text, float]) -> float:
     return float(torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2).double(), torch.tensor(statistic / 2).double()))
 
 
-def sampled_p_values(drafter: Drafter, call: str, prompts: tuple[Text, ...] = (PROMPT,)) -> list[float]:
+def sampled_p_values(
+    drafter: Drafter, call: str, prompts: tuple[Text, ...] = (PROMPT,), num_draft_tokens: int | str = NUM_DRAFT_TOKENS
+) -> list[float]:
     """One for each prompt, of SAMPLES speculative texts each."""
-    model = specdec.enable(new_model(0), drafter, num_draft_tokens=NUM_DRAFT_TOKENS)
+    model = specdec.enable(new_model(0), drafter, num_draft_tokens=num_draft_tokens)
     inputs = batch(prompts * SAMPLES)
     torch.manual_seed(0)
     texts = model.generate(**inputs, **NO_CUT | CALLS[call], max_new_tokens=LENGTH)[:, -LENGTH:].tolist()
@@ -137,6 +140,16 @@ def test_sampled_texts_have_the_targets_distribution(drafter: str, call: str) ->
 @pytest.mark.parametrize("drafter", ["model", "prompt_lookup", "uneven"])
 def test_unevenly_padded_rows_each_have_their_own_distribution(drafter: str) -> None:
     assert min(sampled_p_values(DRAFTERS[drafter](tiny_model(0)), "all", UNEVEN_PROMPTS)) > SIGNIFICANCE
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("drafter", ["model", "prompt_lookup", "always_right", "uneven"])
+def test_k_that_changes_from_step_to_step_leaves_the_distribution(
+    drafter: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jumpy(monkeypatch, seed)
+    [p] = sampled_p_values(DRAFTERS[drafter](tiny_model(0)), "all", num_draft_tokens="auto")
+    assert p > SIGNIFICANCE
 
 
 def test_the_expected_distribution_is_no_easy_one() -> None:

@@ -87,10 +87,10 @@ def test_agreement_measured_again_on_some_prompts_is_near_the_card(target: PreTr
     assert abs(agrees.float().mean().item() - card) < 0.12
 
 
-@pytest.mark.parametrize("num_draft_tokens", [2, 5])
+@pytest.mark.parametrize("num_draft_tokens", [2, 5, "auto"])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_pair_writes_the_targets_own_text(
-    target: PreTrainedModel, draft: PreTrainedModel, batch_size: int, num_draft_tokens: int
+    target: PreTrainedModel, draft: PreTrainedModel, batch_size: int, num_draft_tokens: int | str
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(embedded.TARGET, padding_side="left")
     texts = [p["prompt"][: 200 + 60 * (i % 4)] for i, p in enumerate(embedded.prompts()[:: 25 * batch_size])][: 2 * batch_size]
@@ -102,7 +102,7 @@ def test_the_pair_writes_the_targets_own_text(
         stats = specdec.last_stats(target)
         specdec.disable(target)
         assert got.tolist() == expected.tolist()
-        assert stats.num_accepted_draft_tokens > 0
+        assert stats.num_accepted_draft_tokens > 0 or num_draft_tokens == "auto"  # which may find that drafting does not pay
 
 
 def test_prompts_come_from_the_held_out_modules() -> None:

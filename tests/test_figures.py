@@ -14,7 +14,7 @@ import pytest
 from specdec.cost import acceptance_along, replay
 from specdec.experiments.figures import Estimate, compare, figures, metrics, tally
 from specdec.experiments.records import PLAIN, SPECULATIVE, Run
-from specdec.stats import Step
+from specdec.interfaces import Step
 from tests.synthetic_runs import DRAFT_S, OTHER_S, PREFILL_S, STEP_S, VERIFY_S, synthetic_run
 
 RUNS, PROMPTS = 200, 30
@@ -89,8 +89,8 @@ def test_one_prompt_has_no_interval_and_what_was_not_counted_no_value() -> None:
 def test_figures_are_counted_from_the_steps() -> None:
     run = synthetic_run(prompts=2, k=2, tasks=2)
     ours = [
-        [Step(2, 2, 3, [0.9, 0.8]), Step(2, 0, 1, [0.3]), Step(1, 1, 2, [0.6])],
-        [Step(2, 1, 2, [0.7, 0.5]), Step(2, 2, 3, [1.0, 1.0]), Step(0, 0, 1, [])],
+        [Step(2, 2, 2, 3, [0.9, 0.8]), Step(2, 2, 0, 1, [0.3]), Step(2, 1, 1, 2, [0.6])],
+        [Step(2, 2, 1, 2, [0.7, 0.5]), Step(2, 2, 2, 3, [1.0, 1.0]), Step(2, 0, 0, 1, [])],
     ]
     records = iter(ours)
     run.records = [
@@ -150,7 +150,7 @@ def test_replay_is_the_mean_over_every_way_that_the_coins_may_fall(k: int, lengt
 
 def test_replay_of_a_greedy_text_with_its_own_k_is_the_text() -> None:
     for record in synthetic_run(prompts=8).of(SPECULATIVE):
-        steps, accepted = replay(acceptance_along(record.steps, 4), 4, 0.123)
+        steps, accepted = replay(acceptance_along(record.steps), 4, 0.123)
         assert (steps, accepted) == (record.num_spec_steps, record.num_accepted_draft_tokens)
 
 

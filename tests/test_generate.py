@@ -109,7 +109,7 @@ def test_scores_and_logits_are_plain_up_to_each_stop(model_type: str, kind: str)
 def test_a_call_can_bring_its_own_drafter(argument: str, batch_size: int, enabled_with: str | None) -> None:
     text, call = continuation("llama", batch_size), {"max_new_tokens": 24, **prompts(batch_size)}
     own = {"assistant_model": drafter(), "prompt_lookup_num_tokens": 4}[argument]
-    specdec.enable(target(), enabled_with)
+    specdec.enable(target(), enabled_with, num_draft_tokens=K)
     assert target().generate(**call, **{argument: own})[:, WIDTH:].tolist() == text
     assert specdec.last_stats(target()).num_draft_tokens > 0
     assert target().generate(**call)[:, WIDTH:].tolist() == text
@@ -124,7 +124,7 @@ def test_a_draft_vocabulary_may_be_narrower_or_wider(vocab_size: int, sample: di
     draft.resize_token_embeddings(vocab_size, mean_resizing=False)
     want = continuation("llama", 4)
     for enabled_with, own in ((draft, {}), (None, {"assistant_model": draft})):
-        specdec.enable(target(), enabled_with)
+        specdec.enable(target(), enabled_with, num_draft_tokens=K)
         assert target().generate(**prompts(4), max_new_tokens=24, **sample, **own)[:, WIDTH:].tolist() == want
         assert specdec.last_stats(target()).num_accepted_draft_tokens > 0
 

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "specdec"
 
 FLOORS = {
-    "interfaces": 1, "sampling": 1, "verification": 1, "stats": 1, "clock": 1, "cost": 1,
+    "interfaces": 1, "sampling": 1, "verification": 1, "stats": 1, "clock": 1, "cost": 1, "pace": 1,
     "text": 1, "embedded": 1, "provenance": 1,
-    "sequences": 2, "speculative": 2, "cache": 2, "attention": 2, "models": 2, "quant": 2,
+    "sequences": 2, "speculative": 2, "profiling": 2, "cache": 2, "attention": 2, "models": 2, "quant": 2,
     "compiled": 2,
     "drafters": 3,
     "generate": 4, "loading": 4,
@@ -30,10 +30,12 @@ WITHOUT_TRANSFORMERS = {
     "stats",
     "clock",
     "cost",
+    "pace",
     "text",
     "embedded",
     "sequences",
     "speculative",
+    "profiling",
     "drafters.none",
 }
 ONLY_UPSTAIRS = {"rich", "hydra", "datasets", "accelerate"}  # the library proper needs torch and transformers alone

@@ -14,8 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import specdec
+from specdec.pace import LARGEST
 from tests.drafters import AlwaysRight, AlwaysWrong, Empty, Random, Uneven
 from tests.families import FAMILIES, REFUSED, WEIGHTS, family, make_model, prompts
+from tests.pacing import jumpy
 
 NEW_TOKENS = 17  # no multiple of any K + 1 below
 
@@ -30,7 +32,7 @@ def perturbed(model_type: str) -> PreTrainedModel:
     return draft
 
 
-NUM_DRAFT_TOKENS = (1, 2, 5, 8)
+NUM_DRAFT_TOKENS: tuple[int | str, ...] = (1, 2, 5, 8, "auto")  # with "auto" times jump, and K from step to step
 BATCHES = (1, 4)
 STOPS = (False, True)
 
@@ -39,7 +41,7 @@ class Case(NamedTuple):
     family: str
     weights: str
     drafter: str
-    num_draft_tokens: int
+    num_draft_tokens: int | str
     batch_size: int
     has_eos: bool
 
@@ -51,10 +53,15 @@ DRAFTERS: dict[str, Callable[[Case], Any]] = {
     "prompt_lookup": lambda case: "prompt_lookup",
     "always_right": lambda case: AlwaysRight(family(case.family, case.weights)),
     "always_wrong": lambda case: AlwaysWrong(family(case.family, case.weights)),
-    "random": lambda case: Random(seed=case.num_draft_tokens),
-    "uneven": lambda case: Uneven(seed=case.num_draft_tokens),
-    "empty": lambda case: Empty(width=case.num_draft_tokens),
+    "random": lambda case: Random(seed=most(case)),
+    "uneven": lambda case: Uneven(seed=most(case)),
+    "empty": lambda case: Empty(width=most(case)),
 }
+
+
+def most(case: Case) -> int:
+    return case.num_draft_tokens if isinstance(case.num_draft_tokens, int) else LARGEST
+
 
 FULL = [Case(*values) for values in itertools.product(FAMILIES, WEIGHTS, DRAFTERS, NUM_DRAFT_TOKENS, BATCHES, STOPS)]
 
@@ -66,7 +73,7 @@ def covering() -> list[Case]:
             model_type,
             weights,
             drafter,
-            NUM_DRAFT_TOKENS[(f + d + w) % 4],
+            NUM_DRAFT_TOKENS[(f + d + w) % 5],
             BATCHES[(f + d // 2 + f // 4 + w) % 2],
             STOPS[(d // 4 + f // 2 + f) % 2],
         )
@@ -84,12 +91,13 @@ def plain_text(model_type: str, weights: str, batch_size: int, eos_token_id: int
     )
 
 
-def check_identical(case: Case) -> None:
+def check_identical(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     model = family(case.family, case.weights)
     eos_token_id = None
     if case.has_eos:  # an id that the model does write, in the middle of some row
         eos_token_id = int(plain_text(case.family, case.weights, case.batch_size, None)[-1, 11 + 6])
     expected = plain_text(case.family, case.weights, case.batch_size, eos_token_id)
+    jumpy(monkeypatch, seed=len(case.family))
     specdec.enable(model, DRAFTERS[case.drafter](case), num_draft_tokens=case.num_draft_tokens)
     try:
         got = model.generate(**prompts(case.batch_size), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=eos_token_id)
@@ -105,14 +113,14 @@ def check_identical(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", covering(), ids=lambda case: "-".join(map(str, case)))
-def test_greedy_text_is_the_plain_one(case: Case) -> None:
-    check_identical(case)
+def test_greedy_text_is_the_plain_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_identical(case, monkeypatch)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("case", FULL, ids=lambda case: "-".join(map(str, case)))
-def test_greedy_text_is_the_plain_one_in_the_full_product(case: Case) -> None:
-    check_identical(case)
+def test_greedy_text_is_the_plain_one_in_the_full_product(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_identical(case, monkeypatch)
 
 
 def test_the_selection_covers_every_pair_of_values() -> None:

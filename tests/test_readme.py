@@ -35,7 +35,7 @@ model = AutoModelForCausalLM.from_pretrained("specdec/assets/draft")
 prompt = torch.arange(2, 9)[None]
 expected = model.generate(prompt, max_new_tokens=12, do_sample=False)
 assert model.generate(prompt, max_new_tokens=12, do_sample=False).equal(expected)
-specdec.enable(model, Repeat())
+specdec.enable(model, Repeat(), num_draft_tokens=3)
 assert model.generate(prompt, max_new_tokens=12, do_sample=False).equal(expected)
 assert specdec.last_stats(model).num_draft_tokens > 0
 """

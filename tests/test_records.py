@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from specdec.cost import StepTimes
 from specdec.experiments.records import (
     FORMAT,
     KINDS,
@@ -28,7 +29,8 @@ from specdec.experiments.records import (
     read_run,
     repair,
 )
-from specdec.stats import Step
+from specdec.interfaces import Step
+from specdec.stats import Choice
 
 HEADER = Header({"commit": "abc"}, {"sampling": {"temperature": 0}})
 SECONDS = Seconds(0.5, 0.1, 0.2, 0.05, 0.1, 0.2, 0.1, 0.05)
@@ -39,13 +41,14 @@ def record(prompt_id: str = "a", engine: str = SPECULATIVE, **changes: Any) -> R
         "prompt_id": prompt_id, "task": "t", "turn": 0, "repetition": 0, "engine": engine, "seed": 1, "call": 0, "rows": 1,
         "num_prompt_tokens": 3, "prompt_hash": "00", "ids": [5, 6, 7], "tokens": ["x", "\u2028", "é\n"], "num_spec_steps": 1,
         "num_draft_tokens": 2, "num_accepted_draft_tokens": 2, "num_emitted_tokens": 3, "acceptance_histogram": [0, 0, 1],
-        "steps": [Step(2, 2, 3, [0.5, 0.25])], "seconds": SECONDS,
+        "steps": [Step(2, 2, 2, 3, [0.5, 0.25])], "seconds": SECONDS,
     }  # fmt: skip
     return Record(**values | changes)
 
 
+CHOICE = Choice([0, 0, 1], StepTimes([0.0, 0.1], [0.2, 0.3], [0.03, 0.03]), 0.5, 1.5, 1.25, None)
 LINES = [
-    record("b"),
+    record("b", choice=CHOICE),
     record("a", PLAIN),
     Failure("c", "t", 0, 0, SPECULATIVE, "RuntimeError: no"),
     Skipped("d", "t", 1, 0, "too long"),
@@ -61,6 +64,14 @@ def write(path: Path, *lines: Any) -> Path:
         file.write(line)
     file.close()
     return path
+
+
+def test_records_from_before_k_could_change_are_read(tmp_path: Path) -> None:
+    file = write(tmp_path / "records.jsonl", record())
+    file.write_text(file.read_text().replace('"asked": 2, ', "").replace(', "choice": null', ""))
+    assert "asked" not in file.read_text()
+    assert "choice" not in file.read_text()
+    assert read_run(file).records == [record()]
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

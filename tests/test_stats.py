@@ -13,6 +13,7 @@ from torch import Tensor
 from specdec.drafters.none import NoDrafter
 from specdec.interfaces import Drafter, Outcome
 from specdec.models import CachedModel
+from specdec.pace import Constant
 from specdec.sampling import Sampling
 from specdec.sequences import Sequences
 from specdec.speculative import speculate
@@ -84,7 +85,7 @@ def run(seed: int, drafter: Drafter, do_sample: bool = True, stop_ids: Tensor | 
     counter = StatsCounter(3, K)
     log: list[RowStep] = []
     before, finished = sequences.lengths.clone(), sequences.finished.clone()
-    for outcome in speculate(Bigram(seed), drafter, sequences, Sampling(do_sample=do_sample), K):
+    for outcome in speculate(Bigram(seed), drafter, sequences, Sampling(do_sample=do_sample), Constant(K)):
         counter.add(outcome)
         log += [
             RowStep(row, outcome, int(sequences.lengths[row] - before[row]), bool(sequences.finished[row]))
@@ -153,6 +154,7 @@ def test_stats_are_what_the_steps_did(call: tuple) -> None:
             tried = [i for i in range(step.drafted) if step.accepted >= i]
             assert noted.overlap == step.outcome.overlap[row, tried].tolist()
             assert noted.origins() == origins(step)
+            assert noted.asked == int(step.outcome.asked[row])
     assert stats.steps == []
 
 
@@ -187,7 +189,8 @@ def make_outcome(
 ) -> Outcome:
     """Only what is counted; the rest is not looked at."""
     counts = [torch.tensor(values) for values in (emitted, drafted, accepted)]
-    return Outcome(None, None, torch.tensor(live), *counts, torch.tensor(overlap), None, None)  # type: ignore[arg-type]
+    asked = torch.tensor(drafted)
+    return Outcome(None, None, torch.tensor(live), asked, *counts, torch.tensor(overlap), None, None)  # type: ignore[arg-type]
 
 
 def test_an_example_by_hand() -> None:
@@ -244,7 +247,7 @@ def test_a_drafter_that_is_always_right_or_wrong_is_always_or_never_accepted(rig
     counter = StatsCounter(3, K)
     drafter = AlwaysRight(model) if right else AlwaysWrong(model)
     with torch.no_grad():
-        for step in speculate(CachedModel(model), drafter, sequences, Sampling(), K):
+        for step in speculate(CachedModel(model), drafter, sequences, Sampling(), Constant(K)):
             counter.add(step)
     stats = counter.stats()
     assert stats.draft_acceptance_rate == stats.expected_acceptance == right

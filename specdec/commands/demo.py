@@ -15,7 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 import specdec
 from specdec.generate import resolve_drafter
@@ -50,10 +50,10 @@ def run(options: argparse.Namespace) -> int:
         if tokenizer.pad_token_id is not None:
             call["pad_token_id"] = tokenizer.pad_token_id
 
-        engines: dict[str, Callable[[], None]] = {
-            "transformers generate()": lambda: specdec.disable(model),
-            "specdec, plain loop": lambda: _enable(model, "none", options.num_draft_tokens),
-            "specdec, speculative": lambda: _enable(model, drafter, options.num_draft_tokens),
+        engines: dict[str, Callable[[], Any]] = {
+            "transformers generate()": lambda: specdec.enable(model),  # the stock loop; what is known of the pair is kept
+            "specdec, plain loop": lambda: specdec.enable(model, "none"),
+            "specdec, speculative": lambda: specdec.enable(model, drafter, num_draft_tokens=options.num_draft_tokens),
         }
         texts: dict[str, Tensor] = {}
         rates: dict[str, list[float]] = {name: [] for name in engines}
@@ -80,6 +80,7 @@ def run(options: argparse.Namespace) -> int:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": options.device,
         "num_draft_tokens": options.num_draft_tokens,
+        "choice": None if stats.choice is None else str(stats.choice),
         "temperature": options.temperature,
         "prompt": options.prompt,
         "text": tokenizer.decode(speculative, skip_special_tokens=True),
@@ -136,12 +137,10 @@ def show(report: dict[str, Any], pieces: list[str], origins: list[str], console:
         table.add_row(name, f"{rate:.1f}", f"{rate / baseline:.2f}")
     console.print(table)
     console.print(f"speedup: {report['speedup']:.2f}×")
+    if report["choice"]:
+        console.print(report["choice"])
     console.print(f"mean acceptance length: {report['mean_acceptance_length']:.2f} tokens a step")
     rate = report["draft_acceptance_rate"]
     console.print(f"draft acceptance rate: {'nothing was drafted' if rate is None else f'{rate:.1%}'}")
     verdict = {True: "yes", False: "no", None: "not compared, the text is sampled"}[report["identical"]]
     console.print(f"identical: {verdict}", style={True: "bold green", False: "bold red", None: ""}[report["identical"]])
-
-
-def _enable(model: PreTrainedModel, drafter: Any, num_draft_tokens: int) -> None:
-    specdec.enable(model, drafter, num_draft_tokens=num_draft_tokens)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec import planning
+from specdec.pace import LARGEST
 from specdec.planning import GIB, Footprint, Plan, plan, usable_bytes
 
 PARTS = {
@@ -34,7 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft", help="the draft model, likewise; without one, drafting costs no memory")
     parser.add_argument("--context", type=int, help="tokens of a row at the end of a call, its prompt included (4096)")
     parser.add_argument("--batch", type=int, default=1, help="rows of a batch (1)")
-    parser.add_argument("--num-draft-tokens", type=int, default=5, metavar="K", help="ids proposed a step (5)")
+    parser.add_argument(
+        "--num-draft-tokens",
+        type=int,
+        default=LARGEST,
+        metavar="K",
+        help=f"ids proposed a step ({LARGEST}, the most that auto takes)",
+    )
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of what is not in 4 bits"
     )

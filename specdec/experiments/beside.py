@@ -69,7 +69,7 @@ def _plan(config: ExperimentConfig, pair: Pair, longest: int, batch: int) -> pla
         *(planning.footprint(model.config, dtype=model.dtype, device=model.device.type) for model in pair.models),
         context=longest + pair.call["max_new_tokens"],
         batch=batch,
-        num_draft_tokens=config.num_draft_tokens,
+        num_draft_tokens=config.most_draft_tokens,
         prompt=longest,
         sampled=pair.call["do_sample"],
         target_int4=is_4bit(target),
@@ -98,7 +98,7 @@ def _costs(config: ExperimentConfig, pair: Pair, prompts: list[list[int]]) -> Co
     """Steps of every width, 0 … K drafted ids, in interleaved rounds; None where the texts are too short to tell."""
     context = context_of(pair.target)
     room = (context or 2**62) - max(map(len, prompts))
-    steps: dict[int, list[Any]] = {k: [] for k in range(config.num_draft_tokens + 1)}
+    steps: dict[int, list[Any]] = {k: [] for k in range(config.most_draft_tokens + 1)}
     started = time.perf_counter()
     for index in range(COST_ROUNDS):
         if index and time.perf_counter() - started > COST_SECONDS:

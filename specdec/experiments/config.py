@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from specdec.generate import AUTO
 from specdec.loading import DTYPES, load
+from specdec.pace import LARGEST
 from specdec.quant.quantizer import Int4Config
 
 
@@ -88,7 +90,8 @@ class ExperimentConfig:
     """One run.
 
     drafter: a DraftModel or any specdec.Drafter. workload: any specdec.experiments.workloads.Workload.
-    num_draft_tokens: K. batch_size: prompts a generate() call. repetitions: of the whole workload, each with seeds of its own.
+    num_draft_tokens: K, or "auto". batch_size: prompts a generate() call.
+    repetitions: of the whole workload, each with seeds of its own.
     baseline: plain decoding of the same prompts in between, for an honest speedup.
     too_long: "skip" a prompt that does not fit the context, and count it, or end with an "error".
     folder: where records and report go. resume: go on with the records that are there.
@@ -101,7 +104,7 @@ class ExperimentConfig:
     sampling: SamplingConfig
     workload: Any
     folder: Path
-    num_draft_tokens: int = 5
+    num_draft_tokens: int | str = 5
     batch_size: int = 1
     repetitions: int = 1
     seed: int = 0
@@ -110,11 +113,18 @@ class ExperimentConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.num_draft_tokens, str) and self.num_draft_tokens != AUTO:
+            raise ValueError(f"num_draft_tokens={self.num_draft_tokens!r} must be a whole number, 1 or more, or auto")
         for name in ("num_draft_tokens", "batch_size", "repetitions"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) != AUTO and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
         if self.too_long not in ("skip", "error"):
             raise ValueError(f"too_long={self.too_long!r} must be skip or error")
+
+    @property
+    def most_draft_tokens(self) -> int:
+        """The largest K that a step may have."""
+        return self.num_draft_tokens if isinstance(self.num_draft_tokens, int) else LARGEST
 
 
 def _check_dtype(name: str, dtype: str) -> None:

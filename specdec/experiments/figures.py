@@ -321,19 +321,17 @@ def _what_if(run: Run, records: Sequence[Record]) -> list[WhatIf]:
     if not records:
         return []
     drafted_most = max((step.drafted for record in records for step in record.steps), default=0)
-    asked = max((len(record.acceptance_histogram) - 1 for record in records), default=0)
-    last = [step.overlap[-1] for record in records for step in record.steps if len(step.overlap) == drafted_most > 0]
+    last = [step.overlap[-1] for record in records for step in record.steps if len(step.overlap) == step.asked > 0]
     at_bonus = sum(last) / len(last) if last else 0.0
     most = run.header.config["sampling"].get("max_new_tokens")
     texts = [
-        [(acceptance_along(record.steps, asked), record.num_emitted_tokens != most) for record in group]
-        for group in _by_prompt(records)
+        [(acceptance_along(record.steps), record.num_emitted_tokens != most) for record in group] for group in _by_prompt(records)
     ]
-    times = None
+    step_s: list[float] = []
     if run.costs is not None:
         rest = [a + b for a, b in zip(run.costs.verification_s, run.costs.other_s, strict=True)]
         parts = ([seconds / run.costs.rows for seconds in part] for part in (run.costs.draft_s, run.costs.target_s, rest))
-        times = StepTimes(*parts)
+        step_s = StepTimes(*parts).step_s
     prompt_s = sum(record.seconds.prefill_s / record.rows for record in records) / sum(r.num_emitted_tokens for r in records)
 
     result, draws = [], []
@@ -342,10 +340,10 @@ def _what_if(run: Run, records: Sequence[Record]) -> list[WhatIf]:
         drawn = _drawn(sums)
         length, lengths = sums.sum() / sums[:, 0].sum(), drawn.sum(1) / drawn[:, 0]
         guess, draw = WhatIf(k, _estimate(length, lengths)), np.array([])
-        if times is not None and k < len(times.draft_s):
-            draw = speedup(k, lengths, times, prompt_s)
-            step_ms = 1000 * times.step_s(k)
-            guess = replace(guess, step_ms=step_ms, speedup=_estimate(speedup(k, length, times, prompt_s), draw))
+        if k < len(step_s):
+            draw = speedup(k, lengths, step_s, prompt_s)
+            step_ms = 1000 * step_s[k]
+            guess = replace(guess, step_ms=step_ms, speedup=_estimate(speedup(k, length, step_s, prompt_s), draw))
         result.append(guess)
         draws.append(draw)
     timed = [index for index, guess in enumerate(result) if guess.speedup.value]

@@ -15,7 +15,7 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.experiments.config import DraftModel, ExperimentConfig
 from specdec.experiments.records import PLAIN, SPECULATIVE
-from specdec.generate import resolve_drafter
+from specdec.generate import AUTO, resolve_drafter
 from specdec.interfaces import Draft, Drafter, Outcome
 from specdec.loading import load, load_tokenizer
 from specdec.models import context_of
@@ -26,7 +26,7 @@ from specdec.stats import Stats
 WATCHED_TOKENS = 5  # the likeliest at each place
 
 
-@dataclass
+@dataclass(eq=False)
 class Seat:
     """The drafter of the next call. The engines take turns in it, so that the target is enabled, and tried, once.
 
@@ -58,7 +58,10 @@ class Seat:
 
 @dataclass
 class Pair:
-    """The models of a run, and how they are called. engines: a drafter by name, the first one's answers go on conversations."""
+    """The models of a run, and how they are called. engines: a drafter by name, the first one's answers go on conversations.
+
+    plain_call: what the call of the plain engine brings besides, so that a K that is learned is the other engine's alone.
+    """
 
     target: Any
     tokenizer: Any
@@ -66,6 +69,7 @@ class Pair:
     engines: dict[str, Drafter]
     call: dict[str, Any]
     chat_template: bool
+    plain_call: dict[str, Any]
 
     @classmethod
     def load(cls, config: ExperimentConfig, device: str) -> Pair:
@@ -89,7 +93,8 @@ class Pair:
         asked = config.workload.chat_template
         if asked and not has_template:
             raise ValueError(f"workload.chat_template=true, but the tokenizer of {config.target.path} has none")
-        return cls(target, tokenizer, seat, engines, call, has_template if asked is None else asked)
+        plain_call = {"num_assistant_tokens": 1} if config.num_draft_tokens == AUTO else {}
+        return cls(target, tokenizer, seat, engines, call, has_template if asked is None else asked, plain_call)
 
     def too_long(self, ids: list[int]) -> str | None:
         """Why a prompt of these ids has no room for its answer, None where it has."""
@@ -120,6 +125,8 @@ class Pair:
         """One call: -> the ids of each row, its Stats, and the seconds of the whole call. changes: to the call's arguments."""
         batch = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(self.target.device)
         self.seat.drafter = drafter
+        if isinstance(drafter, NoDrafter):
+            changes = self.plain_call | changes
         torch.manual_seed(seed)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="specdec leaves this call to the stock loop")

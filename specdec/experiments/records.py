@@ -20,7 +20,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from specdec.stats import Step
+from specdec.cost import StepTimes
+from specdec.interfaces import Step
+from specdec.stats import Choice
 
 FORMAT = 1
 SPECULATIVE, PLAIN = "speculative", "plain"
@@ -73,8 +75,9 @@ class Record:
 
     engine: "speculative" or "plain". rows: how many shared the call. call: its number, the same for those rows.
     prompt_hash: of the prompt's ids. ids: generated, the stop included. tokens: their texts.
-    steps: drafted, accepted, emitted and overlap of each step, as specdec.Stats counts them.
+    steps: asked, drafted, accepted, emitted and overlap of each step, as specdec.Stats counts them.
     seconds: of the whole call, so a row's share is 1 / rows.
+    choice: how the call chose K, where num_draft_tokens is "auto".
     """
 
     kind: ClassVar[str] = "record"
@@ -97,6 +100,7 @@ class Record:
     acceptance_histogram: list[int]
     steps: list[Step]
     seconds: Seconds
+    choice: Choice | None = None
 
     @property
     def key(self) -> Key:
@@ -336,8 +340,12 @@ def _parsed(path: Path, lines: Iterable[str]) -> Iterator[Line]:
 
 def _built(kind: Any, values: dict[str, Any]) -> Line:
     if kind is Record:
-        values["steps"] = [Step(**step) for step in values["steps"]]
+        asked = {"asked": len(values["acceptance_histogram"]) - 1}  # older records name one K for all steps
+        values["steps"] = [Step(**asked | step) for step in values["steps"]]
         values["seconds"] = Seconds(**values["seconds"])
+        if values.get("choice"):
+            times = StepTimes(**values["choice"]["times"])
+            values["choice"] = Choice(**values["choice"] | {"times": times})
     if kind is Sample:
         values["tokens"] = [SampleToken(**token) for token in values["tokens"]]
     line: Line = kind(**values)

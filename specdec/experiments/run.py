@@ -192,6 +192,7 @@ class Worker:
             acceptance_histogram=row.acceptance_histogram,
             steps=[replace(step, overlap=[round(value, 6) for value in step.overlap]) for step in row.steps],
             seconds=_seconds(stats, seconds, len(ids)),
+            choice=stats.choice,
         )
 
 

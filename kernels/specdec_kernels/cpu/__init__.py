@@ -8,8 +8,8 @@ Every result is the same, bit for bit, at any number of rows and threads, at any
     specdec::attention                                                         see specdec_kernels.attention
     specdec::mean(x [..., K]) -> [..., 1], specdec::cos, specdec::sin          PyTorch's own, which no compiler rewrites
 
-x is float32 or bfloat16, and so are the results; sums are float32. int4_linear rounds its inputs to bfloat16 on a CPU that multiplies
-such (AVX512-BF16), and takes them as they are on others.
+x is float32 or bfloat16, and so are the results; sums are float32. int4_linear rounds its inputs to bfloat16 on a CPU that
+multiplies such (AVX512-BF16), and takes them as they are on others.
 """
 
 from __future__ import annotations

@@ -1,0 +1,244 @@
+"""How many ids each step drafts: always the same number, or the one that is expected to give the most tokens a second.
+
+    tokens a second at K = acceptance length(K) / (T_draft(K) + T_target(K + 1) + rest)
+
+Auto takes the times from a profile (profiling.py) and follows the steps that run; acceptance it tracks for each row. K = 0 is
+plain decoding. There the drafter shows nothing, so it is probed, at growing intervals and for no more than a share of the time
+spent. K depends on the past alone, so sampled text keeps its distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Protocol
+
+from specdec.cost import StepTimes, acceptance_lengths, fastest, speedup
+from specdec.interfaces import Step
+from specdec.stats import Choice
+
+LARGEST = 8  # K; beyond it a step gains little where acceptance is not near 1
+
+PRIOR, PRIOR_WEIGHT = 0.7, 4.0  # acceptance of a drafter that was never seen, as so many observations of it
+KEEP_ROW, KEEP_ALL = 0.95, 0.99  # of what was counted, after each step that drafted: for a row, for all rows and calls
+KEEP_IN_PROBE = 0.7  # of a row's counts: a probe comes after a pause, and should tell
+MARGIN = 1.02  # times are noisy: drafting must promise more than this over plain decoding
+FOLLOW, FOLLOW_BY_ID, FOLLOW_ALL = 0.2, 0.15, 0.05  # how far a step moves the seconds of its own K, of each drafted id, of all K
+SPIKE = 0.25  # a step that differs from its estimate by more moves it by as much as this
+PLAIN_EVERY = 64  # steps that draft, until one does not: the plain step's time stays known
+BUDGET = 0.01  # of the time spent, that probes may lose
+FIRST_PROBE, LAST_PROBE = 8, 128  # plain steps between probes: at first, and where intervals stop growing
+
+
+class Pace(Protocol):
+    """Says how many ids the next step drafts."""
+
+    @property
+    def most(self) -> int:
+        """The largest number that next() may give."""
+
+    def next(self) -> int:
+        """K of the step that begins now."""
+
+    def observe(self, steps: Sequence[Step | None]) -> None:
+        """See what that step did to each row; None for one that had finished."""
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """The same K in every step."""
+
+    most: int
+
+    def next(self) -> int:
+        return self.most
+
+    def observe(self, steps: Sequence[Step | None]) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What steps of a pair cost before a call has run, and how its first drafts fared.
+
+    times: by K = 0 … the largest that Auto may ask for. catch_up_s: the drafter reads one id of each row that it has not seen.
+    chances: acceptance at the positions that were drafted meanwhile. seconds: what the profile took.
+    """
+
+    times: StepTimes
+    catch_up_s: float
+    chances: list[float]
+    seconds: float
+
+
+class _Mean:
+    """A mean of weighted values that forgets."""
+
+    def __init__(self, value: float, weight: float) -> None:
+        self.sum, self.weight = value * weight, weight
+
+    def add(self, total: float, weight: float, keep: float) -> None:
+        self.sum = keep * self.sum + total
+        self.weight = keep * self.weight + weight
+
+    @property
+    def value(self) -> float:
+        return self.sum / self.weight
+
+
+class Experience:
+    """What is known of a drafter with batches of one size, from its profile and all calls since."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.step_s = profile.times.step_s
+        self.least_s = [seconds / 2 for seconds in self.step_s]
+        self.catch_up_s = _Mean(profile.catch_up_s, 128.0)
+        self.acceptance = _Mean(PRIOR, PRIOR_WEIGHT)
+        self.acceptance.add(sum(profile.chances), len(profile.chances), 1.0)
+        self.kept = _Mean(1.0, 10.0)  # accepted ids over expected ones: acceptance comes in stretches, so not all come
+        self.since_plain = 0  # steps that drafted
+        self.since_probe = 0  # plain steps
+        self.interval = FIRST_PROBE
+        self.spent_s = self.lost_s = 0.0  # by all steps; by probes, against the plain steps that they stood in for
+
+    def follow(self, k: int, seconds: float) -> None:
+        """A step of this K took so long.
+
+        What it is off by is laid to all steps a little (a longer text, a busier machine), and to those with a draft mostly by the
+        id: a K that never runs would else be taken for what the profile made of it.
+        """
+        off = min(max(seconds / self.step_s[k] - 1, -SPIKE), SPIKE)
+        moved_s = off * self.step_s[k]
+        for at in range(len(self.step_s)):
+            self.step_s[at] *= 1 + FOLLOW_ALL * off
+            if at == k:
+                self.step_s[at] += FOLLOW * moved_s
+            elif at and k:
+                self.step_s[at] = max(self.step_s[at] + FOLLOW_BY_ID * moved_s * at / k, self.least_s[at])
+
+
+class Auto:
+    """The K that is expected to be fastest, for one call.
+
+    rooms, unread: for each row, how many ids may be drafted before it ends, and how many the drafter has not seen yet.
+    is_new: the experience is this call's profile.
+    """
+
+    def __init__(self, experience: Experience, rooms: Sequence[int], unread: int, is_new: bool = False) -> None:
+        self.known = experience
+        self.rooms = list(rooms)
+        self.unread = unread
+        self.is_new = is_new
+        self.live = list(range(len(self.rooms)))
+        self.rows = [_Mean(0.0, 0.0) for _ in self.rooms]
+        self.steps_by_k = [0] * (self.most + 1)
+        self.is_probe = False
+        self.predicted_s = self.predicted_plain_s = self.spent_s = self.plain_s = 0.0
+
+    @property
+    def most(self) -> int:
+        return len(self.known.step_s) - 1
+
+    def acceptance(self, row: int) -> float:
+        """What the row showed, leaning on what all of them showed."""
+        seen = self.rows[row]
+        return (PRIOR_WEIGHT * self.known.acceptance.value + seen.sum) / (PRIOR_WEIGHT + seen.weight)
+
+    def next(self) -> int:
+        known = self.known
+        self.expected = acceptance_lengths([(self.acceptance(row), self.rooms[row]) for row in self.live], self.most)
+        kept = min(max(known.kept.value, 1 - SPIKE), 1 + SPIKE)
+        self.lengths = [1 + (length - 1) * kept for length in self.expected]
+        k = self._fastest(self.lengths)
+        self.is_probe = k == 0 and self._may_probe()
+        if self.is_probe:
+            k = 1
+        elif k and known.since_plain >= PLAIN_EVERY:
+            k = 0
+        self.k = k
+        self.started = perf_counter()
+        return k
+
+    def observe(self, steps: Sequence[Step | None]) -> None:
+        seconds = perf_counter() - self.started
+        known, k = self.known, self.k
+        emitted = tried = count = 0
+        accepted = 0.0
+        for row in self.live:
+            step = steps[row]
+            if step is None:
+                continue
+            count += 1
+            self.rooms[row] -= step.emitted
+            emitted += step.emitted
+            if k:
+                chances = [chance for chance in step.chances() if chance is not None]
+                total = sum(chances)
+                self.rows[row].add(total, len(chances), KEEP_IN_PROBE if self.is_probe else KEEP_ROW)
+                tried += len(chances)
+                accepted += total
+        self.live = [row for row in self.live if steps[row] is not None and self.rooms[row] >= 0]
+        plain_s = known.step_s[0]
+        tokens = emitted / count
+
+        self.steps_by_k[k] += 1
+        self.predicted_s += known.step_s[k] + (self.unread * known.catch_up_s.value if k else 0)
+        self.predicted_plain_s += self.lengths[k] * plain_s
+        self.spent_s += seconds
+        self.plain_s += tokens * plain_s
+        known.spent_s += seconds
+
+        if k == 0:
+            known.since_plain = 0
+            known.since_probe += 1
+            self.unread += 1
+            known.follow(0, seconds)
+            return
+        known.acceptance.add(accepted, tried, KEEP_ALL)
+        known.kept.add(tokens - 1, self.expected[k] - 1, KEEP_ALL)
+        if self.unread:
+            known.catch_up_s.add(max(seconds - known.step_s[k], 0.0), self.unread, 0.9)
+            self.unread = 0
+        else:
+            known.follow(k, seconds)
+        known.since_probe = 0
+        if self.is_probe:
+            known.lost_s = max(known.lost_s + seconds - tokens * plain_s, 0.0)
+            shown = accepted / tried if tried else 0.0
+            known.interval = 1 if self._fastest(self._lengths_at(shown)) else min(2 * known.interval, LAST_PROBE)
+        else:
+            known.since_plain += 1
+            known.interval = FIRST_PROBE
+
+    def choice(self) -> Choice:
+        """What was decided, for the statistics."""
+        rows = [self.acceptance(row) for row in self.live or range(len(self.rooms))]
+        return Choice(
+            steps_by_k=list(self.steps_by_k),
+            times=self.known.profile.times,
+            acceptance=sum(rows) / len(rows),
+            predicted_speedup=self.predicted_plain_s / self.predicted_s if self.predicted_s else None,
+            measured_speedup=self.plain_s / self.spent_s if self.spent_s else None,
+            profile_s=self.known.profile.seconds if self.is_new else None,
+        )
+
+    def _lengths_at(self, acceptance: float) -> list[float]:
+        return acceptance_lengths([(acceptance, self.rooms[row]) for row in self.live], self.most) if self.live else [1.0]
+
+    def _fastest(self, lengths: Sequence[float]) -> int:
+        """The best K for these acceptance lengths; 0 where it does not clearly pay, the ids that the drafter lacks included."""
+        known = self.known
+        k = fastest(lengths, known.step_s)
+        if k == 0 or speedup(k, lengths[k], known.step_s) < MARGIN:
+            return 0
+        saved_s = max(self.rooms[row] for row in self.live) * (known.step_s[0] - known.step_s[k] / lengths[k])
+        return k if saved_s >= self.unread * known.catch_up_s.value else 0
+
+    def _may_probe(self) -> bool:
+        known = self.known
+        if known.since_probe < known.interval:
+            return False
+        loss_s = known.step_s[1] - known.step_s[0] + self.unread * known.catch_up_s.value
+        return known.lost_s + loss_s <= BUDGET * known.spent_s and self._fastest(self._lengths_at(1.0)) > 0

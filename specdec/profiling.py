@@ -1,0 +1,97 @@
+"""What a step of this target and this drafter costs with this batch, by K, before the first call that wants to know."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from specdec.clock import Clock, StepTiming
+from specdec.cost import StepTimes, interpolated
+from specdec.interfaces import Drafter
+from specdec.pace import Profile
+from specdec.sampling import Sampling
+from specdec.sequences import Sequences
+from specdec.speculative import Target, step
+
+DRAFTED = (1, 2, 3, 5, 8)  # forwards of the target at widths 2, 3, 4, 6, 9; the plain step's is 1
+COLUMNS = 128  # of the prompts
+ROUNDS = 5
+SECONDS = 1.5  # no further round begins after so many, the first runs apart, in which models may compile
+ROOM = (ROUNDS + 2) * (sum(DRAFTED) + len(DRAFTED) + 1) + 2  # ids that all steps emit at most
+
+
+def profile(target: Target, drafter: Drafter, asked: Sequences, sampling: Sampling, most: int) -> Profile:
+    """Time steps with 0 … most drafted ids, behind the last columns of the prompts of `asked`, a call that has not begun.
+
+    What is written is thrown away, and both models must begin again. Seeds are untouched. Of the call's processors those take
+    part that look at the scores alone.
+    """
+    started = time.perf_counter()
+    device, context = asked.device, asked.context
+    columns = min(COLUMNS, asked.prompt.shape[1])
+    max_length = columns + ROOM
+    if context is not None:
+        columns = min(columns, max(context // 2, 1))
+        max_length = max(min(max_length, context), columns + 1)
+    prompt, lengths = asked.prompt[:, -columns:], asked.lengths.clamp(max=columns)
+    sequences = Sequences(prompt, lengths, max_length=max_length, context=context, num_draft_tokens=most)
+    sampling = Sampling([p for p in sampling.processors if not p.needs_prefix], do_sample=sampling.do_sample)
+    chances: list[float] = []
+    timed: dict[int, list[StepTiming]] = {}
+
+    def run(k: int, is_timed: bool = True) -> StepTiming:
+        clock = Clock(device)
+        outcome = step(target, drafter, sequences, sampling, k, clock.lap)
+        for row in outcome.steps:
+            chances.extend(chance for chance in (row.chances() if row and k else ()) if chance is not None)
+        clock.lap("other")
+        (timing,) = clock.timing().steps
+        if is_timed:
+            timed.setdefault(k, []).append(timing)
+        return timing
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        target.begin(len(prompt), int(sequences.end.max()))
+        drafter.begin(sequences, sampling)
+        target.prefill(sequences.ids, sequences.lengths - 1)
+        drafted = sorted({*(k for k in DRAFTED if k < most), most})
+        for k in (0, most):  # a first run warms up, and may compile
+            run(k, is_timed=False)
+            run(k)
+        slowest_s = _seconds(timed[most][0])
+        if 2 * slowest_s * len(drafted) < SECONDS:
+            for k in drafted[:-1]:
+                run(k, is_timed=False)
+        else:
+            drafted = [most]
+        box = time.perf_counter() + SECONDS
+        for _ in range(ROUNDS):
+            for k in (*drafted, 0):
+                if time.perf_counter() < box and _has_room(sequences, most):
+                    run(k)
+        drafter.begin(sequences, sampling)
+        unread = int(sequences.lengths.max())
+        reading_s = run(1, is_timed=False).draft_s
+
+    def median(part: str) -> list[float]:
+        return interpolated({k: statistics.median(getattr(timing, part) for timing in timings) for k, timings in timed.items()})
+
+    verification_s, other_s = median("verification_s"), median("other_s")
+    times = StepTimes(
+        draft_s=[0.0, *median("draft_s")[1:]],
+        target_s=median("target_s"),
+        rest_s=[a + b for a, b in zip(verification_s, other_s, strict=True)],
+    )
+    catch_up_s = max(reading_s - times.draft_s[1], 0.0) / unread
+    return Profile(times, catch_up_s, chances, time.perf_counter() - started)
+
+
+def _seconds(timing: StepTiming) -> float:
+    return timing.draft_s + timing.target_s + timing.verification_s + timing.other_s
+
+
+def _has_room(sequences: Sequences, most: int) -> bool:
+    """Whether each row can draft as many ids as are asked for."""
+    return bool((sequences.limit(most) == most).all())

@@ -1,0 +1,389 @@
+"""K chooses itself: what is asked for in worlds whose times and chances are known, what that costs, and what is remembered."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+import weakref
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+import specdec
+from specdec import generate, pace, profiling
+from specdec.cost import StepTimes, acceptance_lengths, fastest
+from specdec.drafters.model import ModelDrafter
+from specdec.interfaces import Step
+from specdec.models import CachedModel
+from specdec.pace import BUDGET, LARGEST, LAST_PROBE, PLAIN_EVERY, Auto, Constant, Experience
+from specdec.profiling import DRAFTED, profile
+from specdec.sampling import Processor, Sampling
+from specdec.sequences import Sequences
+from specdec.stats import Choice
+from tests.drafters import AlwaysRight, Empty, Random
+from tests.families import FAMILIES, VOCAB_SIZE, family, make_model, prompts
+from tests.pacing import World, jumpy, profile_of
+from tests.plain import drafter, target
+
+CHEAP = [1.0 + 0.15 * k for k in range(LARGEST + 1)]  # seconds of a step by K
+DEAR = [1.0 + 1.1 * k for k in range(LARGEST + 1)]  # a draft id costs more than a plain step
+
+
+def always(chance: float) -> Any:
+    return lambda position: chance
+
+
+def test_a_constant_is_the_same_in_every_step() -> None:
+    assert [Constant(3).next() for _ in range(4)] == [3] * 4
+
+
+@pytest.mark.parametrize("chance", [0.3, 0.6, 0.8, 0.95])
+@pytest.mark.parametrize("dear", [0.05, 0.15, 0.4])
+def test_it_is_as_fast_as_the_best_constant_k(chance: float, dear: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    step_s = [1.0 + dear * k for k in range(LARGEST + 1)]
+    world = World(monkeypatch, step_s)
+    world.call(Experience(profile_of(step_s)), [always(chance)], 5000)
+    rate = 5000 / world.time
+    lengths = acceptance_lengths([(chance, 9)], LARGEST)
+    best = fastest(lengths, step_s)
+    assert rate > 0.97 * lengths[best] / step_s[best]
+
+
+def test_times_are_followed_where_the_profile_was_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The profile promised that drafts are dear; they are cheap, and the other way round."""
+    cheap = Experience(profile_of([1.0 + 0.3 * k for k in range(LARGEST + 1)]))
+    world = World(monkeypatch, DEAR)
+    world.call(cheap, [always(0.5)], 1000)
+    assert world.asked[-200:].count(0) > 150
+    assert world.time < 1.05 * 1000
+    dear = Experience(profile_of([1.0 + 0.4 * k for k in range(LARGEST + 1)]))
+    world = World(monkeypatch, CHEAP)
+    world.call(dear, [always(0.9)], 1000)
+    assert sum(world.asked[-50:]) / 50 > 3
+
+
+def test_one_slow_step_changes_little_and_a_lasting_change_is_seen() -> None:
+    known = Experience(profile_of(CHEAP))
+    before = list(known.step_s)
+    known.follow(2, 50.0)
+    assert all(1 <= now / then < 1.1 for now, then in zip(known.step_s, before, strict=True))
+    for _ in range(60):
+        known.follow(2, 3.0)
+    assert known.step_s[2] == pytest.approx(3.0, rel=0.02)
+
+
+def test_a_drafter_that_is_always_wrong_is_switched_off_and_probed_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, CHEAP, catch_up_s=0.002)
+    known = Experience(profile_of(CHEAP, catch_up_s=0.002))
+    world.call(known, [always(0.0)], 20_000, prompt=50)
+    probes = [at for at, k in enumerate(world.asked) if k and at > 20]
+    gaps = [right - left for left, right in pairwise(probes)]
+    assert len(probes) > 5
+    assert all(right >= 1.9 * left or left >= LAST_PROBE for left, right in pairwise(gaps))
+    lost = sum(spent - 1.0 for spent, k in zip(world.seconds[21:], world.asked[21:], strict=True) if k)
+    assert lost <= BUDGET * world.time
+    assert world.time < 1.01 * 20_000
+
+
+def test_probes_keep_to_their_budget_where_each_is_dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drafter has to read all that was written meanwhile, which costs more the longer it waited."""
+    world = World(monkeypatch, CHEAP, catch_up_s=0.5)
+    known = Experience(profile_of(CHEAP, catch_up_s=0.5))
+    world.call(known, [always(0.0)], 4000, prompt=20)
+    probes = [at for at, k in enumerate(world.asked) if k and at > 20]
+    lost = sum(spent - 1.0 for spent, k in zip(world.seconds[21:], world.asked[21:], strict=True) if k)
+    assert lost <= BUDGET * world.time
+    assert len(probes) <= 1
+
+
+def test_many_short_calls_share_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, CHEAP, catch_up_s=0.02)
+    known = Experience(profile_of(CHEAP, catch_up_s=0.02))
+    for _ in range(200):
+        world.call(known, [always(0.0)], 20, prompt=30)
+    assert 200 * 20 < world.time < 1.015 * 200 * 20
+
+
+def test_a_drafter_that_could_not_pay_were_it_always_right_is_never_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, DEAR)
+    world.call(Experience(profile_of(DEAR)), [always(1.0)], 3000)
+    assert set(world.asked) == {0}
+
+
+def test_drafts_that_become_good_are_taken_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, CHEAP, catch_up_s=0.001)
+    known = Experience(profile_of(CHEAP, catch_up_s=0.001))
+    world.call(known, [always(0.0)], 800)
+    there = len(world.asked)
+    assert world.asked[-50:].count(0) >= 48
+    world.call(known, [always(0.95)], 4000)
+    first = next(at for at, k in enumerate(world.asked[there:]) if k > 2)
+    assert first < 600
+    later = world.asked[there + first + 50 :]
+    assert sum(k > 2 for k in later) > 0.9 * len(later)
+
+
+def test_a_bad_stretch_in_a_text_is_not_drafted(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, [1.0 + 0.3 * k for k in range(LARGEST + 1)])
+    known = Experience(profile_of(world.step_s))
+    world.call(known, [lambda position: 0.95 if position % 1000 < 500 else 0.02], 10_000)
+    best = 5000 * 1.0 + 5000 / max(length / s for length, s in zip(acceptance_lengths([(0.95, 9)], 8), world.step_s, strict=True))
+    assert world.time < 1.12 * best
+
+
+def test_acceptance_is_known_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    step_s = [1.0 + 0.3 * k for k in range(LARGEST + 1)]
+    world = World(monkeypatch, step_s)
+    known = Experience(profile_of(step_s))
+    auto = Auto(known, [1000, 1000], 0)
+
+    def one_step(both: bool) -> int:
+        k = auto.next()
+        world.time += step_s[k]
+        auto.observe([Step(k, k, k, k + 1, [1.0] * k) if both else None, Step(k, k, 0, 1, [0.0] * min(k, 1))])
+        return k
+
+    together = [one_step(both=True) for _ in range(30)]
+    assert auto.acceptance(0) > 0.85
+    assert auto.acceptance(1) < 0.25
+    assert together[-1] > 0
+    one_step(both=False)  # the good row has ended
+    assert one_step(both=False) == 0
+    auto = Auto(known, [1000, 1000], 0)
+    assert auto.acceptance(0) == auto.acceptance(1), "another call's rows are not these"
+
+
+def test_what_was_asked_for_and_not_offered_counts_as_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, CHEAP)
+    auto = Auto(Experience(profile_of(CHEAP)), [1000], 0)
+    for _ in range(12):
+        k = auto.next()
+        world.time += CHEAP[k]
+        auto.observe([Step(k, 0, 0, 1, [])])
+    assert auto.acceptance(0) < 0.2
+    assert k == 0
+
+
+def test_no_more_is_asked_for_than_a_row_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, CHEAP)
+    world.call(Experience(profile_of(CHEAP)), [always(1.0)], 12)
+    left = 12
+    for k in world.asked:
+        assert k <= left - 1
+        left -= k + 1
+    assert left == 0
+
+
+def test_a_plain_step_now_and_then_keeps_its_time_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, CHEAP)
+    auto = world.call(Experience(profile_of(CHEAP)), [always(0.9)], 5000)
+    assert world.asked.count(0) == len(world.asked) // (PLAIN_EVERY + 1)
+    choice = auto.choice()
+    assert choice.steps_by_k[0] == world.asked.count(0)
+    assert sum(choice.steps_by_k) == len(world.asked)
+    assert choice.predicted_speedup == pytest.approx(5000 / world.time, rel=0.03)
+    assert choice.measured_speedup == pytest.approx(5000 / world.time, rel=0.01)
+    assert choice.profile_s is None
+
+
+def test_reading_a_long_prompt_for_a_short_text_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Experience(profile_of(CHEAP, catch_up_s=0.1))
+    world = World(monkeypatch, CHEAP, catch_up_s=0.1)
+    world.call(known, [always(0.9)], 10, prompt=1000)
+    assert set(world.asked) == {0}
+    world.call(known, [always(0.9)], 2000, prompt=1000)
+    assert max(world.asked) > 0
+
+
+def test_the_line_of_a_choice() -> None:
+    times = StepTimes([0.0], [1.0], [0.0])
+    assert str(Choice([2, 0, 0, 84, 14], times, 0.8, 1.84, 1.789, None)) == (
+        "K=3 in 84 % of steps, 4 in 14 %, 0 in 2 %; predicted 1.84×, measured 1.79×"
+    )
+    assert str(Choice([0, 0], times, 0.7, None, None, None)) == "no step"
+
+
+class Counting:
+    """profile() with a count of its runs."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def __call__(self, target: Any, drafter: Any, asked: Sequences, *args: Any) -> pace.Profile:
+        self.rows.append(asked.batch_size)
+        return profile(target, drafter, asked, *args)
+
+
+def test_a_profile_is_made_once_for_each_kind_of_batch_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    counting = Counting()
+    monkeypatch.setattr(generate, "profile", counting)
+    model, draft = copy.deepcopy(family("llama")), copy.deepcopy(family("llama"))
+    specdec.enable(model, draft)
+
+    def made(batch_size: int, **call: Any) -> bool:
+        before = len(counting.rows)
+        model.generate(**prompts(batch_size), max_new_tokens=6, **call)
+        is_new = len(counting.rows) > before
+        choice = specdec.last_stats(model).choice
+        assert (choice.profile_s is not None) == is_new
+        return is_new
+
+    assert [made(rows) for rows in (1, 1, 4, 1, 4)] == [True, False, True, False, False]
+    assert counting.rows == [1, 4]
+    assert made(1, do_sample=True)
+    assert not made(1, do_sample=True)
+    specdec.enable(model, "none")
+    model.generate(**prompts(1), max_new_tokens=6)
+    assert specdec.last_stats(model).choice is None, "there is nothing to choose"
+    specdec.enable(model)
+    assert not made(1, assistant_model=draft), "the pair is known from before"
+    assert made(1, assistant_model=copy.deepcopy(draft))
+    specdec.disable(model)
+    assert made_anew(model, draft, counting)
+
+
+def made_anew(model: Any, draft: Any, counting: Counting) -> bool:
+    before = len(counting.rows)
+    specdec.enable(model, draft).generate(**prompts(1), max_new_tokens=6)
+    return len(counting.rows) > before
+
+
+def test_what_is_known_of_a_pair_does_not_keep_its_draft_model() -> None:
+    model, draft = copy.deepcopy(family("llama")), copy.deepcopy(family("llama"))
+    specdec.enable(model)
+    model.generate(**prompts(1), max_new_tokens=6, assistant_model=draft)
+    gone = weakref.ref(draft)
+    del draft
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_drafter_that_cannot_be_hashed_is_known_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unhashable(Random):
+        __hash__ = None  # type: ignore[assignment]
+
+    counting = Counting()
+    monkeypatch.setattr(generate, "profile", counting)
+    model = specdec.enable(copy.deepcopy(family("llama")), Unhashable(1))
+    for _ in range(2):
+        model.generate(**prompts(1), max_new_tokens=6)
+    assert counting.rows == [1]
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_profile_leaves_seeds_and_texts_alone(do_sample: bool) -> None:
+    model, draft = family("llama"), make_model("llama", 1, **FAMILIES["llama"])
+    batch = prompts(4)
+    sequences = Sequences(batch["input_ids"], batch["attention_mask"].sum(1), max_length=40, num_draft_tokens=LARGEST)
+    ids, lengths = sequences.ids.clone(), sequences.lengths.clone()
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        found = profile(CachedModel(model), ModelDrafter(draft, VOCAB_SIZE), sequences, Sampling(do_sample=do_sample), LARGEST)
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(ids, sequences.ids)
+    assert torch.equal(lengths, sequences.lengths)
+    for part in (found.times.draft_s, found.times.target_s, found.times.rest_s):
+        assert len(part) == LARGEST + 1
+    assert found.times.draft_s[0] == 0
+    assert min(found.times.step_s) > 0
+    assert found.chances
+    assert all(0 <= chance <= 1.000001 for chance in found.chances)
+
+
+class Watched:
+    """A target of one vocabulary row for each id, and the widths that it was run at."""
+
+    vocab_size = VOCAB_SIZE
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.widths: list[int] = []
+        self.seconds = seconds
+
+    def begin(self, batch_size: int, max_slots: int) -> None:
+        self.max_slots = max_slots
+
+    def prefill(self, ids: torch.Tensor, last: torch.Tensor) -> None:
+        pass
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        assert int(positions.max()) < self.max_slots
+        self.widths.append(ids.shape[1])
+        time.sleep(self.seconds)
+        return torch.zeros(*ids.shape, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("context", "prompt", "most"), [(None, 300, 8), (64, 40, 8), (9, 5, 8), (6, 5, 5), (2, 1, 1), (None, 4, 3)]
+)
+def test_a_profile_runs_the_widths_that_fit(context: int | None, prompt: int, most: int) -> None:
+    target = Watched()
+    asked = Sequences(torch.ones(2, prompt, dtype=torch.int64), torch.tensor([prompt, 1]), max_length=prompt + 1, context=context)
+    found = profile(target, Random(0), asked, Sampling(), most)
+    assert len(found.times.target_s) == most + 1
+    assert target.max_slots <= (context or 1000)
+    if context is None:
+        assert set(target.widths) == {1, most + 1, *(k + 1 for k in DRAFTED if k < most)}
+
+
+def test_a_slow_pair_is_not_profiled_at_every_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "SECONDS", 0.0)
+    target = Watched()
+    asked = Sequences(torch.ones(1, 5, dtype=torch.int64), torch.tensor([5]), max_length=9)
+    found = profile(target, Random(0), asked, Sampling(), LARGEST)
+    assert sorted(target.widths) == [1, 1, 2, 9, 9], "a warm-up and one run of the least and the largest, and reading the prompt"
+    first, *_, last = found.times.target_s
+    assert found.times.target_s[4] == pytest.approx((first + last) / 2)
+
+
+def test_a_profile_asks_no_processor_that_reads_the_text() -> None:
+    def refuse(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise AssertionError
+
+    seen: list[int] = []
+
+    def alone(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(len(scores))
+        return scores
+
+    asked = Sequences(torch.ones(1, 5, dtype=torch.int64), torch.tensor([5]), max_length=9)
+    profile(Watched(), Random(0), asked, Sampling([Processor(refuse), Processor(alone, needs_prefix=False)]), LARGEST)
+    assert seen
+
+
+@pytest.mark.parametrize("kind", ["right", "model"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("seed", range(4))
+def test_greedy_text_is_plain_however_k_jumps(seed: int, batch_size: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = target()
+    specdec.disable(model)
+    call = {**prompts(batch_size), "max_new_tokens": 50, "do_sample": False}
+    want = model.generate(**call)
+    jumpy(monkeypatch, seed)
+    draft = {"right": AlwaysRight(model), "model": drafter()}[kind]
+    specdec.enable(model, draft)
+    try:
+        got = model.generate(**call)
+        stats = specdec.last_stats(model)
+    finally:
+        specdec.disable(model)
+    assert got.tolist() == want.tolist()
+    asked = [k for k, count in enumerate(stats.choice.steps_by_k) if count]
+    assert 0 in asked
+    assert len(asked) > 2
+    assert max(asked) <= LARGEST == len(stats.acceptance_histogram) - 1
+    assert sum(stats.choice.steps_by_k) == stats.num_target_forwards
+    assert sum(stats.acceptance_histogram) == stats.num_spec_steps
+
+
+def test_a_draft_may_be_wider_than_what_was_asked_for_as_long_as_it_offers_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    jumpy(monkeypatch, 0)
+    model = family("llama")
+    want = model.generate(**prompts(2), max_new_tokens=20)
+    specdec.enable(model, Empty(width=LARGEST))
+    try:
+        assert model.generate(**prompts(2), max_new_tokens=20).tolist() == want.tolist()
+    finally:
+        specdec.disable(model)
