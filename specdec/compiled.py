@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from filelock import FileLock
 from specdec_kernels import cpu
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
@@ -129,7 +130,9 @@ def _build(parts: Sequence[Part]) -> list[str]:
     """Compile what is missing on disk: -> what failed, and why. Compilers fail in their own ways; the models run without."""
     if cpu.load() and not any(map(_is_missing, parts)):
         return [f"the {part.name} cannot be compiled: {reason}" for part in parts if (reason := _why_not(part.runner))]
-    with tqdm(total=1 + 2 * len(parts), desc="compiling the kernels for this CPU", bar_format=BAR) as bar:
+    cpu.cache_folder().mkdir(parents=True, exist_ok=True)
+    lock = FileLock(cpu.cache_folder() / ".lock")  # of several processes one compiles, the others find it done
+    with tqdm(total=1 + 2 * len(parts), desc="compiling the kernels for this CPU", bar_format=BAR) as bar, lock:
         try:
             cpu.build()
         except Exception as error:
@@ -159,7 +162,6 @@ def _is_missing(part: Part) -> bool:
 def _compile(part: Part, package: Path, advance: Callable[[], Any]) -> None:
     program, shapes = _trace(part)
     advance()
-    package.parent.mkdir(parents=True, exist_ok=True)
     settings = SETTINGS | {"emulate_precision_casts": part.exact, "aot_inductor.metadata": {SHAPES: json.dumps(shapes)}}
     unfinished = package.with_suffix(f".{os.getpid()}.pt2")
     try:
