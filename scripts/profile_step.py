@@ -1,4 +1,4 @@
-"""Where the time of specdec's step goes, in a pair's modules and operators: what there is to remove.
+"""Where the time of specdec's eager step goes, in a pair's modules and operators: what there is to remove.
 
     python scripts/profile_step.py --pair embedded --threads 1
     python scripts/profile_step.py --pair 200m --output benchmarks/results/profile_step-200m.json
@@ -99,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prompts = [ids[: args.prompt_tokens] for ids in every if len(ids) >= args.prompt_tokens][: args.prompts]
     tasks = [Task(prompts[at : at + args.batch], args.new_tokens) for at in range(0, len(prompts), args.batch)]
     engine = specdec_draft(target, args.threads, draft, args.num_draft_tokens)
+    engine.compiled = False  # else there is no module to put a clock around
     report = {"script": "profile_step", "pair": pair.name, "provenance": origin, "num_draft_tokens": args.num_draft_tokens}
     report |= {"batch": args.batch, "dtype": args.dtype, **measure(engine, tasks, target, draft, console)}
     show(report)

@@ -60,7 +60,7 @@ class Engine(Protocol):
 
     runtime: str
     name: str
-    num_draft_tokens: int | None
+    num_draft_tokens: int | str | None
 
     def ready(self) -> AbstractContextManager[None]:
         """Set up, untimed."""
@@ -81,7 +81,7 @@ class Stock:
     target: PreTrainedModel
     threads: int
     draft: PreTrainedModel | None = None
-    num_draft_tokens: int | None = None
+    num_draft_tokens: int | str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     @contextmanager
@@ -139,21 +139,26 @@ def stock_lookup(runtime: str, target: PreTrainedModel, threads: int, k: int) ->
 
 @dataclass
 class Specdec(Stock):
-    """Ours, on a 4-bit target; drafter: a model, "prompt_lookup" or "none"."""
+    """Ours, on a 4-bit target, compiled on a CPU; drafter: a model, "prompt_lookup" or "none"."""
 
     drafter: PreTrainedModel | str = "none"
+    compiled: bool = True
 
     @contextmanager
     def ready(self) -> Any:
         with super().ready():
-            specdec.enable(self.target, self.drafter, num_draft_tokens=self.num_draft_tokens or 1)
+            self.enable()
             try:
                 yield
             finally:
                 specdec.disable(self.target)
 
+    def enable(self, timing: bool = False) -> None:
+        k = self.num_draft_tokens or 1
+        specdec.enable(self.target, self.drafter, num_draft_tokens=k, compile=self.compiled, timing=timing)
+
     def steps(self, task: Task) -> Steps:
-        specdec.enable(self.target, self.drafter, num_draft_tokens=self.num_draft_tokens or 1, timing=True)
+        self.enable(timing=True)
         answer = self.generate(task)
         stats = specdec.last_stats(self.target)
         assert stats is not None
@@ -169,7 +174,9 @@ def specdec_plain(target: PreTrainedModel, threads: int) -> Specdec:
     return Specdec("specdec", "plain", target, threads)
 
 
-def specdec_draft(target: PreTrainedModel, threads: int, draft: PreTrainedModel, k: int, name: str = "draft model") -> Specdec:
+def specdec_draft(
+    target: PreTrainedModel, threads: int, draft: PreTrainedModel, k: int | str, name: str = "draft model"
+) -> Specdec:
     return Specdec("specdec", name, target, threads, None, k, drafter=draft)
 
 
