@@ -133,9 +133,12 @@ def test_a_k_that_chose_itself_is_told_from_all_calls() -> None:
     first = Choice([1, 0, 3, 0, 0, 0, 0, 0, 0], times, 0.8, 2.0, 1.9, 1.25)
     second = Choice([0, 0, 0, 12, 0, 0, 0, 0, 0], times, 0.4, 1.0, 1.1, None)
     run.header.config["num_draft_tokens"] = "auto"
-    calls = sorted(record.call for record in run.of(SPECULATIVE))
+    one, other, same, none = (record.call for record in run.of(SPECULATIVE))
+    choices = {one: first, other: second, same: first, none: None}
     run.records = [
-        record if record.engine == PLAIN else replace(record, choice={calls[0]: first, calls[1]: second}.get(record.call))
+        record
+        if record.engine == PLAIN
+        else replace(record, choice=choices[record.call], call=one if record.call == same else record.call)  # two rows of a call
         for record in run.records
     ]
     line = "K chose itself: K=3 in 75 % of steps, 2 in 19 %, 0 in 6 %; predicted 1.25×, measured 1.30×, both against plain steps."
