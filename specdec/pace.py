@@ -21,11 +21,12 @@ from specdec.stats import Choice
 LARGEST = 8  # K; beyond it a step gains little where acceptance is not near 1
 
 PRIOR, PRIOR_WEIGHT = 0.7, 4.0  # acceptance of a drafter that was never seen, as so many observations of it
-KEEP_ROW, KEEP_ALL = 0.95, 0.99  # of what was counted, after each step that drafted: for a row, for all rows and calls
+KEEP_ROW, KEEP_ALL = 0.9, 0.99  # of what was counted, after each step that drafted: for a row, for all rows and calls
 KEEP_IN_PROBE = 0.7  # of a row's counts: a probe comes after a pause, and should tell
 MARGIN = 1.02  # times are noisy: drafting must promise more than this over plain decoding
-FOLLOW, FOLLOW_BY_ID, FOLLOW_ALL = 0.2, 0.15, 0.05  # how far a step moves the seconds of its own K, of each drafted id, of all K
+FOLLOW, FOLLOW_BY_ID, FOLLOW_ALL = 0.2, 0.75, 0.3  # how far a step moves its K against the others, these with it, all K
 SPIKE = 0.25  # a step that differs from its estimate by more moves it by as much as this
+SHORT_GAP = 2  # ids that a drafter has not read: more are timed as such
 PLAIN_EVERY = 64  # steps that draft, until one does not: the plain step's time stays known
 BUDGET = 0.01  # of the time spent, that probes may lose
 FIRST_PROBE, LAST_PROBE = 8, 128  # plain steps between probes: at first, and where intervals stop growing
@@ -92,8 +93,10 @@ class Experience:
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
-        self.step_s = profile.times.step_s
-        self.least_s = [seconds / 2 for seconds in self.step_s]
+        plain_s = profile.times.step_s[0]
+        self.step_s = [max(seconds, plain_s) for seconds in profile.times.step_s]  # by K, as they compare to each other
+        self.slow = 1.0  # how much longer they take now
+        self.last: int | None = None  # K of the step before, where it tells
         self.catch_up_s = _Mean(profile.catch_up_s, 128.0)
         self.acceptance = _Mean(PRIOR, PRIOR_WEIGHT)
         self.acceptance.add(sum(profile.chances), len(profile.chances), 1.0)
@@ -103,20 +106,26 @@ class Experience:
         self.interval = FIRST_PROBE
         self.spent_s = self.lost_s = 0.0  # by all steps; by probes, against the plain steps that they stood in for
 
+    @property
+    def plain_s(self) -> float:
+        """Of a step without a draft, now."""
+        return self.step_s[0] * self.slow
+
     def follow(self, k: int, seconds: float) -> None:
         """A step of this K took so long.
 
-        What it is off by is laid to all steps a little (a longer text, a busier machine), and to those with a draft mostly by the
-        id: a K that never runs would else be taken for what the profile made of it.
+        A machine's mood meets all K alike, so it changes nothing but `slow`. How the K compare is learned where one follows
+        another: the step's surprise is laid to the one that drafts, and by the id, for the most part, to the others that do.
         """
-        off = min(max(seconds / self.step_s[k] - 1, -SPIKE), SPIKE)
-        moved_s = off * self.step_s[k]
-        for at in range(len(self.step_s)):
-            self.step_s[at] *= 1 + FOLLOW_ALL * off
-            if at == k:
-                self.step_s[at] += FOLLOW * moved_s
-            elif at and k:
-                self.step_s[at] = max(self.step_s[at] + FOLLOW_BY_ID * moved_s * at / k, self.least_s[at])
+        off = min(max(seconds / (self.step_s[k] * self.slow) - 1, -SPIKE), SPIKE)
+        self.slow *= 1 + FOLLOW_ALL * off
+        if self.last not in (None, k):
+            drafted = k or self.last or 0
+            moved_s = FOLLOW * (off if k else -off) * self.step_s[drafted]
+            for at in range(1, len(self.step_s)):
+                share = 1.0 if at == drafted else FOLLOW_BY_ID * at / drafted
+                self.step_s[at] = max(self.step_s[at] + share * moved_s, self.step_s[0])
+        self.last = k
 
 
 class Auto:
@@ -128,6 +137,7 @@ class Auto:
 
     def __init__(self, experience: Experience, rooms: Sequence[int], unread: int, is_new: bool = False) -> None:
         self.known = experience
+        self.known.last = None
         self.rooms = list(rooms)
         self.unread = unread
         self.is_new = is_new
@@ -179,12 +189,13 @@ class Auto:
                 self.rows[row].add(total, len(chances), KEEP_IN_PROBE if self.is_probe else KEEP_ROW)
                 tried += len(chances)
                 accepted += total
-        self.live = [row for row in self.live if steps[row] is not None and self.rooms[row] >= 0]
-        plain_s = known.step_s[0]
+        self.live = [row for row in self.live if steps[row] is not None]
+        plain_s = known.plain_s
         tokens = emitted / count
 
         self.steps_by_k[k] += 1
-        self.predicted_s += known.step_s[k] + (self.unread * known.catch_up_s.value if k else 0)
+        expected_s = known.step_s[k] * known.slow
+        self.predicted_s += expected_s + (self.unread * known.catch_up_s.value if k else 0)
         self.predicted_plain_s += self.lengths[k] * plain_s
         self.spent_s += seconds
         self.plain_s += tokens * plain_s
@@ -198,11 +209,12 @@ class Auto:
             return
         known.acceptance.add(accepted, tried, KEEP_ALL)
         known.kept.add(tokens - 1, self.expected[k] - 1, KEEP_ALL)
-        if self.unread:
-            known.catch_up_s.add(max(seconds - known.step_s[k], 0.0), self.unread, 0.9)
-            self.unread = 0
+        if self.unread > SHORT_GAP:
+            known.catch_up_s.add(max(seconds - expected_s, 0.0), self.unread, 0.9)
+            known.last = None
         else:
-            known.follow(k, seconds)
+            known.follow(k, seconds - self.unread * known.catch_up_s.value)
+        self.unread = 0
         known.since_probe = 0
         if self.is_probe:
             known.lost_s = max(known.lost_s + seconds - tokens * plain_s, 0.0)
@@ -214,7 +226,7 @@ class Auto:
 
     def choice(self) -> Choice:
         """What was decided, for the statistics."""
-        rows = [self.acceptance(row) for row in self.live or range(len(self.rooms))]
+        rows = [self.acceptance(row) for row in self.live]
         return Choice(
             steps_by_k=list(self.steps_by_k),
             times=self.known.profile.times,
@@ -225,7 +237,7 @@ class Auto:
         )
 
     def _lengths_at(self, acceptance: float) -> list[float]:
-        return acceptance_lengths([(acceptance, self.rooms[row]) for row in self.live], self.most) if self.live else [1.0]
+        return acceptance_lengths([(acceptance, self.rooms[row]) for row in self.live], self.most)
 
     def _fastest(self, lengths: Sequence[float]) -> int:
         """The best K for these acceptance lengths; 0 where it does not clearly pay, the ids that the drafter lacks included."""
@@ -233,12 +245,12 @@ class Auto:
         k = fastest(lengths, known.step_s)
         if k == 0 or speedup(k, lengths[k], known.step_s) < MARGIN:
             return 0
-        saved_s = max(self.rooms[row] for row in self.live) * (known.step_s[0] - known.step_s[k] / lengths[k])
+        saved_s = max(self.rooms[row] for row in self.live) * (known.step_s[0] - known.step_s[k] / lengths[k]) * known.slow
         return k if saved_s >= self.unread * known.catch_up_s.value else 0
 
     def _may_probe(self) -> bool:
         known = self.known
         if known.since_probe < known.interval:
             return False
-        loss_s = known.step_s[1] - known.step_s[0] + self.unread * known.catch_up_s.value
+        loss_s = (known.step_s[1] - known.step_s[0]) * known.slow + self.unread * known.catch_up_s.value
         return known.lost_s + loss_s <= BUDGET * known.spent_s and self._fastest(self._lengths_at(1.0)) > 0

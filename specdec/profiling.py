@@ -17,8 +17,8 @@ from specdec.speculative import Target, step
 
 DRAFTED = (1, 2, 3, 5, 8)  # forwards of the target at widths 2, 3, 4, 6, 9; the plain step's is 1
 COLUMNS = 128  # of the prompts
-ROUNDS = 5
-SECONDS = 1.5  # no further round begins after so many, the first runs apart, in which models may compile
+ROUNDS = 4
+SECONDS = 1.0  # no further round begins after so many, the first runs apart, in which models may compile
 ROOM = (ROUNDS + 2) * (sum(DRAFTED) + len(DRAFTED) + 1) + 2  # ids that all steps emit at most
 
 

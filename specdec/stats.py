@@ -15,7 +15,7 @@ class Choice:
 
     steps_by_k[k]: steps of the batch that asked for k ids.
     times: the profile's seconds of a step's parts, by K.
-    acceptance: the estimate for the rows that were last at work, on average; None where nothing was ever drafted.
+    acceptance: the estimate for the rows that were last at work, on average.
     predicted_speedup, measured_speedup: tokens a row over the seconds of the steps, against one token a plain step.
     profile_s: seconds that the profile took; None where an earlier call had made it.
     """

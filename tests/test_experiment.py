@@ -28,7 +28,7 @@ from specdec.experiments.config import DraftModel, ExperimentConfig, QuantConfig
 from specdec.experiments.figures import COLUMN, figures, ratio, tally
 from specdec.experiments.pair import Pair
 from specdec.experiments.records import PLAIN, SPECULATIVE, Failure, Header, Key, Record, Run, read_run
-from specdec.experiments.report import page
+from specdec.experiments.report import as_json, markdown, page
 from specdec.experiments.run import run
 from specdec.experiments.workloads import Prompt, Stdlib
 from specdec.loading import load_tokenizer
@@ -522,6 +522,30 @@ def test_expected_and_realized_acceptance_agree_and_what_if_foretells_a_sweep(
     assert own == pytest.approx(found.metrics["mean_acceptance_length"].value, rel=0.02)
 
 
+def test_a_run_whose_k_chooses_itself(tmp_path: Path) -> None:
+    config = composed("num_draft_tokens=auto")
+    assert (config.num_draft_tokens, config.most_draft_tokens) == ("auto", 8)
+    assert (composed("num_draft_tokens=2").num_draft_tokens, config.batch_size) == (2, 1)
+    finished = done(small(tmp_path / "run", num_draft_tokens="auto", workload=Stdlib(limit=5, shuffle_seed=3), batch_size=2))
+    assert not finished.failures
+    texts = {record.key: record.ids for record in finished.records}
+    for record in finished.of(SPECULATIVE):
+        check_identities(record, 8)
+        assert record.choice is not None
+        assert sum(record.choice.steps_by_k) >= record.num_spec_steps
+        assert record.ids == texts[record.key._replace(engine=PLAIN)]
+    for record in finished.of(PLAIN):
+        assert record.choice is None
+        assert record.num_draft_tokens == 0
+    fixed = done(small(tmp_path / "fixed", num_draft_tokens=2, workload=Stdlib(limit=5, shuffle_seed=3), batch_size=2))
+    for runs in ([finished], [finished, fixed], [fixed, finished]):
+        for told in (page(runs), markdown(runs)):
+            assert "K chose itself: K=" in told
+        assert "K=auto" in page(runs)
+    assert as_json([fixed])["runs"][0]["choice"] is None
+    assert as_json([finished])["runs"][0]["choice"]["measured_speedup"] > 0
+
+
 BAD: dict[str, tuple[list[str], str]] = {
     "unknown key": (["moonshine=1"], "Could not override 'moonshine'"),
     "unknown group": (["drafter=oracle"], "Could not find 'drafter/oracle'"),
@@ -529,6 +553,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a word for a number": (["sampling.temperature=hot"], "could not be converted to Float"),
     "negative temperature": (["sampling.temperature=-1"], "sampling.temperature=-1.0 must be 0 (greedy) or more"),
     "no drafts": (["num_draft_tokens=0"], "num_draft_tokens=0 must be 1 or more"),
+    "a word for K": (["num_draft_tokens=many"], "num_draft_tokens='many' must be a whole number, 1 or more, or auto"),
     "no token": (["sampling.max_new_tokens=0"], "sampling.max_new_tokens=0 must be 1 or more"),
     "too_long": (["too_long=cut"], "too_long='cut' must be skip or error"),
     "dtype": (["target.dtype=int3"], "target.dtype='int3' must be auto"),

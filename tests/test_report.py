@@ -17,10 +17,12 @@ import pytest
 from rich.console import Console
 
 from specdec.commands import report as command
+from specdec.cost import StepTimes
 from specdec.experiments import report
 from specdec.experiments.figures import METRICS, figures
 from specdec.experiments.records import PLAIN, SPECULATIVE, Failure, Header, Run, Skipped
 from specdec.experiments.reported import labels, read_runs
+from specdec.stats import Choice
 from tests.synthetic_runs import PROVENANCE, config, synthetic_run, write_run
 
 SAMPLED = {"sampling__temperature": 1.0}
@@ -123,6 +125,34 @@ def slow_drafts(run: Run, factor: float) -> Run:
 )
 def test_what_k_the_figures_suggest(run: Run, said: str) -> None:
     assert re.search(said, suggestion(run)), suggestion(run)
+
+
+def test_a_k_that_chose_itself_is_told_from_all_calls() -> None:
+    run = synthetic_run(prompts=4, k=8)
+    times = StepTimes([0.0] * 9, [1.0] * 9, [0.0] * 9)
+    first = Choice([1, 0, 3, 0, 0, 0, 0, 0, 0], times, 0.8, 2.0, 1.9, 1.25)
+    second = Choice([0, 0, 0, 12, 0, 0, 0, 0, 0], times, 0.4, 1.0, 1.1, None)
+    run.header.config["num_draft_tokens"] = "auto"
+    one, other, same, none = (record.call for record in run.of(SPECULATIVE))
+    choices = {one: first, other: second, same: first, none: None}
+    run.records = [
+        record
+        if record.engine == PLAIN
+        else replace(record, choice=choices[record.call], call=one if record.call == same else record.call)  # two rows of a call
+        for record in run.records
+    ]
+    line = "K chose itself: K=3 in 75 % of steps, 2 in 19 %, 0 in 6 %; predicted 1.25×, measured 1.30×, both against plain steps."
+    assert line in report.page([run])
+    assert line in report.markdown([run])
+    assert "up to 8 tokens ahead" in report.page([run])
+    choice = report.as_json([run])["runs"][0]["choice"]
+    assert choice["steps_by_k"] == [1, 0, 3, 12, 0, 0, 0, 0, 0]
+    assert choice["acceptance"] == pytest.approx(0.5)
+    never = replace(run, costs=None)
+    never.records = [replace(record, choice=None) for record in run.records]
+    assert "chose itself" not in report.page([never])
+    assert "which this run used" not in report.page([run]), "no one K is this run's own"
+    assert "measured, this run" not in report.page([run])
 
 
 def test_caveats_and_what_was_left_out_are_said() -> None:

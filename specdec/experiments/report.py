@@ -19,12 +19,22 @@ from specdec.experiments.figures import (
 )
 from specdec.experiments.plots import PARTS, interval, number, with_interval
 from specdec.experiments.records import SPECULATIVE, Memory, Run
-from specdec.experiments.reported import Reported, changes_from_first, identical, is_interrupted, is_sampled, k_of, to_report
+from specdec.experiments.reported import (
+    Reported,
+    changes_from_first,
+    choice_of,
+    identical,
+    is_interrupted,
+    is_sampled,
+    k_of,
+    to_report,
+)
 from specdec.experiments.wording import (
     about,
     best_of,
     capital,
     caveats,
+    chosen,
     compared,
     count,
     left_out,
@@ -159,6 +169,7 @@ def markdown(runs: Sequence[Run]) -> str:
         )
         for numbers in _numbers(one).values():
             parts += [f"**{numbers.title}**", _markdown_table(numbers.header, numbers.rows)]
+        parts += [chosen(one)] if chosen(one) else []
         parts += [suggestion(one)] if one.figures.what_if else []
         parts += [f"- {line}" for line in left_out(one.run)]
     return "\n\n".join(parts) + "\n"
@@ -182,6 +193,7 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
                 },
                 "costs": asdict(one.run.costs) if one.run.costs else None,
                 "memory": asdict(one.run.memory) if one.run.memory else None,
+                "choice": asdict(choice) if (choice := choice_of(one.run)) else None,
                 "failures": [asdict(failure) for failure in one.run.failures],
                 "skipped": [asdict(skipped) for skipped in one.run.skipped],
             }
@@ -332,6 +344,7 @@ def _section(one: Reported, index: int) -> dict[str, Any]:
         "has_few_prompts": any(1 < count < FEW_PROMPTS for count, _ in one.figures.tasks.values()),
         "acceptance": _acceptance_charts(one, numbers, index),
         "what_if": _what_if_charts(one, numbers, index),
+        "chosen": chosen(one),
         "suggestion": suggestion(one),
         "costs": numbers.get("costs"),
         "time": Chart(plots.time_by_part(f"time-{index}", numbers["time"].alt, one.figures.time_ms), numbers["time"]),
@@ -364,8 +377,10 @@ def _what_if_charts(one: Reported, numbers: dict[str, Numbers], index: int) -> l
     told = one.figures
     if not told.what_if:
         return []
-    legend = [("main", "line", "predicted from this run's texts"), ("second", "square", "measured, this run")]
-    if len(one.measured) > 1:
+    legend = [("main", "line", "predicted from this run's texts")]
+    if any(run.is_own for run in one.measured):
+        legend.append(("second", "square", "measured, this run"))
+    if not all(run.is_own for run in one.measured):
         legend.append(("second", "hollow", "measured, other runs"))
     table = numbers["length by K"]
     charts = [Chart(plots.what_if_length(f"length-{index}", table.alt, told.what_if, one.measured), table, legend)]

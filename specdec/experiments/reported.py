@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from specdec.experiments.figures import COLUMN, Difference, Figures, check_comparable, compare, figures, tally
 from specdec.experiments.plots import Measured
 from specdec.experiments.records import SPECULATIVE, Run, files_of, read_run
+from specdec.generate import AUTO
+from specdec.stats import Choice
 
 SHORT = {"num_draft_tokens": "K", "sampling.temperature": "T"}
 OF_NO_ACCOUNT = ("folder", "resume", "name")  # two runs that differ in these alone are of one config
@@ -18,7 +20,7 @@ OF_NO_ACCOUNT = ("folder", "resume", "name")  # two runs that differ in these al
 
 @dataclass(frozen=True)
 class Reported:
-    """A run, its figures, and what tells it from the others. measured: the runs of its config with any K, itself included."""
+    """A run, its figures, and what tells it from the others. measured: the runs of its config with one K, whichever."""
 
     label: str
     run: Run
@@ -51,9 +53,9 @@ def to_report(runs: Sequence[Run]) -> list[Reported]:
 
     def measured(run: Run) -> list[Measured]:
         return [
-            Measured(k_of(other), its.metrics["mean_acceptance_length"], its.metrics["speedup"], other is run)
-            for other, its in zip(runs, made, strict=True)
-            if other.of(SPECULATIVE) and not differing_in([run, other]) - {"num_draft_tokens"}
+            Measured(int(k), its.metrics["mean_acceptance_length"], its.metrics["speedup"], other is run)
+            for other, its, k in zip(runs, made, map(k_of, runs), strict=True)
+            if other.of(SPECULATIVE) and k != AUTO and not differing_in([run, other]) - {"num_draft_tokens"}
         ]
 
     return [Reported(label, run, its, measured(run)) for label, run, its in zip(labels(runs), runs, made, strict=True)]
@@ -106,8 +108,31 @@ def called(group: Any) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", str(group.get("_target_", "")).rpartition(".")[2]).lower()
 
 
-def k_of(run: Run) -> int:
-    return int(run.header.config["num_draft_tokens"])
+def k_of(run: Run) -> int | str:
+    """K of a run's steps, or "auto"."""
+    k: int | str = run.header.config["num_draft_tokens"]
+    return k if k == AUTO else int(k)
+
+
+def choice_of(run: Run) -> Choice | None:
+    """What the calls of a run with "auto" came to together; the speed that was measured against plain steps, not plain calls."""
+    of_calls = {(r.turn, r.repetition, r.call): r.choice for r in run.of(SPECULATIVE)}
+    choices = [choice for choice in of_calls.values() if choice and choice.predicted_speedup and choice.measured_speedup]
+    if not choices:
+        return None
+    steps = [sum(choice.steps_by_k) for choice in choices]
+
+    def weighted(values: Iterable[float]) -> float:
+        return sum(value * weight for value, weight in zip(values, steps, strict=True)) / sum(steps)
+
+    return replace(
+        choices[0],
+        steps_by_k=[sum(counts) for counts in zip(*(choice.steps_by_k for choice in choices), strict=True)],
+        acceptance=weighted(choice.acceptance for choice in choices),
+        predicted_speedup=weighted(choice.predicted_speedup or 0 for choice in choices),
+        measured_speedup=weighted(choice.measured_speedup or 0 for choice in choices),
+        profile_s=None,
+    )
 
 
 def is_sampled(one: Reported) -> bool:

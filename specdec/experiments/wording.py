@@ -9,7 +9,17 @@ from statistics import median_low
 from specdec.experiments.figures import WhatIf, compare
 from specdec.experiments.plots import interval, number, with_interval
 from specdec.experiments.records import PLAIN, SPECULATIVE, Record, Run
-from specdec.experiments.reported import Reported, called, changes_from_first, identical, is_interrupted, is_sampled, k_of
+from specdec.experiments.reported import (
+    Reported,
+    called,
+    changes_from_first,
+    choice_of,
+    identical,
+    is_interrupted,
+    is_sampled,
+    k_of,
+)
+from specdec.generate import AUTO
 
 SLOW = 3  # times what is usual
 
@@ -44,17 +54,18 @@ def sentence(one: Reported) -> str:
         if kept is not None
         else " It never had a guess to offer."
     )
-    ahead = count(k_of(one.run), "token")
+    ahead = count(len(one.figures.histogram) - 1, "token")
     return f"With {drafts_with(one)} guessing up to {ahead} ahead, the target model wrote {texts} {came}{verdict}.{outcome}"
 
 
 def terms(one: Reported) -> list[tuple[str, str]]:
+    k = k_of(one.run)
     is_model = drafts_with(one) == "a draft model"
     return [
         ("Draft model", "a small, fast model that guesses the next tokens; the target checks all of them in one pass.")
         if is_model
         else ("Drafter", f"what guesses the next tokens, here {drafts_with(one)}; the target checks all of them in one pass."),
-        ("K", f"how many tokens are guessed a step, here {k_of(one.run)}."),
+        ("K", f"how many tokens are guessed a step, here {'chosen step by step' if k == AUTO else k}."),
         ("Acceptance", "how many guesses the target keeps. A wrong one costs time, it never changes what the target says."),
     ]
 
@@ -145,13 +156,20 @@ def suggestion(one: Reported) -> str:
         said.append("It is ahead of every other K by more than that error and the intervals.")
     elif best.speedup.low is None:
         said.append("One prompt cannot tell how sure that is.")
-    fastest = max(one.measured, key=lambda run: run.speedup.value or 0)
-    if len(one.measured) > 1 and fastest.speedup.value:
-        told = f"Of the runs here, K={fastest.num_draft_tokens} was fastest: {with_interval(fastest.speedup, '×')}."
+    fastest = max(one.measured, key=lambda run: run.speedup.value or 0, default=None)
+    if fastest and len(one.measured) > 1 and fastest.speedup.value:
+        runs = "runs here" if own != AUTO else "runs here with one K"
+        told = f"Of the {runs}, K={fastest.num_draft_tokens} was fastest: {with_interval(fastest.speedup, '×')}."
         said.append(told)
     if k == guesses[-1].num_draft_tokens:
         said.append(f"K={k} is the largest that this run drafted: a larger one may be better still.")
     return " ".join(said)
+
+
+def chosen(one: Reported) -> str:
+    """How K chose itself, "" where it did not."""
+    choice = choice_of(one.run)
+    return f"K chose itself: {choice}, both against plain steps." if choice else ""
 
 
 def compared(reported: Sequence[Reported]) -> list[tuple[str, str]]:
