@@ -119,9 +119,6 @@ def enable(
         raise ValueError(f"compile={compile!r} must be True, False or 'auto'")
     state = _State(model, None if drafter is None else resolve_drafter(drafter, model), num_draft_tokens, compile, timing)
     prepare(state.parts(state.drafter), compile)
-    before = model.__dict__.get(_STATE)
-    if before is not None and (before.target.compiled is None) == (state.target.compiled is None):
-        state.learned = before.learned  # of steps that take as long as they will
     model.__dict__[_STATE] = state
     model.__class__ = _drop_in_class(stock)
     return model
@@ -152,8 +149,7 @@ class _State:
         self.target = CachedModel(model)
         self.checked: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()  # assistant models of earlier calls
         # By draft model or drafter, then by device, rows and whether they are sampled; enabling again keeps it.
-        self.learned: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Experience]] = weakref.WeakKeyDictionary()
-        self.learned_of_own: dict[tuple[Any, ...], Experience] = {}  # of a drafter that can be no key there
+        self.learned_of_own: dict[tuple[Any, ...], Experience] = {}  # of a drafter that can be no key of _LEARNED
         self.last_stats: Stats | None = None
         self.lock = threading.RLock()  # a drafter serves one call at a time
         self.call: _Call | None = None
@@ -179,6 +175,9 @@ class _Call:
         return self.arguments.get("input_ids") if inputs is None else inputs
 
 
+# What steps take and drafts are worth, by target, drafter and kind of call; it outlives disable().
+_LEARNED: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Experience]]]
+_LEARNED = weakref.WeakKeyDictionary()
 _STATE = "_specdec_state"  # in an enabled model's __dict__; pickles and copies leave it out
 _STOCK = "_specdec_stock"  # in a drop-in class
 
@@ -495,11 +494,13 @@ def _pace(state: _State, drafter: Drafter, num_draft_tokens: int | str, sequence
         return Constant(num_draft_tokens)
     if isinstance(drafter, NoDrafter):
         return Constant(0)
+    of_target = _LEARNED.setdefault(state.target.model, weakref.WeakKeyDictionary())
     try:
-        learned = state.learned.setdefault(drafter.runner.model if isinstance(drafter, ModelDrafter) else drafter, {})
+        learned = of_target.setdefault(drafter.runner.model if isinstance(drafter, ModelDrafter) else drafter, {})
     except TypeError:  # it cannot be hashed, or not be referred to weakly
         learned = state.learned_of_own
-    kind = (sequences.device, sequences.batch_size, sampling.do_sample)
+    compiled = [part.runner.compiled is not None for part in state.parts(drafter)]
+    kind = (sequences.device, sequences.batch_size, sampling.do_sample, torch.get_num_threads(), *compiled)
     is_new = kind not in learned
     if is_new:
         most = _most(num_draft_tokens, state)
