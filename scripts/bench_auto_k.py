@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python scripts/bench_auto_k.py --output benchmarks/results/bench_auto_k.json
 
-The embedded pair, greedy. A round writes the same prompts with every engine, in an order drawn anew, so a drift of the machine
+The embedded pair, compiled, greedy. A round writes the same prompts with every engine, in an order drawn anew, so a drift of the machine
 meets all of them. Ratios are of sums over rounds, their 95 % intervals from rounds drawn anew. Plain is the same loop with no
 drafter; it runs twice, and what the second differs in is noise. Profiles are made before the rounds; they stand in the file as
 what a cold start costs. One JSON line comes last.
@@ -76,7 +76,7 @@ def main() -> None:
 
     def write(name: str, inputs: Any) -> tuple[float, Stats]:
         drafter, k = engines[name]
-        specdec.enable(target, drafter, num_draft_tokens=k)
+        specdec.enable(target, drafter, num_draft_tokens=k, compile=True)
         started = time.perf_counter()
         target.generate(
             **inputs, max_new_tokens=args.max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=[]
