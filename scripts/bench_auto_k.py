@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python scripts/bench_auto_k.py --output benchmarks/results/bench_auto_k.json
 
-The embedded pair, compiled, greedy. A round writes the same prompts with every engine, in an order drawn anew, so a drift of the machine
-meets all of them. Ratios are of sums over rounds, their 95 % intervals from rounds drawn anew. Plain is the same loop with no
-drafter; it runs twice, and what the second differs in is noise. Profiles are made before the rounds; they stand in the file as
-what a cold start costs. One JSON line comes last.
+The embedded pair, compiled, greedy. A round writes the same prompts with every engine, in an order drawn anew, so a drift of the
+machine meets all of them. Ratios are of sums over rounds, their 95 % intervals from rounds drawn anew. Plain is the same loop
+with no drafter; it runs twice, and what the second differs in is noise. Profiles are made before the rounds; they stand in the
+file as what a cold start costs. One JSON line comes last.
 """
 
 import argparse

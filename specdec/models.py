@@ -145,7 +145,7 @@ def dynamic_rope_limit(model: PreTrainedModel) -> int | None:
     return min(limits, default=None)
 
 
-def _precision(model: PreTrainedModel) -> torch.dtype:
+def precision_of(model: PreTrainedModel) -> torch.dtype:
     """The coarsest dtype that a model computes in: kernels of 4-bit layers take and give 16 bits, whatever is around them."""
     has_kernel = any(isinstance(module, Int4Linear) and module.use_kernel for module in model.modules())
     return torch.bfloat16 if has_kernel else model.dtype
@@ -182,7 +182,7 @@ def _trial(model: PreTrainedModel) -> str | None:
             error = ((got[row] - want).norm() / (want - want.mean()).norm().clamp(min=1e-30)).item()
             if want.isnan().any():
                 return "its logits are NaN; check its weights and dtype"
-            if not error <= PROBE_TOLERANCE.get(_precision(model), 1e-1):
+            if not error <= PROBE_TOLERANCE.get(precision_of(model), 1e-1):
                 return f"on a ragged batch its logits differ from those of the row alone (relative error {error:.1e})"
     except Exception as error:  # a model may fail in any way on inputs it was not made for; the answer is the same
         first_line = str(error).partition("\n")[0]

@@ -16,20 +16,19 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _cold_machine() -> None:
-    """Nothing has been compiled, unless a test asks for it."""
+@pytest.fixture(autouse=True)
+def _cold_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has been compiled when a test begins, whatever another one has left."""
     from specdec_kernels import cpu
 
-    cpu._IS_LOADED = False
+    monkeypatch.setattr(cpu, "_IS_LOADED", False)
 
 
 @pytest.fixture
-def cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def cpu_kernels(_cold_machine: None) -> None:
     """The CPU's own kernels, built where no run of these tests has done so."""
     from specdec_kernels import cpu
 
-    monkeypatch.setattr(cpu, "_IS_LOADED", None)
     cpu.build()
 
 

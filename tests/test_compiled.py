@@ -306,7 +306,7 @@ def test_an_assistant_of_a_call_is_compiled_too(monkeypatch: pytest.MonkeyPatch)
     call = compiled.CompiledForward.__call__
 
     def watched(self: Any, *args: Any) -> Tensor:
-        ran.append(self.traced.model)
+        ran.append(self.model())
         return call(self, *args)
 
     monkeypatch.setattr(compiled.CompiledForward, "__call__", watched)

@@ -6,7 +6,7 @@ Every result is the same, bit for bit, at any number of rows and threads, at any
     specdec::int4_linear(x [..., K], packed, scale, N) -> [..., N]             see `pack`
     specdec::linear(x [..., K], weight [N, K], bias [N] or None) -> [..., N]   one read of the weights for up to four rows
     specdec::attention                                                         see specdec_kernels.attention
-    specdec::mean(x [..., K]) -> [..., 1], specdec::cos, specdec::sin          PyTorch's own, which no compiler rewrites
+    specdec::mean(x [..., K]) -> [..., 1], cos, sin, tanh, gelu, layer_norm    PyTorch's own, which no compiler rewrites
 
 x is float32 or bfloat16, and so are the results; sums are float32. int4_linear rounds its inputs to bfloat16 on a CPU that
 multiplies such (AVX512-BF16), and takes them as they are on others.
@@ -39,8 +39,10 @@ FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-shared", "-fPIC")
 _LIBRARY = library.Library("specdec", "FRAGMENT")
 _LIBRARY.define("int4_linear(Tensor x, Tensor packed, Tensor scale, int columns) -> Tensor")
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-for _name in ("mean", "cos", "sin"):
+for _name in ("mean", "cos", "sin", "tanh"):
     _LIBRARY.define(f"{_name}(Tensor x) -> Tensor")
+_LIBRARY.define("gelu(Tensor x, str approximate) -> Tensor")
+_LIBRARY.define("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor")
 
 _LOADING = threading.Lock()
 _IS_LOADED: bool | None = None  # None: nobody has looked
@@ -154,5 +156,8 @@ def _(x: Tensor) -> Tensor:
 
 @library.register_fake("specdec::cos", lib=_LIBRARY)
 @library.register_fake("specdec::sin", lib=_LIBRARY)
-def _(x: Tensor) -> Tensor:
+@library.register_fake("specdec::tanh", lib=_LIBRARY)
+@library.register_fake("specdec::gelu", lib=_LIBRARY)
+@library.register_fake("specdec::layer_norm", lib=_LIBRARY)
+def _(x: Tensor, *args: object) -> Tensor:
     return torch.empty_like(x)

@@ -469,4 +469,9 @@ TORCH_LIBRARY_IMPL(specdec, CPU, m) {
   m.impl("mean", [](const Tensor& x) { return at::mean(x, {-1}, true); });
   m.impl("cos", [](const Tensor& x) { return at::cos(x); });
   m.impl("sin", [](const Tensor& x) { return at::sin(x); });
+  m.impl("tanh", [](const Tensor& x) { return at::tanh(x); });
+  m.impl("gelu", [](const Tensor& x, c10::string_view approximate) { return at::gelu(x, approximate); });
+  m.impl("layer_norm", [](const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps) {
+    return at::layer_norm(x, {x.size(-1)}, weight, bias, eps);
+  });
 }
