@@ -3,8 +3,8 @@
 What the compiler is given is the eager forward on a ragged cache, with the batch, the window's width and the buffers' length left
 open: one package serves every K and every batch, and a row's result is the same in all of them. It holds no weights; the model's
 own are lent to it. Elementwise work is fused by torch's compiler; the rest stays with operators that the eager forward calls too:
-specdec_kernels.cpu's, and in a target PyTorch's own means and rotary angles, so that the logits of a 4-bit target come out bit
-for bit as they do without a compiler.
+specdec_kernels.cpu's, and in a target PyTorch's own means, layer norms, cosines and their kin, so that a 4-bit target's logits come
+out bit for bit as they do without a compiler.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from transformers.utils.logging import tqdm
 from specdec import attention, cache, models
 from specdec.cache import RaggedCache
 from specdec.models import PROBE_TOLERANCE, CachedModel, precision_of
+from specdec.quant import cpu as int4_on_cpu
 from specdec.quant import int4, rows
 from specdec.quant.rows import ATTENTION
 
 Compile = Literal["auto"] | bool
-SOURCES: tuple[ModuleType, ...] = (cache, attention, models, int4, rows)  # what is traced, with this file
+SOURCES: tuple[ModuleType, ...] = (cache, attention, models, int4, int4_on_cpu, rows)  # what is traced, with this file
 SHAPES = "buffers"  # a package's note of each layer's heads and widths, keys and values in turn
 SIZES = (3, 5)  # rows and columns of the example that is traced; left open, as the buffers' length is
 
@@ -291,7 +292,7 @@ def _keep(node: Any, exact: bool) -> None:
     elif node.target == aten.gelu.default:
         node.target, node.args, node.kwargs = ours.gelu.default, (node.args[0], node.kwargs.get("approximate", "none")), {}
     elif node.target == aten.layer_norm.default and len(node.args[1]) == 1:
-        x, _, weight, bias, eps = (*node.args, None, None, 1e-5)[:5] if len(node.args) < 5 else node.args[:5]
+        x, _, weight, bias, eps = (*node.args, *(None, None, None, None, 1e-5)[len(node.args) :])[:5]
         node.target, node.args, node.kwargs = ours.layer_norm.default, (x, weight, bias, eps), {}
     elif node.target in (aten.cos.default, aten.sin.default, aten.tanh.default):
         node.target = getattr(ours, node.target.overloadpacket.__name__).default

@@ -210,6 +210,9 @@ def test_a_compiler_that_fails_leaves_the_model_eager_and_says_why(
     assert not is_compiled(small)
     assert text_of(small) == want
     assert packages(own_cache) == 0
+    monkeypatch.setattr(compiled, "_trace", None)  # it is not tried again
+    with pytest.warns(UserWarning, match="g\\+\\+: not today$"):
+        specdec.enable(small, "prompt_lookup", compile=True)
 
 
 def test_without_a_compiler_the_model_is_eager_and_says_why(
@@ -241,6 +244,16 @@ def test_a_forward_that_came_out_wrong_is_not_used(
     with pytest.warns(UserWarning, match="came out of the compiler with other logits"):
         specdec.enable(small, "prompt_lookup", compile=True)
     assert not is_compiled(small)
+    assert packages(own_cache) == 0
+
+
+def test_a_4_bit_target_that_lost_its_bits_is_not_used(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what keeps means PyTorch's, logits move by rounding: nothing to a dense model, a text's end to a 4-bit one."""
+    model, _ = family_on_kernels("llama", "int4_kernel")
+    monkeypatch.setattr(compiled, "_keep", lambda node, exact: None)
+    with pytest.warns(UserWarning, match="came out of the compiler with other logits"):
+        specdec.enable(model, "prompt_lookup", compile=True)
+    assert not is_compiled(model)
     assert packages(own_cache) == 0
 
 

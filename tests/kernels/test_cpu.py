@@ -159,6 +159,11 @@ def test_pytorchs_own_are_its_own() -> None:
     assert OPS.mean(x).equal(x.mean(-1, keepdim=True))
     assert OPS.cos(x).equal(x.cos())
     assert OPS.sin(x).equal(x.sin())
+    assert OPS.tanh(x).equal(x.tanh())
+    for approximate in ("none", "tanh"):
+        assert OPS.gelu(x, approximate).equal(torch.nn.functional.gelu(x, approximate=approximate))
+    weight, bias = random(32, seed=1), random(32, seed=2)
+    assert OPS.layer_norm(x, weight, bias, 1e-6).equal(torch.nn.functional.layer_norm(x, (32,), weight, bias, 1e-6))
 
 
 def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
