@@ -121,7 +121,9 @@ class RaggedCache(Cache):
 
     def buffers(self) -> list[Tensor]:
         """Keys and values of each layer in turn, [B, H, S, D] each, with room for the window; empty before the first forward."""
-        if not self._buffers or self._buffers[0].shape[2] < self.window.key_length:
+        first: Any = self.layers[0] if self.layers else None
+        known = self._buffers
+        if not known or known[0] is not first.keys or known[0].shape[2] < self.window.key_length:
             self._buffers = []
             for layer in self.layers:
                 assert isinstance(layer, RaggedLayer)

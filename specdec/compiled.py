@@ -3,8 +3,8 @@
 What the compiler is given is the eager forward on a ragged cache, with the batch, the window's width and the buffers' length left
 open: one package serves every K and every batch, and a row's result is the same in all of them. It holds no weights; the model's
 own are lent to it. Elementwise work is fused by torch's compiler; the rest stays with operators that the eager forward calls too:
-specdec_kernels.cpu's, and in a target PyTorch's own means, layer norms, cosines and their kin, so that a 4-bit target's logits come
-out bit for bit as they do without a compiler.
+specdec_kernels.cpu's, and in a target PyTorch's own means, layer norms, cosines and their like, so that a 4-bit target's logits
+come out bit for bit as they do without a compiler.
 """
 
 from __future__ import annotations
@@ -88,8 +88,9 @@ class CompiledForward:
         key = ids.shape[1], last_only
         if key not in self.columns:
             self.columns[key] = torch.arange(ids.shape[1])[-1 if last_only else 0 :]
+        inputs = [ids.contiguous(), positions.contiguous(), self.columns[key], *cache.buffers()]  # strides are taken on trust
         # past the package's own __call__, which reads its signature from JSON every time
-        logits: Tensor = self.loaded.loader.boxed_run([ids, positions, self.columns[key], *cache.buffers()])[0]
+        logits: Tensor = self.loaded.loader.boxed_run(inputs)[0]
         return logits
 
 

@@ -83,6 +83,22 @@ def test_any_call_gives_plain_text(name: str, batch_size: int, kind: str) -> Non
     assert got[:, WIDTH:].tolist() == want[:, WIDTH:].tolist()
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_compiled_draft_is_the_draft_that_it_was(batch_size: int) -> None:
+    """No text tells whether a draft reads its inputs rightly; how often it is accepted does."""
+    model, _ = pair("llama")
+    rates = []
+    for draft in (copy.deepcopy(model), pair("llama")[1]):
+        for compile in (False, True):
+            specdec.enable(model, draft, num_draft_tokens=5, compile=compile)
+            assert is_compiled(model) == compile
+            model.generate(**prompts(batch_size), max_new_tokens=40, do_sample=False)
+            rates.append(specdec.last_stats(model).draft_acceptance_rate)
+    specdec.disable(model)
+    assert rates[:2] == [1.0, 1.0]
+    assert rates[2] == rates[3] < 1.0
+
+
 @pytest.mark.parametrize("drafter", ["model", "prompt_lookup", "random", "none"])
 def test_sampled_texts_have_the_targets_distribution(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     enable = specdec.enable
