@@ -27,7 +27,7 @@ MARGIN = 1.02  # times are noisy: drafting must promise more than this over plai
 FOLLOW, FOLLOW_BY_ID, FOLLOW_ALL = 0.2, 0.75, 0.3  # how far a step moves its K against the others, these with it, all K
 SPIKE = 0.25  # a step that differs from its estimate by more moves it by as much as this
 SHORT_GAP = 2  # ids that a drafter has not read: more are timed as such
-PLAIN_EVERY = 64  # steps that draft, until one does not: the plain step's time stays known
+PLAIN_EVERY, PLAIN_RUN = 64, 2  # steps that draft, until so many do not: the plain step's time stays known
 BUDGET = 0.01  # of the time spent, that probes may lose
 FIRST_PROBE, LAST_PROBE = 8, 128  # plain steps between probes: at first, and where intervals stop growing
 
@@ -96,12 +96,14 @@ class Experience:
         plain_s = profile.times.step_s[0]
         self.step_s = [max(seconds, plain_s) for seconds in profile.times.step_s]  # by K, as they compare to each other
         self.slow = 1.0  # how much longer they take now
-        self.last: int | None = None  # K of the step before, where it tells
+        self.last: int | None = None  # K of the last step that told
+        self.before: int | None = None  # K of the step before
         self.catch_up_s = _Mean(profile.catch_up_s, 128.0)
         self.acceptance = _Mean(PRIOR, PRIOR_WEIGHT)
         self.acceptance.add(sum(profile.chances), len(profile.chances), 1.0)
         self.kept = _Mean(1.0, 10.0)  # accepted ids over expected ones: acceptance comes in stretches, so not all come
         self.since_plain = 0  # steps that drafted
+        self.plain_run = 0  # plain steps in a row
         self.since_probe = 0  # plain steps
         self.interval = FIRST_PROBE
         self.spent_s = self.lost_s = 0.0  # by all steps; by probes, against the plain steps that they stood in for
@@ -115,8 +117,12 @@ class Experience:
         """A step of this K took so long.
 
         A machine's mood meets all K alike, so it changes nothing but `slow`. How the K compare is learned where one follows
-        another: the step's surprise is laid to the one that drafts, and by the id, for the most part, to the others that do.
+        another: the step's surprise is laid to the one that drafts, and by the id, for the most part, to the others that do. The
+        first step that drafts behind plain ones, or the other way round, tells nothing: other weights are in the caches.
         """
+        before, self.before = self.before, k
+        if before is not None and (before > 0) != (k > 0):
+            return
         off = min(max(seconds / (self.step_s[k] * self.slow) - 1, -SPIKE), SPIKE)
         self.slow *= 1 + FOLLOW_ALL * off
         if self.last not in (None, k):
@@ -137,7 +143,7 @@ class Auto:
 
     def __init__(self, experience: Experience, rooms: Sequence[int], unread: int, is_new: bool = False) -> None:
         self.known = experience
-        self.known.last = None
+        self.known.last = self.known.before = None
         self.rooms = list(rooms)
         self.unread = unread
         self.is_new = is_new
@@ -202,16 +208,19 @@ class Auto:
         known.spent_s += seconds
 
         if k == 0:
-            known.since_plain = 0
+            known.plain_run += 1
+            if known.plain_run >= PLAIN_RUN:
+                known.since_plain = 0
             known.since_probe += 1
             self.unread += 1
             known.follow(0, seconds)
             return
+        known.plain_run = 0
         known.acceptance.add(accepted, tried, KEEP_ALL)
         known.kept.add(tokens - 1, self.expected[k] - 1, KEEP_ALL)
         if self.unread > SHORT_GAP:
             known.catch_up_s.add(max(seconds - expected_s, 0.0), self.unread, 0.9)
-            known.last = None
+            known.last, known.before = None, k
         else:
             known.follow(k, seconds - self.unread * known.catch_up_s.value)
         self.unread = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -62,6 +63,7 @@ class World:
 def jumpy(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Profiles and clocks of chance, believed at once: K changes from step to step, 0 included, in each run alike."""
     coins = random.Random(seed)
+    monkeypatch.setattr("specdec.generate._LEARNED", weakref.WeakKeyDictionary())
     times = iter(lambda: coins.uniform(0, 1e3), None)
     monkeypatch.setattr(pace, "perf_counter", lambda: next(times))
     monkeypatch.setattr(Experience, "follow", lambda self, k, seconds: setattr(self, "step_s", jumped(coins)))

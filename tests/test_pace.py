@@ -18,7 +18,7 @@ from specdec.cost import StepTimes, acceptance_lengths, fastest
 from specdec.drafters.model import ModelDrafter
 from specdec.interfaces import Step
 from specdec.models import CachedModel
-from specdec.pace import BUDGET, LARGEST, LAST_PROBE, PLAIN_EVERY, Auto, Constant, Experience
+from specdec.pace import BUDGET, LARGEST, LAST_PROBE, PLAIN_EVERY, PLAIN_RUN, Auto, Constant, Experience
 from specdec.profiling import DRAFTED, profile
 from specdec.sampling import Processor, Sampling
 from specdec.sequences import Sequences
@@ -26,7 +26,7 @@ from specdec.stats import Choice
 from tests.drafters import AlwaysRight, Empty, Random
 from tests.families import CONTEXT, FAMILIES, VOCAB_SIZE, family, make_model, prompts
 from tests.pacing import World, jumpy, profile_of
-from tests.plain import drafter, target
+from tests.plain import drafter, pair, target
 
 CHEAP = [1.0 + 0.15 * k for k in range(LARGEST + 1)]  # seconds of a step by K
 DEAR = [1.0 + 1.1 * k for k in range(LARGEST + 1)]  # a draft id costs more than a plain step
@@ -71,8 +71,8 @@ def test_one_slow_step_changes_little_and_a_lasting_change_is_seen() -> None:
     for k in (2, 2, 0, 0):
         known.follow(k, 50.0 if k else CHEAP[0])
     assert all(0.8 < now / then < 1.2 for now, then in zip(known.step_s, before, strict=True))
-    for at in range(400):
-        known.follow(2 * (at % 2), 3.0 if at % 2 else CHEAP[0])
+    for at in range(800):
+        known.follow(2 * (at // 2 % 2), 3.0 if at // 2 % 2 else CHEAP[0])
     assert known.step_s[2] / known.step_s[0] == pytest.approx(3.0, rel=0.05)
 
 
@@ -178,6 +178,24 @@ def test_what_was_asked_for_and_not_offered_counts_as_rejected(monkeypatch: pyte
     assert k == 0
 
 
+@pytest.mark.parametrize("cold", [1.0, 1.6])
+def test_steps_that_find_the_caches_cold_are_not_taken_for_the_rule(cold: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first plain step behind drafts, and the first draft behind plain steps, take longer than others of their kind."""
+    known = Experience(profile_of(CHEAP))
+    auto = Auto(known, [10_000], 0)
+    now, before, asked = 0.0, 0, []
+    monkeypatch.setattr(pace, "perf_counter", lambda: now)
+    for _ in range(1000):
+        k = auto.next()
+        now += CHEAP[k] * (cold if (k > 0) != (before > 0) else 1.0)
+        auto.observe([Step(asked=k, drafted=k, accepted=k, emitted=k + 1, overlap=[1.0] * k)])
+        before = k
+        asked.append(k)
+    assert asked.count(0) > 10
+    for k, seconds in enumerate(CHEAP):
+        assert known.step_s[k] / known.step_s[0] == pytest.approx(seconds / CHEAP[0], rel=0.02)
+
+
 def test_no_more_is_asked_for_than_a_row_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, CHEAP)
     world.call(Experience(profile_of(CHEAP)), [always(1.0)], 12)
@@ -191,7 +209,7 @@ def test_no_more_is_asked_for_than_a_row_has_room_for(monkeypatch: pytest.Monkey
 def test_a_plain_step_now_and_then_keeps_its_time_known(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, CHEAP)
     auto = world.call(Experience(profile_of(CHEAP)), [always(0.9)], 5000)
-    assert world.asked.count(0) == len(world.asked) // (PLAIN_EVERY + 1)
+    assert world.asked.count(0) == len(world.asked) // (PLAIN_EVERY + PLAIN_RUN) * PLAIN_RUN
     choice = auto.choice()
     assert choice.steps_by_k[0] == world.asked.count(0)
     assert sum(choice.steps_by_k) == len(world.asked)
@@ -253,7 +271,9 @@ def test_a_profile_is_made_once_for_each_kind_of_batch_and_kept(monkeypatch: pyt
     assert not made(1, assistant_model=draft), "the pair is known from before"
     assert made(1, assistant_model=copy.deepcopy(draft))
     specdec.disable(model)
-    assert made_anew(model, draft, counting)
+    assert not made_anew(model, draft, counting), "what was learned outlives disable()"
+    other, its_draft = copy.deepcopy(pair("llama")[0]), copy.deepcopy(draft)
+    assert made_anew(other, its_draft, counting)
 
 
 def made_anew(model: Any, draft: Any, counting: Counting) -> bool:
