@@ -59,7 +59,7 @@ def test_a_run_ends_with_tables_a_json_and_a_plot(no_peers: None, tmp_path: Path
         assert {pair for batch, how, *rest in found if (batch, how) == (2, sampling) for pair in [tuple(rest)]} == ours | {
             ("transformers", "plain")
         }
-    assert [r["num_draft_tokens"] for r in report["results"] if r["engine"] == "draft model"] == 4 * [1, 2]
+    assert [r["num_draft_tokens"] for r in report["results"] if r["engine"] == "draft model"] == 4 * [1, 2, "auto"]
     for r in report["results"]:
         if r["runtime"] == "specdec" and r["sampling"] == "greedy":
             assert r["identical_rows"] == r["rows"]

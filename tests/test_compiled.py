@@ -14,6 +14,7 @@ import torch
 from specdec_kernels import cpu
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 import specdec
 from specdec import compiled, embedded
@@ -192,6 +193,7 @@ def text_of(model: PreTrainedModel) -> list[list[int]]:
 def test_auto_takes_what_is_on_disk_and_compiles_nothing(
     small: PreTrainedModel, own_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    logging.enable_progress_bar()  # another test may have turned it off
     want = text_of(small)
     specdec.enable(small, "prompt_lookup")
     assert not is_compiled(small)
