@@ -124,9 +124,10 @@ def prepare(parts: Sequence[Part], compile: Compile) -> None:
         enter_layouts(part.runner.model)
         if _why_not(part.runner) is None and (package := _package(part)).exists():
             kept = _KEPT.setdefault(part.runner.model, {})
-            if package not in kept:
-                kept[package] = CompiledForward(part.runner.model, package)
-            part.runner.compiled = kept[package]
+            try:
+                part.runner.compiled = kept[package] = kept.get(package) or CompiledForward(part.runner.model, package)
+            except RuntimeError as error:
+                warnings.warn(f"the {part.name} runs eagerly: {package} does not load ({_said(error)}); delete it", stacklevel=3)
 
 
 def enter_layouts(model: nn.Module) -> None:

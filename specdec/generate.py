@@ -148,7 +148,6 @@ class _State:
         self.timing = timing
         self.target = CachedModel(model)
         self.checked: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()  # assistant models of earlier calls
-        # By draft model or drafter, then by device, rows and whether they are sampled; enabling again keeps it.
         self.learned_of_own: dict[tuple[Any, ...], Experience] = {}  # of a drafter that can be no key of _LEARNED
         self.last_stats: Stats | None = None
         self.lock = threading.RLock()  # a drafter serves one call at a time

@@ -214,6 +214,18 @@ def test_auto_takes_what_is_on_disk_and_compiles_nothing(
     assert packages(own_cache) == 1
 
 
+def test_a_broken_package_is_left_out_and_named(small: PreTrainedModel, own_cache: Path) -> None:
+    want = text_of(small)
+    specdec.enable(small, "prompt_lookup", compile=True)
+    (package,) = own_cache.glob("*.pt2")
+    package.write_bytes(b"torn")
+    compiled._KEPT.clear()  # as in another process
+    with pytest.warns(UserWarning, match="the target runs eagerly: .* does not load"):
+        specdec.enable(small, "prompt_lookup")
+    assert not is_compiled(small)
+    assert text_of(small) == want
+
+
 def test_a_compiler_that_fails_leaves_the_model_eager_and_says_why(
     small: PreTrainedModel, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,9 +1,9 @@
 """4-bit matmuls of a CPU: specdec's own kernel where it has been built (specdec_kernels.cpu), else PyTorch's int4 op.
 
 Ours sums in float32 (of inputs rounded to bfloat16 where the CPU multiplies such), and one read of the weights serves eight rows.
-PyTorch's (torch._weight_int4pack_mm_for_cpu) takes and gives
-bfloat16; one row takes about a quarter of a bfloat16 linear's time, more rows take more, and from some eight on it loses (the
-cost table of scripts/bench_int4.py has the figures of a machine). Neither's result for a row depends on the other rows.
+PyTorch's (torch._weight_int4pack_mm_for_cpu) takes and gives bfloat16; one row takes about a quarter of a bfloat16 linear's time,
+more rows take more, and from some eight on it loses (the cost table of scripts/bench_int4.py has the figures of a machine).
+Neither's result for a row depends on the other rows.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import torch
@@ -58,10 +59,19 @@ def load() -> bool:
         with _LOADING:
             if _IS_LOADED is None:
                 path = built_at()
-                if path.exists():
-                    torch.ops.load_library(path)
-                _IS_LOADED = path.exists()
+                _IS_LOADED = path.exists() and _loads(path)
     return _IS_LOADED
+
+
+def _loads(path: Path) -> bool:
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        warnings.warn(
+            f"specdec's CPU kernels are left out: {path} does not load ({error}); delete it to build it anew", stacklevel=3
+        )
+        return False
+    return True
 
 
 def build() -> None:
