@@ -749,7 +749,7 @@ def run_lossless(suite: Suite) -> Row:
 
 
 def run_peers(suite: Suite) -> Row:
-    """The embedded pair in large shapes, the target in 4 bits: greedy, everything launched from Python, in turns."""
+    """The embedded pair in large shapes, the target in 4 bits: greedy, ours recorded as CUDA graphs, in turns."""
     sizes, options = suite.sizes, {"device": str(suite.device), "dtype": torch.bfloat16}
     started = time.perf_counter()
     target = widen_pair.widen(
@@ -770,8 +770,50 @@ def run_peers(suite: Suite) -> Row:
         tuned += found
     for row in results:
         row |= {f"ratio_to_{name}": row[f"ratio_to_{name}"]["median"] for name in ("baseline", "own_plain")}
-    goals = [goal("8 billion parameters built in a minute", "build_s", max, 60, [built])]
+    bounded(results, sizes.new_tokens)
+    goals = [goal("8 billion parameters built in a minute", "build_s", max, 60, [built]), *goals_of_peers(results)]
     return built | {"results": results, "tuned": [vars(one) for one in tuned], "goals": goals}
+
+
+def bounded(results: Sequence[Row], new_tokens: int) -> None:
+    """Beside each step that drafts, what the cost model says it could come to, from its parts timed alone; and what lay idle.
+
+    ratio_bound: tokens a step * T_target(1) / (T_target(K+1) + K T_draft). fraction_idle: of an unwatched call's step, what the
+    device was not at work on the draft, the target or the verification.
+    """
+    for row in (row for row in results if row["runtime"] == "specdec" and row["num_draft_tokens"] not in (None, "auto")):
+        plain = next(r for r in results if (r["runtime"], r["engine"], r["batch"]) == ("specdec", "plain", row["batch"]))
+        row["ratio_bound"] = row["tokens_per_step"] * plain["target_ms"] / (row["target_ms"] + row["draft_ms"])
+        row["fraction_of_bound"] = row["ratio_to_own_plain"] / row["ratio_bound"]
+        call_ms = 1000 * row["batch"] * new_tokens / row["tokens_per_second"] - row["prompt_ms"]
+        busy_ms = row["draft_ms"] + row["target_ms"] + row["verification_ms"]
+        row["fraction_idle"] = 1 - busy_ms * new_tokens / row["tokens_per_step"] / call_ms
+
+
+def goals_of_peers(results: Sequence[Row]) -> list[Row]:
+    """What a pair of these sizes is to come to; a goal is left out where nothing was run that it is about."""
+    drafting = [row for row in results if "ratio_bound" in row]
+    alone = [row for row in drafting if row["batch"] == 1]
+    assisted = [row for row in results if row["engine"].startswith("assisted")]
+    long = [row for row in alone if row["tokens_per_step"] >= 3]
+    most = max(row["batch"] for row in results)
+    chosen = [row for row in results if row["num_draft_tokens"] == "auto" and row["batch"] == most]
+    fastest = max(alone, key=lambda row: row["tokens_per_second"])
+    goals = [
+        goal("launch gaps under 5 % of a step, batch 1", "fraction_idle", max, 0.05, alone),
+        goal("90 % of the cost model's bound, batch 1", "fraction_of_bound", min, 0.9, alone),
+    ]
+    if long:
+        best = max(long, key=lambda row: row["ratio_to_own_plain"])
+        goals.append(
+            goal("2 times plain decoding with graphs, of 3 tokens a step, batch 1", "ratio_to_own_plain", min, 2.0, [best])
+        )
+    if assisted:
+        ratio = fastest["tokens_per_second"] / max(row["tokens_per_second"] for row in assisted)
+        goals.append(goal("3 times transformers' assisted decoding", "ratio", min, 3.0, [{"ratio": ratio, "batch": 1}]))
+    if not any(row["tokens_per_step"] == 1 for row in chosen):  # K = 0 is an answer too
+        goals.append(goal(f"1.3 times plain decoding at batch {most}, or K = 0", "ratio_to_own_plain", min, 1.3, chosen))
+    return goals
 
 
 def peers_of(
@@ -786,7 +828,9 @@ def peers_of(
         engines.append(best)
         tuned.append(found)
     engines.append(specdec_plain(target, threads))
-    engines += [specdec_draft(target, threads, draft, k, f"draft {name}") for name, draft in drafts.items() for k in ks]
+    engines += [
+        specdec_draft(target, threads, draft, k, f"draft {name}") for name, draft in drafts.items() for k in (*ks, "auto")
+    ]
     return engines, tuned
 
 

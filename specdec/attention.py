@@ -108,12 +108,12 @@ def row_attention(
         if seen is None:
             seen = _causal(query, length) if mask is None else _intervals(mask, len(query))  # a mask: a stock call
         if seen is not None:
-            at = slice(None) if width <= MAX_WINDOW else slice(-1, None)
+            at = slice(None) if on_cpu or width <= MAX_WINDOW else slice(-1, None)
             first, last = seen[:, :, at, 0].unbind(1)
             decoded = attention(query[:, :, at], key, value, first, last, scale)
-            if width <= MAX_WINDOW:
+            if on_cpu or width <= MAX_WINDOW:
                 return decoded, None
-            is_plain = mask is None and intervals is None and not on_cpu
+            is_plain = mask is None and intervals is None
             y = _whole(stock, key, value, None if is_plain else seen_slots(seen, length))
             y[:, -1:] = decoded
             return y, None

@@ -28,12 +28,16 @@ class Window:
 
     def __init__(self, key_block: int = 1, max_slots: int | None = None) -> None:
         self.key_block = key_block
-        self.max_slots = sys.maxsize if max_slots is None else _blocks(max_slots, key_block)
+        self.limit(max_slots)
         self.rows = torch.empty(0, 1, dtype=torch.int64)
         self.positions = torch.empty(0, 0, dtype=torch.int64)
         self.end = 0  # one behind the last position
         self.key_length = 0
         self.first: int | None = None
+
+    def limit(self, max_slots: int | None) -> None:
+        """A call begins, whose texts come so far; None: as far as they like."""
+        self.max_slots = sys.maxsize if max_slots is None else _blocks(max_slots, self.key_block)
 
     def move(self, positions: Tensor) -> None:
         """positions: [B, W] int64 of the ids that come next."""
@@ -118,6 +122,11 @@ class RaggedCache(Cache):
             assert isinstance(layer, RaggedLayer)
             layer.window = self.window
             self.layers.append(layer)
+
+    def reserve(self, slots: int) -> list[Tensor]:
+        """buffers(), with room for texts of so many positions."""
+        self.window.key_length = _blocks(slots, self.window.key_block)
+        return self.buffers()
 
     def buffers(self) -> list[Tensor]:
         """Keys and values of each layer in turn, [B, H, S, D] each, with room for the window; empty before the first forward."""

@@ -12,7 +12,7 @@ STEP_PARTS = ("draft", "target", "verification", "other")
 
 @dataclass(frozen=True, slots=True)
 class StepTiming:
-    """Seconds of one step: proposing, the target's forward, verifying with all sampling from the target, and the rest."""
+    """Seconds of one step: proposing, the target's forward, verifying with all sampling from the target, the host's rest."""
 
     draft_s: float
     target_s: float
@@ -25,7 +25,7 @@ class Timing:
     """Seconds of one call's loop, by part; generate()'s own preparation comes before it.
 
     prefill_s: the target reads the prompt. draft_s: proposing; the draft model reads the prompt in the first step.
-    target_s: verifying forwards. verification_s: processors, rejection sampling, drawing. other_s: committing, stops, counting.
+    target_s: verifying forwards. verification_s: processors, rejection sampling, drawing, committing. other_s: the host's own.
     first_token_s: from the loop's start until the first step is verified.
     steps: the parts of each step; they sum up to the totals, but for what `other_s` holds before the first one.
     """

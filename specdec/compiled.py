@@ -31,10 +31,11 @@ from transformers.utils.logging import tqdm
 
 from specdec import attention, cache, models
 from specdec.cache import RaggedCache
+from specdec.graphs import Graphs, why_not
 from specdec.models import PROBE_TOLERANCE, CachedModel, precision_of
 from specdec.quant import cpu as int4_on_cpu
 from specdec.quant import int4, rows
-from specdec.quant.rows import ATTENTION
+from specdec.quant.rows import ATTENTION, MAX_WINDOW
 
 Compile = Literal["auto"] | bool
 SOURCES: tuple[ModuleType, ...] = (cache, attention, models, int4, int4_on_cpu, rows)  # what is traced, with this file
@@ -52,7 +53,10 @@ class Part:
 
 
 class CompiledForward:
-    """ids, positions [B, W] int64 and a cache -> logits [B, W, V] float32, or [B, 1, V] of the last column; W <= MAX_WINDOW."""
+    """ids, positions [B, W] int64 and a cache -> logits [B, W, V] float32, or [B, 1, V] of the last column.
+
+    any_width: a window of more than MAX_WINDOW positions comes out as it does eagerly, and sooner: the model is in 4 bits.
+    """
 
     def __init__(self, model: PreTrainedModel, package: Path) -> None:
         self.model = weakref.ref(model)  # which keeps this; see _KEPT
@@ -64,6 +68,8 @@ class CompiledForward:
         self.places: list[tuple[int, torch.dtype]] = []
         self.forms: list[tuple[Any, ...]] = []
         self.columns: dict[tuple[int, bool], Tensor] = {}
+        layers = [module for module in model.modules() if isinstance(module, int4.Int4Linear)]
+        self.any_width = bool(layers) and all(isinstance(x.kernel, int4_on_cpu.CpuKernel) and x.use_kernel for x in layers)
 
     def renew(self) -> bool:
         """Lend it the model's weights as they are now; False where they no longer fit, moved or cast. A call begins with this."""
@@ -85,10 +91,14 @@ class CompiledForward:
     def __call__(self, ids: Tensor, positions: Tensor, last_only: bool, cache: RaggedCache) -> Tensor:
         if not cache.layers:
             cache.fill(self.shapes, len(ids), self.dtype)
-        key = ids.shape[1], last_only
-        if key not in self.columns:
-            self.columns[key] = torch.arange(ids.shape[1])[-1 if last_only else 0 :]
-        inputs = [ids.contiguous(), positions.contiguous(), self.columns[key], *cache.buffers()]  # strides are taken on trust
+        width = ids.shape[1]
+        key = width, last_only
+        columns = self.columns.get(key)
+        if columns is None:
+            columns = torch.arange(width - 1 if last_only else 0, width)
+            if width <= MAX_WINDOW:
+                self.columns[key] = columns
+        inputs = [ids.contiguous(), positions.contiguous(), columns, *cache.buffers()]  # strides are taken on trust
         # past the package's own __call__, which reads its signature from JSON every time
         logits: Tensor = self.loaded.loader.boxed_run(inputs)[0]
         return logits
@@ -106,15 +116,21 @@ def _let_go() -> None:
             forward.loaded = None
 
 
-def prepare(parts: Sequence[Part], compile: Compile) -> None:
+def prepare(parts: Sequence[Part], compile: Compile, graphs: Graphs | None = None) -> None:
     """Give each runner its compiled forward, or take it away.
 
     True: what is not on disk yet is compiled, with a progress bar; what cannot be is left eager, with one warning that says why.
-    "auto": what an earlier process has left on disk is used. False: eager.
+    "auto": what an earlier process has left on disk is used. False: eager. graphs: where there are some, steps are recorded in
+    them instead; for all parts or for none.
     """
     for part in parts:
-        part.runner.compiled = None
-    if compile is False or any(part.runner.model.device.type != "cpu" for part in parts):
+        part.runner.compiled = part.runner.graphs = None
+    if compile is False:
+        return
+    if graphs is not None:
+        _record(parts, graphs)
+        return
+    if any(part.runner.model.device.type != "cpu" for part in parts):
         return
     if compile is True and (failures := _build(parts)):
         warnings.warn(f"specdec runs without a compiler's help: {'; '.join(failures)}", stacklevel=3)
@@ -128,6 +144,51 @@ def prepare(parts: Sequence[Part], compile: Compile) -> None:
                 part.runner.compiled = kept[package] = kept.get(package) or CompiledForward(part.runner.model, package)
             except RuntimeError as error:
                 warnings.warn(f"the {part.name} runs eagerly: {package} does not load ({_said(error)}); delete it", stacklevel=3)
+
+
+def _record(parts: Sequence[Part], graphs: Graphs) -> None:
+    """Let the runners record what they do, where a trial of each comes out right; else say why not."""
+    for part in parts:
+        enter_layouts(part.runner.model)
+        reason = why_not(part.runner.model)
+        if reason is None:
+            part.runner.graphs = graphs
+            reason = _trial(part.runner, graphs)
+        if reason is not None:
+            if graphs.failure is None:  # which was said when it came
+                graphs.failure = reason
+                warnings.warn(f"specdec runs without CUDA graphs, and slower: of the {part.name}, {reason}", stacklevel=4)
+            break
+    if graphs.failure is not None:
+        for part in parts:
+            part.runner.graphs = None
+
+
+@torch.no_grad()
+def _trial(runner: CachedModel, graphs: Graphs) -> str | None:
+    """What is wrong with a recorded forward, held against the forward itself on a ragged batch that goes on; None: nothing."""
+    generator = torch.Generator().manual_seed(0)
+    last = torch.tensor([9, 4], device=runner.model.device)
+    ids = torch.randint(runner.vocab_size, (2, 16), generator=generator).to(last.device)
+    error = 0.0
+    try:
+        runner.begin(2, 16)
+        runner.prefill(ids, last - 1)
+        runner.reserve(16)
+        for _ in range(4):  # as it is, recorded, replayed, replayed
+            positions = last[:, None] + torch.arange(2, device=last.device)
+            window = ids.gather(1, positions)
+            got = graphs.run((runner, "trial"), runner.forward, window, positions).clone()
+            want = runner.forward(window, positions)
+            error = max(error, ((got - want).norm() / (want - want.mean()).norm().clamp(min=1e-30)).item())
+            last = last + 1
+    except (RuntimeError, ValueError, IndexError) as failure:  # a model may not take buffers that are longer than its text
+        return _said(failure)
+    finally:
+        runner.begin(0)
+    if graphs.failure is None and not error <= PROBE_TOLERANCE[precision_of(runner.model)]:
+        return f"a replay gave other logits (relative error {error:.1e})"
+    return graphs.failure
 
 
 def enter_layouts(model: nn.Module) -> None:
@@ -246,7 +307,7 @@ class _Traced(nn.Module):
 
     def forward(self, ids: Tensor, positions: Tensor, columns: Tensor, buffers: list[Tensor]) -> Tensor:
         cache = RaggedCache.over(buffers, positions)
-        return self.runner[0].run(ids, positions, cache, torch.int32, columns).float()
+        return self.runner[0].call(ids, positions, cache, torch.int32, columns).float()
 
 
 @torch.no_grad()
@@ -273,6 +334,7 @@ def _trace(part: Part) -> tuple[Any, list[list[int]]]:
         )
     for node in program.graph.nodes:
         _keep(node, part.exact)
+    _join(program.graph)
     program.graph_module.recompile()
     return program, [[buffer.shape[1], buffer.shape[3]] for buffer in buffers]
 
@@ -298,6 +360,27 @@ def _keep(node: Any, exact: bool) -> None:
         node.target, node.args, node.kwargs = ours.layer_norm.default, (x, weight, bias, eps), {}
     elif node.target in (aten.cos.default, aten.sin.default, aten.tanh.default):
         node.target = getattr(ours, node.target.overloadpacket.__name__).default
+
+
+def _join(graph: Any) -> None:
+    """Let 4-bit layers that take the same input (q, k, v; gate, up) share a call: the same sums, looked up in one place."""
+    layers: dict[Any, list[Any]] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target == torch.ops.specdec.int4_linear.default:
+            x, _, [scale], _ = node.args
+            form = scale.meta["val"]
+            layers.setdefault((x, form.shape[1], form.dtype), []).append(node)
+    for (x, *_), nodes in layers.items():
+        if len(nodes) == 1:
+            continue
+        packed, scales, columns = ([one for node in nodes for one in node.args[at]] for at in (1, 2, 3))
+        with graph.inserting_before(nodes[0]):
+            together = graph.call_function(torch.ops.specdec.int4_linear.default, (x, packed, scales, columns))
+        together.meta["val"] = [value for node in nodes for value in node.meta["val"]]
+        for at, node in enumerate(nodes):
+            [result] = node.users  # the one of its list
+            result.args = (together, at)
+            graph.erase_node(node)
 
 
 @torch.no_grad()

@@ -54,9 +54,9 @@ def acceptance_lengths(rows: Iterable[tuple[float, int]], most: int) -> list[flo
     return [length / count for length in lengths]
 
 
-def fastest(lengths: Sequence[float], step_s: Sequence[float]) -> int:
-    """The K that gives the most tokens a second; the smallest of equals."""
-    return max(range(len(lengths)), key=lambda k: lengths[k] / step_s[k])
+def fastest(lengths: Sequence[float], step_s: Sequence[float], among: Sequence[int]) -> int:
+    """The K among some that gives the most tokens a second; the first of equals."""
+    return max(among, key=lambda k: lengths[k] / step_s[k])
 
 
 def interpolated(known: dict[int, float]) -> list[float]:

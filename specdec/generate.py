@@ -47,10 +47,11 @@ from specdec.compiled import Compile, Part, prepare
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.graphs import RECORDINGS, Graphs, directly, why_not
 from specdec.interfaces import Drafter, Outcome
 from specdec.models import ATTENTIONS, CachedModel, context_of, dynamic_rope_limit, unsupported
 from specdec.pace import LARGEST, Auto, Constant, Experience, Pace
-from specdec.profiling import profile
+from specdec.profiling import drafted_ids, profile
 from specdec.quant.checkpoints import load_as_it_is
 from specdec.quant.quantizer import is_4bit
 from specdec.quant.rows import MAX_WINDOW
@@ -103,7 +104,8 @@ def enable(
     K follows measured times, so the same seed may give another text; with a number it gives the same.
     compile: on a CPU, run decoding forwards compiled. True: compile what is not on disk yet, once per machine and architecture,
     in a minute or so, with a progress bar; "auto": use what is on disk; False: don't. Where it fails, a warning says why and the
-    model runs without. A 4-bit target's logits are the same, bit for bit; a dense one's differ by rounding.
+    model runs without. A 4-bit target's logits are the same, bit for bit; a dense one's differ by rounding. On a CUDA device,
+    True and "auto" record steps as CUDA graphs, which are kept from call to call, caches included, until disable(); False: don't.
     timing: measure where each call's time goes, as `Stats.timing`.
     Enabling again replaces. Raises ValueError or TypeError, leaving the model as it was, where the pair cannot work.
     """
@@ -118,10 +120,14 @@ def enable(
     if compile not in ("auto", True, False):
         raise ValueError(f"compile={compile!r} must be True, False or 'auto'")
     state = _State(model, None if drafter is None else resolve_drafter(drafter, model), num_draft_tokens, compile, timing)
-    prepare(state.parts(state.drafter), compile)
+    prepare(state.parts(state.drafter), compile, _graphs_for(model, compile))
     model.__dict__[_STATE] = state
     model.__class__ = _drop_in_class(stock)
     return model
+
+
+def _graphs_for(model: PreTrainedModel, compile: Compile) -> Graphs | None:
+    return Graphs(model.device) if compile is not False and model.device.type in RECORDINGS else None
 
 
 def disable(model: PreTrainedModel) -> None:
@@ -148,6 +154,7 @@ class _State:
         self.timing = timing
         self.target = CachedModel(model)
         self.checked: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()  # assistant models of earlier calls
+        self.assistant: ModelDrafter | None = None  # the last one, where graphs are recorded of it
         self.learned_of_own: dict[tuple[Any, ...], Experience] = {}  # of a drafter that can be no key of _LEARNED
         self.last_stats: Stats | None = None
         self.lock = threading.RLock()  # a drafter serves one call at a time
@@ -157,6 +164,30 @@ class _State:
         """The models that a call with this drafter runs."""
         parts = [Part("target", self.target, exact=True)]
         return parts + ([Part("draft", drafter.runner, exact=False)] if isinstance(drafter, ModelDrafter) else [])
+
+    def graphs(self, drafter: Drafter) -> Graphs | None:
+        """What a call with this drafter records its steps in, None where it does not."""
+        graphs, parts = self.target.graphs, self.parts(drafter)
+        if graphs is None or graphs.failure is not None:
+            return None
+        models = [part.runner.model for part in parts]
+        graphs.is_on = not any(map(why_not, models))
+        if not graphs.renew(models):
+            for part in parts:
+                part.runner.begin(0)
+        return graphs if graphs.is_on else None
+
+    def end(self, keep: bool) -> None:
+        """A call has ended: free its caches, but for those that recorded steps go on with."""
+        graphs = self.target.graphs
+        if keep and graphs is not None and graphs.failure is None:
+            return
+        if graphs is not None:
+            graphs.close()
+        for drafter in (self.drafter, self.assistant):
+            for part in self.parts(drafter):
+                part.runner.begin(0)
+        self.assistant = None
 
 
 @dataclass
@@ -206,15 +237,16 @@ def _drop_in_class(stock: Any) -> Any:
             state.call = _Call(named | kwargs, nested=outer is not None)
             if outer is None:
                 state.last_stats = None
+            is_over = False
             try:
                 _check_prompt(state.call.prompt)
-                return stock.generate(self, *args, **kwargs)
+                output = stock.generate(self, *args, **kwargs)
+                is_over = True
+                return output
             finally:
                 state.call = outer
-                if outer is None:  # free the caches
-                    state.target.begin(0)
-                    if isinstance(state.drafter, ModelDrafter):
-                        state.drafter.runner.begin(0)
+                if outer is None:
+                    state.end(keep=is_over)
 
     def _validate_generation_mode(self: Any, generation_mode: Any, generation_config: Any, mode_kwargs: Any) -> None:
         _state_of(self)[1].mode_kwargs = mode_kwargs
@@ -365,13 +397,20 @@ def _decode(
         [_processor(function) for function in logits_processor],
         do_sample=bool(generation_config.do_sample),
     )
-    pace = _pace(state, drafter, num_draft_tokens, sequences, sampling)
+    graphs = state.graphs(drafter)
+    pace = _pace(state, drafter, num_draft_tokens, sequences, sampling, graphs)
+    run, ahead = directly, 0
+    if graphs is not None:
+        sequences.settle(graphs.hold)
+        run = graphs.run
+        asks = sequences.stop is not None or sampling.needs_prefix or state.timing or streamer is not None
+        ahead = 0 if asks or generation_config.output_scores or generation_config.output_logits else 1
     counter = StatsCounter(sequences.batch_size, pace.most)
     as_dict = generation_config.return_dict_in_generate
     scores = _PerToken(len(prompt)) if as_dict and generation_config.output_scores else None
     logits = _PerToken(len(prompt)) if as_dict and generation_config.output_logits else None
     lap = clock.lap if clock else no_lap
-    for outcome in speculate(state.target, drafter, sequences, sampling, pace, lap):
+    for outcome in speculate(state.target, drafter, sequences, sampling, pace, run=run, ahead=ahead, lap=lap):
         counter.add(outcome)
         if scores is not None:
             scores.add(outcome, outcome.scores)
@@ -487,7 +526,14 @@ def _most(num_draft_tokens: int | str, state: _State) -> int:
     return LARGEST if state.target.context is None else min(LARGEST, state.target.context - 1)
 
 
-def _pace(state: _State, drafter: Drafter, num_draft_tokens: int | str, sequences: Sequences, sampling: Sampling) -> Pace:
+def _pace(
+    state: _State,
+    drafter: Drafter,
+    num_draft_tokens: int | str,
+    sequences: Sequences,
+    sampling: Sampling,
+    graphs: Graphs | None,
+) -> Pace:
     """What says how many ids each step drafts. The first call of its kind is preceded by a profile."""
     if isinstance(num_draft_tokens, int):
         return Constant(num_draft_tokens)
@@ -499,13 +545,14 @@ def _pace(state: _State, drafter: Drafter, num_draft_tokens: int | str, sequence
     except TypeError:  # it cannot be hashed, or not be referred to weakly
         learned = state.learned_of_own
     compiled = [part.runner.compiled is not None for part in state.parts(drafter)]
-    kind = (sequences.device, sequences.batch_size, sampling.do_sample, torch.get_num_threads(), *compiled)
+    kind = (sequences.device, sequences.batch_size, sampling.do_sample, torch.get_num_threads(), graphs is not None, *compiled)
     is_new = kind not in learned
+    most = _most(num_draft_tokens, state)
     if is_new:
-        most = _most(num_draft_tokens, state)
-        learned[kind] = Experience(profile(state.target, drafter, sequences, sampling, most))
+        learned[kind] = Experience(profile(state.target, drafter, sequences, sampling, most, graphs))
     rooms = sequences.limit(sequences.max_length).tolist()
-    return Auto(learned[kind], rooms, int(sequences.lengths.max()), is_new=is_new)
+    among = None if graphs is None else [0, *drafted_ids(most)]  # each K is recorded by itself
+    return Auto(learned[kind], rooms, sequences.longest, is_new, among)
 
 
 def _call_drafter(
@@ -516,8 +563,13 @@ def _call_drafter(
         if assistant_model not in state.checked:
             _check_pair(model, assistant_model)
             state.checked.add(assistant_model)
-        drafter: Drafter = ModelDrafter(assistant_model, state.target.vocab_size)
-        prepare(state.parts(drafter)[1:], state.compile)
+        drafter: Drafter
+        if state.assistant is not None and state.assistant.runner.model is assistant_model:
+            drafter = state.assistant
+        else:
+            drafter = ModelDrafter(assistant_model, state.target.vocab_size)
+            prepare(state.parts(drafter)[1:], state.compile, state.target.graphs)
+            state.assistant = None if state.target.graphs is None else drafter
     elif config.prompt_lookup_num_tokens is not None:
         drafter = PromptLookup(config.max_matching_ngram_size) if config.max_matching_ngram_size else PromptLookup()
     else:

@@ -34,10 +34,9 @@ class Draft:
         zeros = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return cls(zeros.new_zeros(batch_size, 0), None, zeros)
 
-    def check(self, limit: Tensor, num_draft_tokens: int, vocab_size: int, drafter: object) -> None:
-        """Raise ValueError where the proposal breaks the protocol: shapes, dtypes, lengths beyond limit [B], ids outside V."""
+    def check(self, batch: int, num_draft_tokens: int, vocab_size: int, drafter: object) -> None:
+        """Raise ValueError where shapes or dtypes break the protocol. What it holds is looked at on its device: see `within`."""
         name = type(drafter).__name__
-        batch = limit.shape[0]
         if not isinstance(self.ids, Tensor) or self.ids.ndim != 2 or self.ids.shape[0] != batch or self.ids.dtype != torch.int64:
             raise ValueError(f"{name}.propose returned ids {_describe(self.ids)}; it must return int64 [{batch}, K]")
         num_ids = self.ids.shape[1]
@@ -54,16 +53,28 @@ class Draft:
                 f"{name}.propose returned probs {_describe(self.probs)}; it must return float32"
                 f" {[batch, num_ids, vocab_size]}, the distributions the ids were drawn from, or None where they are one-hot"
             )
-        if ((self.lengths < 0) | (self.lengths > limit) | (self.lengths > num_ids)).any():
-            raise ValueError(
-                f"{name}.propose returned lengths {self.lengths.tolist()}; each must lie in 0 … its row's limit"
-                f" {limit.tolist()} and be at most K={num_ids}"
+
+    def within(self, limit: Tensor, vocab_size: int) -> tuple[Draft, Tensor]:
+        """The draft with its lengths within limit [B] and its ids within the vocabulary, and the rows [B] where they were not.
+
+        So that a device, which no one asks before the step is over, never sees what it cannot do.
+        """
+        num_ids = self.ids.shape[1]
+        lengths = torch.minimum(self.lengths.clamp(0, num_ids), limit)
+        ids = self.ids.clamp(0, vocab_size - 1)
+        return Draft(ids, self.probs, lengths), (lengths != self.lengths) | (ids != self.ids).any(1)
+
+    def explain(self, limit: Tensor, vocab_size: int) -> str:
+        """What was wrong with it, where `within` found something."""
+        if self.ids.numel() and ((self.ids < 0) | (self.ids >= vocab_size)).any():
+            return (
+                f"propose returned ids from {self.ids.min().item()} to {self.ids.max().item()}; the target's vocabulary is"
+                f" 0 … {vocab_size - 1}"
             )
-        if num_ids and ((self.ids < 0) | (self.ids >= vocab_size)).any():
-            raise ValueError(
-                f"{name}.propose returned ids from {self.ids.min().item()} to {self.ids.max().item()};"
-                f" the target's vocabulary is 0 … {vocab_size - 1}"
-            )
+        return (
+            f"propose returned lengths {self.lengths.tolist()}; each must lie in 0 … its row's limit {limit.tolist()} and be at"
+            f" most K={self.ids.shape[1]}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,39 +119,106 @@ class Step:
         return [*self.overlap, own][: self.emitted]
 
 
+BROKEN_DRAFT, NAN_DRAFT, NAN_TARGET = 1, 2, 4  # what may be wrong with a row's step; they add up
+
+
 @dataclass(frozen=True)
 class Outcome:
     """One committed step. Rows that had finished before it have live = False and zeros everywhere.
 
-    draft, verdict: as proposed and as judged, before any stop.
-    live: [B] bool, the row took part.
+    drafter: the class of what proposed. draft, verdict: as proposed and as judged, before any stop.
     asked: [B] int64, the limit that the drafter was given.
+    logits, scores: [B, K+1, V] float32, the target's, before and after the call's processors.
+    live: [B] bool, the row took part.
     emitted: [B] int64, ids committed for the row: accepted + 1, or fewer where a stop fell.
     drafted, accepted: [B] int64, the counts for the statistics; on a row's last step only up to its stop.
     overlap: [B, K] float32, sum(min(p, q)) at each draft position.
-    logits, scores: [B, K+1, V] float32, the target's, before and after the call's processors.
+    told: [B, 6 + K] float32, what the host is told: asked, drafted, accepted, emitted, whether the row ends, faults, overlap.
+
+    All are the device's, and where steps are recorded they hold until the next one begins. `send` begins the one copy to the
+    host, which `steps` and `ends` wait for.
     """
 
+    drafter: str
     draft: Draft
     verdict: Verdict
-    live: Tensor
     asked: Tensor
+    logits: Tensor
+    live: Tensor
     emitted: Tensor
     drafted: Tensor
     accepted: Tensor
     overlap: Tensor
-    logits: Tensor
+    told: Tensor
     scores: Tensor
 
-    @cached_property
+    def send(self) -> None:
+        """Begin to tell the host, without waiting."""
+        _ = self._sent
+
+    @property
     def steps(self) -> list[Step | None]:
-        """The same on the host, for each row; None for one that had finished. One copy from the device, however many ask."""
-        counts = torch.stack([self.asked, self.drafted, self.accepted, self.emitted], dim=1).float()  # exact below 2^24
+        """What the step did to each row; None for one that had finished. ValueError where it went wrong."""
+        return self._read[0]
+
+    @property
+    def ends(self) -> list[bool]:
+        """Whether it was the row's last step."""
+        return self._read[1]
+
+    @cached_property
+    def _sent(self) -> tuple[Tensor, torch.cuda.Event | None]:
+        on_gpu = self.told.is_cuda
+        host = torch.empty(self.told.shape, dtype=self.told.dtype, pin_memory=on_gpu)
+        host.copy_(self.told, non_blocking=True)
+        arrived = torch.cuda.Event() if on_gpu else None
+        if arrived is not None:
+            arrived.record(torch.cuda.current_stream(self.told.device))
+        return host, arrived
+
+    @cached_property
+    def _read(self) -> tuple[list[Step | None], list[bool]]:
+        host, arrived = self._sent
+        if arrived is not None:
+            arrived.synchronize()
         steps: list[Step | None] = []
-        for asked, drafted, accepted, emitted, *overlap in torch.cat([counts, self.overlap], dim=1).tolist():
+        ends = []
+        for asked, drafted, accepted, emitted, last, faults, *overlap in host.tolist():
+            if faults:
+                raise ValueError(self._complaint(int(faults)))
             tried = int(min(drafted, accepted + 1))
             steps.append(Step(int(asked), int(drafted), int(accepted), int(emitted), overlap[:tried]) if emitted else None)
-        return steps
+            ends.append(bool(last))
+        return steps, ends
+
+    def _complaint(self, faults: int) -> str:
+        if faults & BROKEN_DRAFT:
+            return f"{self.drafter}.{self.draft.explain(self.asked, self.logits.shape[-1])}"
+        who = "target" if faults & NAN_TARGET else "draft model"
+        return (
+            f"the {who} returned NaN logits (or its processors excluded every token), so nothing can be sampled;"
+            " check its weights and dtype (float16 overflows where bfloat16 and float32 do not)"
+        )
+
+
+class Target(Protocol):
+    """The model whose distribution counts, with its own KV cache."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the width of the logits."""
+
+    def begin(self, batch_size: int, max_slots: int) -> None:
+        """A call starts: an empty cache for so many rows, whose texts come to at most max_slots positions."""
+
+    def prefill(self, ids: Tensor, last: Tensor) -> Tensor | None:
+        """Fill the cache for positions 0 … last [B] of ids [B, L]."""
+
+    def reserve(self, slots: int) -> None:
+        """A step begins, behind which no row is longer."""
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Run ids [B, W] at positions [B, W] against the cache: -> logits [B, W, V] float32."""
 
 
 @runtime_checkable

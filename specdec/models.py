@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.attention import KEYS, lent, takes_intervals
-from specdec.cache import RaggedCache, attention_kinds, attention_masks
+from specdec.cache import GROWTH, RaggedCache, attention_kinds, attention_masks
+from specdec.graphs import Graphs, directly
 from specdec.quant.int4 import Int4Linear
-from specdec.quant.rows import ATTENTION, MAX_WINDOW
+from specdec.quant.rows import ATTENTION, MAX_WINDOW, is_decoding
 
 PREFILL_CHUNK = 1024  # positions a forward, where a mask of rows * positions * keys would be too large
 PREFILL_MASK = 1 << 26  # elements of a mask: a prompt of 8192 in one forward, as stock decoding runs it
@@ -27,18 +28,22 @@ PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2
 class Forward(Protocol):
     """A model's decoding forward in another form: see specdec/compiled.py."""
 
+    any_width: bool  # whether it serves windows of more than MAX_WINDOW
+
     def renew(self) -> bool:
         """Take note of weights that were replaced; False where they no longer fit."""
 
     def __call__(self, ids: Tensor, positions: Tensor, last_only: bool, cache: RaggedCache) -> Tensor:
-        """As CachedModel.forward, with a window of up to MAX_WINDOW that the cache has moved to."""
+        """As CachedModel.forward, with a window that the cache has moved to."""
 
 
 class CachedModel:
     """A causal language model with its own KV cache: forward(ids [B, W], positions [B, W]) -> logits float32.
 
     vocab_size: V, the width of the logits. context: positions the model was made for, None where its config names no limit.
-    compiled: what runs the windows of up to MAX_WINDOW, None: the model itself.
+    compiled: what runs decoding windows, None: the model itself.
+    graphs: what parts of a step are recorded in, None: nothing is. With them buffers stay where they are from call to call, and a
+    window of up to MAX_WINDOW sees all of them, so that nothing of its positions is read on the host.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -49,20 +54,50 @@ class CachedModel:
         self.vocab_size = int(self.config.vocab_size)
         self.context = context_of(model)
         self.compiled: Forward | None = None
+        self.graphs: Graphs | None = None
+        self.batch_size = 0
+        self.recorded_over: list[Tensor] | None = None  # the buffers
         self.begin(0)
+
+    @property
+    def run(self) -> Any:
+        """How a part of a step is run on this model: see Graphs.run."""
+        return directly if self.graphs is None else self.graphs.run
 
     def begin(self, batch_size: int, max_slots: int | None = None) -> None:
         """Forget everything: an empty cache, whose buffers grow to max_slots at most; None: as far as texts go."""
         if self.compiled is not None and batch_size and not self.compiled.renew():
             self.compiled = None
         implementation = self.config._attn_implementation
-        self.cache = RaggedCache(KEYS if implementation == ATTENTION else 1, max_slots)
         self.mask_dtype = self.model.dtype if implementation == "eager" else torch.bool
         self.takes_intervals = takes_intervals(self.model)
+        if self.graphs is not None and max_slots is not None:
+            even = -(-max_slots // GROWTH) * GROWTH  # one buffer for calls of about the same length
+            max_slots = even if self.context is None else max(max_slots, min(even, self.context))
+        is_kept = self.graphs is not None and batch_size == self.batch_size > 0
+        if not is_kept:
+            self._forget_recordings(None)
+            self.cache = RaggedCache(KEYS if implementation == ATTENTION else 1, max_slots)
+        self.cache.window.limit(max_slots)
+        self.batch_size = batch_size
+
+    def reserve(self, slots: int) -> None:
+        """Room for texts of so many positions, before a step that must not ask how long they are."""
+        if self.graphs is not None and self.cache.layers:
+            buffers = self.cache.reserve(slots)
+            if buffers is not self.recorded_over:
+                self._forget_recordings(buffers)
+
+    def _forget_recordings(self, buffers: list[Tensor] | None) -> None:
+        if self.graphs is not None and self.recorded_over is not None:
+            self.graphs.drop()
+        self.recorded_over = buffers
 
     def prefill(self, ids: Tensor, last: Tensor) -> Tensor | None:
         """Feed positions up to last [B] of ids [B, L]: -> logits [B, 1, V] behind `last`, None where there is nothing to feed."""
-        return self.feed(ids, last, int(last.max()) + 1)
+        width = int(last.max()) + 1
+        self.reserve(width)
+        return self.feed(ids, last, width)
 
     def feed(self, ids: Tensor, last: Tensor, width: int) -> Tensor | None:
         """Feed the `width` positions of each row that end at last [B]: -> logits [B, 1, V] float32 behind `last`.
@@ -78,17 +113,20 @@ class CachedModel:
 
     def forward(self, ids: Tensor, positions: Tensor, last_only: bool = False) -> Tensor:
         """Run ids [B, W] at positions [B, W]: -> logits [B, W, V] float32, or [B, 1, V] of the last column."""
-        self.cache.window.move(positions)
-        is_narrow = positions.shape[1] <= MAX_WINDOW
-        if self.compiled is not None and is_narrow:
-            return self.compiled(ids, positions, last_only, self.cache)
-        decodes = self.takes_intervals and is_narrow
+        width, cache = positions.shape[1], self.cache
+        if self.graphs is not None and width <= MAX_WINDOW and cache.layers:
+            cache = RaggedCache.over(cache.buffers(), positions)
+        else:
+            cache.window.move(positions)
+        if self.compiled is not None and (width <= MAX_WINDOW or self.compiled.any_width):
+            return self.compiled(ids, positions, last_only, cache)
+        decodes = self.takes_intervals and is_decoding(width, positions.device)
         mask_dtype = torch.int32 if decodes else self.mask_dtype
         with lent(self.config) if decodes else nullcontext(), torch.inference_mode():  # a tenth less per operator than no_grad
-            logits = self.run(ids, positions, self.cache, mask_dtype, int(last_only))
+            logits = self.call(ids, positions, cache, mask_dtype, int(last_only))
         return logits.to(device=ids.device, dtype=torch.float32, copy=True)  # a copy is an ordinary tensor again
 
-    def run(self, ids: Tensor, positions: Tensor, cache: RaggedCache, mask_dtype: torch.dtype, columns: int | Tensor) -> Tensor:
+    def call(self, ids: Tensor, positions: Tensor, cache: RaggedCache, mask_dtype: torch.dtype, columns: int | Tensor) -> Tensor:
         """The model's own forward: -> logits of the last `columns` of them (0: all), or of those numbered."""
         inputs: dict[str, Any] = {
             "input_ids": ids,
@@ -109,7 +147,7 @@ class CachedModel:
 def context_of(model: PreTrainedModel) -> int | None:
     """Positions the model was made for, None where its config names no limit."""
     config = model.config.get_text_config(decoder=True)
-    context = getattr(config, "max_position_embeddings", None)
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     return int(context) if context else None
 
 

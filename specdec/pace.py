@@ -9,6 +9,7 @@ spent. K depends on the past alone, so sampled text keeps its distribution.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -33,7 +34,7 @@ FIRST_PROBE, LAST_PROBE = 8, 128  # plain steps between probes: at first, and wh
 
 
 class Pace(Protocol):
-    """Says how many ids the next step drafts."""
+    """Says how many ids the next step drafts. It may be asked again before it has heard of the step before."""
 
     @property
     def most(self) -> int:
@@ -43,7 +44,7 @@ class Pace(Protocol):
         """K of the step that begins now."""
 
     def observe(self, steps: Sequence[Step | None]) -> None:
-        """See what that step did to each row; None for one that had finished."""
+        """See what the oldest step not heard of did to each row; None for one that had finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,23 +135,43 @@ class Experience:
         self.last = k
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A step that was asked for: its K, the tokens a row that it and its first ids promised, when it was."""
+
+    k: int
+    length: float
+    expected: float
+    is_probe: bool
+    at: float
+
+
 class Auto:
     """The K that is expected to be fastest, for one call.
 
     rooms, unread: for each row, how many ids may be drafted before it ends, and how many the drafter has not seen yet.
-    is_new: the experience is this call's profile.
+    is_new: the experience is this call's profile. among: the K there are, None: all.
     """
 
-    def __init__(self, experience: Experience, rooms: Sequence[int], unread: int, is_new: bool = False) -> None:
+    def __init__(
+        self,
+        experience: Experience,
+        rooms: Sequence[int],
+        unread: int,
+        is_new: bool = False,
+        among: Sequence[int] | None = None,
+    ) -> None:
         self.known = experience
         self.known.last = self.known.before = None
         self.rooms = list(rooms)
         self.unread = unread
         self.is_new = is_new
+        self.among = range(self.most + 1) if among is None else among
         self.live = list(range(len(self.rooms)))
         self.rows = [_Mean(0.0, 0.0) for _ in self.rooms]
         self.steps_by_k = [0] * (self.most + 1)
-        self.is_probe = False
+        self.asked: deque[_Asked] = deque()  # steps under way
+        self.heard = 0.0  # when, of the last one
         self.predicted_s = self.predicted_plain_s = self.spent_s = self.plain_s = 0.0
 
     @property
@@ -164,22 +185,23 @@ class Auto:
 
     def next(self) -> int:
         known = self.known
-        self.expected = acceptance_lengths([(self.acceptance(row), self.rooms[row]) for row in self.live], self.most)
+        expected = acceptance_lengths([(self.acceptance(row), self.rooms[row]) for row in self.live], self.most)
         kept = min(max(known.kept.value, 1 - SPIKE), 1 + SPIKE)
-        self.lengths = [1 + (length - 1) * kept for length in self.expected]
-        k = self._fastest(self.lengths)
-        self.is_probe = k == 0 and self._may_probe()
-        if self.is_probe:
+        lengths = [1 + (length - 1) * kept for length in expected]
+        k = self._fastest(lengths)
+        is_probe = k == 0 and not any(asked.is_probe for asked in self.asked) and self._may_probe()
+        if is_probe:
             k = 1
         elif k and known.since_plain >= PLAIN_EVERY:
             k = 0
-        self.k = k
-        self.started = perf_counter()
+        self.asked.append(_Asked(k, lengths[k], expected[k], is_probe, perf_counter()))
         return k
 
     def observe(self, steps: Sequence[Step | None]) -> None:
-        seconds = perf_counter() - self.started
-        known, k = self.known, self.k
+        asked, now = self.asked.popleft(), perf_counter()
+        seconds = now - max(asked.at, self.heard)  # it began when the one before had ended
+        self.heard = now
+        known, k = self.known, asked.k
         emitted = tried = count = 0
         accepted = 0.0
         for row in self.live:
@@ -192,7 +214,7 @@ class Auto:
             if k:
                 chances = [chance for chance in step.chances() if chance is not None]
                 total = sum(chances)
-                self.rows[row].add(total, len(chances), KEEP_IN_PROBE if self.is_probe else KEEP_ROW)
+                self.rows[row].add(total, len(chances), KEEP_IN_PROBE if asked.is_probe else KEEP_ROW)
                 tried += len(chances)
                 accepted += total
         self.live = [row for row in self.live if steps[row] is not None]
@@ -202,7 +224,7 @@ class Auto:
         self.steps_by_k[k] += 1
         expected_s = known.step_s[k] * known.slow
         self.predicted_s += expected_s + (self.unread * known.catch_up_s.value if k else 0)
-        self.predicted_plain_s += self.lengths[k] * plain_s
+        self.predicted_plain_s += asked.length * plain_s
         self.spent_s += seconds
         self.plain_s += tokens * plain_s
         known.spent_s += seconds
@@ -217,7 +239,7 @@ class Auto:
             return
         known.plain_run = 0
         known.acceptance.add(accepted, tried, KEEP_ALL)
-        known.kept.add(tokens - 1, self.expected[k] - 1, KEEP_ALL)
+        known.kept.add(tokens - 1, asked.expected - 1, KEEP_ALL)
         if self.unread > SHORT_GAP:
             known.catch_up_s.add(max(seconds - expected_s, 0.0), self.unread, 0.9)
             known.last, known.before = None, k
@@ -225,7 +247,7 @@ class Auto:
             known.follow(k, seconds - self.unread * known.catch_up_s.value)
         self.unread = 0
         known.since_probe = 0
-        if self.is_probe:
+        if asked.is_probe:
             known.lost_s = max(known.lost_s + seconds - tokens * plain_s, 0.0)
             shown = accepted / tried if tried else 0.0
             known.interval = 1 if self._fastest(self._lengths_at(shown)) else min(2 * known.interval, LAST_PROBE)
@@ -251,7 +273,7 @@ class Auto:
     def _fastest(self, lengths: Sequence[float]) -> int:
         """The best K for these acceptance lengths; 0 where it does not clearly pay, the ids that the drafter lacks included."""
         known = self.known
-        k = fastest(lengths, known.step_s)
+        k = fastest(lengths, known.step_s, self.among)
         if k == 0 or speedup(k, lengths[k], known.step_s) < MARGIN:
             return 0
         saved_s = max(self.rooms[row] for row in self.live) * (known.step_s[0] - known.step_s[k] / lengths[k]) * known.slow

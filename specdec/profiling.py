@@ -9,11 +9,12 @@ import torch
 
 from specdec.clock import Clock, StepTiming
 from specdec.cost import StepTimes, interpolated
-from specdec.interfaces import Drafter
+from specdec.graphs import Graphs, directly
+from specdec.interfaces import Drafter, Target
 from specdec.pace import Profile
 from specdec.sampling import Sampling
 from specdec.sequences import Sequences
-from specdec.speculative import Target, step
+from specdec.speculative import step
 
 DRAFTED = (1, 2, 3, 5, 8)  # forwards of the target at widths 2, 3, 4, 6, 9; the plain step's is 1
 COLUMNS = 128  # of the prompts
@@ -22,7 +23,14 @@ SECONDS = 1.5  # of all, about, where no model compiles
 ROOM = (2 * ROUNDS + 2) * (sum(DRAFTED) + len(DRAFTED) + 1) + 2  # ids that all steps emit at most
 
 
-def profile(target: Target, drafter: Drafter, asked: Sequences, sampling: Sampling, most: int) -> Profile:
+def drafted_ids(most: int) -> list[int]:
+    """K of the steps that are timed, but for the plain one."""
+    return sorted({*(k for k in DRAFTED if k < most), most})
+
+
+def profile(
+    target: Target, drafter: Drafter, asked: Sequences, sampling: Sampling, most: int, graphs: Graphs | None = None
+) -> Profile:
     """Time steps with 0 … most drafted ids, behind the last columns of the prompts of `asked`, a call that has not begun.
 
     What is written is thrown away, and both models must begin again. Seeds are untouched. Of the call's processors those take
@@ -37,13 +45,17 @@ def profile(target: Target, drafter: Drafter, asked: Sequences, sampling: Sampli
         max_length = max(min(max_length, context), columns + 1)
     prompt, lengths = asked.prompt[:, -columns:], asked.lengths.clamp(max=columns)
     sequences = Sequences(prompt, lengths, max_length=max_length, context=context, num_draft_tokens=most)
+    if graphs is not None:
+        sequences.settle(graphs.hold)
     sampling = Sampling([p for p in sampling.processors if not p.needs_prefix], do_sample=sampling.do_sample)
+    first_runs = 1 if graphs is None else 3  # they warm up, and may compile, or record
     chances: list[float] = []
     timed: dict[int, list[StepTiming]] = {}
 
     def run(k: int, is_timed: bool = True) -> StepTiming:
         clock = Clock(device)
-        outcome = step(target, drafter, sequences, sampling, k, clock.lap)
+        outcome = step(target, drafter, sequences, sampling, k, directly if graphs is None else graphs.run, clock.lap)
+        sequences.learn(outcome)
         for row in outcome.steps:
             chances.extend(chance for chance in (row.chances() if row and k else ()) if chance is not None)
         clock.lap("other")
@@ -53,16 +65,17 @@ def profile(target: Target, drafter: Drafter, asked: Sequences, sampling: Sampli
         return timing
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        target.begin(len(prompt), int(sequences.end.max()))
+        target.begin(len(prompt), sequences.furthest)
         drafter.begin(sequences, sampling)
         target.prefill(sequences.ids, sequences.lengths - 1)
-        drafted = sorted({*(k for k in DRAFTED if k < most), most})
-        for k in (0, most):  # a first run warms up, and may compile
-            run(k, is_timed=False)
+        drafted = drafted_ids(most)
+        for k in (0, most):
+            for _ in range(first_runs):
+                run(k, is_timed=False)
             run(k)
         slowest_s = _seconds(timed[most][0])
         if 2 * slowest_s * len(drafted) < SECONDS:
-            for k in drafted[:-1]:
+            for k in first_runs * drafted[:-1]:
                 run(k, is_timed=False)
         else:
             drafted = [most]
@@ -75,7 +88,7 @@ def profile(target: Target, drafter: Drafter, asked: Sequences, sampling: Sampli
                     )  # a call makes steps of its kind in a row; behind another kind they find the caches cold
                     run(k)
         drafter.begin(sequences, sampling)
-        unread = int(sequences.lengths.max())
+        unread = sequences.longest
         reading_s = run(1, is_timed=False).draft_s
 
     def median(part: str) -> list[float]:

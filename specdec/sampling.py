@@ -37,12 +37,16 @@ class Prefixes(Protocol):
 
 
 class Sampling:
-    """The distribution of one call. Target and drafter share it, so p and q went through the same processors."""
+    """The distribution of one call. Target and drafter share it, so p and q went through the same processors.
+
+    form: equal for calls whose processors do the same to scores, as far as they can be looked into.
+    """
 
     def __init__(self, processors: Sequence[Processor] = (), *, do_sample: bool = False) -> None:
         self.do_sample = do_sample
         self.processors = list(processors)
         self.needs_prefix = any(processor.needs_prefix for processor in processors)
+        self.form = (do_sample, *map(_form, processors))
 
     def scores(
         self,
@@ -120,7 +124,8 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     cdf = probs.double().cumsum(-1)
     total = cdf[..., -1:]
     below_total = torch.nextafter(total, torch.zeros_like(total))
-    return torch.searchsorted(cdf, torch.minimum(uniforms[..., None] * total, below_total), right=True)[..., 0]
+    ids = torch.searchsorted(cdf, torch.minimum(uniforms[..., None] * total, below_total), right=True)[..., 0]
+    return ids.clamp(max=probs.shape[-1] - 1)  # beyond only where probs are NaN, which is told by and by
 
 
 def uniforms(*shape: int, device: torch.device) -> Tensor:
@@ -128,10 +133,13 @@ def uniforms(*shape: int, device: torch.device) -> Tensor:
     return torch.rand(*shape, dtype=torch.float64, device=device)
 
 
-def check_finite(best: Tensor, who: str) -> None:
-    """Raise where best (the largest score, or any one probability, of each distribution) is NaN: NaN spreads to both."""
-    if best.isnan().any():
-        raise ValueError(
-            f"the {who} returned NaN logits (or its processors excluded every token), so nothing can be sampled;"
-            " check its weights and dtype (float16 overflows where bfloat16 and float32 do not)"
-        )
+def _form(processor: Processor) -> object:
+    """The function's kind and settings where those are plain values, else the function itself."""
+    function = processor.function
+    settings = getattr(function, "__dict__", {})
+    if isinstance(function, type) or not settings or not all(isinstance(value, PLAIN) for value in settings.values()):
+        return function
+    return type(function), *sorted(settings.items())
+
+
+PLAIN = (bool, int, float, str, type(None))

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.interfaces import Draft, Verdict
+from specdec.interfaces import Draft, Outcome, Verdict
+
+COLUMNS = 1024  # of ids that are kept from call to call, or a multiple
 
 
 class Sequences:
     """B rows of ids, compact: column == position, no padding inside. Beyond a row's length its columns are stale.
 
     ids: [B, L] int64. lengths (n): [B] int64, committed ids. end: [B] int64, the row's own length limit. finished: [B] bool.
+    Those are the device's. The host goes by bounds (asked, room, shortest, longest), so that a step can begin before it has
+    heard of the one before: `ask` begins a step, `learn` tells the host what became of the oldest one it has not heard of.
     """
 
     def __init__(
@@ -43,6 +48,13 @@ class Sequences:
         self.spare = num_draft_tokens + 1  # columns that one step may write behind the longest row
         columns = torch.arange(width, device=prompt.device) + self.padding[:, None]
         self.ids = prompt.gather(1, columns.clamp(max=width - 1))
+
+        self.asked = 0  # ids that the step in progress may draft for a row
+        self._paddings: list[int] = self.padding.tolist()
+        self._known: list[int] = prompt_lengths.tolist()  # lengths, as far as the host has heard
+        self._live = [width < max_length] * len(self._known)
+        self._unheard: deque[int] = deque()  # ids that each step it has not heard of may have committed
+        self._hold: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
         self._reserve()
 
     @property
@@ -66,12 +78,68 @@ class Sequences:
         ids[:, :prompt_width] = torch.where(columns[:, :prompt_width] < 0, self.prompt[:, :prompt_width], ids[:, :prompt_width])
         return ids
 
+    @property
+    def is_done(self) -> bool:
+        """Whether all rows have finished, as far as the host has heard."""
+        return not any(self._live)
+
+    @property
+    def room(self) -> int:
+        """No row may draft more ids than this."""
+        rows = [length for length, live in zip(self._rooms(), self._live, strict=True) if live]
+        return max(rows, default=0)
+
+    @property
+    def shortest(self) -> int:
+        """No row that goes on has fewer committed ids."""
+        return min((length for length, live in zip(self._known, self._live, strict=True) if live), default=0)
+
+    @property
+    def longest(self) -> int:
+        """No row has more committed ids, the step in progress included."""
+        return min(max(self._known) + sum(self._unheard), self.furthest)
+
+    @property
+    def furthest(self) -> int:
+        """No row will ever have more committed ids."""
+        return self.max_length - min(self._paddings)
+
+    def settle(self, hold: Callable[[str, Tensor], Tensor]) -> None:
+        """Before the first step: keep what steps read and write in the tensors that hold(name, content) gives."""
+        self._hold = hold
+        self.ids = F.pad(self.ids, (0, -self.ids.shape[1] % COLUMNS))
+        self.ids, self.lengths = hold("ids", self.ids), hold("lengths", self.lengths)
+        self.end, self.finished = hold("end", self.end), hold("finished", self.finished)
+        if self.stop_ids is not None:
+            self.stop_ids = hold("stop_ids", self.stop_ids)
+
+    def ask(self, num_draft_tokens: int) -> Tensor:
+        """A step begins, which may draft so many ids for a row: -> its limit [B]."""
+        self._reserve()
+        self.asked = num_draft_tokens
+        self._unheard.append(num_draft_tokens + 1)
+        return self.limit(num_draft_tokens)
+
+    def learn(self, outcome: Outcome) -> None:
+        """What the oldest step that the host had not heard of did to each row."""
+        self._unheard.popleft()
+        for row, (step, ends) in enumerate(zip(outcome.steps, outcome.ends, strict=True)):
+            if step is not None:
+                self._known[row] += step.emitted
+                self._live[row] = not ends
+
     def limit(self, num_draft_tokens: int) -> Tensor:
         """How many ids may be drafted for each row: [B] int64, 0 where finished. One slot before `end` is the target's own."""
         room = self.end - self.lengths - 1
         if self.context is not None:
             room = torch.minimum(room, self.context - self.lengths)
         return room.clamp(0, num_draft_tokens).masked_fill(self.finished, 0)
+
+    def _rooms(self) -> list[int]:
+        """Of each row, as the host knows its length."""
+        context = self.max_length if self.context is None else self.context
+        rows = zip(self._known, self._paddings, strict=True)
+        return [max(min(self.max_length - padding - length - 1, context - length), 0) for length, padding in rows]
 
     def stage(self, ids: Tensor, skip: int = 0) -> None:
         """Write ids [B, W] behind the committed ones and `skip` staged ones, where they are stale until committed."""
@@ -101,14 +169,15 @@ class Sequences:
 
         self.lengths += emitted
         self.finished |= stopped
-        self._reserve()
         return emitted, stopped
 
     def _reserve(self) -> None:
         """Make room for one more step; by doubling, since max_length may be far beyond what a text comes to."""
-        needed = int(self.padded_lengths.max()) + self.spare
-        if needed > self.ids.shape[1]:
-            self.ids = F.pad(self.ids, (0, max(needed, 2 * self.ids.shape[1]) - self.ids.shape[1]))
+        padded = max(length + padding for length, padding in zip(self._known, self._paddings, strict=True))
+        needed = min(padded + sum(self._unheard), self.max_length) + self.spare
+        width = self.ids.shape[1]
+        if needed > width:
+            self.ids = self._hold("ids", F.pad(self.ids, (0, max(needed, 2 * width) - width)))
 
     def _apply_stop(self, stop: Callable[[Tensor], bool], emitted: Tensor, stopped: Tensor) -> None:
         """Judge the row alone after each of its new ids, in order, as plain decoding would; cut where it says so."""

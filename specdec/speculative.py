@@ -9,99 +9,101 @@ Row b has n[b] committed ids; the target's cache covers the first n-1. One step:
     5. the kept ids are committed, up to each row's own stop
     6. nothing is rolled back: a KV entry lives in the slot of its position, and stale slots are overwritten before they are seen
 
-Plain decoding is this loop with a drafter that proposes nothing.
+Plain decoding is this loop with a drafter that proposes nothing. The host hears of a step when it asks, or while `ahead` further
+ones are under way; what they do is decided on the device, so it need not be asked between them.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from specdec import verification
 from specdec.clock import no_lap
-from specdec.interfaces import Draft, Drafter, Outcome, Verdict
+from specdec.graphs import Run, directly
+from specdec.interfaces import BROKEN_DRAFT, NAN_DRAFT, NAN_TARGET, Draft, Drafter, Outcome, Target, Verdict
 from specdec.pace import Pace
-from specdec.sampling import Sampling, check_finite, uniforms
+from specdec.sampling import Sampling
 from specdec.sequences import Sequences
-
-
-class Target(Protocol):
-    """The model whose distribution counts, with its own KV cache."""
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the width of the logits."""
-
-    def begin(self, batch_size: int, max_slots: int) -> None:
-        """A call starts: an empty cache for so many rows, whose texts come to at most max_slots positions."""
-
-    def prefill(self, ids: Tensor, last: Tensor) -> Tensor | None:
-        """Fill the cache for positions 0 … last [B] of ids [B, L]."""
-
-    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Run ids [B, W] at positions [B, W] against the cache: -> logits [B, W, V] float32."""
-
+from specdec.verification import judge
 
 Lap = Callable[[str], None]  # told the name of each part of a step when it ends: where time goes
 
 
 def speculate(
-    target: Target, drafter: Drafter, sequences: Sequences, sampling: Sampling, pace: Pace, lap: Lap = no_lap
+    target: Target,
+    drafter: Drafter,
+    sequences: Sequences,
+    sampling: Sampling,
+    pace: Pace,
+    *,
+    run: Run = directly,
+    ahead: int = 0,
+    lap: Lap = no_lap,
 ) -> Iterator[Outcome]:
     """Generate until all rows have finished; yields what each step did, after it is committed to `sequences`.
 
-    sequences: with columns for as many ids a step as the pace may ask for.
+    sequences: with columns for as many ids a step as the pace may ask for. ahead: steps under way when the host hears of one;
+    those behind the last are thrown away, they find no row to work on.
     """
-    target.begin(sequences.batch_size, int(sequences.end.max()))
+    target.begin(sequences.batch_size, sequences.furthest)
     drafter.begin(sequences, sampling)
     target.prefill(sequences.ids, sequences.lengths - 1)  # stock decoding's first window; the first step feeds its end again
     lap("prefill")
-    while not sequences.finished.all():
-        outcome = step(target, drafter, sequences, sampling, pace.next(), lap)
+    unheard: deque[Outcome] = deque()
+    while not sequences.is_done:
+        most = pace.next()
+        unheard.append(step(target, drafter, sequences, sampling, most if ahead else min(most, sequences.room), run, lap))
+        if len(unheard) <= ahead:
+            continue
+        outcome = unheard.popleft()
+        sequences.learn(outcome)
         pace.observe(outcome.steps)
         yield outcome
 
 
 def step(
-    target: Target, drafter: Drafter, sequences: Sequences, sampling: Sampling, num_draft_tokens: int, lap: Lap = no_lap
+    target: Target,
+    drafter: Drafter,
+    sequences: Sequences,
+    sampling: Sampling,
+    num_draft_tokens: int,
+    run: Run = directly,
+    lap: Lap = no_lap,
 ) -> Outcome:
     """One forward of the target for every row: up to num_draft_tokens accepted ids and one of its own."""
     lap("other")
-    limit = sequences.limit(num_draft_tokens)
+    limit = sequences.ask(num_draft_tokens)
+    target.reserve(sequences.longest)
     draft = drafter.propose(sequences, limit)
     if not isinstance(draft, Draft):
         raise ValueError(f"{type(drafter).__name__}.propose returned a {type(draft).__name__}; it must return a Draft")
-    draft.check(limit, sequences.spare - 1, target.vocab_size, drafter)
+    draft.check(sequences.batch_size, sequences.spare - 1, target.vocab_size, drafter)
     lap("draft")
 
+    looked = run("target", partial(look, target, sequences), draft.ids, draft.lengths, limit)
+    lap("target")
+
+    if sampling.needs_prefix or sequences.stop is not None:  # the host's
+        run = directly
+    key = "verification", sampling.form, sequences.stop_ids is None
+    accepted, next_ids, *committed = run(key, partial(commit, sequences, sampling), limit, draft.probs, *looked)
+    outcome = Outcome(type(drafter).__name__, draft, Verdict(accepted, next_ids), limit, looked[-1], *committed)
+    outcome.send()
+    drafter.observe(outcome)
+    lap("verification")
+    return outcome
+
+
+def look(target: Target, sequences: Sequences, ids: Tensor, lengths: Tensor, limit: Tensor) -> tuple[Tensor, ...]:
+    """Take a draft, ids [B, K], to the target: -> its ids and lengths and where they were wrong, see Draft.within; logits."""
+    draft, is_broken = Draft(ids, None, lengths).within(limit, target.vocab_size)
     sequences.stage(draft.ids)
     positions = window_positions(sequences.lengths, draft)
-    logits = target.forward(sequences.ids.gather(1, positions), positions)
-    lap("target")
-    used = torch.where(sequences.finished, 0, draft.lengths + 1)
-    scores = sampling.scores(logits, sequences, used=used, draft_ids=draft.ids)
-    verdict, overlap = judge(draft, scores, sampling)
-    lap("verification")
-
-    live = ~sequences.finished
-    emitted, stopped = sequences.commit(draft, verdict)
-    outcome = Outcome(
-        draft=draft,
-        verdict=verdict,
-        live=live,
-        asked=limit,
-        emitted=emitted,
-        drafted=torch.where(stopped, torch.minimum(draft.lengths, emitted), draft.lengths),
-        accepted=torch.minimum(verdict.accepted, emitted),
-        overlap=overlap,
-        logits=logits,
-        scores=scores,
-    )
-    drafter.observe(outcome)
-    return outcome
+    return draft.ids, draft.lengths, is_broken, target.forward(sequences.ids.gather(1, positions), positions)
 
 
 def window_positions(lengths: Tensor, draft: Draft) -> Tensor:
@@ -114,13 +116,29 @@ def window_positions(lengths: Tensor, draft: Draft) -> Tensor:
     return lengths[:, None] - 1 + torch.where(columns <= draft.lengths[:, None], columns, 0)
 
 
-def judge(draft: Draft, scores: Tensor, sampling: Sampling) -> tuple[Verdict, Tensor]:
-    """Verify a draft against the target's processed scores [B, K+1, V]: -> the verdict, sum(min(p, q)) [B, K]."""
-    if sampling.do_sample:
-        probs = sampling.probs(scores)
-        check_finite(probs[..., 0], "target")
-        verdict = verification.verify(draft, probs, uniforms(*scores.shape[:2], device=scores.device))
-        return verdict, verification.overlap(draft, probs)
-    best, target_ids = scores.max(-1)  # one-hot distributions, held as ids
-    check_finite(best, "target")
-    return verification.verify_greedy(draft, target_ids), verification.overlap_greedy(draft, target_ids)
+def commit(
+    sequences: Sequences,
+    sampling: Sampling,
+    limit: Tensor,
+    probs: Tensor | None,
+    ids: Tensor,
+    lengths: Tensor,
+    is_broken: Tensor,
+    logits: Tensor,
+) -> tuple[Tensor, ...]:
+    """Verify a draft and append what is kept of it: -> the verdict's two, then Outcome's from `live` to `scores`."""
+    draft = Draft(ids, probs, lengths)
+    used = torch.where(sequences.finished, 0, lengths + 1)
+    scores = sampling.scores(logits, sequences, used=used, draft_ids=ids)
+    verdict, overlap, is_nan = judge(draft, scores, sampling)
+
+    live = ~sequences.finished
+    emitted, stopped = sequences.commit(draft, verdict)
+    drafted = torch.where(stopped, torch.minimum(lengths, emitted), lengths)
+    accepted = torch.minimum(verdict.accepted, emitted)
+    faults = BROKEN_DRAFT * is_broken + NAN_TARGET * is_nan
+    if probs is not None:
+        faults = faults + NAN_DRAFT * probs[..., 0].isnan().any(1)
+    counts = torch.stack([limit, drafted, accepted, emitted, stopped, faults], dim=1).float()  # exact below 2^24
+    told = torch.cat([counts, overlap], dim=1)
+    return verdict.accepted, verdict.next_ids, live, emitted, drafted, accepted, overlap, told, scores

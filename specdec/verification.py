@@ -17,7 +17,24 @@ from specdec_kernels import rejection
 from torch import Tensor
 
 from specdec.interfaces import Draft, Verdict
-from specdec.sampling import draw
+from specdec.sampling import Sampling, draw, uniforms
+
+
+def judge(draft: Draft, scores: Tensor, sampling: Sampling) -> tuple[Verdict, Tensor, Tensor]:
+    """Verify a draft against the target's processed scores [B, K+1, V].
+
+    -> the verdict, sum(min(p, q)) [B, K], and the rows [B] where a distribution is NaN: NaN spreads to the largest score, and to
+    every probability.
+    """
+    if sampling.do_sample:
+        probs = sampling.probs(scores)
+        verdict = verify(draft, probs, uniforms(*scores.shape[:2], device=scores.device))
+        shared, is_nan = overlap(draft, probs), probs[..., 0].isnan()
+    else:
+        best, target_ids = scores.max(-1)  # one-hot distributions, held as ids
+        verdict = verify_greedy(draft, target_ids)
+        shared, is_nan = overlap_greedy(draft, target_ids), best.isnan()
+    return Verdict(verdict.accepted, verdict.next_ids.clamp(0, scores.shape[-1] - 1)), shared, is_nan.any(1)
 
 
 def verify(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Verdict:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,18 @@ def _cold_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     from specdec_kernels import cpu
 
     monkeypatch.setattr(cpu, "_IS_LOADED", False)
+
+
+@pytest.fixture(params=["directly", "recorded"])
+def either_way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The steps of what is enabled run as they are, and then as they run on a CUDA device: recorded, heard of a step late."""
+    from tests.recording import recorded
+
+    if request.param == "directly":
+        yield
+        return
+    with recorded():
+        yield
 
 
 @pytest.fixture

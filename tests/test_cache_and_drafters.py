@@ -162,7 +162,7 @@ def test_ids_outside_either_vocabulary_are_never_drafted(draft_vocab_size: int) 
     for do_sample in (False, True):
         drafter = ModelDrafter(model, VOCAB_SIZE)
         drafter.begin(sequences, Sampling(do_sample=do_sample))
-        draft = drafter.propose(sequences, sequences.limit(K))
+        draft = drafter.propose(sequences, sequences.ask(K))
         assert draft.ids.max() < min(draft_vocab_size, VOCAB_SIZE)
         if draft.probs is not None:
             assert (draft.probs[..., draft_vocab_size:] == 0).all()
@@ -255,7 +255,7 @@ def assert_lookup_is_the_naive_one(texts: list[list[int]], max_ngram: int, num_d
     prompt = torch.tensor([[0] * (width - len(text)) + text for text in texts])
     sequences = Sequences(prompt, torch.tensor([len(text) for text in texts]), max_length=width + 3, num_draft_tokens=K)
     sequences.stage(torch.ones(len(texts), K + 1, dtype=torch.int64))  # stale ids behind the text are none of its business
-    limit = sequences.limit(num_draft_tokens)
+    limit = sequences.ask(num_draft_tokens)
     drafter = PromptLookup(max_ngram)
     drafter.begin(sequences, Sampling())
     draft = drafter.propose(sequences, limit)

@@ -128,13 +128,13 @@ def test_logits_of_a_4_bit_target_keep_their_bits(dtype: torch.dtype) -> None:
     compiled.prepare([compiled.Part("target", runner, exact=True)], True)
     forward = runner.compiled
     assert forward is not None
-    ids = torch.randint(4096, (3, 80), generator=torch.Generator().manual_seed(0))
-    for lengths in ([70], [1], [70, 1, 33]):
+    ids = torch.randint(4096, (3, 210), generator=torch.Generator().manual_seed(0))
+    for lengths in ([200], [70], [1], [200, 1, 33]):  # wide prompts go the compiled way too
         last = torch.tensor(lengths)
         for width in (1, 2, 6, 9):
             got = []
             for runner.compiled in (None, forward):
-                runner.begin(len(lengths), 80)
+                runner.begin(len(lengths), 210)
                 runner.prefill(ids[: len(lengths)], last - 1)
                 positions = last[:, None] - 1 + torch.arange(width)
                 rejected = runner.forward(ids[: len(lengths)].flip(1).gather(1, positions), positions)

@@ -50,8 +50,9 @@ def test_the_fastest_k_is_the_one_of_most_tokens_a_second() -> None:
     lengths = acceptance_lengths([(0.8, 9)], 3)
     for step_s in ([1.0, 1.1, 1.2, 9.0], [1.0, 1.5, 1.6, 1.7], [1.0, 2.0, 3.0, 4.0], [1.0, 1.8, 3.0, 4.0]):
         rates = [length / seconds for length, seconds in zip(lengths, step_s, strict=True)]
-        assert rates[fastest(lengths, step_s)] == max(rates)
-    assert fastest([1.0, 2.0, 2.0], [1.0, 1.0, 1.0]) == 1
+        assert rates[fastest(lengths, step_s, range(len(lengths)))] == max(rates)
+    assert fastest([1.0, 2.0, 2.0], [1.0, 1.0, 1.0], range(3)) == 1
+    assert fastest([1.0, 2.0, 2.0], [1.0, 1.0, 1.0], [0, 2]) == 2
 
 
 def test_what_lies_between_known_values_lies_on_a_line() -> None:

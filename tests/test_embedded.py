@@ -87,6 +87,7 @@ def test_agreement_measured_again_on_some_prompts_is_near_the_card(target: PreTr
     assert abs(agrees.float().mean().item() - card) < 0.12
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("num_draft_tokens", [2, 5, "auto"])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_pair_writes_the_targets_own_text(

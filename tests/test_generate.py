@@ -19,6 +19,8 @@ import specdec
 from tests.families import CONTEXT, FAMILIES, VOCAB_SIZE, make_model, prompts
 from tests.plain import CALLS, DRAFTERS, NEVER, WAYS, WIDTH, K, asked, both, continuation, drafter, stop_at, target
 
+pytestmark = pytest.mark.usefixtures("either_way")
+
 
 @cache
 def plain_text(name: str, model_type: str, batch_size: int) -> list[list[int]]:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "specdec"
 
 FLOORS = {
-    "interfaces": 1, "sampling": 1, "verification": 1, "stats": 1, "clock": 1, "cost": 1, "pace": 1,
+    "interfaces": 1, "sampling": 1, "verification": 1, "stats": 1, "clock": 1, "cost": 1, "pace": 1, "graphs": 1,
     "text": 1, "embedded": 1, "provenance": 1,
     "sequences": 2, "speculative": 2, "profiling": 2, "cache": 2, "attention": 2, "models": 2, "quant": 2,
     "compiled": 2,
@@ -31,6 +31,7 @@ WITHOUT_TRANSFORMERS = {
     "clock",
     "cost",
     "pace",
+    "graphs",
     "text",
     "embedded",
     "sequences",

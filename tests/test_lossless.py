@@ -19,6 +19,7 @@ from tests.drafters import AlwaysRight, AlwaysWrong, Empty, Random, Uneven
 from tests.families import FAMILIES, REFUSED, WEIGHTS, family, make_model, prompts
 from tests.pacing import jumpy
 
+pytestmark = pytest.mark.usefixtures("either_way")
 NEW_TOKENS = 17  # no multiple of any K + 1 below
 
 

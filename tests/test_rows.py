@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -192,17 +194,32 @@ def test_a_window_as_wide_as_a_prompt_is_refused(llama: LlamaForCausalLM) -> Non
         specdec.enable(llama, "prompt_lookup", num_draft_tokens=64)
 
 
+@pytest.fixture(params=["cold", "on kernels", "compiled"])
+def machine(request: pytest.FixtureRequest) -> str:
+    """What a CPU runs on: PyTorch's operators, specdec's kernels, a compiled forward around them."""
+    if request.param != "cold":
+        request.getfixturevalue("cpu_kernels")
+    return str(request.param)
+
+
+@cache
+def llama_of(machine: str, llama: LlamaForCausalLM) -> LlamaForCausalLM:
+    return copy.deepcopy(llama)
+
+
 @pytest.mark.filterwarnings("ignore:specdec keeps in full precision")
 @pytest.mark.parametrize("prompt_length", [1, 30, MAX_WINDOW, MAX_WINDOW + 1, 150])
 @pytest.mark.parametrize("num_draft_tokens", [2, 5, 9])
 def test_logits_of_stock_plain_and_speculative_decoding_are_the_same_bits(
-    llama: LlamaForCausalLM, prompt_length: int, num_draft_tokens: int
+    llama: LlamaForCausalLM, machine: str, prompt_length: int, num_draft_tokens: int
 ) -> None:
+    llama = llama_of(machine, llama)
     ids = torch.randint(3, 512, (1, prompt_length), generator=torch.Generator().manual_seed(prompt_length))
     call = {"max_new_tokens": 40, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     stock = llama.generate(ids, **call)
     for drafter in ("none", "prompt_lookup", Random(seed=1, vocab_size=512), llama):
-        specdec.enable(llama, drafter, num_draft_tokens=num_draft_tokens)
+        specdec.enable(llama, drafter, num_draft_tokens=num_draft_tokens, compile=machine == "compiled")
+        assert (llama.__dict__["_specdec_state"].target.compiled is not None) == (machine == "compiled")
         ours = llama.generate(ids, **call)
         specdec.disable(llama)
         assert ours.sequences.equal(stock.sequences)

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from specdec.interfaces import Draft
-from specdec.sampling import Processor, Sampling, check_finite, draw, uniforms
+from specdec.sampling import Processor, Sampling, draw, uniforms
 from specdec.sequences import Sequences
-from specdec.speculative import judge
+from specdec.verification import judge
 
 V = 7
 PROMPT_WIDTH = 9
@@ -187,21 +187,21 @@ def test_probs_are_softmax_when_sampling_and_one_hot_when_greedy() -> None:
 
 def test_equal_scores_are_won_by_the_first_as_in_stock_decoding() -> None:
     scores = torch.tensor([1.0, 2.0, 2.0, 0.0]).view(1, 1, 4)
-    verdict, _ = judge(Draft.empty(1, scores.device), scores, Sampling())
+    verdict, _, _ = judge(Draft.empty(1, scores.device), scores, Sampling())
     assert Sampling().probs(scores).tolist() == [[[0, 1, 0, 0]]]
     assert verdict.next_ids.tolist() == [1]
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_nan_logits_raise(do_sample: bool) -> None:
+def test_rows_with_nan_logits_are_told(do_sample: bool) -> None:
     scores = torch.randn(2, 3, V)
     scores[1, 2, 3] = math.nan
     draft = Draft(torch.zeros(2, 2, dtype=torch.int64), None, torch.tensor([2, 2]))
-    with pytest.raises(ValueError, match="the target returned NaN logits"):
-        judge(draft, scores, Sampling(do_sample=do_sample))
+    verdict, _, is_nan = judge(draft, scores, Sampling(do_sample=do_sample))
+    assert is_nan.tolist() == [False, True]
+    assert 0 <= verdict.next_ids.min() <= verdict.next_ids.max() < V
 
 
-def test_excluding_every_token_raises_when_sampling() -> None:
-    probs = Sampling(do_sample=True).probs(torch.full((1, 1, V), -math.inf))
-    with pytest.raises(ValueError, match="processors excluded every token"):
-        check_finite(probs[..., 0], "target")
+def test_excluding_every_token_is_told_when_sampling() -> None:
+    _, _, is_nan = judge(Draft.empty(1, torch.device("cpu")), torch.full((1, 1, V), -math.inf), Sampling(do_sample=True))
+    assert is_nan.tolist() == [True]

@@ -36,6 +36,9 @@ class Bigram:
     def begin(self, batch_size: int, max_slots: int) -> None:
         pass
 
+    def reserve(self, slots: int) -> None:
+        pass
+
     def prefill(self, ids: Tensor, last: Tensor) -> None:
         pass
 
@@ -189,8 +192,9 @@ def make_outcome(
 ) -> Outcome:
     """Only what is counted; the rest is not looked at."""
     counts = [torch.tensor(values) for values in (emitted, drafted, accepted)]
-    asked = torch.tensor(drafted)
-    return Outcome(None, None, torch.tensor(live), asked, *counts, torch.tensor(overlap), None, None)  # type: ignore[arg-type]
+    asked, shared, zeros = torch.tensor(drafted), torch.tensor(overlap), torch.zeros(len(live))
+    told = torch.cat([torch.stack([asked, counts[1], counts[2], counts[0], zeros, zeros], dim=1), shared], dim=1)
+    return Outcome("", None, None, asked, None, torch.tensor(live), *counts, shared, told, None)  # type: ignore[arg-type]
 
 
 def test_an_example_by_hand() -> None:

@@ -51,6 +51,7 @@ def rate(engine: Engine, tasks: Sequence[Task]) -> tuple[float, Ids]:
     ids: Ids = []
     seconds = 0.0
     with engine.ready():
+        engine.rehearse(tasks[0])
         for task in tasks:
             answer = engine.generate(task)
             if [len(row) for row in answer.ids] != [task.new_tokens] * len(task.prompts):

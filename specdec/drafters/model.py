@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,16 +11,18 @@ from transformers import PreTrainedModel
 
 from specdec.interfaces import Draft, Outcome
 from specdec.models import CachedModel
-from specdec.sampling import Sampling, check_finite, draw, uniforms
+from specdec.sampling import Sampling, draw, uniforms
 from specdec.sequences import Sequences
+
+AGAIN = 2  # committed ids that a step feeds at least: after full acceptance the last draft id was never fed
 
 
 class ModelDrafter:
     """Drafts with a causal language model that shares the target's tokenizer.
 
     vocab_size: width of the target's logits; the draft's are cut to it, or padded with -inf.
-    covered: [B] int64, leading positions of each row whose KV entries are right. A step first feeds all that is missing, at least
-    the last two committed ids: after full acceptance the last draft id was never fed.
+    unread: the last committed ids of each row that a step begins with, so that all entries before its draft are right. After a
+    step that drafted they are two, after one that did not one more than before.
     """
 
     def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
@@ -26,24 +30,34 @@ class ModelDrafter:
         self.vocab_size = vocab_size
 
     def begin(self, sequences: Sequences, sampling: Sampling) -> None:
-        self.runner.begin(sequences.batch_size, int(sequences.end.max()))
+        self.runner.begin(sequences.batch_size, sequences.furthest)
         self.sampling = sampling
-        self.covered = torch.zeros_like(sequences.lengths)
-        self.fed_drafts = torch.zeros_like(sequences.lengths)
+        self.unread = max(sequences.longest, AGAIN)
 
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
-        context = self.runner.context or sequences.max_length
-        limit = torch.minimum(limit, (context - sequences.lengths).clamp(min=0))
-        num_ids = int(limit.max())
-        if num_ids == 0:
-            self.fed_drafts = torch.zeros_like(limit)
+        context = self.runner.context
+        num_ids = sequences.asked if context is None else min(sequences.asked, context - sequences.shortest)
+        if num_ids <= 0:
             return Draft.empty(sequences.batch_size, sequences.device)
+        self.runner.reserve(sequences.longest)
+        width, self.unread = self.unread, AGAIN
+        draft = partial(self._draft, sequences, width, num_ids)
+        if width > AGAIN or self.sampling.needs_prefix:
+            return Draft(*draft(limit))
+        return Draft(*self.runner.run((self, num_ids, self.sampling.form), draft, limit))
 
-        last = (sequences.lengths - 1).clamp(max=context - 1)
-        start = torch.minimum(self.covered, last - 1).clamp(min=0)
-        logits = self.runner.feed(self._known(sequences.ids), last, int((last - start).max()) + 1)
-        assert logits is not None
-        self.covered = last + 1
+    def observe(self, outcome: Outcome) -> None:
+        if outcome.draft.ids.shape[1] == 0:
+            self.unread += 1
+
+    def _draft(self, sequences: Sequences, width: int, num_ids: int, limit: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Feed the last `width` committed ids, then draft num_ids: -> what a Draft is made of."""
+        last = sequences.lengths - 1
+        if self.runner.context is not None:
+            limit = torch.minimum(limit, (self.runner.context - sequences.lengths).clamp(min=0))
+            last = last.clamp(max=self.runner.context - 1)
+        logits = self.runner.feed(self._known(sequences.ids), last, width)
+        assert logits is not None  # width is at least 2
 
         last_ids = sequences.ids.gather(1, last[:, None])
         steps = torch.arange(num_ids, device=limit.device)
@@ -54,7 +68,8 @@ class ModelDrafter:
         for index in range(num_ids):
             if index:
                 at = slice(index, index + 1)
-                logits = self.runner.forward(self._known(torch.where(offered[:, at], ids[-1], last_ids)), positions[:, at])
+                next_ids = self._known(torch.where(offered[:, at], ids[-1], last_ids))
+                logits = self.runner.forward(next_ids, positions[:, at])
             next_ids, next_probs = self._choose(logits, sequences, index, limit)
             ids.append(next_ids)
             probs.append(next_probs)
@@ -63,11 +78,7 @@ class ModelDrafter:
                 if sequences.stop_ids is not None:
                     ends = torch.isin(next_ids[:, 0], sequences.stop_ids)
                     limit = torch.where(ends, limit.clamp(max=index + 1), limit)
-        self.fed_drafts = (limit - 1).clamp(min=0)
-        return Draft(torch.cat(ids, dim=1), torch.cat(probs, dim=1) if self.sampling.do_sample else None, limit)
-
-    def observe(self, outcome: Outcome) -> None:
-        self.covered = self.covered + torch.minimum(outcome.accepted, self.fed_drafts)
+        return torch.cat(ids, dim=1), torch.cat(probs, dim=1) if self.sampling.do_sample else None, limit
 
     def _known(self, ids: Tensor) -> Tensor:
         """Ids that a narrower draft vocabulary lacks stand as its last one: a worse draft, the same text."""
@@ -86,5 +97,4 @@ class ModelDrafter:
             best, ids = scores.max(-1)
             return ids, best
         probs = self.sampling.probs(scores)
-        check_finite(probs[..., 0], "draft model")
         return draw(probs, uniforms(*probs.shape[:2], device=probs.device)), probs

@@ -25,12 +25,12 @@ class PromptLookup:
         pass
 
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
-        num_ids = int(limit.max())
+        num_ids = sequences.asked
         if num_ids == 0:
             return Draft.empty(sequences.batch_size, sequences.device)
         lengths = sequences.lengths[:, None]
         ids = sequences.ids
-        width = int(sequences.lengths.max())
+        width = sequences.longest
         columns = torch.arange(width, device=ids.device)
 
         # matched[b, c]: how many ids up to and with column c equal the ids that end row b
@@ -44,7 +44,7 @@ class PromptLookup:
         best = (matched * width + columns).argmax(1, keepdim=True)
         found = matched.gather(1, best) > 0
 
-        behind = best + 1 + torch.arange(num_ids, device=ids.device)
+        behind = (best + 1 + torch.arange(num_ids, device=ids.device)).clamp(max=ids.shape[1] - 1)
         offered = torch.where(found, lengths - 1 - best, 0)[:, 0]
         return Draft(ids.gather(1, behind), None, torch.minimum(limit, offered))
 

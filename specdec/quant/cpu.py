@@ -53,7 +53,8 @@ class CpuKernel:
         if self.perm is not None:
             x = x[..., self.perm]
         inner = x if x.dtype in cpu.DTYPES else x.float()
-        y: Tensor = torch.ops.specdec.int4_linear(inner, weight, scale, self.out_features)
+        y: Tensor
+        [y] = torch.ops.specdec.int4_linear(inner, [weight], [scale], [self.out_features])
         return y.to(x.dtype) if bias is None else y.to(x.dtype) + bias.to(x.dtype)
 
 

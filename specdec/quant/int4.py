@@ -132,9 +132,9 @@ class Int4Linear(nn.Module):
     ever exists; its last position, the one that is sampled from, goes the decoding way. Where no kernel takes the weight, or the
     input wants a gradient, slabs serve both.
 
-    On a CPU the kernel is specdec's own where it has been built, else PyTorch's int4 op (bfloat16 inputs, outputs and scales,
-    whatever the dtype around it). On a CUDA device
-    it is the Triton kernel, which takes float16 and bfloat16 as they are, and layers that take the same input share its launch.
+    On a CPU the kernel is specdec's own where it has been built, for windows of any width, else PyTorch's int4 op (bfloat16
+    inputs, outputs and scales, whatever the dtype around it). On a CUDA device it is the Triton kernel, which takes float16 and
+    bfloat16, and layers that take the same input share its launch.
     The codes are held in the kernel's layout instead of the canonical one, never in both; state_dict() gives the canonical form.
     use_kernel: False keeps to slabs, in the inputs' own precision.
     """
@@ -186,6 +186,8 @@ class Int4Linear(nn.Module):
             y = self.siblings.matmul(self, x)
             if y is not None:
                 return y
+        if isinstance(self.kernel, CpuKernel) and self._has_kernel(x):
+            return self._decode(x)
         return by_phase(x, self._decode, self._prefill)
 
     def _has_kernel(self, x: Tensor) -> bool:

@@ -9,7 +9,8 @@ bit for bit. On a CUDA device the 4-bit kernel and the attention kernel are
 row-invariant by themselves, and other linear layers run in blocks of 64 rows; norms are PyTorch's, and not proven to be.
 
 A window of more than 64 positions is prefill and runs at full speed; but its last position, the one that the first id is sampled
-from, is computed the decoding way, since that is how it is computed again when the first draft is verified.
+from, is computed the decoding way, since that is how it is computed again when the first draft is verified. specdec's kernels
+for a CPU know no phases: they are as fast on wide windows as what would run there.
 
 Element-wise functions are left alone. PyTorch computes the rest of a tensor that no vector fills in another way, so widths should
 be multiples of 32, as real models' are; three threads and more may cut even those unevenly, which has not been seen to reach a
@@ -32,6 +33,11 @@ CUDA_BLOCK = 64  # and on a CUDA device, where up to so many take no longer than
 ATTENTION = "specdec_rows"  # the name of specdec/attention.py's row_attention in transformers
 
 
+def is_decoding(width: int, device: torch.device) -> bool:
+    """Whether a window of so many positions is computed row by row throughout."""
+    return (device.type == "cpu" and cpu.load()) or width <= MAX_WINDOW
+
+
 def by_phase(x: Tensor, decode: Callable[[Tensor], Tensor], prefill: Callable[[Tensor], Tensor]) -> Tensor:
     """decode(x) for a window x [..., W, K] of up to 64 positions; else prefill(x), with decode() of the last position."""
     if x.shape[-2] <= MAX_WINDOW:
@@ -48,13 +54,13 @@ class RowLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type not in ("cpu", "cuda") or x.ndim < 2:
             return super().forward(x)
-        return by_phase(x, self._decode, super().forward)
-
-    def _decode(self, x: Tensor) -> Tensor:
         has_gradients = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         if not x.is_cuda and x.dtype == self.weight.dtype and x.dtype in cpu.DTYPES and not has_gradients and cpu.load():
             by_row: Tensor = torch.ops.specdec.linear(x, self.weight, self.bias)
             return by_row
+        return by_phase(x, self._decode, super().forward)
+
+    def _decode(self, x: Tensor) -> Tensor:
         rows, block = x.reshape(-1, self.in_features), CUDA_BLOCK if x.is_cuda else BLOCK
         count = len(rows)
         rows = F.pad(rows, (0, 0, 0, -count % block))

@@ -48,9 +48,37 @@ def test_int4_linear(
     packed, scale = cpu.pack(int4.codes(), int4.scale, int4.zero)
     assert cpu.unpack(packed)[:rows].equal(int4.codes())
     x = random(2, 7, columns).bfloat16().to(dtype)  # the kernel rounds its inputs where the CPU multiplies bfloat16
-    got = OPS.int4_linear(x, packed, scale, rows)
+    [got] = OPS.int4_linear(x, [packed], [scale], [rows])
     assert got.dtype == dtype
     check(got, x.double() @ int4.dequantize(torch.float64).T)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32])
+def test_weights_in_one_call_give_what_each_gives_alone(scale_dtype: torch.dtype, threads: int) -> None:
+    weights = [random_weight(rows, 256, 64, rows == 70, scale_dtype) for rows in (64, 70, 3, 500)]
+    packed, scales = map(list, zip(*(cpu.pack(int4.codes(), int4.scale, int4.zero) for int4 in weights), strict=True))
+    columns = [64, 70, 3, 500]
+    x = random(2, 5, 256)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        alone = [OPS.int4_linear(x, [p], [s], [n])[0] for p, s, n in zip(packed, scales, columns, strict=True)]
+        together = OPS.int4_linear(x, packed, scales, columns)
+        assert all(got.equal(want) for got, want in zip(together, alone, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_weights_that_cannot_share_a_call_are_refused() -> None:
+    packed, scales = zip(
+        *(cpu.pack(w.codes(), w.scale, w.zero) for w in (random_weight(8, 64, g, False, torch.float32) for g in (32, 64))),
+        strict=True,
+    )
+    with pytest.raises(RuntimeError, match="weights of one kind"):
+        OPS.int4_linear(random(1, 64), list(packed), list(scales), [8, 8])
+    with pytest.raises(RuntimeError, match="lists of one length"):
+        OPS.int4_linear(random(1, 64), list(packed), list(scales), [8])
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -124,12 +152,12 @@ def test_a_row_is_the_same_whatever_is_beside_it(dtype: torch.dtype) -> None:
     packed, scale = cpu.pack(int4.codes(), int4.scale, int4.zero)
     weight = random(1030, 250, dtype=dtype, seed=1)
     rows, others = random(64, 256, dtype=dtype), random(64, 250, dtype=dtype)
-    one_by_one = torch.cat([OPS.int4_linear(row, packed, scale, 1030) for row in rows.split(1)])
+    one_by_one = torch.cat([OPS.int4_linear(row, [packed], [scale], [1030])[0] for row in rows.split(1)])
     alone = torch.cat([OPS.linear(row, weight, None) for row in others.split(1)])
     for count in (2, 3, 4, 5, 6, 7, 8, 9, 13, 64):
         for start in {0, 64 - count, (64 - count) // 2}:
             at = slice(start, start + count)
-            assert OPS.int4_linear(rows[at], packed, scale, 1030).equal(one_by_one[at])
+            assert OPS.int4_linear(rows[at], [packed], [scale], [1030])[0].equal(one_by_one[at])
             assert OPS.linear(others[at], weight, None).equal(alone[at])
 
 

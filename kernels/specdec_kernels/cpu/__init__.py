@@ -3,7 +3,7 @@
 Importing this module declares the operators; `load` gives them to PyTorch where the library has been built, `build` builds it.
 Every result is the same, bit for bit, at any number of rows and threads, at any place among the rows.
 
-    specdec::int4_linear(x [..., K], packed, scale, N) -> [..., N]             see `pack`
+    specdec::int4_linear(x [..., K], packed, scales, Ns) -> [..., N] of each   one or several weights of one kind; see `pack`
     specdec::linear(x [..., K], weight [N, K], bias [N] or None) -> [..., N]   one read of the weights for up to four rows
     specdec::attention                                                         see specdec_kernels.attention
     specdec::mean(x [..., K]) -> [..., 1], cos, sin, tanh, gelu, layer_norm    PyTorch's own, which no compiler rewrites
@@ -38,7 +38,7 @@ SYMMETRIC_ZERO = 8
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-shared", "-fPIC")
 
 _LIBRARY = library.Library("specdec", "FRAGMENT")
-_LIBRARY.define("int4_linear(Tensor x, Tensor packed, Tensor scale, int columns) -> Tensor")
+_LIBRARY.define("int4_linear(Tensor x, Tensor[] packed, Tensor[] scales, int[] columns) -> Tensor[]")
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 for _name in ("mean", "cos", "sin", "tanh"):
     _LIBRARY.define(f"{_name}(Tensor x) -> Tensor")
@@ -150,8 +150,8 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 @library.register_fake("specdec::int4_linear", lib=_LIBRARY)
-def _(x: Tensor, packed: Tensor, scale: Tensor, columns: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], columns)
+def _(x: Tensor, packed: list[Tensor], scales: list[Tensor], columns: list[int]) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:-1], count) for count in columns]
 
 
 @library.register_fake("specdec::linear", lib=_LIBRARY)

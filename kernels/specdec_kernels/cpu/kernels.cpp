@@ -200,25 +200,42 @@ void multiply(const Input* x, int64_t x_stride, const float* totals, int64_t tot
 }
 
 template <typename T, typename S>
-void int4_linear_into(const Tensor& x, const Tensor& packed, const Tensor& scale, Tensor& y) {
-  const int64_t rows = rows_of(x), depth = x.size(-1), columns = y.size(-1), groups = scale.size(1), padded = scale.size(2);
+struct Weight {  // [N, K]
+  const int32_t* codes;
+  const S *scale, *offset;  // see Group
+  T* out;                   // [M, N]
+  int64_t padded, columns, first_block;  // N', N; of the weights before it in a list
+};
+
+template <typename T, typename S>
+void int4_linear_into(const Tensor& x, at::TensorList packed, at::TensorList scales, at::IntArrayRef columns, std::vector<Tensor>& y) {
+  const int64_t rows = rows_of(x), depth = x.size(-1), groups = scales[0].size(1);
   const int64_t words = depth / 8, in_group = words / groups;
+  std::vector<Weight<T, S>> weights;
+  int64_t blocks = 0;
+  for (size_t i = 0; i < columns.size(); ++i) {
+    const int64_t padded = scales[i].size(2);
+    const S* scale = scales[i].const_data_ptr<S>();
+    const S* offset = scales[i].size(0) == 2 ? scale + groups * padded : nullptr;
+    weights.push_back({packed[i].const_data_ptr<int32_t>(), scale, offset, y[i].mutable_data_ptr<T>(), padded, columns[i], blocks});
+    blocks += padded / COLUMNS;
+  }
   std::vector<float> room, totals(rows * groups);
   std::vector<Input> inputs(rows * words * STEPS);
   const float* from = floats(x, room);
   for (int64_t i = 0; i < rows * groups; ++i) totals[i] = prepare_group(from + i * in_group * 8, in_group * 8, &inputs[i * in_group * STEPS]);
-  const int32_t* codes = packed.const_data_ptr<int32_t>();
-  const S* scales = scale.const_data_ptr<S>();
-  const S* offsets = scale.size(0) == 2 ? scales + groups * padded : nullptr;
-  T* out = y.mutable_data_ptr<T>();
-  const int64_t blocks = padded / COLUMNS, grain = std::max<int64_t>(1, WORK / (depth * COLUMNS * std::min<int64_t>(rows, 4)));
+  const int64_t grain = std::max<int64_t>(1, WORK / (depth * COLUMNS * std::min<int64_t>(rows, 4)));
   at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> sums(rows * COLUMNS);
-    for (int64_t block = begin; block < end; ++block) {
+    for (int64_t index = begin; index < end; ++index) {
+      const Weight<T, S>* weight = &weights.back();
+      while (weight->first_block > index) --weight;
+      const int64_t block = index - weight->first_block;
       std::fill(sums.begin(), sums.end(), 0.0f);
       for (int64_t g = 0; g < groups; ++g) {
-        const int64_t at = g * padded + block * COLUMNS;
-        const Group<S> group{codes + (block * words + g * in_group) * COLUMNS, scales + at, offsets ? offsets + at : nullptr, in_group};
+        const int64_t at = g * weight->padded + block * COLUMNS;
+        const S* offset = weight->offset ? weight->offset + at : nullptr;
+        const Group<S> group{weight->codes + (block * words + g * in_group) * COLUMNS, weight->scale + at, offset, in_group};
         for (int64_t row = 0; row < rows; row += ROWS) {
           const Input* in = &inputs[(row * words + g * in_group) * STEPS];
           const float* total = &totals[row * groups + g];
@@ -235,23 +252,28 @@ void int4_linear_into(const Tensor& x, const Tensor& packed, const Tensor& scale
           }
         }
       }
-      const int64_t first = block * COLUMNS, count = std::min(COLUMNS, columns - first);
+      const int64_t first = block * COLUMNS, count = std::min(COLUMNS, weight->columns - first);
       for (int64_t row = 0; row < rows; ++row)
-        for (int64_t n = 0; n < count; ++n) out[row * columns + first + n] = static_cast<T>(sums[row * COLUMNS + n]);
+        for (int64_t n = 0; n < count; ++n) weight->out[row * weight->columns + first + n] = static_cast<T>(sums[row * COLUMNS + n]);
     }
   });
 }
 
-Tensor int4_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, int64_t columns) {
+std::vector<Tensor> int4_linear(const Tensor& x, at::TensorList packed, at::TensorList scales, at::IntArrayRef columns) {
+  TORCH_CHECK(packed.size() == columns.size() && scales.size() == columns.size() && !columns.empty(), "int4_linear: lists of one length");
+  const bool wide = scales[0].scalar_type() == at::kFloat;
   const Tensor rows = x.contiguous();
-  auto sizes = x.sizes().vec();
-  sizes.back() = columns;
-  Tensor y = at::empty(sizes, x.options());
-  const bool wide = scale.scalar_type() == at::kFloat;
+  std::vector<Tensor> y;
+  for (size_t i = 0; i < columns.size(); ++i) {
+    TORCH_CHECK(scales[i].size(1) == scales[0].size(1) && scales[i].scalar_type() == scales[0].scalar_type(), "int4_linear: weights of one kind");
+    auto sizes = x.sizes().vec();
+    sizes.back() = columns[i];
+    y.push_back(at::empty(sizes, x.options()));
+  }
   if (x.scalar_type() == at::kFloat)
-    wide ? int4_linear_into<float, float>(rows, packed, scale, y) : int4_linear_into<float, BFloat16>(rows, packed, scale, y);
+    wide ? int4_linear_into<float, float>(rows, packed, scales, columns, y) : int4_linear_into<float, BFloat16>(rows, packed, scales, columns, y);
   else
-    wide ? int4_linear_into<BFloat16, float>(rows, packed, scale, y) : int4_linear_into<BFloat16, BFloat16>(rows, packed, scale, y);
+    wide ? int4_linear_into<BFloat16, float>(rows, packed, scales, columns, y) : int4_linear_into<BFloat16, BFloat16>(rows, packed, scales, columns, y);
   return y;
 }
 
