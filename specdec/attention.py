@@ -158,12 +158,13 @@ def _intervals(mask: Tensor, batch_size: int) -> Tensor | None:
     """A bool mask [B or 1, 1, W, S] as intervals [B, 2, W, 1]; None where some query sees slots with gaps between them."""
     if mask.dtype != torch.bool or mask.shape[1] != 1:
         return None
-    seen = mask[:, 0].int()
-    first, count = seen.argmax(-1), seen.sum(-1)
-    slot = torch.arange(mask.shape[3], device=mask.device)
-    if ((slot - first[..., None]) * seen >= count[..., None]).logical_and(mask[:, 0]).any():
+    seen = mask[:, 0]  # a prompt's is large: nothing of it is held in more than a byte
+    first, count = seen.view(torch.uint8).argmax(-1), seen.sum(-1)
+    last = seen.shape[-1] - 1 - seen.flip(-1).view(torch.uint8).argmax(-1)
+    last = torch.where(count > 0, last, first - 1)
+    if (last - first + 1 != count).any():
         return None
-    return torch.stack([first, first + count - 1], dim=1)[..., None].int().expand(batch_size, -1, -1, -1)
+    return torch.stack([first, last], dim=1)[..., None].int().expand(batch_size, -1, -1, -1)
 
 
 def _in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, missing: int) -> Tensor:

@@ -26,7 +26,7 @@ OP_GROUP_SIZES = (256, 128, 64, 32)
 class CpuKernel:
     """specdec::int4_linear on one weight [N, K].
 
-    weight: int32 [N'/64, K/8, 64], the codes; scale: [1 or 2, K/G, N'] bfloat16 or float32; see specdec_kernels.cpu.pack.
+    weight: int32 [N'/64, K/8, 64], the codes; scale: [1 or 2, K/G, N']; see specdec_kernels.cpu.pack.
     """
 
     def __init__(self, int4: Int4Tensor) -> None:

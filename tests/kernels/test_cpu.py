@@ -81,6 +81,16 @@ def test_weights_that_cannot_share_a_call_are_refused() -> None:
         OPS.int4_linear(random(1, 64), list(packed), list(scales), [8])
 
 
+def test_float16_scales_are_read_as_they_are() -> None:
+    scale = torch.arange(-(1 << 15), 1 << 15).short().view(torch.float16)
+    scale = scale[scale.isfinite()]
+    codes = torch.full((len(scale), cpu.WORD), 9, dtype=torch.uint8)  # one more than the zero point
+    packed, packed_scale = cpu.pack(codes, scale[:, None], None)
+    assert packed_scale.dtype == torch.float16
+    [got] = OPS.int4_linear(torch.eye(cpu.WORD)[:1], [packed], [packed_scale], [len(scale)])
+    assert got[0].equal(scale.float())
+
+
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
 @pytest.mark.parametrize(("rows", "columns"), [(64, 128), (70, 50), (3, 7), (1, 16), (9, 300)])

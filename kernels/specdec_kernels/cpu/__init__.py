@@ -130,7 +130,7 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Ten
     """Codes 0 … 15 [N, K], scale [N, K/G], zero [N, K/G] or None (8) -> packed and scale as specdec::int4_linear takes them.
 
     packed: int32 [N'/64, K/8, 64], eight codes of a row of W in a word, the first in its lowest bits; N' is N filled up to whole
-    blocks of 64. scale: [1, K/G, N'], or [2, K/G, N'] with 8 - zero behind it; bfloat16 where the scale is, else float32.
+    blocks of 64. scale: [1, K/G, N'], or [2, K/G, N'] with 8 - zero behind it; 16 bits where the scale has them, else float32.
     """
     missing = -codes.shape[0] % BLOCK
     blocks = F.pad(codes, (0, 0, 0, missing)).view(-1, BLOCK, codes.shape[1] // WORD, WORD).int()
@@ -138,15 +138,15 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Ten
     for place in range(WORD):
         words |= blocks[..., place] << 4 * place
     parts = [scale.float()] if zero is None else [scale.float(), SYMMETRIC_ZERO - zero.float()]
-    dtype = torch.bfloat16 if scale.dtype == torch.bfloat16 else torch.float32
+    dtype = scale.dtype if scale.dtype in (torch.bfloat16, torch.float16) else torch.float32
     scales = torch.stack([F.pad(part, (0, 0, 0, missing)).t() for part in parts]).to(dtype)
     return words.transpose(1, 2).contiguous(), scales
 
 
 def unpack(packed: Tensor) -> Tensor:
     """packed [N'/64, K/8, 64] -> codes 0 … 15, uint8 [N', K]."""
-    codes = torch.stack([packed >> 4 * place & 15 for place in range(WORD)], dim=-1).to(torch.uint8)
-    return codes.transpose(1, 2).reshape(-1, WORD * packed.shape[1])
+    pairs = packed.view(torch.uint8).unflatten(-1, (BLOCK, -1)).transpose(1, 2).flatten(2).flatten(0, 1)  # two codes a byte
+    return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2)
 
 
 @library.register_fake("specdec::int4_linear", lib=_LIBRARY)

@@ -21,6 +21,7 @@
 namespace {
 
 using at::BFloat16;
+using at::Half;
 using at::Tensor;
 
 constexpr int64_t LANES = 16;
@@ -46,6 +47,16 @@ inline Vec load(const BFloat16* at) {
   Vec v;
   std::memcpy(&v, &w, sizeof(v));
   return v;
+}
+
+inline Vec load(const Half* at) {  // finite ones: the exponents of the two formats are 112 apart
+  Halves h;
+  std::memcpy(&h, at, sizeof(h));
+  Words w = __builtin_convertvector(h, Words);
+  w = (w & 0x8000) << 16 | (w & 0x7fff) << 13;
+  Vec v;
+  std::memcpy(&v, &w, sizeof(v));
+  return v * 0x1p112f;
 }
 
 inline void store(float* at, Vec v) { std::memcpy(at, &v, sizeof(v)); }
@@ -259,9 +270,17 @@ void int4_linear_into(const Tensor& x, at::TensorList packed, at::TensorList sca
   });
 }
 
+template <typename T>
+void int4_linear_of(const Tensor& x, at::TensorList packed, at::TensorList scales, at::IntArrayRef columns, std::vector<Tensor>& y) {
+  switch (scales[0].scalar_type()) {
+    case at::kFloat: int4_linear_into<T, float>(x, packed, scales, columns, y); break;
+    case at::kHalf: int4_linear_into<T, Half>(x, packed, scales, columns, y); break;
+    default: int4_linear_into<T, BFloat16>(x, packed, scales, columns, y);
+  }
+}
+
 std::vector<Tensor> int4_linear(const Tensor& x, at::TensorList packed, at::TensorList scales, at::IntArrayRef columns) {
   TORCH_CHECK(packed.size() == columns.size() && scales.size() == columns.size() && !columns.empty(), "int4_linear: lists of one length");
-  const bool wide = scales[0].scalar_type() == at::kFloat;
   const Tensor rows = x.contiguous();
   std::vector<Tensor> y;
   for (size_t i = 0; i < columns.size(); ++i) {
@@ -271,9 +290,9 @@ std::vector<Tensor> int4_linear(const Tensor& x, at::TensorList packed, at::Tens
     y.push_back(at::empty(sizes, x.options()));
   }
   if (x.scalar_type() == at::kFloat)
-    wide ? int4_linear_into<float, float>(rows, packed, scales, columns, y) : int4_linear_into<float, BFloat16>(rows, packed, scales, columns, y);
+    int4_linear_of<float>(rows, packed, scales, columns, y);
   else
-    wide ? int4_linear_into<BFloat16, float>(rows, packed, scales, columns, y) : int4_linear_into<BFloat16, BFloat16>(rows, packed, scales, columns, y);
+    int4_linear_of<BFloat16>(rows, packed, scales, columns, y);
   return y;
 }
 
