@@ -9,7 +9,8 @@ left to formulas, a line each, is attention (`forward_bytes`), logits (`logits_b
 Tests hold it to 5 % of the peak measured on a CPU. Where attention is neither sdpa's nor our kernel's, and for MLA on a CPU,
 what attention holds may be two or three times what is said. Not in it: the CUDA context, the allocator's fragmentation and
 workspaces inside of operators, for which `usable_bytes` leaves room; what a logits processor keeps; what quantizing while
-loading takes for a moment.
+loading takes for a moment. What our CPU kernels take inside is little: a layer's inputs once more in float32, and in attention 16
+bytes a slot for each thread. A compiled forward is planned as the eager one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 from specdec_kernels import cpu, w4a16
-from specdec_kernels.attention import MAX_DIM
+from specdec_kernels.attention import DTYPES, MAX_DIM
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -71,6 +72,7 @@ class Footprint:
     position_bytes, slot_bytes: the most that a forward holds outside of attention, by position of its window and by slot of the
     cache. attention_position_bytes, attention_slot_bytes: what it holds when attention is called. Neither counts cache or masks.
     is_eager: attention holds its scores [B, H, W, S]. num_masks: one for each kind of layers.
+    has_kernels: a decoding window's attention holds nothing but its result, on a CPU beside 4-bit layers alone.
     slab_weights: the most of a 4-bit layer that prefill has in full precision at any one time.
     """
 
@@ -92,6 +94,7 @@ class Footprint:
     attention_position_bytes: float
     attention_slot_bytes: float
     is_eager: bool
+    has_kernels: bool
     num_masks: int
     slab_weights: int
     keeps_last_logits: bool  # prefill makes logits of the last position alone
@@ -122,7 +125,7 @@ class Footprint:
         repeated = repeated if 1 < self.kv_heads < self.heads else 0  # a single head is expanded without a copy
         if self.is_eager:  # scores twice in float32; or once in 16 bits, their softmax in float32 and in 16 bits
             attention: float = repeated + self.heads * pairs * 8
-        elif decodes and not on_cpu and size == 2 and max(self.key_width, self.value_width) <= MAX_DIM:
+        elif decodes and self.has_kernels and (int4 or not on_cpu) and max(self.key_width, self.value_width) <= MAX_DIM:
             attention = mask = 0  # the fused kernel reads the cache itself
         elif decodes and on_cpu and int4:  # scores of 8 queries in blocks and joined, then their softmax
             attention = batch * self.heads * BLOCK * slots * size * (2 + min(width, BLOCK) / BLOCK)
@@ -140,7 +143,7 @@ class Footprint:
         size, rows = self.dtype.itemsize, batch * width
         if not int4:
             return rows * self.vocab_size * (size + 4)
-        block = BLOCK if self.device == "cpu" else CUDA_BLOCK
+        block = BLOCK if self.device == "cpu" else CUDA_BLOCK  # a CPU's own kernel fills no block up: up to 7 rows less
         padded = -(-rows // block) * block
         return self.vocab_size * max(padded * size * (2 if padded > block else 1), padded * size + rows * 4)
 
@@ -177,8 +180,9 @@ def footprint(
 ) -> Footprint:
     """Measure a model on meta, from a folder, a hub id (its config is all that is fetched) or a config.
 
-    dtype: of all but 4-bit weights. device: "cuda", with the Triton kernels, or "cpu". group_size: of the 4-bit form, unless the
-    checkpoint is in four bits already. Raises ValueError where there is no config, and for models whose cache is no plain one.
+    dtype: of all but 4-bit weights. device: "cuda", with the Triton kernels, or "cpu", with its own where they have been built.
+    group_size: of the 4-bit form, unless the checkpoint is in four bits already. Raises ValueError where there is no config, and
+    for models whose cache is no plain one.
     """
     config, name = _config(model)
     if isinstance(loaded := getattr(config, "quantization_config", None), QuantizationConfigMixin):  # of a model in memory
@@ -205,6 +209,7 @@ def footprint(
         checkpoint_method=None if settings is None else settings["quant_method"],
         vocab_size=int(text.vocab_size),
         context=context_of(skeleton),
+        has_kernels=(dtype in cpu.DTYPES and cpu.load()) if device == "cpu" else dtype in DTYPES,
         num_masks=len(kinds),
         slab_weights=slab_weights,
         keeps_last_logits="logits_to_keep" in inspect.signature(skeleton.forward).parameters,
@@ -370,19 +375,23 @@ def _quantized(skeleton: Any, settings: dict[str, Any] | None, group_size: int, 
         names = layers_to_quantize(skeleton, config)
     except ValueError:  # nothing can be
         return None, 0
-    layers = linear_layers(skeleton)
+    layers, has_kernels = linear_layers(skeleton), device == "cpu" and cpu.load()
+    form = (config.group_size, config.symmetric, device, has_kernels)
     saved_bytes = slab_weights = 0
     for name in names:
         if should_convert_module(name, [str(pattern).removeprefix("re:") for pattern in ignored]):
             rows, columns = shape_of(layers[name])
-            saved_bytes += layers[name].weight.nbytes - _int4_bytes(rows, columns, config.group_size, config.symmetric, device)
+            saved_bytes += layers[name].weight.nbytes - _int4_bytes(rows, columns, *form)
             slab_weights = max(slab_weights, columns * min(rows, max(64, SLAB_WEIGHTS // columns // 64 * 64)))
     return saved_bytes, slab_weights
 
 
 @functools.cache
-def _int4_bytes(rows: int, columns: int, group_size: int, symmetric: bool, device: str) -> int:
-    """A 4-bit weight [N, K] behind its first forward: codes and scales as the device's kernel has them, canonical scales."""
+def _int4_bytes(rows: int, columns: int, group_size: int, symmetric: bool, device: str, has_kernels: bool) -> int:
+    """A 4-bit weight [N, K] behind its first forward: codes and scales as the device's kernel has them, canonical scales.
+
+    has_kernels: those of a CPU.
+    """
     size = columns if group_size == -1 else group_size
     op_size = next((op_size for op_size in OP_GROUP_SIZES if size % op_size == 0), None) if row_order() is not None else None
     with torch.device("meta"):
@@ -390,7 +399,7 @@ def _int4_bytes(rows: int, columns: int, group_size: int, symmetric: bool, devic
         zero = None if symmetric else torch.empty(scale.shape, dtype=torch.uint8)
         int4 = Int4Tensor(torch.empty(rows, columns // 2, dtype=torch.uint8), scale, zero)
         codes = [int4.weight]  # where there is no kernel
-        if device == "cpu" and cpu.load():
+        if has_kernels:
             kernel: CpuKernel | TorchKernel = CpuKernel(int4)
             codes = [kernel.weight, kernel.scale]
         elif device == "cpu" and op_size is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from specdec_kernels import cpu
 from transformers import (
     AutoConfig,
     DeepseekV3Config,
@@ -65,8 +66,18 @@ def bytes_of(model: PreTrainedModel) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
+@pytest.fixture(params=["torch", "kernels"])
+def on_both_cpus(request: pytest.FixtureRequest) -> None:
+    """A CPU whose own kernels have not been built, and one where they have."""
+    if request.param == "kernels":
+        request.getfixturevalue("cpu_kernels")
+
+
 @cache
-def loaded(path: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Footprint]:
+def loaded(
+    path: Path, has_kernels: bool = False, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, Footprint]:
+    """has_kernels: those of the CPU, since a model keeps the layout of their weights."""
     model: Any = load_as_it_is(path, dtype=dtype)
     return model.to(device).eval(), footprint(path, dtype=dtype, device=device)
 
@@ -82,9 +93,10 @@ def pair() -> tuple[Footprint, Footprint]:
 
 def ratio(path: Path, batch: int, prompt: int, new: int, num_draft_tokens: int, call: dict[str, Any], **placement: Any) -> float:
     """Predicted over measured peak of one generate() call."""
+    placement["has_kernels"] = cpu.load()
     (target, target_size), (draft, draft_size) = loaded(path, **placement), loaded(embedded.DRAFT, **placement)
     ids = torch.randint(3, 4096, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(target.device)
-    specdec.enable(target, draft)
+    specdec.enable(target, draft, compile=False)  # whatever other tests have left on disk
     call = {"max_new_tokens": new, "num_assistant_tokens": num_draft_tokens, "eos_token_id": []} | call  # no processor for length
     gc.collect()
     with PeakMemory(target.device, target, draft) as peak:
@@ -109,6 +121,37 @@ def test_the_plan_is_the_measured_peak(
     batch: int, prompt: int, new: int, num_draft_tokens: int, path: Path, call: dict[str, Any]
 ) -> None:
     assert ratio(path, batch, prompt, new, num_draft_tokens, call) == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("path", [embedded.TARGET, PLAIN], ids=["int4", "dense"])
+@pytest.mark.parametrize(("batch", "prompt", "new", "num_draft_tokens"), [CALLS[2], CALLS[4]])
+def test_the_plan_is_the_measured_peak_where_the_cpu_has_kernels(
+    batch: int, prompt: int, new: int, num_draft_tokens: int, path: Path, dtype: torch.dtype
+) -> None:
+    assert ratio(path, batch, prompt, new, num_draft_tokens, GREEDY, dtype=dtype) == pytest.approx(1, abs=0.04)
+
+
+@pytest.mark.usefixtures("on_both_cpus")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_of_a_decoding_window_is_in_the_peak(dtype: torch.dtype) -> None:
+    """Few weights in four bits and a short prompt: without a kernel that reads the cache, scores are a fifth of the peak."""
+    values = {
+        "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 101, "max_position_embeddings": 256,
+    }  # fmt: skip
+    model = make_model("llama", **values).to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the head
+        specdec.quantize(model, specdec.Int4Config(32))
+    specdec.enable(model, "none", compile=False)
+    ids = torch.randint(3, 101, (8, 4))
+    with PeakMemory("cpu", model) as peak:
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, eos_token_id=[], **GREEDY)
+    size = footprint(LlamaConfig(**values), dtype=dtype, device="cpu", group_size=32)
+    predicted = plan(size, context=204, batch=8, num_draft_tokens=1, prompt=4, sampled=False)
+    assert predicted.total_bytes == pytest.approx(peak.bytes, rel=0.03)
 
 
 @pytest.mark.gpu
@@ -147,6 +190,7 @@ def test_logits_are_in_the_peak(call: dict[str, Any], dtype: torch.dtype) -> Non
     assert predicted.total_bytes == pytest.approx(peak.bytes, rel=0.05)
 
 
+@pytest.mark.usefixtures("on_both_cpus")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_slab_of_weights_is_in_the_peak(dtype: torch.dtype) -> None:
     """A wide layer, a short prompt: what prefill has in full precision is as much as all the rest."""
@@ -155,7 +199,7 @@ def test_a_slab_of_weights_is_in_the_peak(dtype: torch.dtype) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of the head
         specdec.quantize(model)
-    specdec.enable(model, "none")
+    specdec.enable(model, "none", compile=False)
     ids = torch.randint(3, 101, (1, 70))
     with PeakMemory("cpu", model) as peak:
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, **GREEDY)
@@ -203,6 +247,7 @@ def test_the_plan_is_the_measured_peak_where_weights_are_nothing_beside_the_rest
         specdec.disable(target)
 
 
+@pytest.mark.usefixtures("on_both_cpus")
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [32, 64, -1])
 def test_four_bits_as_they_lie_in_memory_to_the_byte(group_size: int, symmetric: bool, tmp_path: Path) -> None:
@@ -225,6 +270,7 @@ def test_four_bits_as_they_lie_in_memory_to_the_byte(group_size: int, symmetric:
         assert footprint(original, dtype=torch.float32, device="cpu", group_size=group_size).int4_bytes == bytes_of(model)
 
 
+@pytest.mark.usefixtures("on_both_cpus")
 @pytest.mark.parametrize(
     "case",
     [
