@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from specdec.cache import seen_slots
-from specdec.quant.rows import ATTENTION, BLOCK, MAX_WINDOW
+from specdec.quant.rows import ATTENTION, BLOCK, MAX_WINDOW, is_decoding
 
 KEYS = 128  # keys of one matmul on a CPU
 SDPA_STAYS = ("cpu",)  # there the kernel adds up in another order than sdpa, which some text would show in bfloat16
@@ -108,12 +108,13 @@ def row_attention(
         if seen is None:
             seen = _causal(query, length) if mask is None else _intervals(mask, len(query))  # a mask: a stock call
         if seen is not None:
-            at = slice(None) if on_cpu or width <= MAX_WINDOW else slice(-1, None)
+            decodes = is_decoding(width, query.device)
+            at = slice(None) if decodes else slice(-1, None)
             first, last = seen[:, :, at, 0].unbind(1)
             decoded = attention(query[:, :, at], key, value, first, last, scale)
-            if on_cpu or width <= MAX_WINDOW:
+            if decodes:
                 return decoded, None
-            is_plain = mask is None and intervals is None
+            is_plain = mask is None and intervals is None and not on_cpu
             y = _whole(stock, key, value, None if is_plain else seen_slots(seen, length))
             y[:, -1:] = decoded
             return y, None

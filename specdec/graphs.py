@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Protocol
 
@@ -36,6 +37,9 @@ class Recording(Protocol):
     def replay(self) -> None:
         """Do it."""
 
+    def close(self) -> None:
+        """Free it, once it is done."""
+
 
 class CudaRecording:
     """A CUDA graph, in a pool of memory that all of one pair share: only one of them runs at a time."""
@@ -47,11 +51,19 @@ class CudaRecording:
         self.graph = torch.cuda.CUDAGraph()
 
     def record(self, function: Callable[[], Any]) -> Any:
-        with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
-            return function()
+        stream = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
+                return function()
+        finally:
+            torch.cuda.set_stream(stream)  # where a recording fails, torch stays on its own
 
     def replay(self) -> None:
         self.graph.replay()
+
+    def close(self) -> None:
+        torch.cuda.synchronize()
+        self.graph.reset()
 
 
 RECORDINGS: dict[str, Callable[[list[Any]], Recording]] = {"cuda": CudaRecording}  # by type of device
@@ -70,6 +82,7 @@ class Graphs:
         self._models: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
         self._held: dict[str, Tensor] = {}
         self._is_running = False
+        self._parts: dict[Any, _Part] = {}
         self.drop()
 
     def hold(self, name: str, tensor: Tensor) -> Tensor:
@@ -80,11 +93,12 @@ class Graphs:
             fits = kept.shape[0] == tensor.shape[0] and kept.shape[1] >= tensor.shape[1]
         elif fits and kept is not None:
             fits = kept.shape == tensor.shape
-        if kept is None or not fits:
-            self.drop()
-            self._held[name] = tensor.clone()
-            return self._held[name]
-        kept[..., : tensor.shape[-1]] = tensor
+        with ordinary():
+            if kept is None or not fits:
+                self.drop()
+                self._held[name] = kept = tensor.clone()
+            else:
+                kept[..., : tensor.shape[-1]] = tensor
         return kept
 
     def run(self, key: Any, function: Callable[..., Any], *inputs: Tensor | None) -> Any:
@@ -101,9 +115,10 @@ class Graphs:
         if part is None:
             self._seen.add(form)
             return self._guarded(lambda: function(*inputs))
-        for kept, given in zip(part.inputs, inputs, strict=True):
-            if kept is not None and given is not None and kept is not given:
-                kept.copy_(given)
+        with ordinary():
+            for kept, given in zip(part.inputs, inputs, strict=True):
+                if kept is not None and given is not None and kept is not given:
+                    kept.copy_(given)
         part.recording.replay()
         return part.outputs
 
@@ -118,7 +133,9 @@ class Graphs:
 
     def drop(self) -> None:
         """Forget all that is recorded, and free its memory: what it was recorded over is no longer there."""
-        self._parts: dict[Any, _Part] = {}
+        for part in self._parts.values():
+            part.recording.close()
+        self._parts.clear()
         self._seen: set[Any] = set()
         self._ours: set[int] = set()  # outputs, by id: as inputs of another part they are in their place
         self._pool: list[Any] = []
@@ -132,10 +149,11 @@ class Graphs:
     def _record(self, form: Any, function: Callable[..., Any], inputs: tuple[Tensor | None, ...]) -> _Part | None:
         if len(self._parts) >= MOST:
             self.drop()
-        kept = [given if given is None or id(given) in self._ours else given.clone() for given in inputs]
         try:
-            recording = RECORDINGS[self.device.type](self._pool)
-            outputs = self._guarded(lambda: recording.record(lambda: function(*kept)))
+            with ordinary():
+                kept = [given if given is None or id(given) in self._ours else given.clone() for given in inputs]
+                recording = RECORDINGS[self.device.type](self._pool)
+                outputs = self._guarded(lambda: recording.record(lambda: function(*kept)))
         except Exception as error:  # a model, a driver or the memory may have its own reasons
             reason = (str(error).strip() or "no reason given").splitlines()[0]
             self.failure = f"{type(error).__name__}: {reason}"
@@ -154,6 +172,13 @@ class Graphs:
             return function()
         finally:
             self._is_running = False
+
+
+@contextmanager
+def ordinary() -> Iterator[None]:
+    """What is made within can be written to by any call, whether it runs under inference_mode or not."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def why_not(model: nn.Module) -> str | None:

@@ -72,7 +72,8 @@ class Footprint:
     position_bytes, slot_bytes: the most that a forward holds outside of attention, by position of its window and by slot of the
     cache. attention_position_bytes, attention_slot_bytes: what it holds when attention is called. Neither counts cache or masks.
     is_eager: attention holds its scores [B, H, W, S]. num_masks: one for each kind of layers.
-    has_kernels: a decoding window's attention holds nothing but its result, on a CPU beside 4-bit layers alone.
+    has_kernels: a decoding window's attention holds nothing but its result, on a CPU beside 4-bit layers alone, where prompts are
+    decoding too.
     slab_weights: the most of a 4-bit layer that prefill has in full precision at any one time.
     """
 
@@ -117,7 +118,8 @@ class Footprint:
 
     def forward_bytes(self, batch: int, width: int, slots: int, int4: bool, growth_bytes: int = 0) -> int:
         """The most that a forward over [B, W] positions and S slots holds beside weights, cache and logits."""
-        decodes, on_cpu = width <= MAX_WINDOW, self.device == "cpu"
+        on_cpu = self.device == "cpu"
+        decodes = width <= MAX_WINDOW or (on_cpu and int4 and self.has_kernels)
         slots = -(-slots // KEYS) * KEYS if int4 and on_cpu else slots  # in whole blocks, see specdec/attention.py
         size, positions, pairs = self.dtype.itemsize, batch * width, batch * width * slots
         mask = self.num_masks * pairs * (size if self.is_eager else 1)
@@ -382,7 +384,8 @@ def _quantized(skeleton: Any, settings: dict[str, Any] | None, group_size: int, 
         if should_convert_module(name, [str(pattern).removeprefix("re:") for pattern in ignored]):
             rows, columns = shape_of(layers[name])
             saved_bytes += layers[name].weight.nbytes - _int4_bytes(rows, columns, *form)
-            slab_weights = max(slab_weights, columns * min(rows, max(64, SLAB_WEIGHTS // columns // 64 * 64)))
+            if not has_kernels:
+                slab_weights = max(slab_weights, columns * min(rows, max(64, SLAB_WEIGHTS // columns // 64 * 64)))
     return saved_bytes, slab_weights
 
 

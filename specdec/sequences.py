@@ -141,6 +141,10 @@ class Sequences:
         rows = zip(self._known, self._paddings, strict=True)
         return [max(min(self.max_length - padding - length - 1, context - length), 0) for length, padding in rows]
 
+    def stops_at(self, ids: Tensor) -> Tensor:
+        """Whether an id ends its row: [...] int64 -> [...] bool. Not by isin, which may sort, and wait for the device."""
+        return torch.zeros_like(ids, dtype=torch.bool) if self.stop_ids is None else (ids[..., None] == self.stop_ids).any(-1)
+
     def stage(self, ids: Tensor, skip: int = 0) -> None:
         """Write ids [B, W] behind the committed ones and `skip` staged ones, where they are stale until committed."""
         columns = self.lengths[:, None] + skip + torch.arange(ids.shape[1], device=self.device)
@@ -160,7 +164,7 @@ class Sequences:
         self.stage(tokens)
 
         if self.stop_ids is not None:
-            is_stop = torch.isin(tokens, self.stop_ids) & (columns < emitted[:, None])
+            is_stop = self.stops_at(tokens) & (columns < emitted[:, None])
             cut = torch.where(is_stop, columns + 1, num_ids + 2).amin(1)
             stopped |= cut <= emitted
             emitted = torch.minimum(emitted, cut)

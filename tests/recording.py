@@ -81,6 +81,9 @@ class OnCpu:
                     if isinstance(old, Tensor) and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
                         old.copy_(new)
 
+    def close(self) -> None:
+        self.log.calls = []
+
 
 MADE: list[OnCpu] = []
 

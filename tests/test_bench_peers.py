@@ -192,6 +192,9 @@ class Fake:
     def ready(self) -> Iterator[None]:
         yield
 
+    def rehearse(self, task: Task) -> None:
+        pass
+
     def generate(self, task: Task) -> Answer:
         self.seeds.append(task.seed)
         spent = self.seconds[(len(self.seeds) - 1) % len(self.seconds)]

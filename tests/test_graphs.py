@@ -173,6 +173,15 @@ def test_the_same_seed_gives_the_same_text_recorded_or_replayed(model: PreTraine
     assert texts == texts[:1] * 4
 
 
+def test_calls_under_inference_mode_and_others_share_recordings(model: PreTrainedModel) -> None:
+    specdec.enable(model, noisy(), num_draft_tokens=3)
+    want = plain_text(model, eos_token_id=40)
+    for turn in range(6):
+        with torch.inference_mode(turn % 2 == 0):
+            assert text_of(model, eos_token_id=40) == want
+    assert replays()
+
+
 def test_auto_asks_for_what_the_profile_has_recorded(model: PreTrainedModel) -> None:
     specdec.enable(model, noisy())
     for _ in range(3):

@@ -193,7 +193,7 @@ def test_logits_are_in_the_peak(call: dict[str, Any], dtype: torch.dtype) -> Non
 @pytest.mark.usefixtures("on_both_cpus")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_slab_of_weights_is_in_the_peak(dtype: torch.dtype) -> None:
-    """A wide layer, a short prompt: what prefill has in full precision is as much as all the rest."""
+    """A wide layer, a short prompt: what prefill has in full precision is as much as all the rest; with kernels, nothing."""
     values = {"hidden_size": 256, "intermediate_size": 4096, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 101}
     model = make_model("llama", **values, max_position_embeddings=128).to(dtype)
     with warnings.catch_warnings():
@@ -205,8 +205,11 @@ def test_a_slab_of_weights_is_in_the_peak(dtype: torch.dtype) -> None:
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, **GREEDY)
     size = footprint(LlamaConfig(**values, max_position_embeddings=128), dtype=dtype, device="cpu")
     predicted = plan(size, context=72, num_draft_tokens=1, prompt=70, sampled=False)
-    assert size.slab_weights == 256 * 4096
-    assert peak.bytes <= predicted.total_bytes < 1.12 * peak.bytes  # which has one activation less while there is a slab
+    assert size.slab_weights == (0 if size.has_kernels else 256 * 4096)
+    if size.has_kernels:
+        assert predicted.total_bytes == pytest.approx(peak.bytes, rel=0.01)
+    else:
+        assert peak.bytes <= predicted.total_bytes < 1.12 * peak.bytes  # which has one activation less while there is a slab
 
 
 def test_sampling_without_top_p_takes_no_more_than_planned() -> None:

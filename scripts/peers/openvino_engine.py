@@ -141,6 +141,9 @@ class OpenVino:
     def ready(self) -> Any:
         yield
 
+    def rehearse(self, task: Task) -> None:
+        pass
+
     def _ask(self, task: Task, new_tokens: int) -> dict[str, Any]:
         asked = {"prompts": task.prompts, "new_tokens": new_tokens, "sampled": task.sampled, "seed": task.seed}
         return self.worker.ask(op="generate", name=self.pipeline, k=self.num_draft_tokens, **asked)

@@ -75,9 +75,7 @@ class ModelDrafter:
             probs.append(next_probs)
             if self.sampling.needs_prefix:  # processors read the text so far, and are not asked behind an id that ends the row
                 sequences.stage(next_ids, skip=index)
-                if sequences.stop_ids is not None:
-                    ends = torch.isin(next_ids[:, 0], sequences.stop_ids)
-                    limit = torch.where(ends, limit.clamp(max=index + 1), limit)
+                limit = torch.where(sequences.stops_at(next_ids[:, 0]), limit.clamp(max=index + 1), limit)
         return torch.cat(ids, dim=1), torch.cat(probs, dim=1) if self.sampling.do_sample else None, limit
 
     def _known(self, ids: Tensor) -> Tensor:

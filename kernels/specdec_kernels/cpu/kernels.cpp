@@ -27,6 +27,7 @@ using at::Tensor;
 constexpr int64_t LANES = 16;
 constexpr int64_t COLUMNS = 64;  // output columns of one block of 4-bit weights: four vectors
 constexpr int64_t ROWS = 8;      // at a time
+constexpr int64_t CHUNK = 256;   // rows whose inputs are prepared at a time: they stay in the caches
 constexpr int64_t WORK = 1 << 19;  // multiplications that are worth a thread: some ten microseconds of them
 
 typedef float Vec __attribute__((vector_size(64)));
@@ -219,7 +220,7 @@ struct Weight {  // [N, K]
 };
 
 template <typename T, typename S>
-void int4_linear_into(const Tensor& x, at::TensorList packed, at::TensorList scales, at::IntArrayRef columns, std::vector<Tensor>& y) {
+void int4_linear_into(const Tensor& x, at::TensorList packed, at::TensorList scales, at::IntArrayRef columns, std::vector<Tensor>& y, int64_t first_row) {
   const int64_t rows = rows_of(x), depth = x.size(-1), groups = scales[0].size(1);
   const int64_t words = depth / 8, in_group = words / groups;
   std::vector<Weight<T, S>> weights;
@@ -228,7 +229,7 @@ void int4_linear_into(const Tensor& x, at::TensorList packed, at::TensorList sca
     const int64_t padded = scales[i].size(2);
     const S* scale = scales[i].const_data_ptr<S>();
     const S* offset = scales[i].size(0) == 2 ? scale + groups * padded : nullptr;
-    weights.push_back({packed[i].const_data_ptr<int32_t>(), scale, offset, y[i].mutable_data_ptr<T>(), padded, columns[i], blocks});
+    weights.push_back({packed[i].const_data_ptr<int32_t>(), scale, offset, y[i].mutable_data_ptr<T>() + first_row * columns[i], padded, columns[i], blocks});
     blocks += padded / COLUMNS;
   }
   std::vector<float> room, totals(rows * groups);
@@ -272,16 +273,19 @@ void int4_linear_into(const Tensor& x, at::TensorList packed, at::TensorList sca
 
 template <typename T>
 void int4_linear_of(const Tensor& x, at::TensorList packed, at::TensorList scales, at::IntArrayRef columns, std::vector<Tensor>& y) {
-  switch (scales[0].scalar_type()) {
-    case at::kFloat: int4_linear_into<T, float>(x, packed, scales, columns, y); break;
-    case at::kHalf: int4_linear_into<T, Half>(x, packed, scales, columns, y); break;
-    default: int4_linear_into<T, BFloat16>(x, packed, scales, columns, y);
+  for (int64_t first = 0; first < x.size(0); first += CHUNK) {
+    const Tensor some = x.narrow(0, first, std::min(CHUNK, x.size(0) - first));
+    switch (scales[0].scalar_type()) {
+      case at::kFloat: int4_linear_into<T, float>(some, packed, scales, columns, y, first); break;
+      case at::kHalf: int4_linear_into<T, Half>(some, packed, scales, columns, y, first); break;
+      default: int4_linear_into<T, BFloat16>(some, packed, scales, columns, y, first);
+    }
   }
 }
 
 std::vector<Tensor> int4_linear(const Tensor& x, at::TensorList packed, at::TensorList scales, at::IntArrayRef columns) {
   TORCH_CHECK(packed.size() == columns.size() && scales.size() == columns.size() && !columns.empty(), "int4_linear: lists of one length");
-  const Tensor rows = x.contiguous();
+  const Tensor rows = x.contiguous().view({rows_of(x), x.size(-1)});
   std::vector<Tensor> y;
   for (size_t i = 0; i < columns.size(); ++i) {
     TORCH_CHECK(scales[i].size(1) == scales[0].size(1) && scales[i].scalar_type() == scales[0].scalar_type(), "int4_linear: weights of one kind");
