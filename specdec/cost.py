@@ -7,7 +7,7 @@ as SpecMQuant (2025) puts it. A draft pays while what it adds to the acceptance 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -36,22 +36,26 @@ def speedup(num_draft_tokens: int, mean_acceptance_length: Any, step_s: Sequence
     return (prompt_s + step_s[0]) / (prompt_s + step_s[num_draft_tokens] / mean_acceptance_length)
 
 
-def acceptance_lengths(rows: Iterable[tuple[float, int]], most: int) -> list[float]:
-    """The acceptance length to expect at each K = 0 … most, as a mean over the rows: 1 + a + a^2 + …
+def acceptance_lengths(acceptance: float, room: int, most: int) -> list[float]:
+    """The acceptance length to expect of a row at each K = 0 … most: 1 + a + a^2 + …, with room for so many drafted ids."""
+    lengths = [1.0] * (most + 1)
+    reached = 1.0
+    for k in range(1, most + 1):
+        if k <= room:
+            reached *= acceptance
+            lengths[k] = lengths[k - 1] + reached
+        else:
+            lengths[k] = lengths[k - 1]
+    return lengths
 
-    rows: each one's acceptance a and its room, the number of ids that may be drafted for it.
+
+def to_the_end(rows: Sequence[tuple[int, Sequence[float]]]) -> list[float]:
+    """Tokens a step, by K, that bring a batch to its end: those of the row that ends last, however many the others write.
+
+    rows: of each the tokens that it has to write, and its acceptance lengths by K.
     """
-    lengths = [0.0] * (most + 1)
-    count = 0
-    for acceptance, room in rows:
-        count += 1
-        length = reached = 1.0
-        for k in range(most + 1):
-            if 0 < k <= room:
-                reached *= acceptance
-                length += reached
-            lengths[k] += length
-    return [length / count for length in lengths]
+    longest = max(left for left, _ in rows)
+    return [longest / max(left / lengths[k] for left, lengths in rows) for k in range(len(rows[0][1]))]
 
 
 def fastest(lengths: Sequence[float], step_s: Sequence[float], among: Sequence[int]) -> int:

@@ -130,6 +130,22 @@ def _graphs_for(model: PreTrainedModel, compile: Compile) -> Graphs | None:
     return Graphs(model.device) if compile is not False and model.device.type in RECORDINGS else None
 
 
+def runner_of(drafter: Drafter | None) -> CachedModel | None:
+    """What runs a drafter's model, None where it has none; one that hands on to another may have the other's `runner`."""
+    runner = getattr(drafter, "runner", None)
+    return runner if isinstance(runner, CachedModel) else None
+
+
+def decoding_of(model: PreTrainedModel) -> str:
+    """How the steps of an enabled model run: "compiled", on a CPU; "recorded", as CUDA graphs; else "eager"."""
+    state: _State = model.__dict__[_STATE]
+    runners = [part.runner for part in state.parts(state.drafter)]
+    if all(runner.compiled is not None for runner in runners):
+        return "compiled"
+    is_recorded = all(runner.graphs is not None and runner.graphs.failure is None for runner in runners)
+    return "recorded" if is_recorded else "eager"
+
+
 def disable(model: PreTrainedModel) -> None:
     """Restore the model's own class and generate(); nothing happens to a model that is not enabled."""
     model.__class__ = _stock_class(model)
@@ -162,8 +178,8 @@ class _State:
 
     def parts(self, drafter: Drafter | None) -> list[Part]:
         """The models that a call with this drafter runs."""
-        parts = [Part("target", self.target, exact=True)]
-        return parts + ([Part("draft", drafter.runner, exact=False)] if isinstance(drafter, ModelDrafter) else [])
+        runner = runner_of(drafter)
+        return [Part("target", self.target, exact=True)] + ([] if runner is None else [Part("draft", runner, exact=False)])
 
     def graphs(self, drafter: Drafter) -> Graphs | None:
         """What a call with this drafter records its steps in, None where it does not."""
@@ -171,7 +187,7 @@ class _State:
         if graphs is None or graphs.failure is not None:
             return None
         models = [part.runner.model for part in parts]
-        graphs.is_on = not any(map(why_not, models))
+        graphs.is_on = all(model.device == graphs.device and why_not(model) is None for model in models)
         if not graphs.renew(models):
             for part in parts:
                 part.runner.begin(0)
@@ -541,7 +557,8 @@ def _pace(
         return Constant(0)
     of_target = _LEARNED.setdefault(state.target.model, weakref.WeakKeyDictionary())
     try:
-        learned = of_target.setdefault(drafter.runner.model if isinstance(drafter, ModelDrafter) else drafter, {})
+        runner = runner_of(drafter)
+        learned = of_target.setdefault(drafter if runner is None else runner.model, {})
     except TypeError:  # it cannot be hashed, or not be referred to weakly
         learned = state.learned_of_own
     compiled = [part.runner.compiled is not None for part in state.parts(drafter)]
@@ -567,6 +584,8 @@ def _call_drafter(
         if state.assistant is not None and state.assistant.runner.model is assistant_model:
             drafter = state.assistant
         else:
+            if state.assistant is not None:
+                state.assistant.runner.begin(0)  # and its recordings go
             drafter = ModelDrafter(assistant_model, state.target.vocab_size)
             prepare(state.parts(drafter)[1:], state.compile, state.target.graphs)
             state.assistant = None if state.target.graphs is None else drafter

@@ -229,7 +229,11 @@ class Drafter(Protocol):
         """A call starts: forget the last one; `sampling` holds the processors this call asked for."""
 
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
-        """Propose at most limit [B] ids for each row; 0 for a row that has finished or is one id from its end."""
+        """Propose at most limit [B] ids for each row; 0 for a row that has finished or is one id from its end.
+
+        sequences.asked is what no limit exceeds; the host knows it without waiting for the device. Not called for a step that
+        drafts nothing; what comes of that, `observe` sees.
+        """
 
     def observe(self, outcome: Outcome) -> None:
         """See what became of the last proposal; `sequences` now holds the committed ids."""

@@ -2,9 +2,10 @@
 
     tokens a second at K = acceptance length(K) / (T_draft(K) + T_target(K + 1) + rest)
 
-Auto takes the times from a profile (profiling.py) and follows the steps that run; acceptance it tracks for each row. K = 0 is
-plain decoding. There the drafter shows nothing, so it is probed, at growing intervals and for no more than a share of the time
-spent. K depends on the past alone, so sampled text keeps its distribution.
+of the row that ends last, since a batch is done when it is. Auto takes the times from a profile (profiling.py) and follows the
+steps that run; acceptance it tracks for each row. K = 0 is plain decoding. There the drafter shows nothing, so it is probed, at
+growing intervals and for no more than a share of the time spent. K depends on the past alone, so sampled text keeps its
+distribution.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Protocol
 
-from specdec.cost import StepTimes, acceptance_lengths, fastest, speedup
+from specdec.cost import StepTimes, acceptance_lengths, fastest, speedup, to_the_end
 from specdec.interfaces import Step
 from specdec.stats import Choice
 
@@ -28,7 +29,8 @@ MARGIN = 1.02  # times are noisy: drafting must promise more than this over plai
 FOLLOW, FOLLOW_BY_ID, FOLLOW_ALL = 0.2, 0.75, 0.3  # how far a step moves its K against the others, these with it, all K
 SPIKE = 0.25  # a step that differs from its estimate by more moves it by as much as this
 SHORT_GAP = 2  # ids that a drafter has not read: more are timed as such
-PLAIN_EVERY, PLAIN_RUN = 64, 2  # steps that draft, until so many do not: the plain step's time stays known
+FIRST_PLAIN, LAST_PLAIN = 8, 64  # steps that draft, until some do not: the plain step's time stays known. At first, at most
+PLAIN_RUN = 2  # of those
 BUDGET = 0.01  # of the time spent, that probes may lose
 FIRST_PROBE, LAST_PROBE = 8, 128  # plain steps between probes: at first, and where intervals stop growing
 
@@ -104,8 +106,9 @@ class Experience:
         self.acceptance.add(sum(profile.chances), len(profile.chances), 1.0)
         self.kept = _Mean(1.0, 10.0)  # accepted ids over expected ones: acceptance comes in stretches, so not all come
         self.since_plain = 0  # steps that drafted
+        self.plain_every = FIRST_PLAIN  # of them, until plain ones come
         self.plain_run = 0  # plain steps in a row
-        self.since_probe = 0  # plain steps
+        self.since_probe = 0  # plain steps, since the last probe or since one was put off
         self.interval = FIRST_PROBE
         self.spent_s = self.lost_s = 0.0  # by all steps; by probes, against the plain steps that they stood in for
 
@@ -172,6 +175,7 @@ class Auto:
         self.steps_by_k = [0] * (self.most + 1)
         self.asked: deque[_Asked] = deque()  # steps under way
         self.heard = 0.0  # when, of the last one
+        self.is_resting = False  # drafting did not pay, and nothing has been seen since that would change it
         self.predicted_s = self.predicted_plain_s = self.spent_s = self.plain_s = 0.0
 
     @property
@@ -185,16 +189,20 @@ class Auto:
 
     def next(self) -> int:
         known = self.known
-        expected = acceptance_lengths([(self.acceptance(row), self.rooms[row]) for row in self.live], self.most)
+        if self.is_resting and known.since_probe < known.interval:
+            self.asked.append(_Asked(0, 1.0, 1.0, False, perf_counter()))
+            return 0
+        rows = [acceptance_lengths(self.acceptance(row), self.rooms[row], self.most) for row in self.live]
         kept = min(max(known.kept.value, 1 - SPIKE), 1 + SPIKE)
-        lengths = [1 + (length - 1) * kept for length in expected]
-        k = self._fastest(lengths)
+        k = self._fastest([[1 + (length - 1) * kept for length in lengths] for lengths in rows])
+        self.is_resting = k == 0
         is_probe = k == 0 and not any(asked.is_probe for asked in self.asked) and self._may_probe()
         if is_probe:
             k = 1
-        elif k and known.since_plain >= PLAIN_EVERY:
+        elif k and known.since_plain >= known.plain_every:
             k = 0
-        self.asked.append(_Asked(k, lengths[k], expected[k], is_probe, perf_counter()))
+        expected = sum(lengths[k] for lengths in rows) / len(rows)
+        self.asked.append(_Asked(k, 1 + (expected - 1) * kept, expected, is_probe, perf_counter()))
         return k
 
     def observe(self, steps: Sequence[Step | None]) -> None:
@@ -217,7 +225,9 @@ class Auto:
                 self.rows[row].add(total, len(chances), KEEP_IN_PROBE if asked.is_probe else KEEP_ROW)
                 tried += len(chances)
                 accepted += total
-        self.live = [row for row in self.live if steps[row] is not None]
+        if count < len(self.live):
+            self.live = [row for row in self.live if steps[row] is not None]
+            self.is_resting = False
         plain_s = known.plain_s
         tokens = emitted / count
 
@@ -231,13 +241,13 @@ class Auto:
 
         if k == 0:
             known.plain_run += 1
-            if known.plain_run >= PLAIN_RUN:
-                known.since_plain = 0
+            if known.plain_run == PLAIN_RUN and known.since_plain:
+                known.since_plain, known.plain_every = 0, min(2 * known.plain_every, LAST_PLAIN)
             known.since_probe += 1
             self.unread += 1
             known.follow(0, seconds)
             return
-        known.plain_run = 0
+        known.plain_run, self.is_resting = 0, False
         known.acceptance.add(accepted, tried, KEEP_ALL)
         known.kept.add(tokens - 1, asked.expected - 1, KEEP_ALL)
         if self.unread > SHORT_GAP:
@@ -267,12 +277,16 @@ class Auto:
             profile_s=self.known.profile.seconds if self.is_new else None,
         )
 
-    def _lengths_at(self, acceptance: float) -> list[float]:
-        return acceptance_lengths([(acceptance, self.rooms[row]) for row in self.live], self.most)
+    def _lengths_at(self, acceptance: float) -> list[list[float]]:
+        return [acceptance_lengths(acceptance, self.rooms[row], self.most) for row in self.live]
 
-    def _fastest(self, lengths: Sequence[float]) -> int:
-        """The best K for these acceptance lengths; 0 where it does not clearly pay, the ids that the drafter lacks included."""
+    def _fastest(self, rows: Sequence[Sequence[float]]) -> int:
+        """The K that ends the call soonest, for these acceptance lengths of the rows at work.
+
+        0 where it does not clearly pay, the ids that the drafter lacks included.
+        """
         known = self.known
+        lengths = to_the_end([(max(self.rooms[row], 0) + 1, of_row) for row, of_row in zip(self.live, rows, strict=True)])
         k = fastest(lengths, known.step_s, self.among)
         if k == 0 or speedup(k, lengths[k], known.step_s) < MARGIN:
             return 0
@@ -280,8 +294,10 @@ class Auto:
         return k if saved_s >= self.unread * known.catch_up_s.value else 0
 
     def _may_probe(self) -> bool:
+        """Whether it is time for a probe, and there is a budget for it; else it is put off."""
         known = self.known
         if known.since_probe < known.interval:
             return False
+        known.since_probe = 0
         loss_s = (known.step_s[1] - known.step_s[0]) * known.slow + self.unread * known.catch_up_s.value
         return known.lost_s + loss_s <= BUDGET * known.spent_s and self._fastest(self._lengths_at(1.0)) > 0

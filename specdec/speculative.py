@@ -78,7 +78,7 @@ def step(
     lap("other")
     limit = sequences.ask(num_draft_tokens)
     target.reserve(sequences.longest)
-    draft = drafter.propose(sequences, limit)
+    draft = drafter.propose(sequences, limit) if num_draft_tokens else Draft.empty(sequences.batch_size, sequences.device)
     if not isinstance(draft, Draft):
         raise ValueError(f"{type(drafter).__name__}.propose returned a {type(draft).__name__}; it must return a Draft")
     draft.check(sequences.batch_size, sequences.spare - 1, target.vocab_size, drafter)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdec.cost import StepTimes, acceptance_along, acceptance_lengths, fastest, interpolated, replay, speedup
+from specdec.cost import StepTimes, acceptance_along, acceptance_lengths, fastest, interpolated, replay, speedup, to_the_end
 from specdec.interfaces import Step
 
 TIMES = StepTimes(draft_s=[0.0, 1.0, 2.0], target_s=[4.0, 4.5, 5.0], rest_s=[1.0, 1.0, 1.5])
@@ -41,13 +41,21 @@ def test_speed_is_the_law_of_times_and_acceptance() -> None:
 
 
 def test_expected_lengths_end_at_each_row_s_room() -> None:
-    assert acceptance_lengths([(0.5, 9)], 3) == [1.0, 1.5, 1.75, 1.875]
-    assert acceptance_lengths([(1.0, 1)], 3) == [1.0, 2.0, 2.0, 2.0]
-    assert acceptance_lengths([(0.5, 9), (1.0, 1), (0.9, 0)], 2) == pytest.approx([1.0, 4.5 / 3, 4.75 / 3])
+    assert acceptance_lengths(0.5, 9, 3) == [1.0, 1.5, 1.75, 1.875]
+    assert acceptance_lengths(1.0, 1, 3) == [1.0, 2.0, 2.0, 2.0]
+    assert acceptance_lengths(0.9, 0, 2) == [1.0, 1.0, 1.0]
+
+
+def test_a_batch_ends_with_its_last_row() -> None:
+    alone = [1.0, 1.5, 1.75]
+    assert to_the_end([(7, alone)]) == alone
+    assert to_the_end([(100, [1.0, 1.9, 2.7]), (100, alone)]) == alone, "the one that accepts least"
+    assert to_the_end([(100, [1.0, 2.0, 3.0]), (10, [1.0, 1.0, 1.0])]) == [1.0, 2.0, 3.0], "the one that has most to write"
+    assert to_the_end([(100, [1.0, 2.0, 4.0]), (50, [1.0, 1.0, 1.0])]) == [1.0, 2.0, 2.0], "which may change with K"
 
 
 def test_the_fastest_k_is_the_one_of_most_tokens_a_second() -> None:
-    lengths = acceptance_lengths([(0.8, 9)], 3)
+    lengths = acceptance_lengths(0.8, 9, 3)
     for step_s in ([1.0, 1.1, 1.2, 9.0], [1.0, 1.5, 1.6, 1.7], [1.0, 2.0, 3.0, 4.0], [1.0, 1.8, 3.0, 4.0]):
         rates = [length / seconds for length, seconds in zip(lengths, step_s, strict=True)]
         assert rates[fastest(lengths, step_s, range(len(lengths)))] == max(rates)

@@ -69,6 +69,7 @@ def small(folder: Path, **changes: Any) -> ExperimentConfig:
         "workload": Stdlib(limit=4, shuffle_seed=3),
         "folder": folder,
         "num_draft_tokens": 3,
+        "compile": False,
     }
     return ExperimentConfig(**values | changes)
 
@@ -211,6 +212,7 @@ def test_beside_the_records_stand_provenance_costs_memory_and_a_sample(greedy: R
     origin = greedy.header.provenance
     assert origin["torch"] == torch.__version__
     assert origin["processes"] == 1
+    assert origin["decoding"] == "eager"
     assert {"commit", "dirty", "command", "device", "transformers", "accelerate", "datasets", "hydra-core"} <= set(origin)
     assert greedy.costs is not None
     for part in (greedy.costs.draft_s, greedy.costs.target_s, greedy.costs.verification_s, greedy.costs.other_s):
@@ -229,6 +231,16 @@ def test_beside_the_records_stand_provenance_costs_memory_and_a_sample(greedy: R
         assert token.target[0][1] == max(probability for _, probability in token.target)
         assert sum(probability for _, probability in token.target) <= 1.001
         assert bool(token.draft) == (token.origin in ("accepted", "recovered"))
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_a_run_may_decode_compiled_and_says_so(tmp_path: Path) -> None:
+    compiled = done(small(tmp_path / "true", compile=True))
+    assert compiled.header.provenance["decoding"] == "compiled"
+    again = done(small(tmp_path / "auto", compile="auto"))
+    assert again.header.provenance["decoding"] == "compiled", "what the other run has left on disk"
+    texts = {record.key: record.ids for record in (*compiled.records, *again.records)}
+    assert all(ids == texts[key._replace(engine=PLAIN)] for key, ids in texts.items())
 
 
 def test_resuming_a_finished_run_changes_no_record(greedy: Run) -> None:

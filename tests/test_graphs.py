@@ -203,6 +203,10 @@ def test_a_calls_own_draft_model_is_recorded_and_kept(model: PreTrainedModel) ->
     before = len(MADE), replays()
     assert text_of(model, assistant_model=noisy()) == want
     assert (len(MADE), replays() > before[1]) == (before[0], True)
+    held = weakref.ref(model.__dict__["_specdec_state"].assistant)
+    text_of(model, assistant_model=other)
+    gc.collect()
+    assert held() is None, "a draft model that is no longer used is let go"
 
 
 def only_warning(action: Callable[[], Any], words: str) -> Any:
@@ -277,6 +281,15 @@ def test_hooks_are_called(model: PreTrainedModel) -> None:
     handle.remove()
     assert [text_of(model) for _ in range(3)] == [want] * 3
     assert replays() > before
+
+
+def test_a_model_on_another_device_than_it_was_enabled_on_is_not_replayed(model: PreTrainedModel) -> None:
+    """A recording of one device does nothing to tensors on another."""
+    specdec.enable(model, noisy(), num_draft_tokens=3)
+    tried = replays()
+    graphs_of(model).device = torch.device("cuda")
+    assert [text_of(model) for _ in range(3)] == [plain_text(model)] * 3
+    assert replays() == tried
 
 
 def replace_a_weight(model: PreTrainedModel) -> None:

@@ -6,7 +6,7 @@ import copy
 import gc
 import time
 import weakref
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from specdec.cost import StepTimes, acceptance_lengths, fastest
 from specdec.drafters.model import ModelDrafter
 from specdec.interfaces import Step
 from specdec.models import CachedModel
-from specdec.pace import BUDGET, LARGEST, LAST_PROBE, PLAIN_EVERY, PLAIN_RUN, Auto, Constant, Experience
+from specdec.pace import BUDGET, FIRST_PLAIN, LARGEST, LAST_PLAIN, LAST_PROBE, PLAIN_RUN, Auto, Constant, Experience
 from specdec.profiling import DRAFTED, profile
 from specdec.sampling import Processor, Sampling
 from specdec.sequences import Sequences
@@ -47,7 +47,7 @@ def test_it_is_as_fast_as_the_best_constant_k(chance: float, dear: float, monkey
     world = World(monkeypatch, step_s)
     world.call(Experience(profile_of(step_s)), [always(chance)], 5000)
     rate = 5000 / world.time
-    lengths = acceptance_lengths([(chance, 9)], LARGEST)
+    lengths = acceptance_lengths(chance, 9, LARGEST)
     best = fastest(lengths, step_s, range(LARGEST + 1))
     assert rate > 0.97 * lengths[best] / step_s[best]
 
@@ -141,7 +141,7 @@ def test_a_bad_stretch_in_a_text_is_not_drafted(monkeypatch: pytest.MonkeyPatch)
     world = World(monkeypatch, [1.0 + 0.3 * k for k in range(LARGEST + 1)])
     known = Experience(profile_of(world.step_s))
     world.call(known, [lambda position: 0.95 if position % 1000 < 500 else 0.02], 10_000)
-    best = 5000 * 1.0 + 5000 / max(length / s for length, s in zip(acceptance_lengths([(0.95, 9)], 8), world.step_s, strict=True))
+    best = 5000 * 1.0 + 5000 / max(length / s for length, s in zip(acceptance_lengths(0.95, 9, 8), world.step_s, strict=True))
     assert world.time < 1.12 * best
 
 
@@ -154,15 +154,16 @@ def test_acceptance_is_known_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None
     def one_step(both: bool) -> int:
         k = auto.next()
         world.time += step_s[k]
-        auto.observe([Step(k, k, k, k + 1, [1.0] * k) if both else None, Step(k, k, 0, 1, [0.0] * min(k, 1))])
+        auto.observe([Step(k, k, k, k + 1, [1.0] * k), Step(k, k, 0, 1, [0.0] * min(k, 1)) if both else None])
         return k
 
     together = [one_step(both=True) for _ in range(30)]
-    assert auto.acceptance(0) > 0.85
-    assert auto.acceptance(1) < 0.25
-    assert together[-1] > 0
-    one_step(both=False)  # the good row has ended
-    assert one_step(both=False) == 0
+    assert auto.acceptance(0) > 0.75
+    assert auto.acceptance(1) < 0.45
+    assert together[0] > 0
+    assert together[-1] == 0, "the batch is done when its last row is"
+    one_step(both=False)  # the row that accepts nothing has ended
+    assert one_step(both=False) > 0
     auto = Auto(known, [1000, 1000], 0)
     assert auto.acceptance(0) == auto.acceptance(1), "another call's rows are not these"
 
@@ -209,13 +210,28 @@ def test_no_more_is_asked_for_than_a_row_has_room_for(monkeypatch: pytest.Monkey
 def test_a_plain_step_now_and_then_keeps_its_time_known(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, CHEAP)
     auto = world.call(Experience(profile_of(CHEAP)), [always(0.9)], 5000)
-    assert world.asked.count(0) == len(world.asked) // (PLAIN_EVERY + PLAIN_RUN) * PLAIN_RUN
+    drafted = [len(list(steps)) for k, steps in groupby(world.asked, key=bool) if k]
+    plain = [len(list(steps)) for k, steps in groupby(world.asked, key=bool) if not k]
+    assert drafted[:5] == [FIRST_PLAIN, 16, 32, LAST_PLAIN, LAST_PLAIN], "seldom, once it is known"
+    assert set(drafted[3:-1]) == {LAST_PLAIN}
+    assert set(plain[:-1]) == {PLAIN_RUN}
     choice = auto.choice()
     assert choice.steps_by_k[0] == world.asked.count(0)
     assert sum(choice.steps_by_k) == len(world.asked)
     assert choice.predicted_speedup == pytest.approx(5000 / world.time, rel=0.03)
     assert choice.measured_speedup == pytest.approx(5000 / world.time, rel=0.01)
     assert choice.profile_s is None
+
+
+def test_a_drafter_that_does_not_pay_costs_no_thought(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between probes nothing is weighed anew."""
+    world = World(monkeypatch, DEAR)
+    weighed = []
+    stock = pace.acceptance_lengths
+    monkeypatch.setattr(pace, "acceptance_lengths", lambda *args: weighed.append(1) or stock(*args))
+    world.call(Experience(profile_of(DEAR)), [always(0.0)], 3000)
+    assert sum(world.asked) <= 0.01 * 3000
+    assert len(weighed) < 0.3 * 3000
 
 
 def test_reading_a_long_prompt_for_a_short_text_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:

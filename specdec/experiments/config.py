@@ -90,7 +90,7 @@ class ExperimentConfig:
     """One run.
 
     drafter: a DraftModel or any specdec.Drafter. workload: any specdec.experiments.workloads.Workload.
-    num_draft_tokens: K, or "auto". batch_size: prompts a generate() call.
+    num_draft_tokens: K, or "auto". batch_size: prompts a generate() call. compile: as in specdec.enable().
     repetitions: of the whole workload, each with seeds of its own.
     baseline: plain decoding of the same prompts in between, for an honest speedup.
     too_long: "skip" a prompt that does not fit the context, and count it, or end with an "error".
@@ -106,6 +106,7 @@ class ExperimentConfig:
     folder: Path
     num_draft_tokens: int | str = 5
     batch_size: int = 1
+    compile: bool | str = AUTO
     repetitions: int = 1
     seed: int = 0
     baseline: bool = True
@@ -118,6 +119,8 @@ class ExperimentConfig:
         for name in ("num_draft_tokens", "batch_size", "repetitions"):
             if getattr(self, name) != AUTO and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.compile not in (True, False, AUTO):
+            raise ValueError(f"compile={self.compile!r} must be true, false or auto")
         if self.too_long not in ("skip", "error"):
             raise ValueError(f"too_long={self.too_long!r} must be skip or error")
 

@@ -37,6 +37,11 @@ class Seat:
     watch: bool = False
     watched: list[tuple[list[tuple[int, float]], list[tuple[int, float]]]] = field(default_factory=list)
 
+    @property
+    def runner(self) -> Any:
+        """Of the one that sits in it, so that its model is compiled too."""
+        return getattr(self.drafter, "runner", None)
+
     def begin(self, sequences: Sequences, sampling: Sampling) -> None:
         self.watched = []
         self.drafter.begin(sequences, sampling)
@@ -87,7 +92,8 @@ class Pair:
         elif not config.baseline:
             raise ValueError("drafter=none is the baseline itself; with baseline=false nothing is left to run")
         seat = Seat(drafter)
-        specdec.enable(target, seat, num_draft_tokens=config.num_draft_tokens, timing=True)
+        compile: Any = config.compile
+        specdec.enable(target, seat, num_draft_tokens=config.num_draft_tokens, compile=compile, timing=True)
         call = config.sampling.call() | {"pad_token_id": tokenizer.pad_token_id}
         has_template = getattr(tokenizer, "chat_template", None) is not None
         asked = config.workload.chat_template

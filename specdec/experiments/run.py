@@ -39,6 +39,7 @@ from specdec.experiments.records import (
     repair,
 )
 from specdec.experiments.workloads import Prompt
+from specdec.generate import decoding_of
 from specdec.provenance import provenance
 from specdec.stats import Stats
 from specdec.text import pieces
@@ -71,6 +72,7 @@ def run(config: ExperimentConfig, values: dict[str, Any], console: Console) -> R
     state.wait_for_everyone()  # all have read what is there before one of them writes
     folder.mkdir(parents=True, exist_ok=True)
     origin = provenance(device) | {name: version(name) for name in ("accelerate", "datasets", "hydra-core")}
+    origin["decoding"] = decoding_of(pair.target)
     origin["processes"] = state.num_processes
     file = RecordFile(folder / f"records-{state.process_index}.jsonl", Header(origin, values))
     batches = [prompts[start : start + config.batch_size] for start in range(0, len(prompts), config.batch_size)]
