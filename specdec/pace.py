@@ -25,12 +25,12 @@ LARGEST = 8  # K; beyond it a step gains little where acceptance is not near 1
 PRIOR, PRIOR_WEIGHT = 0.7, 4.0  # acceptance of a drafter that was never seen, as so many observations of it
 KEEP_ROW, KEEP_ALL = 0.9, 0.99  # of what was counted, after each step that drafted: for a row, for all rows and calls
 KEEP_IN_PROBE = 0.7  # of a row's counts: a probe comes after a pause, and should tell
-MARGIN = 1.02  # times are noisy: drafting must promise more than this over plain decoding
+MARGIN = 1.04  # times are noisy: drafting must promise more than this over plain decoding
 FOLLOW, FOLLOW_BY_ID, FOLLOW_ALL = 0.2, 0.75, 0.3  # how far a step moves its K against the others, these with it, all K
 SPIKE = 0.25  # a step that differs from its estimate by more moves it by as much as this
 SHORT_GAP = 2  # ids that a drafter has not read: more are timed as such
-FIRST_PLAIN, LAST_PLAIN = 8, 64  # steps that draft, until some do not: the plain step's time stays known. At first, at most
-PLAIN_RUN = 2  # of those
+FIRST_PLAIN, LAST_PLAIN = 8, 128  # steps that draft, until some do not: the plain step's time stays known. At first, at most
+PLAIN_RUN = 3  # of those, in a row: the first ones find the caches cold
 BUDGET = 0.01  # of the time spent, that probes may lose
 FIRST_PROBE, LAST_PROBE = 8, 128  # plain steps between probes: at first, and where intervals stop growing
 
@@ -122,10 +122,10 @@ class Experience:
 
         A machine's mood meets all K alike, so it changes nothing but `slow`. How the K compare is learned where one follows
         another: the step's surprise is laid to the one that drafts, and by the id, for the most part, to the others that do. The
-        first step that drafts behind plain ones, or the other way round, tells nothing: other weights are in the caches.
+        first step that drafts behind plain ones tells nothing, nor do the first plain ones: other weights are in the caches.
         """
         before, self.before = self.before, k
-        if before is not None and (before > 0) != (k > 0):
+        if before == 0 if k else self.plain_run < PLAIN_RUN:
             return
         off = min(max(seconds / (self.step_s[k] * self.slow) - 1, -SPIKE), SPIKE)
         self.slow *= 1 + FOLLOW_ALL * off

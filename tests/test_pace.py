@@ -68,6 +68,7 @@ def test_times_are_followed_where_the_profile_was_wrong(monkeypatch: pytest.Monk
 def test_one_slow_step_changes_little_and_a_lasting_change_is_seen() -> None:
     known = Experience(profile_of(CHEAP))
     before = list(known.step_s)
+    known.plain_run = PLAIN_RUN  # plain steps find the caches warm
     for k in (2, 2, 0, 0):
         known.follow(k, 50.0 if k else CHEAP[0])
     assert all(0.8 < now / then < 1.2 for now, then in zip(known.step_s, before, strict=True))
@@ -175,7 +176,7 @@ def test_what_was_asked_for_and_not_offered_counts_as_rejected(monkeypatch: pyte
         k = auto.next()
         world.time += CHEAP[k]
         auto.observe([Step(k, 0, 0, 1, [])])
-    assert auto.acceptance(0) < 0.2
+    assert auto.acceptance(0) < 0.3
     assert k == 0
 
 
@@ -212,8 +213,8 @@ def test_a_plain_step_now_and_then_keeps_its_time_known(monkeypatch: pytest.Monk
     auto = world.call(Experience(profile_of(CHEAP)), [always(0.9)], 5000)
     drafted = [len(list(steps)) for k, steps in groupby(world.asked, key=bool) if k]
     plain = [len(list(steps)) for k, steps in groupby(world.asked, key=bool) if not k]
-    assert drafted[:5] == [FIRST_PLAIN, 16, 32, LAST_PLAIN, LAST_PLAIN], "seldom, once it is known"
-    assert set(drafted[3:-1]) == {LAST_PLAIN}
+    assert drafted[:5] == [FIRST_PLAIN, 16, 32, 64, LAST_PLAIN], "seldom, once it is known"
+    assert set(drafted[4:-1]) == {LAST_PLAIN}
     assert set(plain[:-1]) == {PLAIN_RUN}
     choice = auto.choice()
     assert choice.steps_by_k[0] == world.asked.count(0)
