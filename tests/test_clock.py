@@ -59,11 +59,12 @@ def test_parts_add_up_and_each_is_its_own_work(monkeypatch: pytest.MonkeyPatch) 
     assert timing is not None
     steps = stats.num_target_forwards
     assert len(timing.steps) == steps
-    assert timing.draft_s >= steps * nap
+    drafting = timing.steps[:-1]  # the last one has room for no draft, and asks for none
+    assert timing.draft_s >= len(drafting) * nap
     assert timing.verification_s >= steps * 2 * nap
-    assert min(step.draft_s for step in timing.steps) >= nap
+    assert min(step.draft_s for step in drafting) >= nap
     assert min(step.verification_s for step in timing.steps) >= 2 * nap
-    assert 0 < timing.target_s < seconds - steps * 3 * nap
+    assert 0 < timing.target_s < seconds - (3 * steps - 1) * nap
     for part in ("draft_s", "target_s", "verification_s"):
         assert sum(getattr(step, part) for step in timing.steps) == pytest.approx(getattr(timing, part))
     assert timing.prefill_s + 3 * nap <= timing.first_token_s < timing.total_s < seconds
