@@ -66,6 +66,18 @@ def lent(config: PreTrainedConfig) -> Iterator[None]:
                 config._attn_implementation = state.pop(_LENT)[0]
 
 
+@contextmanager
+def whole_caches() -> Iterator[None]:
+    """Within, keys begin at slot 0, as ours do: nothing of the positions has to be read to know it."""
+    before = getattr(_OURS, "holds", False)
+    _OURS.holds = True
+    try:
+        yield
+    finally:
+        _OURS.holds = before
+
+
+_OURS = threading.local()
 _LENDING = threading.Lock()
 _LENT = "_specdec_lent"  # in a config, while a forward of ours runs: what it ran before, and the number of forwards
 
@@ -126,7 +138,8 @@ def row_attention(
     if mask is None:
         mask = seen_slots(_causal(query, length), length)
     # Blocks of keys begin at multiples of 128 of their positions, also where a sliding cache hands over the last ones alone.
-    start = max(int(position_ids[0, -1]) + 1 - length, 0) if position_ids is not None and position_ids.ndim == 2 else 0
+    is_cut = position_ids is not None and position_ids.ndim == 2 and not getattr(_OURS, "holds", False)
+    start = max(int(position_ids[0, -1]) + 1 - length, 0) if is_cut and position_ids is not None else 0
     if width > MAX_WINDOW:
         y = _whole(stock, key, value, mask)
         y[:, -1:] = _in_blocks(query[:, :, -1:], key, value, mask[:, :, -1:], scale, start % KEYS)
