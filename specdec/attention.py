@@ -38,10 +38,10 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def takes_intervals(model: PreTrainedModel) -> bool:
-    """Whether the model's decoding windows go to the kernel: it reaches its attention through transformers' interface."""
+    """Whether the model's decoding windows come with intervals: it reaches `row_attention` through transformers' interface."""
     implementation = model.config.get_text_config(decoder=True)._attn_implementation
-    in_reach = implementation == ATTENTION or (implementation == "sdpa" and model.device.type not in SDPA_STAYS)
-    return in_reach and model._supports_attention_backend and serves(model.device, model.dtype)
+    can_be_lent = implementation == "sdpa" and model.device.type not in SDPA_STAYS and model._supports_attention_backend
+    return implementation == ATTENTION or (can_be_lent and serves(model.device, model.dtype))
 
 
 @contextmanager
@@ -66,18 +66,6 @@ def lent(config: PreTrainedConfig) -> Iterator[None]:
                 config._attn_implementation = state.pop(_LENT)[0]
 
 
-@contextmanager
-def whole_caches() -> Iterator[None]:
-    """Within, keys begin at slot 0, as ours do: nothing of the positions has to be read to know it."""
-    before = getattr(_OURS, "holds", False)
-    _OURS.holds = True
-    try:
-        yield
-    finally:
-        _OURS.holds = before
-
-
-_OURS = threading.local()
 _LENDING = threading.Lock()
 _LENT = "_specdec_lent"  # in a config, while a forward of ours runs: what it ran before, and the number of forwards
 
@@ -138,8 +126,9 @@ def row_attention(
     if mask is None:
         mask = seen_slots(_causal(query, length), length)
     # Blocks of keys begin at multiples of 128 of their positions, also where a sliding cache hands over the last ones alone.
-    is_cut = position_ids is not None and position_ids.ndim == 2 and not getattr(_OURS, "holds", False)
-    start = max(int(position_ids[0, -1]) + 1 - length, 0) if is_cut and position_ids is not None else 0
+    start = 0
+    if intervals is None and position_ids is not None and position_ids.ndim == 2:  # ours, with intervals, begin at slot 0
+        start = max(int(position_ids[0, -1]) + 1 - length, 0)
     if width > MAX_WINDOW:
         y = _whole(stock, key, value, mask)
         y[:, -1:] = _in_blocks(query[:, :, -1:], key, value, mask[:, :, -1:], scale, start % KEYS)

@@ -198,6 +198,12 @@ def grown_capacity(capacity: int, needed: int, max_slots: int) -> int:
     return capacity if needed <= capacity else max(needed, min(max(2 * capacity, GROWTH), max_slots))
 
 
+def kept_slots(max_slots: int, context: int | None) -> int:
+    """Where buffers end that stay from call to call: further than this one's texts, for calls of about the same length."""
+    even = _blocks(max_slots, GROWTH)
+    return even if context is None else max(max_slots, min(even, context))  # some models take no more slots than their context
+
+
 def _blocks(slots: int, key_block: int) -> int:
     return -(-slots // key_block) * key_block
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.attention import KEYS, lent, takes_intervals, whole_caches
-from specdec.cache import GROWTH, RaggedCache, attention_kinds, attention_masks
+from specdec.attention import KEYS, lent, takes_intervals
+from specdec.cache import RaggedCache, attention_kinds, attention_masks, kept_slots
 from specdec.graphs import Graphs, directly
 from specdec.quant.int4 import Int4Linear
 from specdec.quant.rows import ATTENTION, MAX_WINDOW, is_decoding
@@ -71,8 +72,7 @@ class CachedModel:
         self.mask_dtype = self.model.dtype if implementation == "eager" else torch.bool
         self.takes_intervals = takes_intervals(self.model)
         if self.graphs is not None and max_slots is not None:
-            even = -(-max_slots // GROWTH) * GROWTH  # one buffer for calls of about the same length
-            max_slots = even if self.context is None else max(max_slots, min(even, self.context))
+            max_slots = kept_slots(max_slots, self.context)
         is_kept = self.graphs is not None and batch_size == self.batch_size > 0
         if not is_kept:
             self._forget_recordings(None)
@@ -121,7 +121,7 @@ class CachedModel:
             return self.compiled(ids, positions, last_only, cache)
         decodes = self.takes_intervals and is_decoding(width, positions.device)
         mask_dtype = torch.int32 if decodes else self.mask_dtype
-        with lent(self.config) if decodes else whole_caches(), torch.inference_mode():  # a tenth less per operator than no_grad
+        with lent(self.config) if decodes else nullcontext(), torch.inference_mode():  # a tenth less per operator than no_grad
             logits = self.call(ids, positions, cache, mask_dtype, int(last_only))
         return logits.to(device=ids.device, dtype=torch.float32, copy=True)  # a copy is an ordinary tensor again
 

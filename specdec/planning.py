@@ -9,8 +9,9 @@ left to formulas, a line each, is attention (`forward_bytes`), logits (`logits_b
 Tests hold it to 5 % of the peak measured on a CPU. Where attention is neither sdpa's nor our kernel's, and for MLA on a CPU,
 what attention holds may be two or three times what is said. Not in it: the CUDA context, the allocator's fragmentation and
 workspaces inside of operators, for which `usable_bytes` leaves room; what a logits processor keeps; what quantizing while
-loading takes for a moment. What our CPU kernels take inside is little: a layer's inputs once more in float32, and in attention 16
-bytes a slot for each thread. A compiled forward is planned as the eager one.
+loading takes for a moment; what recorded steps keep for each K on a CUDA device, logits and probabilities for the most part. What
+our CPU kernels take inside is little: a layer's inputs once more in float32, and in attention 16 bytes a slot for each thread. A
+compiled forward is planned as the eager one.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from specdec.attention import KEYS
-from specdec.cache import RaggedCache, attention_kinds, attention_masks, grown_capacity
+from specdec.cache import RaggedCache, attention_kinds, attention_masks, grown_capacity, kept_slots
 from specdec.experiments.memory import LiveStorages
 from specdec.models import LINEAR_KINDS, PREFILL_CHUNK, PREFILL_MASK, context_of
 from specdec.quant.checkpoints import scheme_of, settings_of
@@ -249,7 +250,8 @@ def plan(
     def cache(model: Footprint, int4: bool) -> tuple[int, int, int]:
         """Its bytes behind prefill and at the end, and those of the last buffer that grows."""
         block = KEYS if int4 and model.device == "cpu" else 1
-        first, before, last = _slots(prompt, context, block)
+        end = kept_slots(context, model.context) if model.device == "cuda" else context
+        first, before, last = _slots(prompt, end, block)
         size = batch * model.token_bytes
         return first * size, last * size, model.growth_bytes(batch, before)
 
