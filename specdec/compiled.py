@@ -31,7 +31,7 @@ from transformers.utils.logging import tqdm
 
 from specdec import attention, cache, models
 from specdec.cache import RaggedCache
-from specdec.graphs import Graphs, why_not
+from specdec.graphs import Graphs, why_not_recorded
 from specdec.models import PROBE_TOLERANCE, CachedModel, precision_of
 from specdec.quant import cpu as int4_on_cpu
 from specdec.quant import int4, rows
@@ -138,7 +138,7 @@ def prepare(parts: Sequence[Part], compile: Compile, graphs: Graphs | None = Non
         return
     for part in parts:
         enter_layouts(part.runner.model)
-        if _why_not(part.runner) is None and (package := _package(part)).exists():
+        if _why_not_compiled(part.runner) is None and (package := _package(part)).exists():
             kept = _KEPT.setdefault(part.runner.model, {})
             try:
                 part.runner.compiled = kept[package] = kept.get(package) or CompiledForward(part.runner.model, package)
@@ -150,7 +150,7 @@ def _record(parts: Sequence[Part], graphs: Graphs) -> None:
     """Let the runners record what they do, where a trial of each comes out right; else say why not."""
     for part in parts:
         enter_layouts(part.runner.model)
-        reason = why_not(part.runner.model)
+        reason = why_not_recorded(part.runner.model)
         if reason is None:
             part.runner.graphs = graphs
             reason = _trial(part.runner, graphs)
@@ -198,7 +198,7 @@ def enter_layouts(model: nn.Module) -> None:
             module.enter_layout()
 
 
-def _why_not(runner: CachedModel) -> str | None:
+def _why_not_compiled(runner: CachedModel) -> str | None:
     """Why a model's forward cannot be compiled, None where it can."""
     model, config = runner.model, runner.config
     if model.dtype not in cpu.DTYPES:
@@ -237,7 +237,7 @@ def _build(parts: Sequence[Part]) -> list[str]:
 def _failures(parts: Sequence[Part]) -> list[str]:
     failures = []
     for part in parts:
-        if (reason := _why_not(part.runner)) is not None:
+        if (reason := _why_not_compiled(part.runner)) is not None:
             failures.append(f"the {part.name} cannot be compiled: {reason}")
         elif (reason := _FAILED.get(_package(part))) is not None:
             failures.append(f"the {part.name} could not be compiled: {reason}")
@@ -247,7 +247,7 @@ def _failures(parts: Sequence[Part]) -> list[str]:
 def _is_missing(part: Part) -> bool:
     """Whether a model can be compiled and nobody has tried."""
     enter_layouts(part.runner.model)
-    return _why_not(part.runner) is None and (package := _package(part)) not in _FAILED and not package.exists()
+    return _why_not_compiled(part.runner) is None and (package := _package(part)) not in _FAILED and not package.exists()
 
 
 _FAILED: dict[Path, str] = {}  # of this process, and why: it is not tried again

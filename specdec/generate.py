@@ -47,7 +47,7 @@ from specdec.compiled import Compile, Part, prepare
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
-from specdec.graphs import RECORDINGS, Graphs, directly, why_not
+from specdec.graphs import RECORDINGS, Graphs, directly, why_not_recorded
 from specdec.interfaces import Drafter, Outcome
 from specdec.models import ATTENTIONS, CachedModel, context_of, dynamic_rope_limit, unsupported
 from specdec.pace import LARGEST, Auto, Constant, Experience, Pace
@@ -187,7 +187,7 @@ class _State:
         if graphs is None or graphs.failure is not None:
             return None
         models = [part.runner.model for part in parts]
-        graphs.is_on = all(model.device == graphs.device and why_not(model) is None for model in models)
+        graphs.is_on = all(model.device == graphs.device and why_not_recorded(model) is None for model in models)
         if not graphs.renew(models):
             for part in parts:
                 part.runner.begin(0)

@@ -181,7 +181,7 @@ def ordinary() -> Iterator[None]:
         yield
 
 
-def why_not(model: nn.Module) -> str | None:
+def why_not_recorded(model: nn.Module) -> str | None:
     """Why a model's forward cannot be recorded, None where it can."""
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return "its layers lie on several devices"

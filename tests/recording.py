@@ -21,8 +21,6 @@ ASKS = {
     aten.nonzero.default, aten.nonzero_numpy.default, aten.argwhere.default, aten.masked_select.default,
     aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default, aten.repeat_interleave.Tensor,
 }  # fmt: skip
-
-
 INDEXES = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
@@ -42,10 +40,7 @@ class Log(TorchDispatchMode):
     @property
     def asked(self) -> list[str]:
         """What would have waited for the device, indexing by a mask included."""
-        by_mask = [
-            call for call in self.calls if call[0] in (aten.index.Tensor, aten.index_put_.default) and _has_mask(call[1][1])
-        ]
-        return [str(call[0]) for call in self.calls if call[0] in ASKS] + [str(call[0]) for call in by_mask]
+        return [str(func) for func, args, *_ in self.calls if func in ASKS or (func in INDEXES and _has_mask(args[1]))]
 
 
 def _has_mask(indices: Any) -> bool:

@@ -354,6 +354,7 @@ def test_compile_false_records_nothing(model: PreTrainedModel) -> None:
     assert not MADE
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("kind", ["model", "prompt_lookup", "none"])

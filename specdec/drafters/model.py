@@ -14,7 +14,7 @@ from specdec.models import CachedModel
 from specdec.sampling import Sampling, draw, uniforms
 from specdec.sequences import Sequences
 
-AGAIN = 2  # committed ids that a step feeds at least: after full acceptance the last draft id was never fed
+LEAST_UNREAD = 2  # committed ids that a step feeds at least: after full acceptance the last draft id was never fed
 
 
 class ModelDrafter:
@@ -32,7 +32,7 @@ class ModelDrafter:
     def begin(self, sequences: Sequences, sampling: Sampling) -> None:
         self.runner.begin(sequences.batch_size, sequences.furthest)
         self.sampling = sampling
-        self.unread = max(sequences.longest, AGAIN)
+        self.unread = max(sequences.longest, LEAST_UNREAD)
 
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
         context = self.runner.context
@@ -40,9 +40,9 @@ class ModelDrafter:
         if num_ids <= 0:
             return Draft.empty(sequences.batch_size, sequences.device)
         self.runner.reserve(sequences.longest)
-        width, self.unread = self.unread, AGAIN
+        width, self.unread = self.unread, LEAST_UNREAD
         draft = partial(self._draft, sequences, width, num_ids)
-        if width > AGAIN or self.sampling.needs_prefix:
+        if width > LEAST_UNREAD or self.sampling.needs_prefix:
             return Draft(*draft(limit))
         return Draft(*self.runner.run((self, num_ids, self.sampling.form), draft, limit))
 
