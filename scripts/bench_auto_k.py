@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python scripts/bench_auto_k.py --output benchmarks/results/bench_auto_k.json
 
-The embedded pair, compiled, greedy. A round writes the same prompts with every engine, in an order drawn anew, so a drift of the
-machine meets all of them. Ratios are of sums over rounds, their 95 % intervals from rounds drawn anew. Plain is the same loop
-with no drafter; it runs twice, and what the second differs in is noise. Profiles are made before the rounds; they stand in the
-file as what a cold start costs. One JSON line comes last.
+The embedded pair, compiled, greedy. A comparison is a pair of calls for the same prompts, one right behind the other, in an order
+drawn anew, so what the machine does meets both. Its ratio is of the sums over all rounds, its 95 % interval from rounds drawn
+anew. Plain is the same loop with no drafter; compared with itself it shows what noise comes to. The best constant K, 0 among
+them, comes from a sweep before. Profiles are made before the rounds; they stand in the file as what a cold start costs. One JSON
+line comes last.
 """
 
 import argparse
@@ -53,12 +54,14 @@ class Proposes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=24, help="rounds of each batch size (24)")
-    parser.add_argument("--max-new-tokens", type=int, default=192)
+    parser.add_argument("--rounds", type=int, default=200, help="of comparisons, for each batch size (200)")
+    parser.add_argument("--sweep-rounds", type=int, default=24, help="of constant K, before them (24)")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, help="write the JSON there too")
     args = parser.parse_args()
     origin = provenance(args.device)
+    console = Console(stderr=True)
     tokenizer = AutoTokenizer.from_pretrained(embedded.TARGET, padding_side="left")
     folders = embedded.TARGET, embedded.DRAFT
     target, draft = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).to(args.device) for f in folders)
@@ -70,9 +73,13 @@ def main() -> None:
         "draft": resolve_drafter(draft, target),
     }
     auto: dict[str, tuple[Any, int | str]] = {f"auto, {name}": (drafter, "auto") for name, drafter in drafters.items()}
-    constant = {f"K={k}, draft": (drafters["draft"], k) for k in range(1, LARGEST_K + 1)}
-    engines = {"plain": ("none", 1), "plain, again": ("none", 1)} | auto | constant
+    constant = {"plain": ("none", 1)} | {f"K={k}, draft": (drafters["draft"], k) for k in range(1, LARGEST_K + 1)}
+    engines = constant | auto
     prompts = [prompt["prompt"] for prompt in embedded.prompts()]
+
+    def inputs_of(number: int, batch: int) -> Any:
+        texts = [prompts[(number * batch + row) * 7 % len(prompts)] for row in range(batch)]
+        return tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=128).to(args.device)
 
     def write(name: str, inputs: Any) -> tuple[float, Stats]:
         drafter, k = engines[name]
@@ -87,56 +94,69 @@ def main() -> None:
         assert stats is not None
         return seconds, stats
 
-    results = []
+    sweeps, comparisons = [], []
     for batch in args.batch:
-
-        def inputs_of(number: int, batch: int = batch) -> Any:
-            texts = [prompts[(number * batch + row) * 7 % len(prompts)] for row in range(batch)]
-            return tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=128).to(args.device)
-
         cold_s = {}
         for name in engines:
-            _, stats = write(name, inputs_of(0))
+            _, stats = write(name, inputs_of(0, batch))
             cold_s[name] = stats.choice.profile_s if stats.choice else None
-        seconds: dict[str, list[float]] = {name: [] for name in engines}
+
+        swept: dict[str, list[float]] = {name: [] for name in constant}
+        for number in track(range(1, args.sweep_rounds + 1), description=f"batch {batch}, constant K", console=console):
+            for name in random.Random(number).sample(list(constant), len(constant)):
+                swept[name].append(write(name, inputs_of(number, batch))[0])
+        best = min(constant, key=lambda name: sum(swept[name]))
+        tokens = batch * args.max_new_tokens
+        sweeps += [
+            {"batch": batch, "engine": name, "tokens_per_second": round(tokens * len(seconds) / sum(seconds), 1)}
+            for name, seconds in swept.items()
+        ]
+
+        pairs = [("plain", "plain"), *(("plain", name) for name in auto), (best, "auto, draft")]
+        seconds: list[tuple[list[float], list[float]]] = [([], []) for _ in pairs]
         last: dict[str, Stats] = {}
         steps = {name: np.zeros(LARGEST_K + 1, dtype=int) for name in auto}
-        for number in track(range(1, args.rounds + 1), description=f"batch {batch}", console=Console(stderr=True)):
-            for name in random.Random(number).sample(list(engines), len(engines)):
-                spent, last[name] = write(name, inputs_of(number))
-                seconds[name].append(spent)
-                if name in auto:
-                    steps[name] += np.array(last[name].choice.steps_by_k)
-        best = min(constant, key=lambda name: sum(seconds[name]))
-        for name in engines:
-            result = {
+        for number in track(range(1, args.rounds + 1), description=f"batch {batch}, comparisons", console=console):
+            coins = random.Random(number)
+            for at in coins.sample(range(len(pairs)), len(pairs)):
+                for side in coins.sample((0, 1), 2):
+                    name = pairs[at][side]
+                    spent, last[name] = write(name, inputs_of(number, batch))
+                    seconds[at][side].append(spent)
+                    choice = last[name].choice
+                    if choice is not None:
+                        steps[name] += np.array(choice.steps_by_k)
+        for (baseline, name), (baseline_s, own_s) in zip(pairs, seconds, strict=True):
+            comparison = {
                 "batch": batch,
                 "engine": name,
-                "tokens": batch * args.max_new_tokens * args.rounds,
-                "tokens_per_second": round(batch * args.max_new_tokens * args.rounds / sum(seconds[name]), 1),
-                "to_plain": ratio(seconds["plain"], seconds[name]),
-                "to_best_constant": ratio(seconds[best], seconds[name]),
-                "seconds": [round(value, 4) for value in seconds[name]],
+                "baseline": baseline,
+                "tokens": tokens * args.rounds,
+                "tokens_per_second": round(tokens * args.rounds / sum(own_s), 1),
+                **ratio(baseline_s, own_s),
+                "seconds": [round(value, 4) for value in own_s],
+                "baseline_seconds": [round(value, 4) for value in baseline_s],
             }
             if name in auto:
-                result |= {
+                comparison |= {
                     "steps_by_k": steps[name].tolist(),
                     "profile_s": round(cold_s[name] or 0, 3),
                     "last_choice": str(last[name].choice),
                 }
-            results.append(result)
+            comparisons.append(comparison)
     report = {
         "script": "bench_auto_k",
         "provenance": origin,
         "rounds": args.rounds,
         "max_new_tokens": args.max_new_tokens,
         "threads": torch.get_num_threads(),
-        "results": results,
+        "sweep": sweeps,
+        "comparisons": comparisons,
     }
-    show(report, Console(stderr=True))
+    show(report, console)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        args.output.write_text(json.dumps(report) + "\n", encoding="utf-8")
     print(json.dumps(report))
 
 
@@ -149,21 +169,28 @@ def ratio(baseline: list[float], own: list[float]) -> dict[str, Any]:
 
 
 def show(report: dict[str, Any], console: Console) -> None:
+    table = Table(title="Constant K, tokens/s")
+    batches = sorted({result["batch"] for result in report["sweep"]})
+    for column in ("engine", *(f"batch {batch}" for batch in batches)):
+        table.add_column(column, justify="left" if column == "engine" else "right")
+    for name in dict.fromkeys(result["engine"] for result in report["sweep"]):
+        table.add_row(name, *(f"{r['tokens_per_second']:.0f}" for r in report["sweep"] if r["engine"] == name))
+    console.print(table)
     table = Table(title=f"{report['rounds']} rounds of {report['max_new_tokens']} tokens a row")
-    for name in ("batch", "engine", "tokens/s", "× plain", "95 %", "× best constant K", "K by steps", "profile s"):
-        table.add_column(name, justify="left" if name in ("engine", "K by steps") else "right")
-    for result in report["results"]:
-        to_plain, steps = result["to_plain"], result.get("steps_by_k", [])
+    for column in ("batch", "engine", "to", "tokens/s", "ratio", "95 %", "K by steps", "profile s"):
+        table.add_column(column, justify="left" if column in ("engine", "to", "K by steps") else "right")
+    for result in report["comparisons"]:
+        steps = result.get("steps_by_k", [])
         total = sum(steps)
         shares = sorted(((count / total, k) for k, count in enumerate(steps) if count), reverse=True)[:3]
         table.add_row(
             str(result["batch"]),
             result["engine"],
+            result["baseline"],
             f"{result['tokens_per_second']:.0f}",
-            f"{to_plain['ratio']:.3f}",
-            "{:.3f} to {:.3f}".format(*to_plain["interval"]),
-            f"{result['to_best_constant']['ratio']:.3f}",
-            ", ".join(f"{k}: {100 * share:.0f} %" for share, k in shares),
+            f"{result['ratio']:.3f}",
+            "{:.3f} to {:.3f}".format(*result["interval"]),
+            ", ".join(f"{k}: {100 * share:.1f} %" for share, k in shares),
             f"{result['profile_s']:.2f}" if "profile_s" in result else "",
         )
     console.print(table)

@@ -3,9 +3,9 @@
     tokens a second at K = acceptance length(K) / (T_draft(K) + T_target(K + 1) + rest)
 
 of the row that ends last, since a batch is done when it is. Auto takes the times from a profile (profiling.py) and follows the
-steps that run; acceptance it tracks for each row. K = 0 is plain decoding. There the drafter shows nothing, so it is probed, at
-growing intervals and for no more than a share of the time spent. K depends on the past alone, so sampled text keeps its
-distribution.
+steps that run; acceptance it tracks for each row, leaning on what all rows showed. K = 0 is plain decoding. There the drafter
+shows nothing, so it is probed, at growing intervals and for no more than a share of the time spent; between probes a step is
+counted, no more. K depends on the past alone, so sampled text keeps its distribution.
 """
 
 from __future__ import annotations
@@ -14,25 +14,28 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from specdec.cost import StepTimes, acceptance_lengths, fastest, speedup, to_the_end
+from specdec.cost import StepTimes, acceptance_lengths, fastest, to_the_end
 from specdec.interfaces import Step
 from specdec.stats import Choice
 
 LARGEST = 8  # K; beyond it a step gains little where acceptance is not near 1
 
 PRIOR, PRIOR_WEIGHT = 0.7, 4.0  # acceptance of a drafter that was never seen, as so many observations of it
-KEEP_ROW, KEEP_ALL = 0.9, 0.99  # of what was counted, after each step that drafted: for a row, for all rows and calls
+ROW_WEIGHT = 12.0  # what all rows showed, as so many observations of each one: texts differ
+SHOWN = 64  # first draft ids of a row that speak for all rows; more, and texts that are drafted to their end outvote the others
+KEPT_WEIGHT = 128.0  # accepted ids expected, until what came of them counts
+KEEP_ROW, KEEP_ALL = 0.97, 0.99  # of what was counted: of a row after each draft id, of all rows and calls after each step
 KEEP_IN_PROBE = 0.7  # of a row's counts: a probe comes after a pause, and should tell
-MARGIN = 1.04  # times are noisy: drafting must promise more than this over plain decoding
-FOLLOW, FOLLOW_BY_ID, FOLLOW_ALL = 0.2, 0.75, 0.3  # how far a step moves its K against the others, these with it, all K
+MARGIN = 1.04  # times are noisy: drafting must promise more than this over plain decoding, what it has to read included
+FOLLOW, FOLLOW_BY_ID, FOLLOW_ALL = 0.3, 0.75, 0.3  # how far a step moves its K against the others, these with it, all K
 SPIKE = 0.25  # a step that differs from its estimate by more moves it by as much as this
 SHORT_GAP = 2  # ids that a drafter has not read: more are timed as such
-FIRST_PLAIN, LAST_PLAIN = 8, 128  # steps that draft, until some do not: the plain step's time stays known. At first, at most
-PLAIN_RUN = 3  # of those, in a row: the first ones find the caches cold
+FIRST_PLAIN, LAST_PLAIN = 16, 512  # steps that draft, until some do not: the plain step's time stays known. At first, at most
+PLAIN_RUN, DRAFT_RUN = 8, 3  # steps of a kind in a row, until they tell: the first ones find other weights in the caches
 BUDGET = 0.01  # of the time spent, that probes may lose
-FIRST_PROBE, LAST_PROBE = 8, 128  # plain steps between probes: at first, and where intervals stop growing
+FIRST_PROBE, LAST_PROBE = 8, 256  # plain steps between probes: at first, and where intervals stop growing
 
 
 class Pace(Protocol):
@@ -99,15 +102,14 @@ class Experience:
         plain_s = profile.times.step_s[0]
         self.step_s = [max(seconds, plain_s) for seconds in profile.times.step_s]  # by K, as they compare to each other
         self.slow = 1.0  # how much longer they take now
+        self.run_drafts, self.run = False, 0  # whether the last steps drafted, and how many there were
         self.last: int | None = None  # K of the last step that told
-        self.before: int | None = None  # K of the step before
         self.catch_up_s = _Mean(profile.catch_up_s, 128.0)
         self.acceptance = _Mean(PRIOR, PRIOR_WEIGHT)
         self.acceptance.add(sum(profile.chances), len(profile.chances), 1.0)
-        self.kept = _Mean(1.0, 10.0)  # accepted ids over expected ones: acceptance comes in stretches, so not all come
+        self.kept = _Mean(1.0, KEPT_WEIGHT)  # accepted ids over expected ones: acceptance comes in stretches, so not all come
         self.since_plain = 0  # steps that drafted
         self.plain_every = FIRST_PLAIN  # of them, until plain ones come
-        self.plain_run = 0  # plain steps in a row
         self.since_probe = 0  # plain steps, since the last probe or since one was put off
         self.interval = FIRST_PROBE
         self.spent_s = self.lost_s = 0.0  # by all steps; by probes, against the plain steps that they stood in for
@@ -117,29 +119,40 @@ class Experience:
         """Of a step without a draft, now."""
         return self.step_s[0] * self.slow
 
-    def follow(self, k: int, seconds: float) -> None:
-        """A step of this K took so long.
+    def start(self) -> None:
+        """A call begins: its first steps find the caches full of other things."""
+        self.run, self.last = 0, None
+
+    def follow(self, k: int, seconds: float, steps: int = 1) -> None:
+        """Steps of this K took so long each.
 
         A machine's mood meets all K alike, so it changes nothing but `slow`. How the K compare is learned where one follows
-        another: the step's surprise is laid to the one that drafts, and by the id, for the most part, to the others that do. The
-        first step that drafts behind plain ones tells nothing, nor do the first plain ones: other weights are in the caches.
+        another: between drafting and plain steps the surprise is laid to those that draft, to this K and by the id, for the most
+        part, to the others; between two that draft it is shared, so that plain ones stay where they are to all of them.
         """
-        before, self.before = self.before, k
-        if before == 0 if k else self.plain_run < PLAIN_RUN:
+        if self.run_drafts != (k > 0):
+            self.run_drafts, self.run = k > 0, 0
+        self.run += steps
+        if self.run < (DRAFT_RUN if k else PLAIN_RUN):
             return
         off = min(max(seconds / (self.step_s[k] * self.slow) - 1, -SPIKE), SPIKE)
         self.slow *= 1 + FOLLOW_ALL * off
-        if self.last not in (None, k):
-            drafted = k or self.last or 0
-            moved_s = FOLLOW * (off if k else -off) * self.step_s[drafted]
-            for at in range(1, len(self.step_s)):
-                share = 1.0 if at == drafted else FOLLOW_BY_ID * at / drafted
-                self.step_s[at] = max(self.step_s[at] + share * moved_s, self.step_s[0])
-        self.last = k
+        last, self.last = self.last, k
+        if last is None or last == k:
+            return
+        if last and k:
+            dearer = 1 + FOLLOW / 2 * off
+            self.step_s[k] = max(self.step_s[k] * dearer, self.step_s[0])
+            self.step_s[last] = max(self.step_s[last] / dearer, self.step_s[0])
+            return
+        drafted = last or k
+        moved_s = FOLLOW * (off if k else -off) * self.step_s[drafted]
+        for at in range(1, len(self.step_s)):
+            share = 1.0 if at == drafted else FOLLOW_BY_ID * at / drafted
+            self.step_s[at] = max(self.step_s[at] + share * moved_s, self.step_s[0])
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
+class _Asked(NamedTuple):
     """A step that was asked for: its K, the tokens a row that it and its first ids promised, when it was."""
 
     k: int
@@ -147,6 +160,9 @@ class _Asked:
     expected: float
     is_probe: bool
     at: float
+
+
+_AT_REST = _Asked(0, 1.0, 1.0, False, 0.0)
 
 
 class Auto:
@@ -165,17 +181,19 @@ class Auto:
         among: Sequence[int] | None = None,
     ) -> None:
         self.known = experience
-        self.known.last = self.known.before = None
+        self.known.start()
         self.rooms = list(rooms)
         self.unread = unread
         self.is_new = is_new
         self.among = range(self.most + 1) if among is None else among
         self.live = list(range(len(self.rooms)))
         self.rows = [_Mean(0.0, 0.0) for _ in self.rooms]
+        self.shown = SHOWN * len(self.rooms)  # draft ids that still speak for other calls
         self.steps_by_k = [0] * (self.most + 1)
         self.asked: deque[_Asked] = deque()  # steps under way
         self.heard = 0.0  # when, of the last one
         self.is_resting = False  # drafting did not pay, and nothing has been seen since that would change it
+        self.rested, self.rested_s = 0, 0.0  # plain steps at rest that are not yet accounted for
         self.predicted_s = self.predicted_plain_s = self.spent_s = self.plain_s = 0.0
 
     @property
@@ -185,13 +203,14 @@ class Auto:
     def acceptance(self, row: int) -> float:
         """What the row showed, leaning on what all of them showed."""
         seen = self.rows[row]
-        return (PRIOR_WEIGHT * self.known.acceptance.value + seen.sum) / (PRIOR_WEIGHT + seen.weight)
+        return (ROW_WEIGHT * self.known.acceptance.value + seen.sum) / (ROW_WEIGHT + seen.weight)
 
     def next(self) -> int:
         known = self.known
-        if self.is_resting and known.since_probe < known.interval:
-            self.asked.append(_Asked(0, 1.0, 1.0, False, perf_counter()))
+        if self.is_resting and known.since_probe + self.rested < known.interval:
+            self.asked.append(_AT_REST)
             return 0
+        self._account_for_rest()
         rows = [acceptance_lengths(self.acceptance(row), self.rooms[row], self.most) for row in self.live]
         kept = min(max(known.kept.value, 1 - SPIKE), 1 + SPIKE)
         k = self._fastest([[1 + (length - 1) * kept for length in lengths] for lengths in rows])
@@ -210,49 +229,43 @@ class Auto:
         seconds = now - max(asked.at, self.heard)  # it began when the one before had ended
         self.heard = now
         known, k = self.known, asked.k
-        emitted = tried = count = 0
+        live = self.live if None not in steps else [row for row in self.live if steps[row] is not None]
+        if asked is _AT_REST and len(live) == len(self.live) and not known.run_drafts and known.run >= PLAIN_RUN:
+            self.rested += 1  # nothing comes of one more, and what it takes here is taken from plain decoding
+            self.rested_s += seconds
+            return
+        self._account_for_rest()
+        if len(live) < len(self.live):
+            self.live, self.is_resting = live, False
+        if k == 0:
+            self._account_for_plain(1, seconds)
+            return
+
+        emitted = tried = 0
         accepted = 0.0
         for row in self.live:
             step = steps[row]
-            if step is None:
-                continue
-            count += 1
+            assert step is not None
             self.rooms[row] -= step.emitted
             emitted += step.emitted
-            if k:
-                chances = [chance for chance in step.chances() if chance is not None]
-                total = sum(chances)
-                self.rows[row].add(total, len(chances), KEEP_IN_PROBE if asked.is_probe else KEEP_ROW)
-                tried += len(chances)
-                accepted += total
-        if count < len(self.live):
-            self.live = [row for row in self.live if steps[row] is not None]
-            self.is_resting = False
+            chances = [chance for chance in step.chances() if chance is not None]
+            total = sum(chances)
+            self.rows[row].add(total, len(chances), KEEP_IN_PROBE if asked.is_probe else KEEP_ROW ** len(chances))
+            tried += len(chances)
+            accepted += total
         plain_s = known.plain_s
-        tokens = emitted / count
-
-        self.steps_by_k[k] += 1
+        tokens = emitted / len(self.live)
         expected_s = known.step_s[k] * known.slow
-        self.predicted_s += expected_s + (self.unread * known.catch_up_s.value if k else 0)
-        self.predicted_plain_s += asked.length * plain_s
-        self.spent_s += seconds
-        self.plain_s += tokens * plain_s
-        known.spent_s += seconds
+        self._account(k, expected_s + self.unread * known.catch_up_s.value, asked.length * plain_s, seconds, tokens * plain_s)
 
-        if k == 0:
-            known.plain_run += 1
-            if known.plain_run == PLAIN_RUN and known.since_plain:
-                known.since_plain, known.plain_every = 0, min(2 * known.plain_every, LAST_PLAIN)
-            known.since_probe += 1
-            self.unread += 1
-            known.follow(0, seconds)
-            return
-        known.plain_run, self.is_resting = 0, False
-        known.acceptance.add(accepted, tried, KEEP_ALL)
+        self.is_resting = False
+        if self.shown > 0:
+            self.shown -= tried
+            known.acceptance.add(accepted, tried, KEEP_ALL)
         known.kept.add(tokens - 1, asked.expected - 1, KEEP_ALL)
         if self.unread > SHORT_GAP:
             known.catch_up_s.add(max(seconds - expected_s, 0.0), self.unread, 0.9)
-            known.last, known.before = None, k
+            known.start()
         else:
             known.follow(k, seconds - self.unread * known.catch_up_s.value)
         self.unread = 0
@@ -265,8 +278,37 @@ class Auto:
             known.since_plain += 1
             known.interval = FIRST_PROBE
 
+    def _account(
+        self, k: int, predicted_s: float, predicted_plain_s: float, spent_s: float, plain_s: float, steps: int = 1
+    ) -> None:
+        """predicted: for the tokens that were promised; spent, and plain ones' seconds: for those that were written."""
+        self.steps_by_k[k] += steps
+        self.predicted_s += predicted_s
+        self.predicted_plain_s += predicted_plain_s
+        self.spent_s += spent_s
+        self.plain_s += plain_s
+        self.known.spent_s += spent_s
+
+    def _account_for_plain(self, steps: int, seconds: float) -> None:
+        known = self.known
+        plain_s = steps * known.plain_s
+        self._account(0, plain_s, plain_s, seconds, plain_s, steps)
+        for row in self.live:
+            self.rooms[row] -= steps
+        self.unread += steps
+        known.since_probe += steps
+        known.follow(0, seconds / steps, steps)
+        if known.run >= PLAIN_RUN and known.since_plain:
+            known.since_plain, known.plain_every = 0, min(2 * known.plain_every, LAST_PLAIN)
+
+    def _account_for_rest(self) -> None:
+        if self.rested:
+            self._account_for_plain(self.rested, self.rested_s)
+            self.rested, self.rested_s = 0, 0.0
+
     def choice(self) -> Choice:
         """What was decided, for the statistics."""
+        self._account_for_rest()
         rows = [self.acceptance(row) for row in self.live]
         return Choice(
             steps_by_k=list(self.steps_by_k),
@@ -286,12 +328,13 @@ class Auto:
         0 where it does not clearly pay, the ids that the drafter lacks included.
         """
         known = self.known
-        lengths = to_the_end([(max(self.rooms[row], 0) + 1, of_row) for row, of_row in zip(self.live, rows, strict=True)])
+        left = [max(self.rooms[row], 0) + 1 for row in self.live]
+        lengths = to_the_end(list(zip(left, rows, strict=True)))
         k = fastest(lengths, known.step_s, self.among)
-        if k == 0 or speedup(k, lengths[k], known.step_s) < MARGIN:
-            return 0
-        saved_s = max(self.rooms[row] for row in self.live) * (known.step_s[0] - known.step_s[k] / lengths[k]) * known.slow
-        return k if saved_s >= self.unread * known.catch_up_s.value else 0
+        reading_s = self.unread * known.catch_up_s.value / known.slow
+        drafting_s = max(left) * known.step_s[k] / lengths[k] + reading_s
+        margin = MARGIN if self.unread else 1.0
+        return k if max(left) * known.step_s[0] >= margin * drafting_s else 0
 
     def _may_probe(self) -> bool:
         """Whether it is time for a probe, and there is a budget for it; else it is put off."""
@@ -300,4 +343,7 @@ class Auto:
             return False
         known.since_probe = 0
         loss_s = (known.step_s[1] - known.step_s[0]) * known.slow + self.unread * known.catch_up_s.value
-        return known.lost_s + loss_s <= BUDGET * known.spent_s and self._fastest(self._lengths_at(1.0)) > 0
+        if known.lost_s + loss_s <= BUDGET * known.spent_s and self._fastest(self._lengths_at(1.0)):
+            return True
+        known.interval = min(2 * known.interval, LAST_PROBE)
+        return False

@@ -10,16 +10,17 @@ from specdec.clock import Clock, StepTiming
 from specdec.cost import StepTimes, interpolated
 from specdec.graphs import Graphs, directly
 from specdec.interfaces import Drafter, Target
-from specdec.pace import PLAIN_RUN, Profile
+from specdec.pace import DRAFT_RUN, PLAIN_RUN, Profile
 from specdec.sampling import Sampling
 from specdec.sequences import Sequences
 from specdec.speculative import step
 
 DRAFTED = (1, 2, 3, 5, 8)  # forwards of the target at widths 2, 3, 4, 6, 9; the plain step's is 1
 COLUMNS = 128  # of the prompts
-ROUNDS = 4
+ROUNDS = 3
 SECONDS = 1.5  # of all, about, where no model compiles
-ROOM = (2 * ROUNDS + 2) * (sum(DRAFTED) + len(DRAFTED) + 1) + PLAIN_RUN * ROUNDS + 2  # ids that all steps emit at most
+PASSES = DRAFT_RUN * ROUNDS + 4  # steps of each K at most, to warm up and to be timed
+ROOM = PASSES * (sum(DRAFTED) + len(DRAFTED)) + PLAIN_RUN * ROUNDS + 6  # ids that all steps emit at most
 
 
 def drafted_ids(most: int) -> list[int]:
@@ -81,10 +82,9 @@ def profile(
         box = time.perf_counter() + SECONDS / 3  # first runs, and reading the prompts, take most of the rest
         for _ in range(ROUNDS):
             for k in (*drafted, 0):
-                if time.perf_counter() < box and _has_room(sequences, 2 * most + PLAIN_RUN):
-                    for _ in range(1 if k else PLAIN_RUN - 1):  # calls make steps of a kind in a row; the first find caches cold
-                        run(k, is_timed=False)
-                    run(k)
+                if time.perf_counter() < box and _has_room(sequences, DRAFT_RUN * (most + 1) + PLAIN_RUN):
+                    for _ in range(DRAFT_RUN if k else PLAIN_RUN):  # as calls make them; the first find the caches cold
+                        run(k)
         drafter.begin(sequences, sampling)
         unread = sequences.longest
         reading_s = run(1, is_timed=False).draft_s

@@ -66,11 +66,12 @@ def jumpy(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     monkeypatch.setattr("specdec.generate._LEARNED", weakref.WeakKeyDictionary())
     times = iter(lambda: coins.uniform(0, 1e3), None)
     monkeypatch.setattr(pace, "perf_counter", lambda: next(times))
-    monkeypatch.setattr(Experience, "follow", lambda self, k, seconds: setattr(self, "step_s", jumped(coins)))
+    monkeypatch.setattr(Experience, "follow", lambda self, *step: vars(self).update(step_s=jumped(coins), run=pace.PLAIN_RUN))
     monkeypatch.setattr("specdec.generate.profile", lambda *args: profile_of(jumped(coins)[: args[4] + 1]))
     monkeypatch.setattr(pace, "FIRST_PLAIN", 2)
     monkeypatch.setattr(pace, "LAST_PLAIN", 2)
     monkeypatch.setattr(pace, "FIRST_PROBE", 1)
+    monkeypatch.setattr(pace, "LAST_PROBE", 1)
     monkeypatch.setattr(pace, "BUDGET", 1e9)
 
 

@@ -138,6 +138,18 @@ def test_a_drafter_begins_each_call_afresh() -> None:
         run(family("llama"), drafter, schedule, batch_size, length=12)
 
 
+def test_a_draft_model_begins_where_it_is_first_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that drafts nothing does not pay for a draft model."""
+    drafter = Watched(relative("llama", 0.03))
+    begun: list[CachedModel] = []
+    stock = CachedModel.begin
+    monkeypatch.setattr(CachedModel, "begin", lambda self, *args: begun.append(self) or stock(self, *args))
+    run(family("llama"), drafter, [0], 2, length=6)
+    assert drafter.drafter.runner not in begun
+    run(family("llama"), drafter, [0, 0, K], 2, length=12)
+    assert begun.count(drafter.drafter.runner) == 1
+
+
 def test_a_draft_model_with_a_smaller_context_stops_drafting_there() -> None:
     small = make_model("gpt2", **FAMILIES["gpt2"] | {"n_positions": 24})
     small.transformer.h.load_state_dict(family("gpt2").transformer.h.state_dict())

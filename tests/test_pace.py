@@ -18,7 +18,7 @@ from specdec.cost import StepTimes, acceptance_lengths, fastest
 from specdec.drafters.model import ModelDrafter
 from specdec.interfaces import Step
 from specdec.models import CachedModel
-from specdec.pace import BUDGET, FIRST_PLAIN, LARGEST, LAST_PLAIN, LAST_PROBE, PLAIN_RUN, Auto, Constant, Experience
+from specdec.pace import BUDGET, DRAFT_RUN, FIRST_PLAIN, LARGEST, LAST_PLAIN, LAST_PROBE, PLAIN_RUN, Auto, Constant, Experience
 from specdec.profiling import DRAFTED, profile
 from specdec.sampling import Processor, Sampling
 from specdec.sequences import Sequences
@@ -68,12 +68,11 @@ def test_times_are_followed_where_the_profile_was_wrong(monkeypatch: pytest.Monk
 def test_one_slow_step_changes_little_and_a_lasting_change_is_seen() -> None:
     known = Experience(profile_of(CHEAP))
     before = list(known.step_s)
-    known.plain_run = PLAIN_RUN  # plain steps find the caches warm
-    for k in (2, 2, 0, 0):
-        known.follow(k, 50.0 if k else CHEAP[0])
+    for at in range(3 * PLAIN_RUN):
+        known.follow(0 if at // PLAIN_RUN % 2 else 2, 50.0 if at == DRAFT_RUN else CHEAP[0 if at // PLAIN_RUN % 2 else 2])
     assert all(0.8 < now / then < 1.2 for now, then in zip(known.step_s, before, strict=True))
-    for at in range(800):
-        known.follow(2 * (at // 2 % 2), 3.0 if at // 2 % 2 else CHEAP[0])
+    for at in range(100 * PLAIN_RUN):
+        known.follow(2 * (at // PLAIN_RUN % 2), 3.0 if at // PLAIN_RUN % 2 else CHEAP[0])
     assert known.step_s[2] / known.step_s[0] == pytest.approx(3.0, rel=0.05)
 
 
@@ -81,16 +80,26 @@ def test_a_machine_that_slows_down_changes_no_comparison() -> None:
     known = Experience(profile_of(CHEAP))
     before = list(known.step_s)
     for at in range(300):
-        k = 0 if at % 20 == 0 else 3
+        k = 0 if at % 30 < PLAIN_RUN else 3
         known.follow(k, CHEAP[k] * (1 + at / 100))
     assert known.step_s == pytest.approx(before, rel=0.05)
     assert known.plain_s == pytest.approx(4.0, rel=0.05)
 
 
+def test_steps_that_draft_say_nothing_of_plain_ones() -> None:
+    """Where a K follows another the first step is always dear; plain steps stay where they are to all of them."""
+    known = Experience(profile_of(CHEAP))
+    for at in range(5000):
+        k = (3, 8)[at // 4 % 2]
+        known.follow(k, CHEAP[k] * (1.3 if at % 4 == 0 else 1.0))
+    assert known.plain_s == pytest.approx(CHEAP[0], rel=0.15)
+    assert known.step_s[8] / known.step_s[3] == pytest.approx(CHEAP[8] / CHEAP[3], rel=0.15)
+
+
 def test_a_drafter_that_is_always_wrong_is_switched_off_and_probed_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, CHEAP, catch_up_s=0.002)
     known = Experience(profile_of(CHEAP, catch_up_s=0.002))
-    world.call(known, [always(0.0)], 20_000, prompt=50)
+    auto = world.call(known, [always(0.0)], 20_000, prompt=50)
     probes = [at for at, k in enumerate(world.asked) if k and at > 20]
     gaps = [right - left for left, right in pairwise(probes)]
     assert len(probes) > 5
@@ -98,6 +107,10 @@ def test_a_drafter_that_is_always_wrong_is_switched_off_and_probed_ever_more_rar
     lost = sum(spent - 1.0 for spent, k in zip(world.seconds[21:], world.asked[21:], strict=True) if k)
     assert lost <= BUDGET * world.time
     assert world.time < 1.01 * 20_000
+    choice = auto.choice()
+    assert [count for count in choice.steps_by_k if count] == [world.asked.count(k) for k in sorted(set(world.asked))]
+    assert choice.predicted_speedup == pytest.approx(1.0, abs=0.01)
+    assert choice.measured_speedup == pytest.approx(20_000 / world.time, rel=0.001)
 
 
 def test_probes_keep_to_their_budget_where_each_is_dear(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +156,7 @@ def test_a_bad_stretch_in_a_text_is_not_drafted(monkeypatch: pytest.MonkeyPatch)
     known = Experience(profile_of(world.step_s))
     world.call(known, [lambda position: 0.95 if position % 1000 < 500 else 0.02], 10_000)
     best = 5000 * 1.0 + 5000 / max(length / s for length, s in zip(acceptance_lengths(0.95, 9, 8), world.step_s, strict=True))
-    assert world.time < 1.12 * best
+    assert world.time < 1.15 * best
 
 
 def test_acceptance_is_known_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +182,16 @@ def test_acceptance_is_known_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None
     assert auto.acceptance(0) == auto.acceptance(1), "another call's rows are not these"
 
 
+def test_texts_that_are_drafted_to_their_end_do_not_outvote_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other text is hopeless, and soon written without drafts; the next one may be of either kind."""
+    step_s = [1.0 + 0.35 * k for k in range(LARGEST + 1)]
+    world = World(monkeypatch, step_s)
+    known = Experience(profile_of(step_s))
+    for call in range(30):
+        world.call(known, [always(0.2 if call % 2 else 0.95)], 2000)
+    assert 0.4 < known.acceptance.value < 0.85
+
+
 def test_what_was_asked_for_and_not_offered_counts_as_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, CHEAP)
     auto = Auto(Experience(profile_of(CHEAP)), [1000], 0)
@@ -182,16 +205,16 @@ def test_what_was_asked_for_and_not_offered_counts_as_rejected(monkeypatch: pyte
 
 @pytest.mark.parametrize("cold", [1.0, 1.6])
 def test_steps_that_find_the_caches_cold_are_not_taken_for_the_rule(cold: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first plain step behind drafts, and the first draft behind plain steps, take longer than others of their kind."""
+    """The first plain steps behind drafts, and the first drafts behind plain steps, take longer than others of their kind."""
     known = Experience(profile_of(CHEAP))
     auto = Auto(known, [10_000], 0)
-    now, before, asked = 0.0, 0, []
+    now, run, asked = 0.0, 0, []
     monkeypatch.setattr(pace, "perf_counter", lambda: now)
     for _ in range(1000):
         k = auto.next()
-        now += CHEAP[k] * (cold if (k > 0) != (before > 0) else 1.0)
+        run = run + 1 if asked and (k > 0) == (asked[-1] > 0) else 1
+        now += CHEAP[k] * (1 + (cold - 1) / run if run < (DRAFT_RUN if k else PLAIN_RUN) else 1.0)
         auto.observe([Step(asked=k, drafted=k, accepted=k, emitted=k + 1, overlap=[1.0] * k)])
-        before = k
         asked.append(k)
     assert asked.count(0) > 10
     for k, seconds in enumerate(CHEAP):
@@ -210,17 +233,17 @@ def test_no_more_is_asked_for_than_a_row_has_room_for(monkeypatch: pytest.Monkey
 
 def test_a_plain_step_now_and_then_keeps_its_time_known(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, CHEAP)
-    auto = world.call(Experience(profile_of(CHEAP)), [always(0.9)], 5000)
+    auto = world.call(Experience(profile_of(CHEAP)), [always(0.9)], 12_000)
     drafted = [len(list(steps)) for k, steps in groupby(world.asked, key=bool) if k]
     plain = [len(list(steps)) for k, steps in groupby(world.asked, key=bool) if not k]
-    assert drafted[:5] == [FIRST_PLAIN, 16, 32, 64, LAST_PLAIN], "seldom, once it is known"
-    assert set(drafted[4:-1]) == {LAST_PLAIN}
+    assert drafted[:6] == [FIRST_PLAIN, 32, 64, 128, 256, LAST_PLAIN], "seldom, once it is known"
+    assert set(drafted[5:-1]) == {LAST_PLAIN}
     assert set(plain[:-1]) == {PLAIN_RUN}
     choice = auto.choice()
     assert choice.steps_by_k[0] == world.asked.count(0)
     assert sum(choice.steps_by_k) == len(world.asked)
-    assert choice.predicted_speedup == pytest.approx(5000 / world.time, rel=0.03)
-    assert choice.measured_speedup == pytest.approx(5000 / world.time, rel=0.01)
+    assert choice.predicted_speedup == pytest.approx(12_000 / world.time, rel=0.03)
+    assert choice.measured_speedup == pytest.approx(12_000 / world.time, rel=0.01)
     assert choice.profile_s is None
 
 
@@ -242,6 +265,22 @@ def test_reading_a_long_prompt_for_a_short_text_does_not_pay(monkeypatch: pytest
     assert set(world.asked) == {0}
     world.call(known, [always(0.9)], 2000, prompt=1000)
     assert max(world.asked) > 0
+
+
+def test_the_margin_is_over_steps_and_reading_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps promise 1.55 times plain decoding; what that saves in 200 tokens, reading the prompt takes away but for a little."""
+    step_s = [1.0, 1.2, *[100.0] * (LARGEST - 1)]
+
+    def drafts(catch_up_s: float) -> bool:
+        known = Experience(profile_of(step_s, catch_up_s=catch_up_s))
+        known.acceptance.add(1000 * 0.86, 1000, 0.0)
+        monkeypatch.setattr(pace, "perf_counter", lambda: 0.0)
+        return Auto(known, [199], 100).next() > 0
+
+    saved_s = 200 - 200 * 1.2 / 1.86
+    assert drafts(0.8 * saved_s / 100)
+    assert not drafts(0.95 * saved_s / 100)
+    assert saved_s - 0.95 * saved_s < (1 - 1 / pace.MARGIN) * 200, "less than what the margin asks for"
 
 
 def test_the_line_of_a_choice() -> None:

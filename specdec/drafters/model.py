@@ -30,8 +30,8 @@ class ModelDrafter:
         self.vocab_size = vocab_size
 
     def begin(self, sequences: Sequences, sampling: Sampling) -> None:
-        self.runner.begin(sequences.batch_size, sequences.furthest)
         self.sampling = sampling
+        self.has_begun = False  # the model, which does when it is first asked: a call may draft nothing
         self.unread = max(sequences.longest, LEAST_UNREAD)
 
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
@@ -39,6 +39,9 @@ class ModelDrafter:
         num_ids = sequences.asked if context is None else min(sequences.asked, context - sequences.shortest)
         if num_ids <= 0:
             return Draft.empty(sequences.batch_size, sequences.device)
+        if not self.has_begun:
+            self.runner.begin(sequences.batch_size, sequences.furthest)
+            self.has_begun = True
         self.runner.reserve(sequences.longest)
         width, self.unread = self.unread, LEAST_UNREAD
         draft = partial(self._draft, sequences, width, num_ids)
