@@ -438,7 +438,7 @@ def _decode(
         streamer.end()
 
     state.last_stats = counter.stats()
-    state.last_stats.choice = pace.choice() if isinstance(pace, Auto) else None
+    state.last_stats.choice = pace.end() if isinstance(pace, Auto) else None
     if clock:
         clock.lap("other")
         state.last_stats.timing = clock.timing()

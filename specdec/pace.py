@@ -10,6 +10,7 @@ counted, no more. K depends on the past alone, so sampled text keeps its distrib
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ ROW_WEIGHT = 12.0  # what all rows showed, as so many observations of each one: 
 SHOWN = 64  # first draft ids of a row that speak for all rows; more, and texts that are drafted to their end outvote the others
 KEPT_WEIGHT = 128.0  # accepted ids expected, until what came of them counts
 KEEP_ROW, KEEP_ALL = 0.97, 0.99  # of what was counted: of a row after each draft id, of all rows and calls after each step
+KEEP_TEXTS = 0.98  # of how long texts were, after each
 KEEP_IN_PROBE = 0.7  # of a row's counts: a probe comes after a pause, and should tell
 MARGIN = 1.04  # times are noisy: drafting must promise more than this over plain decoding, what it has to read included
 FOLLOW, FOLLOW_BY_ID, FOLLOW_ALL = 0.3, 0.75, 0.3  # how far a step moves its K against the others, these with it, all K
@@ -108,6 +110,7 @@ class Experience:
         self.acceptance = _Mean(PRIOR, PRIOR_WEIGHT)
         self.acceptance.add(sum(profile.chances), len(profile.chances), 1.0)
         self.kept = _Mean(1.0, KEPT_WEIGHT)  # accepted ids over expected ones: acceptance comes in stretches, so not all come
+        self.texts = _Mean(0.0, 0.0)  # ids written, over texts that ended by themselves
         self.since_plain = 0  # steps that drafted
         self.plain_every = FIRST_PLAIN  # of them, until plain ones come
         self.since_probe = 0  # plain steps, since the last probe or since one was put off
@@ -118,6 +121,16 @@ class Experience:
     def plain_s(self) -> float:
         """Of a step without a draft, now."""
         return self.step_s[0] * self.slow
+
+    def expected_length(self, rows: int) -> float:
+        """Ids that the longest of so many texts will have, however long they may be.
+
+        Each id is as likely to be the last as any other. So the mean is what was written over what ended by itself, texts that
+        came to their limit included in the first alone, and the longest of n is 1 + 1/2 + … + 1/n times as long.
+        """
+        if not self.texts.weight:
+            return math.inf
+        return self.texts.value * sum(1 / row for row in range(1, rows + 1))
 
     def start(self) -> None:
         """A call begins: its first steps find the caches full of other things."""
@@ -183,6 +196,7 @@ class Auto:
         self.known = experience
         self.known.start()
         self.rooms = list(rooms)
+        self.all_rooms = tuple(rooms)
         self.unread = unread
         self.is_new = is_new
         self.among = range(self.most + 1) if among is None else among
@@ -236,6 +250,7 @@ class Auto:
             return
         self._account_for_rest()
         if len(live) < len(self.live):
+            self._see_ends([row for row in self.live if steps[row] is None])
             self.live, self.is_resting = live, False
         if k == 0:
             self._account_for_plain(1, seconds)
@@ -306,9 +321,14 @@ class Auto:
             self._account_for_plain(self.rested, self.rested_s)
             self.rested, self.rested_s = 0, 0.0
 
-    def choice(self) -> Choice:
-        """What was decided, for the statistics."""
+    def _see_ends(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            self.known.texts.add(self.all_rooms[row] - self.rooms[row], self.rooms[row] >= 0, KEEP_TEXTS)
+
+    def end(self) -> Choice:
+        """The call has ended: what was decided, for the statistics."""
         self._account_for_rest()
+        self._see_ends(self.live)
         rows = [self.acceptance(row) for row in self.live]
         return Choice(
             steps_by_k=list(self.steps_by_k),
@@ -331,10 +351,11 @@ class Auto:
         left = [max(self.rooms[row], 0) + 1 for row in self.live]
         lengths = to_the_end(list(zip(left, rows, strict=True)))
         k = fastest(lengths, known.step_s, self.among)
+        tokens = min(max(left), known.expected_length(len(left)))
         reading_s = self.unread * known.catch_up_s.value / known.slow
-        drafting_s = max(left) * known.step_s[k] / lengths[k] + reading_s
+        drafting_s = tokens * known.step_s[k] / lengths[k] + reading_s
         margin = MARGIN if self.unread else 1.0
-        return k if max(left) * known.step_s[0] >= margin * drafting_s else 0
+        return k if tokens * known.step_s[0] >= margin * drafting_s else 0
 
     def _may_probe(self) -> bool:
         """Whether it is time for a probe, and there is a budget for it; else it is put off."""

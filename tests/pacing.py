@@ -12,6 +12,7 @@ from specdec import pace
 from specdec.cost import StepTimes
 from specdec.interfaces import Step
 from specdec.pace import LARGEST, Auto, Experience, Profile
+from specdec.stats import Choice
 
 
 def profile_of(step_s: Sequence[float], catch_up_s: float = 0.0) -> Profile:
@@ -34,9 +35,16 @@ class World:
         self.seconds: list[float] = []
         monkeypatch.setattr(pace, "perf_counter", lambda: self.time)
 
-    def call(self, known: Experience, chances: Sequence[Callable[[int], float]], tokens: int, prompt: int = 0) -> Auto:
-        """One call that writes so many tokens a row; chances: by row, of the number of tokens that it has."""
-        auto = Auto(known, [tokens - 1] * len(chances), prompt)
+    def call(
+        self,
+        known: Experience,
+        chances: Sequence[Callable[[int], float]],
+        tokens: int,
+        prompt: int = 0,
+        limit: int | None = None,
+    ) -> Choice:
+        """One call that writes so many tokens a row, of as many as its limit; chances: by row, of the number of tokens it has."""
+        auto = Auto(known, [(limit or tokens) - 1] * len(chances), prompt)
         left, lacking = [tokens] * len(chances), prompt
         while any(left):
             k = auto.next()
@@ -57,7 +65,7 @@ class World:
             self.asked.append(k)
             self.seconds.append(spent)
             auto.observe(steps)
-        return auto
+        return auto.end()
 
 
 def jumpy(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
