@@ -307,7 +307,7 @@ class Auto:
     def _account_for_plain(self, steps: int, seconds: float) -> None:
         known = self.known
         plain_s = steps * known.plain_s
-        self._account(0, plain_s, plain_s, seconds, plain_s, steps)
+        self._account(0, plain_s, plain_s, seconds, seconds, steps)
         for row in self.live:
             self.rooms[row] -= steps
         self.unread += steps
