@@ -122,6 +122,16 @@ class Experience:
         """Of a step without a draft, now."""
         return self.step_s[0] * self.slow
 
+    @property
+    def hoped(self) -> float:
+        """The acceptance to begin a text with: what texts showed, and one standard error more.
+
+        For a text that is not drafted shows nothing, so too low an estimate would stay, and too high a one does not. Texts differ
+        from each other as if each were ROW_WEIGHT draft ids.
+        """
+        mean, texts = self.acceptance.value, max(self.acceptance.weight / SHOWN, 1.0)
+        return min(mean + math.sqrt(max(mean * (1 - mean), 0.0) / (ROW_WEIGHT * texts)), 1.0)
+
     def expected_length(self, rows: int) -> float:
         """Ids that the longest of so many texts will have, however long they may be.
 
@@ -206,6 +216,7 @@ class Auto:
         self.steps_by_k = [0] * (self.most + 1)
         self.asked: deque[_Asked] = deque()  # steps under way
         self.heard = 0.0  # when, of the last one
+        self.is_drafting = False  # by the last decision
         self.is_resting = False  # drafting did not pay, and nothing has been seen since that would change it
         self.rested, self.rested_s = 0, 0.0  # plain steps at rest that are not yet accounted for
         self.predicted_s = self.predicted_plain_s = self.spent_s = self.plain_s = 0.0
@@ -215,9 +226,9 @@ class Auto:
         return len(self.known.step_s) - 1
 
     def acceptance(self, row: int) -> float:
-        """What the row showed, leaning on what all of them showed."""
+        """What the row showed, leaning on what may be hoped for of any."""
         seen = self.rows[row]
-        return (ROW_WEIGHT * self.known.acceptance.value + seen.sum) / (ROW_WEIGHT + seen.weight)
+        return (ROW_WEIGHT * self.known.hoped + seen.sum) / (ROW_WEIGHT + seen.weight)
 
     def next(self) -> int:
         known = self.known
@@ -228,8 +239,8 @@ class Auto:
         rows = [acceptance_lengths(self.acceptance(row), self.rooms[row], self.most) for row in self.live]
         kept = min(max(known.kept.value, 1 - SPIKE), 1 + SPIKE)
         k = self._fastest([[1 + (length - 1) * kept for length in lengths] for lengths in rows])
-        self.is_resting = k == 0
-        is_probe = k == 0 and not any(asked.is_probe for asked in self.asked) and self._may_probe()
+        self.is_drafting, self.is_resting = k > 0, k == 0
+        is_probe = k == 0 and not any(asked.is_probe for asked in self.asked) and self._may_probe(rows)
         if is_probe:
             k = 1
         elif k and known.since_plain >= known.plain_every:
@@ -354,16 +365,17 @@ class Auto:
         tokens = min(max(left), known.expected_length(len(left)))
         reading_s = self.unread * known.catch_up_s.value / known.slow
         drafting_s = tokens * known.step_s[k] / lengths[k] + reading_s
-        margin = MARGIN if self.unread else 1.0
+        margin = 1.0 if self.is_drafting else MARGIN
         return k if tokens * known.step_s[0] >= margin * drafting_s else 0
 
-    def _may_probe(self) -> bool:
+    def _may_probe(self, rows: Sequence[Sequence[float]]) -> bool:
         """Whether it is time for a probe, and there is a budget for it; else it is put off."""
         known = self.known
         if known.since_probe < known.interval:
             return False
         known.since_probe = 0
-        loss_s = (known.step_s[1] - known.step_s[0]) * known.slow + self.unread * known.catch_up_s.value
+        tokens = sum(lengths[1] for lengths in rows) / len(rows)
+        loss_s = (known.step_s[1] - tokens * known.step_s[0]) * known.slow + self.unread * known.catch_up_s.value
         if known.lost_s + loss_s <= BUDGET * known.spent_s and self._fastest(self._lengths_at(1.0)):
             return True
         known.interval = min(2 * known.interval, LAST_PROBE)
