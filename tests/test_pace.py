@@ -305,6 +305,18 @@ def test_more_is_asked_of_drafting_to_begin_than_to_go_on(monkeypatch: pytest.Mo
     assert auto.next() == 0
 
 
+@pytest.mark.parametrize(("acceptance", "is_probed"), [(0.45, True), (0.1, False)])
+def test_a_probe_is_weighed_by_what_it_is_expected_to_lose(
+    acceptance: float, is_probed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It costs half a plain step, most of which a draft id that is likely to pass makes up for; one hundredth of ten may go."""
+    monkeypatch.setattr(pace, "perf_counter", lambda: 0.0)
+    known = Experience(profile_of([1.0, 1.5, *[100.0] * (LARGEST - 1)]))
+    be_sure(known, acceptance)
+    known.spent_s, known.since_probe = 10.0, known.interval
+    assert Auto(known, [1000], 0).next() == is_probed
+
+
 def test_texts_are_expected_to_be_as_long_as_others_were_whatever_they_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt is not read for the sake of a limit that no text comes near."""
     known = Experience(profile_of(CHEAP, catch_up_s=0.1))
