@@ -10,9 +10,11 @@ come out bit for bit as they do without a compiler.
 from __future__ import annotations
 
 import atexit
+import io
 import json
 import operator
 import os
+import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -27,11 +29,14 @@ from filelock import FileLock
 from specdec_kernels import cpu
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.logging import tqdm
 
 from specdec import attention, cache, models
 from specdec.cache import RaggedCache
 from specdec.graphs import Graphs, why_not_recorded
+from specdec.identity import Identity, enter_layouts, opaque
 from specdec.models import PROBE_TOLERANCE, CachedModel, precision_of
 from specdec.quant import cpu as int4_on_cpu
 from specdec.quant import int4, rows
@@ -58,34 +63,38 @@ class CompiledForward:
     any_width: a window of more than MAX_WINDOW positions comes out as it does eagerly, and sooner: the model is in 4 bits.
     """
 
-    def __init__(self, model: PreTrainedModel, package: Path) -> None:
+    def __init__(self, part: Part, package: Path, identity: Identity) -> None:
+        model = part.runner.model
+        self.name = part.name
+        self.identity = identity  # of the model as the package was made of it
+        self.warned: set[str] = set()  # reasons for eager calls
         self.model = weakref.ref(model)  # which keeps this; see _KEPT
         self.dtype = model.dtype
         self.loaded: Any = torch._inductor.aoti_load_package(str(package))
         self.names: list[str] = self.loaded.get_constant_fqns()
         self.shapes: list[list[int]] = json.loads(self.loaded.get_metadata()[SHAPES])
         self.weights: list[Tensor] = []  # lent, so they have to be there
-        self.places: list[tuple[int, torch.dtype]] = []
-        self.forms: list[tuple[Any, ...]] = []
+        self.places: list[int] = []
         self.columns: dict[tuple[int, bool], Tensor] = {}
         layers = [module for module in model.modules() if isinstance(module, int4.Int4Linear)]
         self.any_width = bool(layers) and all(isinstance(x.kernel, int4_on_cpu.CpuKernel) and x.use_kernel for x in layers)
 
     def renew(self) -> bool:
-        """Lend it the model's weights as they are now; False where they no longer fit, moved or cast. A call begins with this."""
+        """Give it the model's weights as they are now; False, with a warning, where the call that begins has to run eagerly."""
         model = self.model()
         assert model is not None
-        enter_layouts(model)
-        weights = [operator.attrgetter(name.removeprefix("model."))(model) for name in self.names]
-        places = [(weight.data_ptr(), weight.dtype) for weight in weights]
-        if places == self.places:
-            return True
-        forms = [_form(weight) for weight in weights]
-        if forms != (self.forms or forms):
+        reason = "torch.autocast is on" if torch.is_autocast_enabled("cpu") else self.identity.change()
+        if reason is not None:
+            if reason not in self.warned:
+                self.warned.add(reason)
+                warnings.warn(f"the {self.name} runs eagerly: {reason}", stacklevel=3)
             return False
-        named = dict(zip(self.names, weights, strict=True))
-        self.loaded.load_constants(named, check_full_update=True, user_managed=True)
-        self.weights, self.places, self.forms = weights, places, forms
+        weights = [operator.attrgetter(name.removeprefix("model."))(model) for name in self.names]
+        places = [weight.data_ptr() for weight in weights]
+        if places != self.places:
+            named = dict(zip(self.names, weights, strict=True))
+            self.loaded.load_constants(named, check_full_update=True, user_managed=True)
+            self.weights, self.places = weights, places
         return True
 
     def __call__(self, ids: Tensor, positions: Tensor, last_only: bool, cache: RaggedCache) -> Tensor:
@@ -137,13 +146,30 @@ def prepare(parts: Sequence[Part], compile: Compile, graphs: Graphs | None = Non
     if not cpu.load():
         return
     for part in parts:
-        enter_layouts(part.runner.model)
-        if _why_not_compiled(part.runner) is None and (package := _package(part)).exists():
-            kept = _KEPT.setdefault(part.runner.model, {})
-            try:
-                part.runner.compiled = kept[package] = kept.get(package) or CompiledForward(part.runner.model, package)
-            except RuntimeError as error:
-                warnings.warn(f"the {part.name} runs eagerly: {package} does not load ({_said(error)}); delete it", stacklevel=3)
+        if _why_not_compiled(part.runner) is not None:
+            continue
+        identity = Identity(part.runner.model)
+        try:
+            package = _package(part, identity)
+            if not package.exists():
+                continue
+            if (reason := cpu.untrusted(package)) is None:
+                part.runner.compiled = _load(part, package, identity)
+        except OSError as error:
+            reason = _said(error)
+        except RuntimeError as error:
+            reason = f"{package} does not load ({_said(error)}); delete it"
+        if reason is not None:
+            warnings.warn(f"the {part.name} runs eagerly: {reason}", stacklevel=3)
+
+
+def _load(part: Part, package: Path, identity: Identity) -> CompiledForward:
+    kept = _KEPT.setdefault(part.runner.model, {})
+    forward = kept.get(package)
+    if forward is None:
+        forward = kept[package] = CompiledForward(part, package.resolve(), identity)
+    forward.identity, forward.warned = identity, set()
+    return forward
 
 
 def _record(parts: Sequence[Part], graphs: Graphs) -> None:
@@ -191,13 +217,6 @@ def _trial(runner: CachedModel, graphs: Graphs) -> str | None:
     return graphs.failure
 
 
-def enter_layouts(model: nn.Module) -> None:
-    """Bring 4-bit layers to the kernels that there are now, whether or not they have been called."""
-    for module in model.modules():
-        if isinstance(module, int4.Int4Linear):
-            module.enter_layout()
-
-
 def _why_not_compiled(runner: CachedModel) -> str | None:
     """Why a model's forward cannot be compiled, None where it can."""
     model, config = runner.model, runner.config
@@ -207,16 +226,27 @@ def _why_not_compiled(runner: CachedModel) -> str | None:
         return "its forward takes no positions"
     if not model._supports_attention_backend or config._attn_implementation not in ("sdpa", ATTENTION):
         return f"its attention ({config._attn_implementation}) cannot be given to the CPU's kernel"
-    return None
+    if config._attn_implementation == "sdpa" and ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:
+        return "transformers' sdpa attention was replaced"
+    return opaque(model)
 
 
 def _build(parts: Sequence[Part]) -> list[str]:
     """Compile what is missing on disk: -> what failed, and why. Compilers fail in their own ways; the models run without."""
-    if cpu.load() and not any(map(_is_missing, parts)):
-        return _failures(parts)
-    cpu.cache_folder().mkdir(parents=True, exist_ok=True)
-    lock = FileLock(cpu.cache_folder() / ".lock")  # of several processes one compiles, the others find it done
-    with tqdm(total=1 + 2 * len(parts), desc="compiling the kernels for this CPU", bar_format=BAR) as bar, lock:
+    try:
+        if cpu.load() and not any(map(_is_missing, parts)):
+            return _failures(parts)
+        if torch.is_autocast_enabled("cpu"):
+            return ["nothing is compiled under torch.autocast; leave it and enable the model again"]
+        lock = FileLock(cpu.make_cache_folder() / ".lock")  # of several processes one compiles, the others find it done
+        with lock:
+            return _build_missing(parts)
+    except OSError as error:
+        return [f"the cache folder cannot be used: {_said(error)}"]
+
+
+def _build_missing(parts: Sequence[Part]) -> list[str]:
+    with tqdm(total=1 + 2 * len(parts), desc="compiling the kernels for this CPU", bar_format=BAR) as bar:
         try:
             cpu.build()
         except Exception as error:
@@ -224,9 +254,10 @@ def _build(parts: Sequence[Part]) -> list[str]:
         bar.update()
         for part in filter(_is_missing, parts):
             bar.set_description(f"compiling the {part.name} for this CPU")
-            package = _package(part)
+            identity = Identity(part.runner.model)
+            package = _package(part, identity)
             try:
-                _compile(part, package, bar.update)
+                _compile(part, package, identity, bar.update)
             except Exception as error:
                 _FAILED[package] = _said(error)
             finally:
@@ -239,30 +270,37 @@ def _failures(parts: Sequence[Part]) -> list[str]:
     for part in parts:
         if (reason := _why_not_compiled(part.runner)) is not None:
             failures.append(f"the {part.name} cannot be compiled: {reason}")
-        elif (reason := _FAILED.get(_package(part))) is not None:
+        elif (reason := _FAILED.get(_package(part, Identity(part.runner.model)))) is not None:
             failures.append(f"the {part.name} could not be compiled: {reason}")
     return failures
 
 
 def _is_missing(part: Part) -> bool:
     """Whether a model can be compiled and nobody has tried."""
-    enter_layouts(part.runner.model)
-    return _why_not_compiled(part.runner) is None and (package := _package(part)) not in _FAILED and not package.exists()
+    if _why_not_compiled(part.runner) is not None:
+        return False
+    package = _package(part, Identity(part.runner.model))
+    return package not in _FAILED and not package.exists()
 
 
 _FAILED: dict[Path, str] = {}  # of this process, and why: it is not tried again
 
 
-def _compile(part: Part, package: Path, advance: Callable[[], Any]) -> None:
+def _compile(part: Part, package: Path, identity: Identity, advance: Callable[[], Any]) -> None:
+    from torch._inductor.utils import fresh_cache  # which takes a second to import
+
     program, shapes = _trace(part)
     advance()
     settings = SETTINGS | {"emulate_precision_casts": part.exact, "aot_inductor.metadata": {SHAPES: json.dumps(shapes)}}
+    content = io.BytesIO()  # torch's writer of files ends the process where a disk is full
     unfinished = package.with_suffix(f".{os.getpid()}.pt2")
     try:
-        with warnings.catch_warnings():  # torch's, of what it will do by and by
-            warnings.simplefilter("ignore")
-            torch._inductor.aoti_compile_and_package(program, package_path=str(unfinished), inductor_configs=settings)
-        _check(part, unfinished)
+        with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=package.parent) as own, fresh_cache(dir=own):
+            warnings.simplefilter("ignore")  # torch's, of what it will do by and by
+            torch._inductor.aoti_compile_and_package(program, package_path=content, inductor_configs=settings)
+        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(content.getbuffer())
+        _check(part, unfinished, identity)
         unfinished.replace(package)  # whole and tried, or not there
     finally:
         unfinished.unlink(missing_ok=True)
@@ -280,21 +318,11 @@ SETTINGS = {
 }
 
 
-def _package(part: Part) -> Path:
+def _package(part: Part, identity: Identity) -> Path:
     """Where a model's compiled forward lies. Its name tells all that it depends on, but for the weights' values."""
-    model = part.runner.model
     sources = [Path(path).read_text(encoding="utf-8") for path in (__file__, *(module.__file__ or "" for module in SOURCES))]
-    config = {name: value for name, value in model.config.to_dict().items() if name not in UNTRACED}
-    tensors = [f"{name} {_form(value)}" for name, value in (*model.named_parameters(), *model.named_buffers())]
-    traced = [f"{type(model).__module__} {model}", str(sorted(config.items(), key=str)), *tensors, str(part.exact)]
-    return cpu.cache_folder() / f"forward-{cpu.fingerprint(cpu.built_at().name, transformers.__version__, *sources, *traced)}.pt2"
-
-
-UNTRACED = ("_name_or_path", "transformers_version")  # of a config: the forward does not depend on them
-
-
-def _form(tensor: Tensor) -> tuple[Any, ...]:
-    return tuple(tensor.shape), tensor.dtype, tensor.device
+    versions = cpu.built_at().name, transformers.__version__
+    return cpu.cache_folder() / f"forward-{cpu.fingerprint(*versions, *sources, identity.digest, str(part.exact))}.pt2"
 
 
 class _Traced(nn.Module):
@@ -384,10 +412,10 @@ def _join(graph: Any) -> None:
 
 
 @torch.no_grad()
-def _check(part: Part, package: Path) -> None:
+def _check(part: Part, package: Path, identity: Identity) -> None:
     """Raise where the compiled forward computes something else than the eager one, on a ragged batch and on one row."""
     runner = part.runner
-    compiled = CompiledForward(runner.model, package)
+    compiled = CompiledForward(part, package, identity)
     generator = torch.Generator().manual_seed(0)
     is_4bit = any(isinstance(module, int4.Int4Linear) for module in runner.model.modules())
     tolerance = 0.0 if part.exact and is_4bit else PROBE_TOLERANCE[precision_of(runner.model)]
@@ -399,7 +427,8 @@ def _check(part: Part, package: Path) -> None:
         runner.begin(len(lengths))
         runner.prefill(ids, last - 1)
         eager = runner.forward(window, positions)
-        compiled.renew()
+        if not compiled.renew():
+            raise RuntimeError("the model changed while it was compiled")
         runner.compiled = compiled
         got = runner.forward(window, positions)
         runner.compiled = None

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-SETTINGS = (bool, int, float, str, type(None))
+from specdec.identity import Identity, hooked
+
 MOST = 64  # recordings at a time; what they are made for changes little from call to call
 
 Run = Callable[..., Any]  # run(key, function, *inputs): function(*inputs), tensors or None
@@ -79,7 +80,7 @@ class Graphs:
         self.device = device
         self.is_on = True
         self.failure: str | None = None
-        self._models: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
+        self._models: weakref.WeakKeyDictionary[nn.Module, tuple[Identity, list[int]]] = weakref.WeakKeyDictionary()
         self._held: dict[str, Tensor] = {}
         self._is_running = False
         self._parts: dict[Any, _Part] = {}
@@ -124,11 +125,16 @@ class Graphs:
 
     def renew(self, models: Sequence[nn.Module]) -> bool:
         """A call of these models begins: whether they are what was recorded of them; if not, that is forgotten."""
-        made_of = {model: _made_of(model) for model in models}
-        is_same = all(self._models.get(model, made) == made for model, made in made_of.items())
+        is_same = True
+        for model in models:
+            identity, places = self._models.get(model, (None, None))
+            if identity is not None and identity.change() is None and places == _places(model):
+                continue
+            is_same = is_same and identity is None  # of a new one nothing is recorded
+            identity = Identity(model)  # which may move weights
+            self._models[model] = identity, _places(model)
         if not is_same:
             self.drop()
-        self._models.update(made_of)
         return is_same
 
     def drop(self) -> None:
@@ -185,19 +191,14 @@ def why_not_recorded(model: nn.Module) -> str | None:
     """Why a model's forward cannot be recorded, None where it can."""
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return "its layers lie on several devices"
-    if any(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") for module in model.modules()):
-        return "hooks are registered on its modules, which a recording would not call"
+    if (hook := hooked(model)) is not None:
+        return f"{hook}, which a recording would not call"
     return None
 
 
-def _made_of(model: nn.Module) -> list[Any]:
-    """What a recording takes for granted: where weights lie, and what modules are set to."""
-    weights = [(weight.data_ptr(), weight.shape, weight.dtype) for weight in chain(model.parameters(), model.buffers())]
-    settings = [
-        (type(module), [(name, value) for name, value in vars(module).items() if isinstance(value, SETTINGS)])
-        for module in model.modules()
-    ]
-    return [weights, settings]
+def _places(model: nn.Module) -> list[int]:
+    """Where weights lie, which a recording goes by."""
+    return [weight.data_ptr() for weight in chain(model.parameters(), model.buffers())]
 
 
 class _Part:

@@ -31,7 +31,7 @@ class Forward(Protocol):
     any_width: bool  # whether it serves windows of more than MAX_WINDOW
 
     def renew(self) -> bool:
-        """Take note of weights that were replaced; False where they no longer fit."""
+        """A call begins: take note of weights that were replaced. False where the model is no longer what this was made of."""
 
     def __call__(self, ids: Tensor, positions: Tensor, last_only: bool, cache: RaggedCache) -> Tensor:
         """As CachedModel.forward, with a window that the cache has moved to."""
@@ -41,7 +41,7 @@ class CachedModel:
     """A causal language model with its own KV cache: forward(ids [B, W], positions [B, W]) -> logits float32.
 
     vocab_size: V, the width of the logits. context: positions the model was made for, None where its config names no limit.
-    compiled: what runs decoding windows, None: the model itself.
+    compiled: what runs decoding windows, None: the model itself. One that does not serve a call may serve a later one.
     graphs: what parts of a step are recorded in, None: nothing is. With them buffers stay where they are from call to call, and a
     window of up to MAX_WINDOW sees all of them, so that nothing of its positions is read on the host.
     """
@@ -53,7 +53,8 @@ class CachedModel:
         self.parameters = set(inspect.signature(model.forward).parameters)
         self.vocab_size = int(self.config.vocab_size)
         self.context = context_of(model)
-        self.compiled: Forward | None = None
+        self._compiled: Forward | None = None
+        self._is_current = True  # whether that serves the call in progress
         self.graphs: Graphs | None = None
         self.batch_size = 0
         self.recorded_over: list[Tensor] | None = None  # the buffers
@@ -64,10 +65,18 @@ class CachedModel:
         """How a part of a step is run on this model: see Graphs.run."""
         return directly if self.graphs is None else self.graphs.run
 
+    @property
+    def compiled(self) -> Forward | None:
+        return self._compiled if self._is_current else None
+
+    @compiled.setter
+    def compiled(self, forward: Forward | None) -> None:
+        self._compiled, self._is_current = forward, True
+
     def begin(self, batch_size: int, max_slots: int | None = None) -> None:
         """Forget everything: an empty cache, whose buffers grow to max_slots at most; None: as far as texts go."""
-        if self.compiled is not None and batch_size and not self.compiled.renew():
-            self.compiled = None
+        if self._compiled is not None and batch_size:
+            self._is_current = self._compiled.renew()
         implementation = self.config._attn_implementation
         self.mask_dtype = self.model.dtype if implementation == "eager" else torch.bool
         self.takes_intervals = takes_intervals(self.model)

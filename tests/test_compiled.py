@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
+import io
+import os
+import pwd
+import random
+import resource
 import warnings
+import weakref
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +26,10 @@ from transformers.utils import logging
 
 import specdec
 from specdec import compiled, embedded
+from specdec.identity import Identity
 from specdec.models import CachedModel
-from tests import test_distribution, test_lossless
+from tests import test_distribution, test_identity, test_lossless
+from tests.conftest import ROOT
 from tests.families import FAMILIES, family, make_model, prompts
 from tests.plain import CALLS, WIDTH, continuation, pair
 
@@ -357,3 +367,262 @@ def test_an_assistant_of_a_call_is_compiled_too(monkeypatch: pytest.MonkeyPatch)
     specdec.disable(model)
     assert got.tolist() == want
     assert {id(one) for one in ran} == {id(model), id(draft)}
+
+
+def plain_text(model: PreTrainedModel) -> list[list[int]]:
+    """Of a fresh copy, which was never compiled."""
+    return text_of(copy.deepcopy(model))
+
+
+@pytest.fixture
+def shared() -> Iterator[PreTrainedModel]:
+    """A copy of a model whose package lies in the tests' cache, enabled with it."""
+    model = copy.deepcopy(pair("llama")[0])
+    specdec.disable(model)
+    specdec.enable(model, "prompt_lookup", num_draft_tokens=3, compile=True)
+    assert is_compiled(model)
+    yield model
+    specdec.disable(model)
+
+
+REVERSIBLE = {name: make for name, (make, _) in (test_identity.CHANGES | test_identity.QUIET).items() if name != "one layer less"}
+
+
+def write_weights(model: PreTrainedModel, generator: random.Random) -> None:
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.roll(generator.randrange(1, 100), 0))
+
+
+def replace_weights(model: PreTrainedModel, generator: random.Random) -> None:
+    weight = model.lm_head.weight.detach().roll(generator.randrange(1, 100), 0)
+    model.lm_head.weight = torch.nn.Parameter(weight.clone())
+
+
+@pytest.mark.filterwarnings("ignore:the target runs eagerly")
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_is_done_to_a_compiled_model_its_text_is_its_own(shared: PreTrainedModel, seed: int) -> None:
+    """Changes are made and taken back in any order; where none is left the compiled forward runs again."""
+    generator = random.Random(seed)
+    active: dict[str, ExitStack] = {}
+    modes = set()
+    for _ in range(24):
+        kind = generator.choice(["change", "undo", "undo", "weights"])
+        if kind == "weights":
+            generator.choice([write_weights, replace_weights])(shared, generator)
+        elif kind == "undo" and active:
+            active.pop(generator.choice(sorted(active))).close()
+        elif left := sorted(REVERSIBLE.keys() - active.keys()):
+            name = generator.choice(left)
+            active[name] = ExitStack()
+            active[name].enter_context(REVERSIBLE[name](shared))
+        assert text_of(shared) == plain_text(shared), active.keys()
+        assert is_compiled(shared) == (not active)
+        modes.add(is_compiled(shared))
+    while active:
+        active.pop(generator.choice(sorted(active))).close()
+    assert text_of(shared) == plain_text(shared)
+    assert is_compiled(shared)
+    assert modes == {True, False}
+
+
+@pytest.mark.parametrize("name", test_identity.CHANGES)
+def test_a_change_changes_the_text_and_is_named_once(shared: PreTrainedModel, name: str) -> None:
+    make, words = test_identity.CHANGES[name]
+    before = text_of(shared)
+    with warnings.catch_warnings(record=True) as caught, make(shared):
+        warnings.simplefilter("always")
+        texts = [text_of(shared) for _ in range(2)]
+        assert texts == [plain_text(shared)] * 2
+    said = [str(warning.message) for warning in caught if "eagerly" in str(warning.message)]
+    assert [one.startswith(f"the target runs eagerly: {words}") for one in said] == [True], said
+    assert texts[0] != before == text_of(shared)
+    assert is_compiled(shared)
+
+
+def test_nothing_is_compiled_while_a_hook_is_on(shared: PreTrainedModel) -> None:
+    folder = cpu.cache_folder()
+    packages_before, clean = set(folder.iterdir()), text_of(shared)
+    handle = shared.model.norm.register_forward_hook(test_identity.double_output)
+    with pytest.warns(UserWarning, match="the target cannot be compiled: a forward hook is on model.norm$") as warned:
+        specdec.enable(shared, "prompt_lookup", compile=True)
+    assert len(warned) == 1
+    assert text_of(shared) == plain_text(shared) != clean
+    handle.remove()
+    assert text_of(shared) == clean
+    assert not is_compiled(shared)
+    specdec.enable(shared, "prompt_lookup", compile=True)
+    assert is_compiled(shared)
+    assert text_of(shared) == clean
+    assert set(folder.iterdir()) == packages_before
+
+
+def test_a_sdpa_of_the_users_own_is_not_passed_by(shared: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def uniform(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+        return compiled.sdpa_attention_forward(module, 0 * query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(compiled.ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", uniform)
+    with pytest.warns(UserWarning, match="the target runs eagerly: transformers' sdpa attention was replaced"):
+        assert text_of(shared) == plain_text(shared)
+    with pytest.warns(UserWarning, match="the target cannot be compiled: transformers' sdpa attention was replaced"):
+        specdec.enable(shared, "prompt_lookup", compile=True)
+    assert text_of(shared) == plain_text(shared)
+
+
+def test_a_call_under_autocast_is_eager(shared: PreTrainedModel, small: PreTrainedModel, own_cache: Path) -> None:
+    clean = text_of(shared)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.warns(UserWarning, match=r"the target runs eagerly: torch\.autocast is on"):
+            assert text_of(shared) == plain_text(shared)
+        assert not is_compiled(shared)
+        with pytest.warns(UserWarning, match=r"nothing is compiled under torch\.autocast"):
+            specdec.enable(small, "prompt_lookup", compile=True)
+    assert text_of(shared) == clean
+    assert is_compiled(shared)
+    assert packages(own_cache) == 0
+
+
+def test_a_model_that_was_compiled_can_be_let_go() -> None:
+    model = copy.deepcopy(pair("llama")[0])
+    specdec.enable(model, "prompt_lookup", compile=True)
+    assert is_compiled(model)
+    text_of(model)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.fixture
+def filled_cache(shared: PreTrainedModel, own_cache: Path) -> Path:
+    """The shared model's package, in a cache of the test's own: -> its path."""
+    own = package_of(shared)
+    assert own.parent == own_cache
+    own.write_bytes((ROOT / "build" / "test-cache" / own.name).read_bytes())
+    specdec.disable(shared)
+    compiled._KEPT.clear()
+    specdec.enable(shared, "prompt_lookup")
+    assert is_compiled(shared), "a folder above has a sticky bit, as /tmp"
+    return own
+
+
+def package_of(model: PreTrainedModel) -> Path:
+    return compiled._package(compiled.Part("target", CachedModel(model), exact=True), Identity(model))
+
+
+def only_warning(model: PreTrainedModel, words: str, **enable: Any) -> None:
+    """Enabling warns once, of this; the model runs eagerly and writes its own text."""
+    specdec.disable(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        specdec.enable(model, "prompt_lookup", **enable)
+        text = text_of(model)
+    said = [str(warning.message) for warning in caught]
+    assert [words in one for one in said] == [True], said
+    assert not is_compiled(model)
+    assert text == plain_text(model)
+
+
+def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a path another user's."""
+    if os.geteuid() == 0:
+        os.chown(path, 12345, -1)
+    else:
+        another = os.geteuid() + 1
+        monkeypatch.setattr(os, "geteuid", lambda: another)
+
+
+@pytest.mark.parametrize("which", ["package", "folder"])
+@pytest.mark.parametrize("mode", [0o720, 0o702])
+def test_what_others_could_have_written_is_not_loaded(shared: PreTrainedModel, filled_cache: Path, which: str, mode: int) -> None:
+    path = filled_cache if which == "package" else filled_cache.parent
+    path.chmod(mode)
+    only_warning(shared, f"the target runs eagerly: other users may write to {path}; chmod go-w it")
+    path.chmod(0o700)
+    specdec.enable(shared, "prompt_lookup")
+    assert is_compiled(shared)
+
+
+@pytest.mark.parametrize("which", ["package", "folder"])
+def test_what_another_user_owns_is_not_loaded(
+    shared: PreTrainedModel, filled_cache: Path, which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_away(filled_cache if which == "package" else filled_cache.parent, monkeypatch)
+    only_warning(shared, "belongs to another user; remove it, or set SPECDEC_CACHE to a folder of your own")
+
+
+def test_a_link_is_followed_to_what_is_loaded(shared: PreTrainedModel, filled_cache: Path, tmp_path_factory: Any) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    target = elsewhere / filled_cache.name
+    filled_cache.rename(target)
+    filled_cache.symlink_to(target)
+    elsewhere.chmod(0o777)
+    only_warning(shared, f"other users may write to {elsewhere}")
+
+
+def no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def nobody(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("SPECDEC_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+
+
+def a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "file"))
+
+
+def below_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    a_file(monkeypatch, tmp_path)
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "file" / "folder"))
+
+
+def read_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "locked"))
+    if os.geteuid() == 0:  # who may write everywhere
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+
+
+@pytest.mark.parametrize("spoil", [no_home, a_file, below_a_file, read_only])
+@pytest.mark.parametrize("is_built", [True, False])
+def test_a_cache_that_cannot_be_used_leaves_the_model_eager(
+    small: PreTrainedModel, is_built: bool, spoil: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if not is_built:
+        monkeypatch.setattr(cpu, "_IS_LOADED", None)
+    spoil(monkeypatch, tmp_path)
+    only_warning(small, "specdec runs without a compiler's help: the cache folder cannot be used: ", compile=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        specdec.enable(small, "prompt_lookup", compile="auto")
+    assert text_of(small) == plain_text(small)
+
+
+def test_a_full_disk_leaves_nothing_behind_and_the_model_eager(
+    small: PreTrainedModel, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the package, as it is written; a compiler that finds the disk full fails as any other."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def compiles(program: Any, *, package_path: io.BytesIO, inductor_configs: Any) -> None:
+        package_path.write(bytes(1 << 16))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, before[1]))
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compiles)
+    try:
+        only_warning(small, "the target could not be compiled: OSError: [Errno 27] File too large", compile=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert packages(own_cache) == 0
+
+
+def test_a_folder_is_made_for_its_owner_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "a" / "b"))
+    mask = os.umask(0)
+    try:
+        assert cpu.make_cache_folder() == tmp_path / "a" / "b"
+    finally:
+        os.umask(mask)
+    assert [(tmp_path / place).stat().st_mode & 0o777 for place in ("a", "a/b")] == [0o700, 0o700]

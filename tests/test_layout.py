@@ -15,6 +15,7 @@ PACKAGE = ROOT / "specdec"
 
 FLOORS = {
     "interfaces": 1, "sampling": 1, "verification": 1, "stats": 1, "clock": 1, "cost": 1, "pace": 1, "graphs": 1,
+    "identity": 1,
     "text": 1, "embedded": 1, "provenance": 1,
     "sequences": 2, "speculative": 2, "profiling": 2, "cache": 2, "attention": 2, "models": 2, "quant": 2,
     "compiled": 2,
@@ -32,6 +33,7 @@ WITHOUT_TRANSFORMERS = {
     "cost",
     "pace",
     "graphs",
+    "identity",
     "text",
     "embedded",
     "sequences",

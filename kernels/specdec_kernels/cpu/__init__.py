@@ -18,6 +18,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -58,14 +59,20 @@ def load() -> bool:
     if _IS_LOADED is None:
         with _LOADING:
             if _IS_LOADED is None:
-                path = built_at()
-                _IS_LOADED = path.exists() and _loads(path)
+                try:
+                    path = built_at()
+                    _IS_LOADED = path.exists() and _loads(path)
+                except OSError:  # no folder, or one that cannot be read: nothing was ever built there
+                    _IS_LOADED = False
     return _IS_LOADED
 
 
 def _loads(path: Path) -> bool:
     try:
-        torch.ops.load_library(path)
+        if (reason := untrusted(path)) is not None:
+            warnings.warn(f"specdec's CPU kernels are left out: {reason}", stacklevel=3)
+            return False
+        torch.ops.load_library(path.resolve())
     except OSError as error:
         warnings.warn(
             f"specdec's CPU kernels are left out: {path} does not load ({error}); delete it to build it anew", stacklevel=3
@@ -75,36 +82,79 @@ def _loads(path: Path) -> bool:
 
 
 def build() -> None:
-    """Build the library, in some ten seconds, and load it. Raises RuntimeError where there is no compiler, or it fails."""
+    """Build the library, in some ten seconds, and load it.
+
+    Raises RuntimeError where there is no compiler or it fails, OSError where the cache folder cannot be written or trusted.
+    """
     global _IS_LOADED
     if load():
         return
-    path = built_at()
+    path = make_cache_folder() / built_at().name
     if not path.exists():
         compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
         if compiler is None:
             raise RuntimeError("no C++ compiler was found: neither $CXX nor g++ nor clang++ is on the PATH")
-        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
         torch_folder = Path(torch.__file__).parent
         folders = [f"-I{torch_folder}/include", f"-L{torch_folder}/lib"]
         command = [compiler, *FLAGS, *folders, str(SOURCE), "-o", str(unfinished), "-ltorch_cpu", "-lc10"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                lines = done.stderr.splitlines()
+                wrong = [line for line in lines if "error" in line] or lines or ["no reason given"]
+                raise RuntimeError(f"{compiler} could not build {SOURCE.name}: {wrong[0]}")
+            unfinished.chmod(0o700)
+            unfinished.replace(path)  # whole, or not there
+        finally:
             unfinished.unlink(missing_ok=True)
-            wrong = (
-                [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no reason given"]
-            )
-            raise RuntimeError(f"{compiler} could not build {SOURCE.name}: {wrong[0]}")
-        unfinished.replace(path)  # whole, or not there
     _IS_LOADED = None
     load()
 
 
 def cache_folder() -> Path:
-    """Where what was compiled is kept: $SPECDEC_CACHE, else specdec in the user's cache folder."""
+    """Where what was compiled is kept: $SPECDEC_CACHE, else specdec in the user's cache folder. OSError without a home."""
     own = os.environ.get("SPECDEC_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specdec"
+    if own:
+        return Path(own)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specdec"
+    except RuntimeError as error:  # of a user without an entry and without $HOME
+        raise OSError(f"there is no home folder to keep compiled code in ({error}); set SPECDEC_CACHE to a folder") from error
+
+
+def make_cache_folder() -> Path:
+    """The cache folder, made where it is missing, for its owner alone. OSError where it cannot be made, written or trusted."""
+    folder = cache_folder()
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    for place in reversed(missing):
+        place.mkdir(mode=0o700, exist_ok=True)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is not a folder; delete it, or set SPECDEC_CACHE to a folder")
+    if (reason := untrusted(folder)) is not None:
+        raise PermissionError(reason)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be written to; set SPECDEC_CACHE to a folder that can")
+    return folder
+
+
+def untrusted(path: Path) -> str | None:
+    """Why code must not be loaded from the cache folder or a file in it, None where it may. OSError where it is not there.
+
+    Another user could have written it, unless it and every folder above it belong to this user or to root and nobody else may
+    write there; in a folder with the sticky bit, such as /tmp, others cannot touch what is not theirs. POSIX only.
+    """
+    if os.name != "posix":
+        return None
+    whole = Path(os.path.realpath(path))
+    within = 1 if whole.is_dir() else 2  # the file and the cache folder, which have no use for a sticky bit
+    for depth, place in enumerate((whole, *whole.parents)):
+        status = os.stat(place)
+        if status.st_uid not in (0, os.geteuid()):
+            return f"{place} belongs to another user; remove it, or set SPECDEC_CACHE to a folder of your own"
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and (depth < within or not status.st_mode & stat.S_ISVTX):
+            return f"other users may write to {place}; chmod go-w it, or set SPECDEC_CACHE to a folder of your own"
+    return None
 
 
 def built_at() -> Path:
