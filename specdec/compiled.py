@@ -10,9 +10,9 @@ come out bit for bit as they do without a compiler.
 from __future__ import annotations
 
 import atexit
+import errno
 import io
 import json
-import operator
 import os
 import tempfile
 import warnings
@@ -73,6 +73,7 @@ class CompiledForward:
         self.loaded: Any = torch._inductor.aoti_load_package(str(package))
         self.names: list[str] = self.loaded.get_constant_fqns()
         self.shapes: list[list[int]] = json.loads(self.loaded.get_metadata()[SHAPES])
+        self.sources = [_source(model, name.removeprefix("model.")) for name in self.names]
         self.weights: list[Tensor] = []  # lent, so they have to be there
         self.places: list[int] = []
         self.columns: dict[tuple[int, bool], Tensor] = {}
@@ -83,13 +84,14 @@ class CompiledForward:
         """Give it the model's weights as they are now; False, with a warning, where the call that begins has to run eagerly."""
         model = self.model()
         assert model is not None
-        reason = "torch.autocast is on" if torch.is_autocast_enabled("cpu") else self.identity.change()
+        reason = "torch.autocast is on" if torch.is_autocast_enabled("cpu") else _why_not_our_attention(model)
+        reason = reason or self.identity.change()
         if reason is not None:
             if reason not in self.warned:
                 self.warned.add(reason)
                 warnings.warn(f"the {self.name} runs eagerly: {reason}", stacklevel=3)
             return False
-        weights = [operator.attrgetter(name.removeprefix("model."))(model) for name in self.names]
+        weights = [tensors[name] for tensors, name in self.sources]
         places = [weight.data_ptr() for weight in weights]
         if places != self.places:
             named = dict(zip(self.names, weights, strict=True))
@@ -111,6 +113,13 @@ class CompiledForward:
         # past the package's own __call__, which reads its signature from JSON every time
         logits: Tensor = self.loaded.loader.boxed_run(inputs)[0]
         return logits
+
+
+def _source(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """The dict that holds a tensor of this name, and its key there; the same as long as the module tree is."""
+    path, _, key = name.rpartition(".")
+    owner = model.get_submodule(path)
+    return next((held for held in (owner._parameters, owner._buffers) if key in held), vars(owner)), key
 
 
 # Of each model, so that enabling it again loads nothing.
@@ -153,11 +162,13 @@ def prepare(parts: Sequence[Part], compile: Compile, graphs: Graphs | None = Non
             package = _package(part, identity)
             if not package.exists():
                 continue
-            if (reason := cpu.untrusted(package)) is None:
+        except OSError:  # no cache folder, or one that cannot be read: nothing was compiled there
+            continue
+        try:
+            reason = cpu.untrusted(package)
+            if reason is None:
                 part.runner.compiled = _load(part, package, identity)
-        except OSError as error:
-            reason = _said(error)
-        except RuntimeError as error:
+        except Exception as error:  # a package may be torn, or the disk that it is unpacked to full
             reason = f"{package} does not load ({_said(error)}); delete it"
         if reason is not None:
             warnings.warn(f"the {part.name} runs eagerly: {reason}", stacklevel=3)
@@ -219,16 +230,22 @@ def _trial(runner: CachedModel, graphs: Graphs) -> str | None:
 
 def _why_not_compiled(runner: CachedModel) -> str | None:
     """Why a model's forward cannot be compiled, None where it can."""
-    model, config = runner.model, runner.config
+    model = runner.model
     if model.dtype not in cpu.DTYPES:
         return f"its dtype is {model.dtype}; the CPU's kernels take float32 and bfloat16"
     if "position_ids" not in runner.parameters:
         return "its forward takes no positions"
-    if not model._supports_attention_backend or config._attn_implementation not in ("sdpa", ATTENTION):
-        return f"its attention ({config._attn_implementation}) cannot be given to the CPU's kernel"
-    if config._attn_implementation == "sdpa" and ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:
+    return _why_not_our_attention(model) or opaque(model)
+
+
+def _why_not_our_attention(model: PreTrainedModel) -> str | None:
+    """Why the CPU's attention kernel does not compute what the model's own attention does, None where it does."""
+    implementation = model.config.get_text_config(decoder=True)._attn_implementation
+    if not model._supports_attention_backend or implementation not in ("sdpa", ATTENTION):
+        return f"its attention ({implementation}) cannot be given to the CPU's kernel"
+    if implementation == "sdpa" and ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:
         return "transformers' sdpa attention was replaced"
-    return opaque(model)
+    return None
 
 
 def _build(parts: Sequence[Part]) -> list[str]:
@@ -242,7 +259,7 @@ def _build(parts: Sequence[Part]) -> list[str]:
         with lock:
             return _build_missing(parts)
     except OSError as error:
-        return [f"the cache folder cannot be used: {_said(error)}"]
+        return [] if cpu.was_warned_of(error) else [f"the cache folder cannot be used: {_said(error)}"]
 
 
 def _build_missing(parts: Sequence[Part]) -> list[str]:
@@ -250,7 +267,7 @@ def _build_missing(parts: Sequence[Part]) -> list[str]:
         try:
             cpu.build()
         except Exception as error:
-            return [f"the kernels could not be built: {_said(error)}"]
+            return [] if cpu.was_warned_of(error) else [f"the kernels could not be built: {_said(error)}"]
         bar.update()
         for part in filter(_is_missing, parts):
             bar.set_description(f"compiling the {part.name} for this CPU")
@@ -308,7 +325,9 @@ def _compile(part: Part, package: Path, identity: Identity, advance: Callable[[]
 
 
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+    lines = (str(error).strip() or "no reason given").splitlines()
+    full = os.strerror(errno.ENOSPC)  # a compiler says so behind much else
+    return f"{type(error).__name__}: {next((full for line in lines if full in line), lines[0])}"
 
 
 BAR = "{desc} |{bar}| {n}/{total} [{elapsed}]"

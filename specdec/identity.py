@@ -81,7 +81,10 @@ class Identity:
         model = self._model()
         if model is None:
             return "the model is gone"
-        return self._parts.change(model) or self._code.change()
+        try:
+            return self._parts.change(model) or self._code.change()
+        except Exception as error:  # of a value that cannot be compared, or of a thread that is changing the model just now
+            return f"it could not be compared with what it was ({type(error).__name__}: {error})"
 
     @property
     def digest(self) -> str:
@@ -175,9 +178,8 @@ class _Parts:
             state = getattr(value, "__dict__", None)
             if isinstance(state, dict):
                 self._hold(path, value)
-                for name, held in state.items():
-                    if name not in IGNORED:
-                        self._add(f"{path}.{name}", held)
+                for name, held in _filtered(state).items():
+                    self._add(f"{path}.{name}", held)
 
     def _hold(self, path: str, value: Any) -> None:
         state = _filtered(vars(value))
@@ -197,8 +199,8 @@ class _Parts:
         for tensors in (module._parameters, module._buffers):
             self.tensor_dicts.append(cast("dict[str, Tensor | None]", tensors))
             self.tensor_paths.append(path)
-        for name, value in state.items():
-            if name not in OF_EVERY_MODULE and name not in IGNORED:
+        for name, value in _filtered(state).items():
+            if name not in OF_EVERY_MODULE:
                 self._add(_join(path, name), value)
         for name, submodule in module._modules.items():
             if submodule is not None:
@@ -268,9 +270,10 @@ class _Parts:
         for path, value, cls in zip(self.paths, self.holders, self.types, strict=True):
             if _class_of(value) is not cls:
                 return f"{path} is a {type(value).__name__} and was a {cls.__name__}"
-        states = [("", vars(model), self.root_state), *zip(self.paths, map(vars, self.holders), self.states, strict=True)]
+        states: list[tuple[str, Any, dict[str, Any]]] = [("", vars(model), self.root_state)]
+        states += zip(self.paths, map(vars, self.holders), self.states, strict=True)
         for path, state, saved in states:
-            if (found := _state_change(path, state, saved)) is not None:
+            if (found := _state_change(path, _filtered(state), saved)) is not None:
                 return found
         for path, tensor, version in self.attributes:
             if _version(tensor) != version:
@@ -293,6 +296,7 @@ class _Parts:
         rows += zip(self.paths, self.types, map(vars, self.holders), strict=True)
         for path, cls, state in rows:
             yield f"{path} {_name(cls)}"
+            state = _filtered(state)
             for name in sorted(state.keys() - UNNAMED - OF_EVERY_MODULE):
                 yield f"{path} {name} {_plainly(state[name])}"
         for path, container in zip(self.container_paths, self.containers, strict=True):
@@ -311,7 +315,8 @@ class _Code:
     """The functions that forwards reach, and what their names stand for.
 
     A name of a global is looked up where its function looks it up, an attribute of a method's first argument in the class that
-    the method was reached through. Whose the other attributes are is not known: they are looked up in every class of a module.
+    the method was reached through. Whose the other attributes are is not known: they are looked up in every class that an object
+    within reach may be of.
     """
 
     def __init__(self, modules: Iterable[type], others: Iterable[type], functions: Iterable[Any]) -> None:
@@ -322,22 +327,26 @@ class _Code:
         self._seen: set[tuple[int, type | None]] = set()
         self._waiting: list[tuple[Any, type | None]] = [(function, None) for function in functions]
         self._attributes: set[str] = set()
-        self._of_modules = list(modules)
-        for cls in (*self._of_modules, *others):
-            self._add_class(cls, CALLED)
-        resolved: set[str] = set()
+        self._of_objects: dict[type, set[str]] = {}  # classes, and the attributes that were looked up in them
+        for cls in (*modules, *others):
+            self._add_objects_of(cls, CALLED)
         while self._waiting:
             while self._waiting:
                 self._follow(*self._waiting.pop())
-            fresh, resolved = self._attributes - resolved, set(self._attributes)
-            for cls in self._of_modules if fresh else ():
-                self._add_class(cls, fresh)
+            for cls, found in list(self._of_objects.items()):
+                if fresh := self._attributes - found:
+                    found |= fresh
+                    self._add_class(cls, fresh)
         self.namespaces = [vars(cls) for cls in self.classes]
         self.copies = [dict(namespace) for namespace in self.namespaces]
         self.pairs = list(self.bindings.values())
         self.bound = [namespace.get(name, MISSING) for namespace, name in self.pairs]
         self.of_functions = list(self.functions.values())
         self.codes = [_parts_of(function) for function in self.of_functions]
+
+    def _add_objects_of(self, cls: type, names: Iterable[str]) -> None:
+        self._of_objects.setdefault(cls, set())
+        self._add_class(cls, names)
 
     def _add_class(self, cls: type, names: Iterable[str], whole: bool = False) -> None:
         """Follow names as an instance of a class finds them; whole: also what each class that it inherits from has."""
@@ -378,12 +387,12 @@ class _Code:
             self._waiting += [(function, owner) for function in functions]
         elif isinstance(value, type):
             if not _is_library(value.__module__) and not issubclass(value, BaseException):
-                self._add_class(value, CALLED if issubclass(value, nn.Module) else CALLED | CONSTRUCTORS)
+                self._add_objects_of(value, CALLED if issubclass(value, nn.Module) else CALLED | CONSTRUCTORS)
         elif isinstance(value, dict | list | set | tuple | frozenset):
             if len(value) <= LARGEST_CONTAINER:
                 self._waiting += [(held, None) for held in (dict.values(value) if isinstance(value, dict) else value)]
         elif not isinstance(value, ModuleType | nn.Module | Tensor) and not _is_library(type(value).__module__):
-            self._add_class(type(value), CALLED)
+            self._add_objects_of(type(value), CALLED)
 
     def _bind(self, namespace: dict[str, Any], chain: tuple[str, ...], note_only: bool = False) -> None:
         """Follow a global and attributes of it, through modules and classes. note_only: take down which functions they are."""
@@ -512,7 +521,8 @@ def _join(path: str, name: str) -> str:
 
 
 def _filtered(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in state.items() if name not in IGNORED}
+    # of a copy: another thread's forward may put its name of the attention into a config meanwhile
+    return {name: value for name, value in dict(state).items() if name not in IGNORED}
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -603,7 +613,7 @@ def _state_change(path: str, state: dict[str, Any], saved: dict[str, Any]) -> st
     """What changed in an object's attributes. What does not matter is taken over, so that it is not found again."""
     for name in sorted(state.keys() | saved.keys()):
         now, was = state.get(name, MISSING), saved.get(name, MISSING)
-        if now is was or name in IGNORED or (name in OF_EVERY_MODULE and name in state and name in saved):
+        if now is was or (name in OF_EVERY_MODULE and name in state and name in saved):
             continue
         if not _equal(now, was) and not (type(now) is type(was) and type(now).__module__.startswith("specdec.")):
             return _in_words(_join(path, name), now, was)

@@ -405,8 +405,8 @@ def test_whatever_is_done_to_a_compiled_model_its_text_is_its_own(shared: PreTra
     generator = random.Random(seed)
     active: dict[str, ExitStack] = {}
     modes = set()
-    for _ in range(24):
-        kind = generator.choice(["change", "undo", "undo", "weights"])
+    for step in range(24):
+        kind = generator.choice(["change", "undo", "undo", "weights"]) if step else "weights"
         if kind == "weights":
             generator.choice([write_weights, replace_weights])(shared, generator)
         elif kind == "undo" and active:
@@ -475,7 +475,7 @@ def test_a_call_under_autocast_is_eager(shared: PreTrainedModel, small: PreTrain
             assert text_of(shared) == plain_text(shared)
         assert not is_compiled(shared)
         with pytest.warns(UserWarning, match=r"nothing is compiled under torch\.autocast"):
-            specdec.enable(small, "prompt_lookup", compile=True)
+            compiled.prepare([compiled.Part("target", CachedModel(small), exact=True)], True)
     assert text_of(shared) == clean
     assert is_compiled(shared)
     assert packages(own_cache) == 0
@@ -540,6 +540,18 @@ def test_what_others_could_have_written_is_not_loaded(shared: PreTrainedModel, f
     path.chmod(0o700)
     specdec.enable(shared, "prompt_lookup")
     assert is_compiled(shared)
+
+
+@pytest.mark.parametrize("compile", ["auto", True])
+@pytest.mark.parametrize("which", ["library", "folder"])
+def test_kernels_that_others_could_have_written_are_not_loaded(
+    small: PreTrainedModel, own_cache: Path, which: str, compile: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = cpu.built_at() if which == "library" else own_cache
+    path.chmod(0o722)
+    monkeypatch.setattr(cpu, "_IS_LOADED", None)
+    only_warning(small, f"specdec's CPU kernels are left out: other users may write to {path}", compile=compile)
+    assert packages(own_cache) == 0
 
 
 @pytest.mark.parametrize("which", ["package", "folder"])

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
 
 import specdec
+from specdec.attention import lent
 from specdec.identity import Identity, hooked, opaque
 from tests.families import FAMILIES, family, make_model, prompts
 
@@ -155,12 +157,14 @@ CHANGES: dict[str, tuple[Change, str]] = {
         "model.rotary_emb.attention_scaling is 1.5 and was 1.0",
     ),
     "an epsilon": (
-        lambda m: attribute(m.model.norm, "variance_epsilon", 3.0),
-        "model.norm.variance_epsilon is 3.0 and was 1e-06",
+        lambda m: attribute(m.model.layers[0].input_layernorm, "variance_epsilon", 3.0),
+        "model.layers.0.input_layernorm.variance_epsilon is 3.0 and was 1e-06",
     ),
     "a forward of an instance": (
-        lambda m: attribute(m.model.norm, "forward", types.MethodType(patched_rms, m.model.norm)),
-        "model.norm.forward was replaced",
+        lambda m: attribute(
+            m.model.layers[0].input_layernorm, "forward", types.MethodType(patched_rms, m.model.layers[0].input_layernorm)
+        ),
+        "model.layers.0.input_layernorm.forward was replaced",
     ),
     "a forward of a class": (
         lambda m: attribute(modeling_llama.LlamaMLP, "forward", shifted(modeling_llama.LlamaMLP.forward)),
@@ -327,7 +331,7 @@ def test_a_hook_and_a_forward_of_an_instance_are_opaque(model: PreTrainedModel) 
         with make(model):
             assert opaque(model) == hooked(model) == words
     with CHANGES["a forward of an instance"][0](model):
-        assert opaque(model) == "the forward of model.norm was replaced"
+        assert opaque(model) == "the forward of model.layers.0.input_layernorm was replaced"
         assert hooked(model) is None
     assert opaque(model) is None
 
@@ -347,6 +351,7 @@ def test_an_identity_keeps_no_model_alive() -> None:
 
 DIGESTS = """
 import sys
+import threading
 from specdec.identity import Identity
 from tests.families import FAMILIES, make_model, prompts
 for model_type in {families}:
@@ -389,6 +394,25 @@ def decorated(function):
     return around
 
 
+class Helper:
+    def __init__(self, power):
+        self.power = power + 1
+
+    def raised(self, x):
+        return self.inner(x)
+
+    def inner(self, x):
+        return x**self.power
+
+
+class Made:
+    def __init__(self, by):
+        self.by = by + 2
+
+    def raised(self, x):
+        return x - self.by
+
+
 class Mixin:
     offset = 0.5
 
@@ -402,7 +426,7 @@ class Mixin:
 
 class Head(Mixin, nn.Linear):
     def forward(self, x):
-        return self.move(super().forward(x))
+        return Made(1.0).raised(self.helper.raised(self.move(super().forward(x))))
 
 
 class Remote(LlamaForCausalLM):
@@ -419,6 +443,10 @@ EDITS = [
     ("self.offset * 2", "self.offset * 3"),
     ("helper(x) * SCALE", "helper(x) / SCALE"),
     ("self.move(super().forward(x))", "super().forward(x)"),
+    ("x**self.power", "x*self.power"),
+    ("by + 2", "by + 3"),
+    ("x - self.by", "x + self.by"),
+    ("power + 1", "power + 2"),
     ("return function(self, *args, **kwargs)", "return function(self, *args, **(kwargs | {}))"),
     (
         "        return super().forward(*args, **kwargs)",
@@ -437,6 +465,7 @@ def remote(path: Path, text: str) -> Any:
     torch.manual_seed(0)
     model = module.Remote(make_model("llama", **FAMILIES["llama"]).config).eval()
     model.lm_head.__class__ = module.Head
+    model.lm_head.helper = module.Helper(1)
     return model
 
 
@@ -472,3 +501,23 @@ def test_a_value_that_a_remote_forward_reads_is_seen_where_it_is_changed(tmp_pat
     with attribute(namespace["Head"], "move", lambda self, x: x):
         assert identity.change() == "Head.move was replaced"
     assert identity.change() is None
+
+
+def test_a_forward_of_another_thread_is_no_change(model: PreTrainedModel) -> None:
+    """While one of ours runs, the config carries another name of the attention."""
+    identity, is_over, found = Identity(model), threading.Event(), set()
+
+    def run() -> None:
+        while not is_over.is_set():
+            with lent(model.config):
+                pass
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    for _ in range(500):
+        found |= {identity.change(), Identity(model).change()}
+    is_over.set()
+    thread.join()
+    assert found == {None}
+    with lent(model.config):
+        assert identity.change() is None

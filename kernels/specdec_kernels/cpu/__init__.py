@@ -48,6 +48,7 @@ _LIBRARY.define("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -
 
 _LOADING = threading.Lock()
 _IS_LOADED: bool | None = None  # None: nobody has looked
+_WARNED: list[str] = []  # of this process: why the library was left out
 
 
 def load() -> bool:
@@ -69,16 +70,16 @@ def load() -> bool:
 
 def _loads(path: Path) -> bool:
     try:
-        if (reason := untrusted(path)) is not None:
-            warnings.warn(f"specdec's CPU kernels are left out: {reason}", stacklevel=3)
-            return False
-        torch.ops.load_library(path.resolve())
+        reason = untrusted(path)
+        if reason is None:
+            torch.ops.load_library(path.resolve())
+            return True
     except OSError as error:
-        warnings.warn(
-            f"specdec's CPU kernels are left out: {path} does not load ({error}); delete it to build it anew", stacklevel=3
-        )
-        return False
-    return True
+        reason = f"{path} does not load ({error}); delete it to build it anew"
+    if reason not in _WARNED:
+        _WARNED.append(reason)
+        warnings.warn(f"specdec's CPU kernels are left out: {reason}", stacklevel=3)
+    return False
 
 
 def build() -> None:
@@ -109,7 +110,13 @@ def build() -> None:
         finally:
             unfinished.unlink(missing_ok=True)
     _IS_LOADED = None
-    load()
+    if not load():
+        raise RuntimeError(_WARNED[-1] if _WARNED else f"{path} is gone")
+
+
+def was_warned_of(error: Exception) -> bool:
+    """Whether a warning of `load` has said already what an error of `build` says."""
+    return str(error) in _WARNED
 
 
 def cache_folder() -> Path:
