@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specdec
 from specdec import Draft, embedded
-from specdec.generate import resolve_drafter
+from specdec.drafters.resolve import resolve_drafter
 from specdec.provenance import provenance
 from specdec.stats import Stats
 

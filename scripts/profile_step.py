@@ -12,6 +12,7 @@ off.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -49,27 +50,35 @@ class ModuleClock:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.calls: dict[str, int] = defaultdict(int)
-        self.stack: list[list[float]] = []  # [began, seconds in submodules]
+        self.stack: list[float] = []  # seconds in submodules of each module under way
 
     @contextmanager
     def on(self, seat: str, model: nn.Module) -> Iterator[None]:
         with ExitStack() as stack:
             for module in model.modules():
-                name = f"{seat}: {type(module).__name__}"
-                stack.callback(module.register_forward_pre_hook(self._begin).remove)
-                stack.callback(module.register_forward_hook(lambda *_, name=name: self._end(name)).remove)
+                module.forward = self._timed(f"{seat}: {type(module).__name__}", module.forward)  # a hook takes the stock loop
+                stack.callback(vars(module).pop, "forward")
             yield
 
-    def _begin(self, *_: Any) -> None:
-        self.stack.append([time.perf_counter(), 0.0])
+    def _timed(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            self.stack.append(0.0)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                spent = time.perf_counter() - began
+                self.seconds[name] += spent - self.stack.pop()
+                self.calls[name] += 1
+                if self.stack:
+                    self.stack[-1] += spent
 
-    def _end(self, name: str) -> None:
-        began, within = self.stack.pop()
-        spent = time.perf_counter() - began
-        self.seconds[name] += spent - within
-        self.calls[name] += 1
-        if self.stack:
-            self.stack[-1][1] += spent
+        return timed
+
+    def clear(self) -> None:
+        self.seconds.clear()
+        self.calls.clear()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,6 +132,8 @@ def measure(engine: Any, tasks: Sequence[Task], target: Any, draft: Any, console
     def clocked(new_tokens: int) -> tuple[int, Counts]:
         clock = ModuleClock()
         with clock.on("target", target), clock.on("draft", draft):
+            write(1)  # the first call finds the models changed, and tries them
+            clock.clear()
             steps = write(new_tokens)
         return steps, {name: (1000 * seconds, clock.calls[name]) for name, seconds in clock.seconds.items()}
 

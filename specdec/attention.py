@@ -39,7 +39,7 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
 
 def takes_intervals(model: PreTrainedModel) -> bool:
     """Whether the model's decoding windows come with intervals: it reaches `row_attention` through transformers' interface."""
-    implementation = model.config.get_text_config(decoder=True)._attn_implementation
+    implementation = implementation_of(model.config.get_text_config(decoder=True))
     can_be_lent = implementation == "sdpa" and model.device.type not in SDPA_STAYS and model._supports_attention_backend
     return implementation == ATTENTION or (can_be_lent and serves(model.device, model.dtype))
 
@@ -51,23 +51,30 @@ def lent(config: PreTrainedConfig) -> Iterator[None]:
     A stock call of another thread may meet the one or the other, and gets the same from both. Counted, since one that ends early
     must not take the name from a forward of ours whose layers still expect intervals.
     """
-    state = config.__dict__
+    key = id(config)
     with _LENDING:
-        if _LENT not in state:
-            state[_LENT] = [config._attn_implementation, 0]
-        state[_LENT][1] += 1
+        _LENT.setdefault(key, [config._attn_implementation, 0])[1] += 1
         config._attn_implementation = ATTENTION
     try:
         yield
     finally:
         with _LENDING:
-            state[_LENT][1] -= 1
-            if not state[_LENT][1]:
-                config._attn_implementation = state.pop(_LENT)[0]
+            _LENT[key][1] -= 1
+            if not _LENT[key][1]:
+                config._attn_implementation = _LENT.pop(key)[0]
+
+
+def implementation_of(config: PreTrainedConfig) -> str:
+    """The attention implementation that a model was given, also while a forward of ours runs."""
+    with _LENDING:
+        name: str = _LENT.get(id(config), [config._attn_implementation])[0]
+    return name
 
 
 _LENDING = threading.Lock()
-_LENT = "_specdec_lent"  # in a config, while a forward of ours runs: what it ran before, and the number of forwards
+# By id of a config, while forwards of ours run: what it ran before, and their number. Not in the config itself, which
+# another thread may copy or save meanwhile.
+_LENT: dict[int, list[Any]] = {}
 
 
 def row_attention(

@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 import specdec
 from specdec import embedded
 from specdec.commands import audit, demo, plan, quantize, report
-from specdec.generate import AUTO
+from specdec.drafters.resolve import AUTO
 
 DEMO_PROMPT = "queue-3"
 EXPERIMENT_MODULES = {"accelerate", "datasets", "hydra", "jinja2", "matplotlib", "omegaconf"}

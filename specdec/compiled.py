@@ -41,6 +41,7 @@ from specdec.models import PROBE_TOLERANCE, CachedModel, precision_of
 from specdec.quant import cpu as int4_on_cpu
 from specdec.quant import int4, rows
 from specdec.quant.rows import ATTENTION, MAX_WINDOW
+from specdec.ranks import tensor_parallel_group
 
 Compile = Literal["auto"] | bool
 SOURCES: tuple[ModuleType, ...] = (cache, attention, models, int4, int4_on_cpu, rows)  # what is traced, with this file
@@ -231,6 +232,8 @@ def _trial(runner: CachedModel, graphs: Graphs) -> str | None:
 def _why_not_compiled(runner: CachedModel) -> str | None:
     """Why a model's forward cannot be compiled, None where it can."""
     model = runner.model
+    if tensor_parallel_group(model) is not None:
+        return "its weights are split over several processes"
     if model.dtype not in cpu.DTYPES:
         return f"its dtype is {model.dtype}; the CPU's kernels take float32 and bfloat16"
     if "position_ids" not in runner.parameters:

@@ -201,6 +201,14 @@ class Outcome:
         )
 
 
+def host_summary(
+    asked: Tensor, drafted: Tensor, accepted: Tensor, emitted: Tensor, ends: Tensor, faults: Tensor, overlap: Tensor
+) -> Tensor:
+    """Outcome.told: columns [B] and the overlap [B, K] -> [B, 6 + K] float32, exact for integers below 2^24."""
+    counts = torch.stack([asked, drafted, accepted, emitted, ends, faults], dim=1).float()
+    return torch.cat([counts, overlap], dim=1)
+
+
 class Target(Protocol):
     """The model whose distribution counts, with its own KV cache."""
 

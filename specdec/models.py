@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
+import weakref
+from contextlib import nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from specdec.attention import KEYS, lent, takes_intervals
+from specdec.attention import KEYS, implementation_of, lent, takes_intervals
 from specdec.cache import RaggedCache, attention_kinds, attention_masks, kept_slots
 from specdec.graphs import Graphs, directly
 from specdec.quant.int4 import Int4Linear
@@ -40,7 +41,8 @@ class Forward(Protocol):
 class CachedModel:
     """A causal language model with its own KV cache: forward(ids [B, W], positions [B, W]) -> logits float32.
 
-    vocab_size: V, the width of the logits. context: positions the model was made for, None where its config names no limit.
+    vocab_size: V, the width of the logits. num_embeddings: ids it can read. context: positions the model was made for, None where
+    its config names no limit. cache_argument: what its forward calls the KV cache.
     compiled: what runs decoding windows, None: the model itself. One that does not serve a call may serve a later one.
     graphs: what parts of a step are recorded in, None: nothing is. With them buffers stay where they are from call to call, and a
     window of up to MAX_WINDOW sees all of them, so that nothing of its positions is read on the host.
@@ -50,8 +52,6 @@ class CachedModel:
         self.model = model
         self.config = model.config.get_text_config(decoder=True)
         self.kinds = attention_kinds(self.config)
-        self.parameters = set(inspect.signature(model.forward).parameters)
-        self.vocab_size = int(self.config.vocab_size)
         self.context = context_of(model)
         self._compiled: Forward | None = None
         self._is_current = True  # whether that serves the call in progress
@@ -73,11 +73,24 @@ class CachedModel:
     def compiled(self, forward: Forward | None) -> None:
         self._compiled, self._is_current = forward, True
 
+    def refresh(self) -> None:
+        """Take note of what the model's forward takes, and how wide its head and embeddings are now."""
+        self.parameters = forward_parameters(self.model)
+        self.cache_argument = "cache" if "cache" in self.parameters else "past_key_values"
+        self.vocab_size, self.num_embeddings = widths(self.model)
+
+    def spare(self) -> CachedModel:
+        """Another runner of the same model, with a cache of its own and nothing recorded."""
+        runner = CachedModel(self.model)
+        runner.compiled = self._compiled
+        return runner
+
     def begin(self, batch_size: int, max_slots: int | None = None) -> None:
         """Forget everything: an empty cache, whose buffers grow to max_slots at most; None: as far as texts go."""
+        self.refresh()
         if self._compiled is not None and batch_size:
             self._is_current = self._compiled.renew()
-        implementation = self.config._attn_implementation
+        implementation = implementation_of(self.config)
         self.mask_dtype = self.model.dtype if implementation == "eager" else torch.bool
         self.takes_intervals = takes_intervals(self.model)
         if self.graphs is not None and max_slots is not None:
@@ -139,7 +152,7 @@ class CachedModel:
         inputs: dict[str, Any] = {
             "input_ids": ids,
             "attention_mask": attention_masks(positions, cache.window.key_length, self.config, self.kinds, mask_dtype),
-            "past_key_values": cache,
+            self.cache_argument: cache,
             "use_cache": True,
             "return_dict": True,
         }
@@ -150,6 +163,47 @@ class CachedModel:
             inputs["logits_to_keep"] = columns
         logits: Tensor = self.model(**inputs).logits
         return logits if keeps else logits[:, columns] if isinstance(columns, Tensor) else logits[:, -columns:]
+
+
+def forward_parameters(model: PreTrainedModel) -> frozenset[str]:
+    """Names that the model's forward takes; those of the forwards that it overrides too, while it passes on any keyword."""
+    overridden = [cls.__dict__["forward"] for cls in type(model).__mro__ if "forward" in cls.__dict__]
+    names: frozenset[str] = frozenset()
+    for function in (model.forward, *overridden):
+        named, takes_any = _signature_of(getattr(function, "__func__", function))
+        names |= named
+        if not takes_any:
+            break
+    return names
+
+
+_SIGNATURES: weakref.WeakKeyDictionary[Any, tuple[frozenset[str], bool]] = weakref.WeakKeyDictionary()
+
+
+def _signature_of(function: Any) -> tuple[frozenset[str], bool]:
+    """Names of its parameters, and whether it takes any keyword; looked up once, which takes 50 us."""
+    with suppress(TypeError):  # a callable object may be no key
+        if (known := _SIGNATURES.get(function)) is not None:
+            return known
+    parameters = inspect.signature(function).parameters
+    known = frozenset(parameters), any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    with suppress(TypeError):
+        _SIGNATURES[function] = known
+    return known
+
+
+def widths(model: PreTrainedModel) -> tuple[int, int]:
+    """Of the logits, and how many ids the model can read, as its head and its embeddings are now."""
+    vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return _rows(head, "out_features", vocab_size), _rows(embeddings, "num_embeddings", vocab_size)
+
+
+def _rows(module: Any, name: str, default: int) -> int:
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
+        return weight.shape[0]
+    return int(getattr(module, name, default))
 
 
 def context_of(model: PreTrainedModel) -> int | None:
@@ -169,7 +223,7 @@ def unsupported(model: PreTrainedModel) -> str | None:
     text_config = config.get_text_config(decoder=True)
     if kinds := attention_kinds(text_config) - LINEAR_KINDS:
         return f"its layers of kind {', '.join(sorted(kinds))} keep more than keys and values by position"
-    implementation = text_config._attn_implementation
+    implementation = implementation_of(text_config)
     if implementation not in ATTENTIONS:
         return (
             f"its attention implementation {implementation!r} does not take a mask for each row;"
@@ -194,27 +248,46 @@ def dynamic_rope_limit(model: PreTrainedModel) -> int | None:
 def precision_of(model: PreTrainedModel) -> torch.dtype:
     """The coarsest dtype that a model computes in: kernels of 4-bit layers take and give 16 bits, whatever is around them."""
     has_kernel = any(isinstance(module, Int4Linear) and module.use_kernel for module in model.modules())
-    return torch.bfloat16 if has_kernel else model.dtype
+    dtype = torch.bfloat16 if has_kernel else model.dtype
+    return max(dtype, autocast_of(model.device) or dtype, key=lambda dtype: PROBE_TOLERANCE.get(dtype, 1e-1))
+
+
+def autocast_of(device: torch.device) -> torch.dtype | None:
+    """The dtype that the caller's autocast computes in on this device, None where there is none."""
+    is_on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if is_on else None
+
+
+@torch.no_grad()
+def draws_random_numbers(model: PreTrainedModel) -> bool:
+    """Whether a forward draws random numbers in the model's present mode, as dropout does in training. Leaves seeds alone."""
+    device = model.device
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng([device] if on_gpu else []):
+        before = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None
+        model(input_ids=ids, use_cache=False)
+        after = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None
+    pairs = zip(before, after, strict=True)
+    return any(one is not None and other is not None and not one.equal(other) for one, other in pairs)
 
 
 @torch.no_grad()
 def _trial(model: PreTrainedModel) -> str | None:
-    """Compare a short ragged run, with rejected entries left behind, to each row on its own: -> what went wrong, or None.
+    """Compare a short ragged run, with rejected entries left behind, to plain decoding of each row: -> what went wrong, or None.
 
-    Uneven on purpose: some families pass an even batch and write other text on an uneven one.
+    Uneven on purpose: some families pass an even batch and write other text on an uneven one. The short row is decoded id by id
+    on transformers' own cache, so that a forward which treats its last position in another way than those before it shows.
     """
     generator = torch.Generator().manual_seed(0)
-    text_config = model.config.get_text_config(decoder=True)
     limit = context_of(model) or 64
     lengths = torch.tensor([min(length, limit - 2) for length in (3, 37)])
     if lengths.min() < 1:
         return f"its context of {limit} is too short"
-    vocab_size = int(text_config.vocab_size)
+    vocab_size = min(widths(model))
     ids = torch.randint(vocab_size, (2, limit if limit < 64 else 64), generator=generator)
     ids, lengths = ids.to(model.device), lengths.to(model.device)
-    was_training = model.training
     try:
-        model.eval()
         runner = CachedModel(model)
         runner.prefill(ids, lengths - 2)
         columns = torch.arange(3, device=ids.device)
@@ -222,9 +295,14 @@ def _trial(model: PreTrainedModel) -> str | None:
         positions = (lengths[:, None] - 1 + columns).clamp(max=ids.shape[1] - 1)
         runner.forward(rejected, positions)
         got = runner.forward(ids.gather(1, positions), positions)
+        if got.shape[-1] != runner.vocab_size:
+            return f"its head has {runner.vocab_size} rows and its logits are {got.shape[-1]} wide"
         for row in range(2):
-            stop = int(positions[row, -1]) + 1
-            want = model(input_ids=ids[row : row + 1, :stop], use_cache=False).logits[0, positions[row]].float()
+            text = ids[row : row + 1, : int(positions[row, -1]) + 1]
+            if row == 0:
+                want = _decoded(runner, text, int(positions[row, 0])).to(got.device)
+            else:
+                want = model(input_ids=text, use_cache=False).logits[0, positions[row]].float()
             error = ((got[row] - want).norm() / (want - want.mean()).norm().clamp(min=1e-30)).item()
             if want.isnan().any():
                 return "its logits are NaN; check its weights and dtype"
@@ -233,6 +311,13 @@ def _trial(model: PreTrainedModel) -> str | None:
     except Exception as error:  # a model may fail in any way on inputs it was not made for; the answer is the same
         first_line = str(error).partition("\n")[0]
         return f"it does not run with positions and a mask for each row (a trial ended in {type(error).__name__}: {first_line})"
-    finally:
-        model.train(was_training)
     return None
+
+
+def _decoded(runner: CachedModel, text: Tensor, first: int) -> Tensor:
+    """Logits [n, V] float32 of text [1, L] from position `first` on, one position a forward behind those before it."""
+    cache = DynamicCache(config=runner.config)
+    call: dict[str, Any] = {runner.cache_argument: cache, "use_cache": True, "return_dict": True}
+    pieces = [text[:, :first], *text[:, first:].split(1, dim=1)]
+    logits = [runner.model(input_ids=piece, **call).logits[0, -1] for piece in pieces if piece.shape[1]]
+    return torch.stack(logits[-(text.shape[1] - first) :]).float()

@@ -53,6 +53,9 @@ class Pace(Protocol):
     def observe(self, steps: Sequence[Step | None]) -> None:
         """See what the oldest step not heard of did to each row; None for one that had finished."""
 
+    def end(self) -> Choice | None:
+        """The call has ended: what was chosen, for the statistics; None where nothing was."""
+
 
 @dataclass(frozen=True, slots=True)
 class Constant:
@@ -64,6 +67,9 @@ class Constant:
         return self.most
 
     def observe(self, steps: Sequence[Step | None]) -> None:
+        pass
+
+    def end(self) -> None:
         pass
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -29,12 +31,21 @@ def drafted_ids(most: int) -> list[int]:
 
 
 def profile(
-    target: Target, drafter: Drafter, asked: Sequences, sampling: Sampling, most: int, graphs: Graphs | None = None
+    target: Target,
+    drafter: Drafter,
+    asked: Sequences,
+    sampling: Sampling,
+    most: int,
+    graphs: Graphs | None = None,
+    agree: Callable[[bool], bool] = bool,
+    was_alone: Callable[[], bool] = lambda: True,
 ) -> Profile:
     """Time steps with 0 … most drafted ids, behind the last columns of the prompts of `asked`, a call that has not begun.
 
-    What is written is thrown away, and both models must begin again. Seeds are untouched. Of the call's processors those take
-    part that look at the scores alone.
+    What is written is thrown away, and both models must begin again. Of the call's processors those take part that
+    depend on the scores alone. agree: takes a decision that depends on this process' clock, and returns the one that all
+    ranks of a tensor-parallel model follow. was_alone: whether no other thread may have drawn random numbers since the
+    profile began; then seeds are as they were.
     """
     started = time.perf_counter()
     device, context = asked.device, asked.context
@@ -64,7 +75,7 @@ def profile(
             timed.setdefault(k, []).append(timing)
         return timing
 
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with _restored_seeds(device, was_alone):
         target.begin(len(prompt), sequences.furthest)
         drafter.begin(sequences, sampling)
         target.prefill(sequences.ids, sequences.lengths - 1)
@@ -74,7 +85,7 @@ def profile(
                 run(k, is_timed=False)
             run(k)
         slowest_s = _seconds(timed[most][0])
-        if 2 * slowest_s * len(drafted) < SECONDS:
+        if agree(2 * slowest_s * len(drafted) < SECONDS):
             for k in first_runs * drafted[:-1]:
                 run(k, is_timed=False)
         else:
@@ -82,7 +93,7 @@ def profile(
         box = time.perf_counter() + SECONDS / 3  # first runs, and reading the prompts, take most of the rest
         for _ in range(ROUNDS):
             for k in (*drafted, 0):
-                if time.perf_counter() < box and _has_room(sequences, DRAFT_RUN * (most + 1) + PLAIN_RUN):
+                if agree(time.perf_counter() < box) and _has_room(sequences, DRAFT_RUN * (most + 1) + PLAIN_RUN):
                     for _ in range(DRAFT_RUN if k else PLAIN_RUN):  # as calls make them; the first find the caches cold
                         run(k)
         drafter.begin(sequences, sampling)
@@ -101,6 +112,20 @@ def profile(
     )
     catch_up_s = max(reading_s - times.draft_s[1], 0.0) / unread
     return Profile(times, catch_up_s, chances, time.perf_counter() - started)
+
+
+@contextmanager
+def _restored_seeds(device: torch.device, was_alone: Callable[[], bool]) -> Iterator[None]:
+    """Set torch's generators back behind the block, unless another thread drew from them: it would draw the same again."""
+    on_gpu = device.type == "cuda"
+    state, gpu_state = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None
+    try:
+        yield
+    finally:
+        if was_alone():
+            torch.set_rng_state(state)
+            if gpu_state is not None:
+                torch.cuda.set_rng_state(gpu_state, device)
 
 
 def _seconds(timing: StepTiming) -> float:

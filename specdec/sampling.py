@@ -12,15 +12,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Processor:
-    """One logits processor: function(input_ids [B, L], scores [B, V]) -> scores [B, V].
+    """One stateless logits processor: function(input_ids [B, L], scores [B, V]) -> scores [B, V].
 
-    by_row: True where the function takes one row at a time: function(row, input_ids [L], scores [V]) -> scores [V].
     needs_prefix: False where the scores alone decide (temperature, top-k, top-p, …), so all positions go through at once.
     """
 
     function: Callable[..., Tensor]
     needs_prefix: bool = True
-    by_row: bool = False
 
 
 class Prefixes(Protocol):
@@ -75,8 +73,8 @@ class Sampling:
     def _by_prefix(self, logits: Tensor, prefixes: Prefixes, skip: int, used: Tensor | None, draft_ids: Tensor | None) -> Tensor:
         """Process once for every distinct prefix length, always with the full batch: some processors keep per-row state.
 
-        Rows of another length take part with a prefix cut to fit or lent by another row, and their result is dropped. Behind
-        a draft id that ends the row, or that the target cannot give, no processor is asked: plain decoding never gets there.
+        Rows of another length take part with a prefix cut or filled to fit, and their result is dropped. Behind a draft id that
+        ends the row, or that the target does not choose, no processor is called: plain decoding never gets there.
         """
         num_columns = logits.shape[1]
         first = prefixes.padded_lengths + skip
@@ -92,18 +90,12 @@ class Sampling:
             column = column.clamp(0, num_columns - 1)
             scores = logits[rows, column]
             input_ids = prefixes.padded(width)
-            real = matches | (prefixes.padded_lengths >= width)  # a grammar may know no other text: lend it a real one
-            input_ids = torch.where(real[:, None], input_ids, input_ids[matches.long().argmax()])
             for processor in self.processors:
-                if processor.by_row:
-                    for row in rows[matches].tolist():
-                        scores[row] = processor.function(row, input_ids[row], scores[row])
-                else:
-                    scores = processor.function(input_ids, scores)
+                scores = processor.function(input_ids, scores)
             result[rows[matches], column[matches]] = scores[matches]
             if draft_ids is not None and draft_ids.shape[1]:
                 drafted = draft_ids[rows, column.clamp(max=draft_ids.shape[1] - 1)]
-                last = scores.gather(1, drafted[:, None])[:, 0] == -torch.inf
+                last = scores.gather(1, drafted[:, None])[:, 0] == -torch.inf if self.do_sample else drafted != scores.argmax(-1)
                 if prefixes.stop_ids is not None:
                     last |= torch.isin(drafted, prefixes.stop_ids)
                 used = torch.where(matches & last, column + 1, used)

@@ -32,15 +32,17 @@ class Sequences:
         num_draft_tokens: int = 0,
         stop_ids: Tensor | None = None,
         stop: Callable[[Tensor], bool] | None = None,
+        in_lockstep: bool = False,
     ) -> None:
         """prompt: [B, P] int64, left-padded; prompt_lengths: [B] int64, at least 1 each; max_length: of the padded text, > P.
 
         context: no id is drafted at or behind this position. num_draft_tokens: the most that a step may stage.
-        stop_ids: [S] int64, ids that end a row. stop: judges a left-padded text [1, L] after each committed id.
+        stop_ids: [S] int64, ids that end a row. stop: decides on a left-padded text [1, L] after each committed id.
+        in_lockstep: all rows advance by the same number of ids and end with the batch; see specdec/lockstep.py.
         """
         width = prompt.shape[1]
         self.prompt, self.max_length, self.context = prompt, max_length, context
-        self.stop_ids, self.stop = stop_ids, stop
+        self.stop_ids, self.stop, self.in_lockstep = stop_ids, stop, in_lockstep
         self.padding = width - prompt_lengths
         self.lengths = prompt_lengths.clone()
         self.end = max_length - self.padding
@@ -123,10 +125,12 @@ class Sequences:
     def learn(self, outcome: Outcome) -> None:
         """What the oldest step that the host had not heard of did to each row."""
         self._unheard.popleft()
-        for row, (step, ends) in enumerate(zip(outcome.steps, outcome.ends, strict=True)):
-            if step is not None:
-                self._known[row] += step.emitted
-                self._live[row] = not ends
+        counts = [0 if step is None else step.emitted for step in outcome.steps]
+        if self.in_lockstep:
+            counts = [max(counts)] * len(counts)
+        for row, (count, ends) in enumerate(zip(counts, outcome.ends, strict=True)):
+            self._known[row] += count
+            self._live[row] &= not ends
 
     def limit(self, num_draft_tokens: int) -> Tensor:
         """How many ids may be drafted for each row: [B] int64, 0 where finished. One slot before `end` is the target's own."""
@@ -149,6 +153,12 @@ class Sequences:
         """Write ids [B, W] behind the committed ones and `skip` staged ones, where they are stale until committed."""
         columns = self.lengths[:, None] + skip + torch.arange(ids.shape[1], device=self.device)
         self.ids.scatter_(1, columns, ids)
+
+    def append(self, ids: Tensor, is_over: bool) -> None:
+        """Append ids [B, n] int64 to every row, of a batch in lockstep; is_over: the whole batch ends with them."""
+        self.stage(ids)
+        self.lengths += ids.shape[1]
+        self.finished |= is_over
 
     def commit(self, draft: Draft, verdict: Verdict) -> tuple[Tensor, Tensor]:
         """Append each row's accepted ids and its next id, cut at its first stop: -> emitted [B] int64, stopped [B] bool.

@@ -9,6 +9,7 @@ Row b has n[b] committed ids; the target's cache covers the first n-1. One step:
     5. the kept ids are committed, up to each row's own stop
     6. nothing is rolled back: a KV entry lives in the slot of its position, and stale slots are overwritten before they are seen
 
+Where a call brings callbacks that must be called once for each committed position, lockstep.py does 3 to 5 position by position.
 Plain decoding is this loop with a drafter that proposes nothing. The host hears of a step when it asks, or while `ahead` further
 ones are under way; what they do is decided on the device, so it need not be asked between them.
 """
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from specdec.clock import no_lap
 from specdec.graphs import Run, directly
-from specdec.interfaces import BROKEN_DRAFT, NAN_DRAFT, NAN_TARGET, Draft, Drafter, Outcome, Target, Verdict
+from specdec.interfaces import BROKEN_DRAFT, NAN_DRAFT, NAN_TARGET, Draft, Drafter, Outcome, Target, Verdict, host_summary
+from specdec.lockstep import Lockstep
 from specdec.pace import Pace
 from specdec.sampling import Sampling
 from specdec.sequences import Sequences
@@ -40,6 +42,7 @@ def speculate(
     sampling: Sampling,
     pace: Pace,
     *,
+    lockstep: Lockstep | None = None,
     run: Run = directly,
     ahead: int = 0,
     lap: Lap = no_lap,
@@ -55,8 +58,8 @@ def speculate(
     lap("prefill")
     unheard: deque[Outcome] = deque()
     while not sequences.is_done:
-        most = pace.next()
-        unheard.append(step(target, drafter, sequences, sampling, most if ahead else min(most, sequences.room), run, lap))
+        most = pace.next() if ahead else min(pace.next(), sequences.room)
+        unheard.append(step(target, drafter, sequences, sampling, most, run, lap, lockstep))
         if len(unheard) <= ahead:
             continue
         outcome = unheard.popleft()
@@ -73,6 +76,7 @@ def step(
     num_draft_tokens: int,
     run: Run = directly,
     lap: Lap = no_lap,
+    lockstep: Lockstep | None = None,
 ) -> Outcome:
     """One forward of the target for every row: up to num_draft_tokens accepted ids and one of its own."""
     lap("other")
@@ -82,15 +86,17 @@ def step(
     if not isinstance(draft, Draft):
         raise ValueError(f"{type(drafter).__name__}.propose returned a {type(draft).__name__}; it must return a Draft")
     draft.check(sequences.batch_size, sequences.spare - 1, target.vocab_size, drafter)
+    draft = draft if lockstep is None else lockstep.extend(draft)
     lap("draft")
 
     looked = run("target", partial(look, target, sequences), draft.ids, draft.lengths, limit)
     lap("target")
 
-    if sampling.needs_prefix or sequences.stop is not None:  # the host's
+    if lockstep is not None or sampling.needs_prefix or sequences.stop is not None:  # the host's
         run = directly
+    function = partial(commit, sequences, sampling) if lockstep is None else partial(lockstep.commit, sequences)
     key = "verification", sampling.form, sequences.stop_ids is None
-    accepted, next_ids, *committed = run(key, partial(commit, sequences, sampling), limit, draft.probs, *looked)
+    accepted, next_ids, *committed = run(key, function, limit, draft.probs, *looked)
     outcome = Outcome(type(drafter).__name__, draft, Verdict(accepted, next_ids), limit, looked[-1], *committed)
     outcome.send()
     drafter.observe(outcome)
@@ -139,6 +145,5 @@ def commit(
     faults = BROKEN_DRAFT * is_broken + NAN_TARGET * is_nan
     if probs is not None:
         faults = faults + NAN_DRAFT * probs[..., 0].isnan().any(1)
-    counts = torch.stack([limit, drafted, accepted, emitted, stopped, faults], dim=1).float()  # exact below 2^24
-    told = torch.cat([counts, overlap], dim=1)
+    told = host_summary(limit, drafted, accepted, emitted, stopped, faults, overlap)
     return verdict.accepted, verdict.next_ids, live, emitted, drafted, accepted, overlap, told, scores

@@ -71,11 +71,11 @@ class World:
 def jumpy(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Profiles and clocks of chance, believed at once: K changes from step to step, 0 included, in each run alike."""
     coins = random.Random(seed)
-    monkeypatch.setattr("specdec.generate._LEARNED", weakref.WeakKeyDictionary())
+    monkeypatch.setattr("specdec.call.LEARNED", weakref.WeakKeyDictionary())
     times = iter(lambda: coins.uniform(0, 1e3), None)
     monkeypatch.setattr(pace, "perf_counter", lambda: next(times))
     monkeypatch.setattr(Experience, "follow", lambda self, *step: vars(self).update(step_s=jumped(coins), run=pace.PLAIN_RUN))
-    monkeypatch.setattr("specdec.generate.profile", lambda *args: profile_of(jumped(coins)[: args[4] + 1]))
+    monkeypatch.setattr("specdec.call.profile", lambda *args: profile_of(jumped(coins)[: args[4] + 1]))
     monkeypatch.setattr(pace, "FIRST_PLAIN", 2)
     monkeypatch.setattr(pace, "LAST_PLAIN", 2)
     monkeypatch.setattr(pace, "FIRST_PROBE", 1)

@@ -334,8 +334,8 @@ def test_a_run_that_was_killed_in_its_first_line_is_gone_on_with(tmp_path: Path,
 
 def test_a_call_that_the_stock_loop_would_serve_is_no_measurement(tmp_path: Path) -> None:
     pair = Pair.load(small(tmp_path), "cpu")
-    with pytest.raises(ValueError, match="this call cannot be measured: specdec leaves this call to the stock loop: guidance"):
-        pair.generate(pair.engines[PLAIN], [[5, 6, 7]], 0, guidance_scale=1.5)
+    with pytest.raises(ValueError, match="cannot be measured: specdec leaves this call to the stock loop: use_cache=False"):
+        pair.generate(pair.engines[PLAIN], [[5, 6, 7]], 0, use_cache=False)
 
 
 def test_resuming_where_nothing_is_begins_anew_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

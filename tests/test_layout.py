@@ -15,12 +15,12 @@ PACKAGE = ROOT / "specdec"
 
 FLOORS = {
     "interfaces": 1, "sampling": 1, "verification": 1, "stats": 1, "clock": 1, "cost": 1, "pace": 1, "graphs": 1,
-    "identity": 1,
+    "identity": 1, "ranks": 1,
     "text": 1, "embedded": 1, "provenance": 1,
     "sequences": 2, "speculative": 2, "profiling": 2, "cache": 2, "attention": 2, "models": 2, "quant": 2,
-    "compiled": 2,
+    "compiled": 2, "lockstep": 2, "callbacks": 2, "routing": 2,
     "drafters": 3,
-    "generate": 4, "loading": 4,
+    "state": 4, "call": 4, "generate": 4, "loading": 4,
     "planning": 5, "experiments": 5,
     "cli": 6, "commands": 6,
 }  # fmt: skip
@@ -33,10 +33,12 @@ WITHOUT_TRANSFORMERS = {
     "cost",
     "pace",
     "graphs",
+    "ranks",
     "identity",
     "text",
     "embedded",
     "sequences",
+    "lockstep",
     "speculative",
     "profiling",
     "drafters.none",

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import specdec
-from specdec import generate, pace, profiling
+from specdec import call as served
+from specdec import pace, profiling
 from specdec.cost import StepTimes, acceptance_lengths, fastest
 from specdec.drafters.model import ModelDrafter
 from specdec.interfaces import Step
@@ -390,7 +391,7 @@ class Counting:
 
 def test_a_profile_is_made_once_for_each_kind_of_batch_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     counting = Counting()
-    monkeypatch.setattr(generate, "profile", counting)
+    monkeypatch.setattr(served, "profile", counting)
     model, draft = copy.deepcopy(family("llama")), copy.deepcopy(family("llama"))
     specdec.enable(model, draft)
 
@@ -439,7 +440,7 @@ def test_a_drafter_that_cannot_be_hashed_is_known_too(monkeypatch: pytest.Monkey
         __hash__ = None  # type: ignore[assignment]
 
     counting = Counting()
-    monkeypatch.setattr(generate, "profile", counting)
+    monkeypatch.setattr(served, "profile", counting)
     model = specdec.enable(copy.deepcopy(family("llama")), Unhashable(1))
     for _ in range(2):
         model.generate(**prompts(1), max_new_tokens=6)

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from peers.show import best, name_of
 
+from specdec import routing
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,6 +26,12 @@ def blocks(language: str, text: str = README) -> list[str]:
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_blocks_run(code: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_table_of_the_stock_loop_is_the_routing_table() -> None:
+    section = README.partition("## What stays with the stock loop")[2].partition("\n## ")[0]
+    rows = [line.strip("| ") for line in section.splitlines() if line.startswith("| ")]
+    assert rows == ["calls", *routing.all_calls()]
 
 
 def test_the_drafter_of_contributing_runs() -> None:

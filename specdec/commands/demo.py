@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import specdec
-from specdec.generate import resolve_drafter
+from specdec.drafters.resolve import resolve_drafter
 from specdec.loading import load
 from specdec.text import pieces
 

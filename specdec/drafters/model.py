@@ -20,14 +20,18 @@ LEAST_UNREAD = 2  # committed ids that a step feeds at least: after full accepta
 class ModelDrafter:
     """Drafts with a causal language model that shares the target's tokenizer.
 
-    vocab_size: width of the target's logits; the draft's are cut to it, or padded with -inf.
+    vocab_size: width of the target's logits; the draft's are cut to it, or padded with -inf. num_ids: ids that a text may hold.
     unread: the last committed ids of each row that a step begins with, so that all entries before its draft are right. After a
     step that drafted they are two, after one that did not one more than before.
     """
 
     def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
         self.runner = CachedModel(model)
-        self.vocab_size = vocab_size
+        self.vocab_size = self.num_ids = vocab_size
+
+    def fit(self, vocab_size: int, num_embeddings: int) -> None:
+        """Take the widths of the target's head and embeddings as they are now."""
+        self.vocab_size, self.num_ids = vocab_size, max(vocab_size, num_embeddings)
 
     def begin(self, sequences: Sequences, sampling: Sampling) -> None:
         self.sampling = sampling
@@ -83,7 +87,7 @@ class ModelDrafter:
 
     def _known(self, ids: Tensor) -> Tensor:
         """Ids that a narrower draft vocabulary lacks stand as its last one: a worse draft, the same text."""
-        return ids if self.runner.vocab_size >= self.vocab_size else ids.clamp(max=self.runner.vocab_size - 1)
+        return ids if self.runner.num_embeddings >= self.num_ids else ids.clamp(max=self.runner.num_embeddings - 1)
 
     def _choose(self, logits: Tensor, sequences: Sequences, index: int, limit: Tensor) -> tuple[Tensor, Tensor]:
         """The next id of each row [B, 1] and the distribution it was drawn from [B, 1, V] (unused when greedy: [B, 1] scores)."""

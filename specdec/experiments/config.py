@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specdec.generate import AUTO
+from specdec.drafters.resolve import AUTO
 from specdec.loading import DTYPES, load
 from specdec.pace import LARGEST
 from specdec.quant.quantizer import Int4Config

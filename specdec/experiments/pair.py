@@ -13,9 +13,9 @@ from torch import Tensor
 import specdec
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
+from specdec.drafters.resolve import AUTO, resolve_drafter
 from specdec.experiments.config import DraftModel, ExperimentConfig
 from specdec.experiments.records import PLAIN, SPECULATIVE
-from specdec.generate import AUTO, resolve_drafter
 from specdec.interfaces import Draft, Drafter, Outcome
 from specdec.loading import load, load_tokenizer
 from specdec.models import context_of

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from specdec.drafters.resolve import AUTO
 from specdec.experiments.figures import COLUMN, Difference, Figures, check_comparable, compare, figures, tally
 from specdec.experiments.plots import Measured
 from specdec.experiments.records import SPECULATIVE, Run, files_of, read_run
-from specdec.generate import AUTO
 from specdec.stats import Choice
 
 SHORT = {"num_draft_tokens": "K", "sampling.temperature": "T"}

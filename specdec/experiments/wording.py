@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import median_low
 
+from specdec.drafters.resolve import AUTO
 from specdec.experiments.figures import WhatIf, compare
 from specdec.experiments.plots import interval, number, with_interval
 from specdec.experiments.records import PLAIN, SPECULATIVE, Record, Run
@@ -19,7 +20,6 @@ from specdec.experiments.reported import (
     is_sampled,
     k_of,
 )
-from specdec.generate import AUTO
 
 SLOW = 3  # times what is usual
 

@@ -81,9 +81,14 @@ def load_quantized(path: str | Path, config: Int4Config | None = None, **kwargs:
     return model
 
 
-def load_as_it_is(path: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """The model of a checkpoint, in the precision that it comes in: 4 bits where it is quantized, full precision where not."""
-    is_quantized = getattr(AutoConfig.from_pretrained(path), "quantization_config", None) is not None
+def load_as_it_is(path: str | Path, *, trust_remote_code: bool | None = None, **kwargs: Any) -> PreTrainedModel:
+    """The model of a checkpoint, in the precision that it comes in: 4 bits where it is quantized, full precision where not.
+
+    trust_remote_code: whether code of the checkpoint's own may run; None: transformers asks on the terminal.
+    """
+    kwargs["trust_remote_code"] = trust_remote_code
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    is_quantized = getattr(config, "quantization_config", None) is not None
     load: Any = load_quantized if is_quantized else AutoModelForCausalLM.from_pretrained
     model: PreTrainedModel = load(path, **kwargs)
     return model

@@ -1,0 +1,123 @@
+"""From whatever enable() or a call was given to a Drafter, and whether it fits its target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from specdec.drafters.model import ModelDrafter
+from specdec.drafters.none import NoDrafter
+from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.interfaces import Drafter
+from specdec.models import context_of, unsupported, widths
+from specdec.quant.checkpoints import load_as_it_is
+from specdec.quant.quantizer import is_4bit
+from specdec.quant.rows import MAX_WINDOW
+
+AUTO = "auto"
+NAMED_DRAFTERS: dict[str, Callable[[], Drafter]] = {"none": NoDrafter, "prompt_lookup": PromptLookup}
+
+
+def resolve_drafter(drafter: PreTrainedModel | Drafter | str | Path, model: PreTrainedModel) -> Drafter:
+    """A Drafter from whatever enable() or a call was given; raises where it does not fit the target."""
+    if isinstance(drafter, str | Path):
+        if str(drafter) in NAMED_DRAFTERS:
+            return NAMED_DRAFTERS[str(drafter)]()
+        drafter = _load_draft(str(drafter), model)
+    drafter = unwrapped(drafter)
+    if isinstance(drafter, PreTrainedModel):
+        check_pair(model, drafter)
+        return ModelDrafter(drafter, widths(model)[0])
+    if isinstance(drafter, type) or not isinstance(drafter, Drafter):
+        raise TypeError(
+            f"drafter={drafter!r} is none of: a transformers model, a hub id or folder, {sorted(NAMED_DRAFTERS)}, an object with"
+            " begin(), propose() and observe()"
+        )
+    return drafter
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model that a PeftModel adapts; anything else as it is."""
+    is_adapted = isinstance(model, nn.Module) and hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    return model.get_base_model() if is_adapted and not isinstance(model, PreTrainedModel) else model
+
+
+def _load_draft(name: str, model: PreTrainedModel) -> PreTrainedModel:
+    try:
+        draft: Any = load_as_it_is(name, dtype=model.dtype, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"drafter={name!r} is not one of {sorted(NAMED_DRAFTERS)}, and no model could be loaded from it as a folder or"
+            f" hub id: {str(error).splitlines()[0]}"
+        ) from error
+    model_on_device: PreTrainedModel = draft.to(model.device)
+    return model_on_device
+
+
+def check_pair(model: PreTrainedModel, draft: PreTrainedModel) -> None:
+    """Raise where a draft model cannot draft for this target."""
+    check_device(model, draft)
+    with in_eval_mode(draft):
+        if reason := unsupported(draft):
+            raise ValueError(f"{type(draft).__name__} cannot draft: {reason}")
+    tokenizer, draft_tokenizer = _tokenizer_of(model), _tokenizer_of(draft)
+    if tokenizer is None or draft_tokenizer is None:
+        return
+    ours, theirs = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
+    if ours != theirs:
+        token = min(ours.items() ^ theirs.items(), key=lambda item: item[1])[0]
+        raise ValueError(
+            f"the draft model has another tokenizer than the target: {token!r} is id {theirs.get(token)} in {draft.name_or_path}"
+            f" and {ours.get(token)} in {model.name_or_path}; take a draft that was trained with the target's tokenizer"
+        )
+
+
+def check_device(model: PreTrainedModel, draft: PreTrainedModel) -> None:
+    if draft.device != model.device:
+        raise ValueError(f"the draft model is on {draft.device}, the target on {model.device}; move one of them with .to()")
+
+
+def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the model's weights, None where there is none at hand. No network, no code of the folder's own."""
+    path = model.name_or_path
+    if not path or (Path(path).is_dir() and not any(Path(path).glob("*token*")) and not any(Path(path).glob("*vocab*"))):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError):
+        return None
+
+
+def check_num_draft_tokens(num_draft_tokens: int | str, model: PreTrainedModel) -> None:
+    if num_draft_tokens == AUTO:
+        return
+    if not isinstance(num_draft_tokens, int) or isinstance(num_draft_tokens, bool) or num_draft_tokens < 1:
+        raise ValueError(
+            f"num_draft_tokens={num_draft_tokens!r} must be a whole number, 1 or more, or 'auto'; for plain decoding use"
+            " drafter='none'"
+        )
+    context = context_of(model)
+    if context is not None and num_draft_tokens >= context:
+        raise ValueError(f"num_draft_tokens={num_draft_tokens} does not fit the model's context of {context}; 2 to 8 is usual")
+    if num_draft_tokens >= MAX_WINDOW and is_4bit(model):
+        raise ValueError(
+            f"num_draft_tokens={num_draft_tokens} makes a window that a 4-bit model takes for a prompt, and rounds otherwise; the"
+            f" most is {MAX_WINDOW - 1}, and 2 to 8 is usual"
+        )
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within, no dropout acts; behind it each module is in its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(False)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
