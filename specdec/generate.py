@@ -169,10 +169,18 @@ def _drop_in_class(stock: Any) -> Any:
             _warn("it went past the model's own generate()", stacklevel=4)
             prepare_stock(model_kwargs)
         else:
+            asked = _num_draft_tokens(self, call, generation_config)
             request = Request(
-                self, state.target, generation_config, generation_mode, call.arguments, call.mode_kwargs, model_kwargs
+                model=self,
+                runner=state.target,
+                config=generation_config,
+                mode=generation_mode,
+                arguments=call.arguments,
+                mode_kwargs=call.mode_kwargs,
+                model_kwargs=model_kwargs,
+                num_draft_tokens=asked,
+                max_draft_tokens=max_draft_tokens(asked, state.target),
             )
-            request.max_draft_tokens = max_draft_tokens(_num_draft_tokens(state, request), state.target)
             if reason := why_stock(BEFORE_INPUTS, request):
                 _warn(reason, stacklevel=5)
                 prepare_stock(model_kwargs)
@@ -233,7 +241,7 @@ def _decode(model: Any, input_ids: Tensor, stock: Callable[..., Any], kwargs: di
                 state,
                 target,
                 drafter,
-                _num_draft_tokens(state, request),
+                request.num_draft_tokens,
                 input_ids,
                 logits_processor=kwargs["logits_processor"],
                 stopping_criteria=kwargs["stopping_criteria"],
@@ -293,15 +301,16 @@ def _assistant_drafter(state: State, target: CachedModel, assistant: PreTrainedM
     return drafter
 
 
-def _num_draft_tokens(state: State, request: Request) -> int | str:
+def _num_draft_tokens(model: Any, call: Call, config: GenerationConfig) -> int | str:
     """K of this call, or "auto": its own, else enable's."""
-    own = request.config.prompt_lookup_num_tokens
+    own = config.prompt_lookup_num_tokens
     if own is None:
-        own = request.arguments.get("num_assistant_tokens")
-    if own is None and (passed := request.arguments.get("generation_config")) is not None:
+        own = call.arguments.get("num_assistant_tokens")
+    if own is None and (passed := call.arguments.get("generation_config")) is not None:
         own = passed.num_assistant_tokens
+    state: State = model.__dict__[_STATE]
     own = state.num_draft_tokens if own is None else own
-    check_num_draft_tokens(own, request.model)
+    check_num_draft_tokens(own, model)
     return own
 
 

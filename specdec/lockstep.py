@@ -78,52 +78,64 @@ class Lockstep:
         overlap = torch.zeros(ids.shape, device=ids.device)
         has_nan = torch.zeros_like(live)
         processed, chosen = logits.clone(), []
-        is_over = False
         for column in range(logits.shape[1]):
-            raw = logits[:, column].to(self.input_ids.device, copy=True)
-            scores = self.process(self.input_ids, raw)
-            if self.scores is not None:
-                self.scores += (scores,)
-            if self.logits is not None:
-                self.logits += (raw,)
-            processed[:, column] = scores
-
+            at = slice(column, column + 1)
             going = self.unfinished.to(ids.device)
-            draft = Draft(
-                ids[:, column : column + 1],
-                None if probs is None else probs[:, column : column + 1],
-                (lengths > column).long(),
-            )
-            repeated = processed[:, column : column + 1].expand(-1, draft.ids.shape[1] + 1, -1)
-            verdict, shared, is_nan = judge(draft, repeated, self.sampling)
-            has_nan |= is_nan & going
-            next_ids = verdict.next_ids
-            if draft.ids.shape[1]:
-                next_ids = torch.where(verdict.accepted > 0, draft.ids[:, 0], next_ids)
-                overlap[:, column] = shared[:, 0]
-            if self.pad_token_id is not None:
-                next_ids = next_ids.masked_fill(~going, self.pad_token_id)
-            is_kept = torch.zeros_like(going)
-            if draft.ids.shape[1]:
-                is_kept = (lengths > column) & (next_ids == draft.ids[:, 0])
+            processed[:, at] = self._processed(logits[:, column])[:, None]
+            draft = Draft(ids[:, at], None if probs is None else probs[:, at], (lengths > column).long())
+            next_ids, is_kept, overlap[:, at], is_nan = self._verified(draft, processed[:, at])
             chosen.append(next_ids)
+            has_nan |= is_nan & going
             emitted += going
             accepted += going & is_kept
-
-            tokens = next_ids.to(self.input_ids.device)
-            self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=1)
-            self.unfinished = self.unfinished & ~self.has_ended(self.input_ids, self.scores)
-            if self.emit is not None:
-                self.emit(tokens)
-            is_over = not self.unfinished.any()
-            if is_over or not is_kept.all():
+            self._append(next_ids)
+            if self.is_over or not is_kept.all():
                 break
 
-        sequences.append(torch.stack(chosen, dim=1), is_over)
-        drafted = torch.minimum(lengths, emitted).masked_fill(~live, 0)  # positions that were verified
+        sequences.append(torch.stack(chosen, dim=1), self.is_over)
+        drafted = torch.minimum(lengths, emitted)  # the positions that were verified
         faults = live * (BROKEN_DRAFT * is_broken + NAN_TARGET * has_nan)
         if probs is not None:
             faults = faults + live * NAN_DRAFT * probs[..., 0].isnan().any(1)
-        ends = torch.full_like(live, is_over)
-        told = host_summary(limit, drafted, accepted, emitted, ends, faults, overlap)
-        return accepted, chosen[-1], live, emitted, drafted, accepted, overlap, told, processed
+        ends = torch.full_like(live, self.is_over)
+        summary = host_summary(limit, drafted, accepted, emitted, ends, faults, overlap)
+        return accepted, chosen[-1], live, emitted, drafted, accepted, overlap, summary, processed
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all rows have ended."""
+        return not self.unfinished.any()
+
+    def _processed(self, logits: Tensor) -> Tensor:
+        """All processors, at the position behind the text: [B, V] -> [B, V]."""
+        raw = logits.to(self.input_ids.device, copy=True)
+        scores = self.process(self.input_ids, raw)
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (raw,)
+        return scores
+
+    def _verified(self, draft: Draft, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Verify one position: a draft of one id a row, of none in the window's last column, against scores [B, 1, V].
+
+        -> the ids [B] that stand there, whether each is its row's draft id [B], sum(min(p, q)) [B, 1 or 0], where scores are NaN.
+        """
+        width = draft.ids.shape[1]
+        verdict, overlap, is_nan = judge(draft, scores.expand(-1, width + 1, -1), self.sampling)  # a bonus id is not used
+        next_ids, is_kept = verdict.next_ids, torch.zeros_like(is_nan)
+        if width:
+            next_ids = torch.where(verdict.accepted > 0, draft.ids[:, 0], next_ids)
+        if self.pad_token_id is not None:
+            next_ids = next_ids.masked_fill(~self.unfinished.to(next_ids.device), self.pad_token_id)
+        if width:
+            is_kept = (draft.lengths > 0) & (next_ids == draft.ids[:, 0])
+        return next_ids, is_kept, overlap, is_nan
+
+    def _append(self, ids: Tensor) -> None:
+        """As plain decoding's loop does with ids [B]: append them, ask the criteria, hand them to the streamer."""
+        ids = ids.to(self.input_ids.device)
+        self.input_ids = torch.cat([self.input_ids, ids[:, None]], dim=1)
+        self.unfinished = self.unfinished & ~self.has_ended(self.input_ids, self.scores)
+        if self.emit is not None:
+            self.emit(ids)

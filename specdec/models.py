@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from contextlib import nullcontext, suppress
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -215,6 +216,11 @@ def context_of(model: PreTrainedModel) -> int | None:
 
 def unsupported(model: PreTrainedModel) -> str | None:
     """Why this model cannot run on the ragged cache, None where it can. Decided by what it is and by a trial run."""
+    return ruled_out(model) or _trial(model)
+
+
+def ruled_out(model: PreTrainedModel) -> str | None:
+    """Why this model cannot run on the ragged cache, as far as its config and attributes tell; no forward is run."""
     config = model.config
     if config.is_encoder_decoder:
         return "it is an encoder-decoder model"
@@ -229,7 +235,9 @@ def unsupported(model: PreTrainedModel) -> str | None:
             f"its attention implementation {implementation!r} does not take a mask for each row;"
             " load it with attn_implementation='sdpa' or 'eager'"
         )
-    return _trial(model)
+    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return "gradient checkpointing in training mode drops the KV cache; call model.eval() first"
+    return None
 
 
 def dynamic_rope_limit(model: PreTrainedModel) -> int | None:
@@ -260,13 +268,17 @@ def autocast_of(device: torch.device) -> torch.dtype | None:
 
 @torch.no_grad()
 def draws_random_numbers(model: PreTrainedModel) -> bool:
-    """Whether a forward draws random numbers in the model's present mode, as dropout does in training. Leaves seeds alone."""
+    """Whether a forward draws random numbers in the model's present mode, as dropout does in training.
+
+    Leaves seeds alone. False where the forward fails: what is wrong with it, a trial says.
+    """
     device = model.device
     ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng([device] if on_gpu else []):
         before = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None
-        model(input_ids=ids, use_cache=False)
+        with suppress(Exception):
+            model(input_ids=ids, use_cache=False)
         after = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None
     pairs = zip(before, after, strict=True)
     return any(one is not None and other is not None and not one.equal(other) for one, other in pairs)
@@ -276,8 +288,10 @@ def draws_random_numbers(model: PreTrainedModel) -> bool:
 def _trial(model: PreTrainedModel) -> str | None:
     """Compare a short ragged run, with rejected entries left behind, to plain decoding of each row: -> what went wrong, or None.
 
-    Uneven on purpose: some families pass an even batch and write other text on an uneven one. The short row is decoded id by id
-    on transformers' own cache, so that a forward which treats its last position in another way than those before it shows.
+    Uneven on purpose: some families pass an even batch and write other text on an uneven one. The rows do not advance alike
+    either, since rotary embeddings forgive positions that are off by one number throughout. The short row is decoded id by
+    id on transformers' own cache, so that a forward which treats its last position in another way than those before it
+    shows.
     """
     generator = torch.Generator().manual_seed(0)
     limit = context_of(model) or 64
@@ -291,16 +305,18 @@ def _trial(model: PreTrainedModel) -> str | None:
         runner = CachedModel(model)
         runner.prefill(ids, lengths - 2)
         columns = torch.arange(3, device=ids.device)
-        rejected = torch.randint(vocab_size, (2, 3), generator=generator).to(ids.device)
+        fed = torch.randint(vocab_size, (2, 3), generator=generator).to(ids.device)
         positions = (lengths[:, None] - 1 + columns).clamp(max=ids.shape[1] - 1)
-        runner.forward(rejected, positions)
+        fed[0, :2] = ids[0, positions[0, :2]]  # the short row keeps two ids of this window, the other one none
+        runner.forward(fed, positions)
+        positions[0] = (positions[0] + 2).clamp(max=ids.shape[1] - 1)
         got = runner.forward(ids.gather(1, positions), positions)
         if got.shape[-1] != runner.vocab_size:
             return f"its head has {runner.vocab_size} rows and its logits are {got.shape[-1]} wide"
         for row in range(2):
             text = ids[row : row + 1, : int(positions[row, -1]) + 1]
             if row == 0:
-                want = _decoded(runner, text, int(positions[row, 0])).to(got.device)
+                want = _decoded(runner, text, int(positions[0, 0])).to(got.device)[positions[0] - positions[0, 0]]
             else:
                 want = model(input_ids=text, use_cache=False).logits[0, positions[row]].float()
             error = ((got[row] - want).norm() / (want - want.mean()).norm().clamp(min=1e-30)).item()
@@ -315,9 +331,16 @@ def _trial(model: PreTrainedModel) -> str | None:
 
 
 def _decoded(runner: CachedModel, text: Tensor, first: int) -> Tensor:
-    """Logits [n, V] float32 of text [1, L] from position `first` on, one position a forward behind those before it."""
+    """Logits [n, V] float32 of text [1, L] from position `first` on, one position a forward behind those before it.
+
+    Positions are named as generate() does: some models would else count from what an earlier call has left in them.
+    """
     cache = DynamicCache(config=runner.config)
     call: dict[str, Any] = {runner.cache_argument: cache, "use_cache": True, "return_dict": True}
-    pieces = [text[:, :first], *text[:, first:].split(1, dim=1)]
-    logits = [runner.model(input_ids=piece, **call).logits[0, -1] for piece in pieces if piece.shape[1]]
-    return torch.stack(logits[-(text.shape[1] - first) :]).float()
+    logits = []
+    length = text.shape[1]
+    for start, end in pairwise(sorted({0, *range(first, length + 1)})):
+        if "position_ids" in runner.parameters:
+            call["position_ids"] = torch.arange(start, end, device=text.device)[None]
+        logits.append(runner.model(input_ids=text[:, start:end], **call).logits[0, -1])
+    return torch.stack(logits[first - length :]).float()

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from torch.nn.modules.module import _global_forward_hooks as _global
+from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre
+from transformers import Cache, DynamicCache, GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from specdec.cache import RaggedCache
 from specdec.models import CachedModel, dynamic_rope_limit
 
 OUR_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
@@ -31,9 +32,9 @@ CALL_SETTINGS = {"use_cache", "logits_to_keep", "return_dict"}  # keywords of a 
 class Request:
     """One generate() call on its way to a loop.
 
-    runner: of the enabled model. max_draft_tokens: the largest K that a step may ask for. arguments: of generate(), by name.
-    mode_kwargs: what generate() keeps for the decoding loop (streamer, tokenizer, …). input_ids: int64 [B, L], None before
-    generate() has prepared them.
+    runner: of the enabled model. num_draft_tokens: K, or "auto". max_draft_tokens: the largest K that a step may ask for.
+    arguments: of generate(), by name. mode_kwargs: what generate() keeps for the decoding loop (streamer, tokenizer, …).
+    input_ids: int64 [B, L], None before generate() has prepared them.
     """
 
     model: Any
@@ -43,7 +44,8 @@ class Request:
     arguments: dict[str, Any]
     mode_kwargs: dict[str, Any]
     model_kwargs: dict[str, Any]
-    max_draft_tokens: int = 0
+    num_draft_tokens: int | str
+    max_draft_tokens: int
     input_ids: Tensor | None = None
 
     @property
@@ -105,7 +107,7 @@ def _other_inputs(request: Request) -> str | None:
         return "position_ids were passed"
     for name, value in request.model_kwargs.items():
         if name not in OUR_MODEL_KWARGS and not _says_nothing(request.model, name, value):
-            return f"{name} was passed"
+            return "pictures, video or sound were passed" if name == "mm_encoder_outputs" else f"{name} was passed"
     return None
 
 
@@ -113,7 +115,8 @@ def _says_nothing(model: Any, name: str, value: Any) -> bool:
     """Whether an input is as good as absent: None, no picture at all, the token types of text in a multimodal model."""
     if value is None or (isinstance(value, dict | list | tuple) and not value):
         return True
-    is_multimodal = len(getattr(model, "input_modalities", ("text",))) > 1
+    modalities = getattr(model, "input_modalities", "text")  # one by its name, or several
+    is_multimodal = not isinstance(modalities, str) and len(modalities) > 1
     return is_multimodal and name in TOKEN_TYPES and isinstance(value, Tensor) and not value.any()
 
 
@@ -123,10 +126,11 @@ def _offloaded(request: Request) -> str | None:
 
 def user_hook(model: nn.Module) -> str | None:
     """The reason of a model with a forward hook that torch, transformers and accelerate have not put there; else None."""
-    for name, module in model.named_modules():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if not _is_of_a_library(hook):
-                return f"a hook on {name or 'the model'} would see several positions a forward, where plain decoding shows it one"
+    everywhere = (*_global.values(), *_global_pre.values())
+    for name, module in (("every module", None), *model.named_modules()):
+        hooks = everywhere if module is None else (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if not all(map(_is_of_a_library, hooks)):
+            return f"a hook on {name or 'the model'} would see several positions a forward, where plain decoding shows it one"
     return None
 
 
@@ -147,6 +151,9 @@ def _growing_rope(request: Request) -> str | None:
 def _other_padding(request: Request) -> str | None:
     if request.mask is None:
         return None
+    assert request.input_ids is not None
+    if request.mask.shape != request.input_ids.shape:
+        return f"its attention_mask is {list(request.mask.shape)} and its prompts are {list(request.input_ids.shape)}"
     mask = request.mask.bool()
     if not mask.any(1).all():
         return f"row {int((~mask.any(1)).nonzero()[0])} of its attention_mask is all zeros, an empty prompt"
@@ -168,34 +175,44 @@ def _fed_otherwise(request: Request) -> str | None:
     """Compare what generate() would feed the model, in its first two forwards, with what specdec does."""
     model, ids, mask = request.model, request.input_ids, request.mask
     assert ids is not None
-    cache = RaggedCache()
+    cache = DynamicCache(config=request.runner.config)
     kwargs = request.model_kwargs | {request.runner.cache_argument: cache}
     shown = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     positions = (shown.long().cumsum(1) - 1).clamp(min=0)
     try:
         first = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
-        if reason := _difference(request, first, ids, mask, positions, shown):
+        if reason := _difference(request, first, cache, ids, mask, positions, shown):
             return reason
-        cache.window.end = ids.shape[1]  # the cache's length, as models ask for it
+        entries = torch.zeros(len(ids), 1, ids.shape[1], 1)  # of the prompt, since models ask for the cache's length
+        cache.update(entries, entries, 0)
         outputs: Any = CausalLMOutputWithPast(**{request.runner.cache_argument: cache})  # type: ignore[arg-type]
         kwargs = model._update_model_kwargs_for_generation(outputs, kwargs, is_encoder_decoder=False)
         longer = torch.cat([ids, ids[:, -1:]], dim=1)
         second = model.prepare_inputs_for_generation(longer, next_sequence_length=1, **kwargs)
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(len(ids), 1)], dim=1)
+        last = torch.ones_like(shown[:, -1:])
+        return _difference(request, second, cache, ids[:, -1:], mask, positions[:, -1:] + 1, last)
     except Exception as error:  # a model's own code, called outside its loop, may fail in any way
         return f"its prepare_inputs_for_generation could not be compared ({type(error).__name__}: {_first_line(error)})"
-    if mask is not None:
-        mask = torch.cat([mask, mask.new_ones(len(ids), 1)], dim=1)
-    return _difference(request, second, ids[:, -1:], mask, positions[:, -1:] + 1, torch.ones_like(shown[:, -1:]))
 
 
 def _difference(
-    request: Request, fed: dict[str, Any], ids: Tensor, mask: Tensor | None, positions: Tensor, shown: Tensor
+    request: Request,
+    fed: dict[str, Any],
+    cache: Cache,
+    ids: Tensor,
+    mask: Tensor | None,
+    positions: Tensor,
+    shown: Tensor,
 ) -> str | None:
     """How prepared inputs differ from ids [B, W] at positions [B, W] with a left-padded mask [B, L]; shown: what counts."""
     own = "its prepare_inputs_for_generation"
     device = ids.device
     if (fed_ids := fed.get("input_ids")) is None or not _equal(fed_ids, ids):
         return f"{own} does not feed the ids of the text"
+    if fed.get(request.runner.cache_argument) is not cache:
+        return f"{own} feeds another cache"
     fed_positions = fed.get("position_ids")
     if fed_positions is None:  # then the model counts from the cache's length, padding included
         if "position_ids" in request.runner.parameters and mask is not None and not mask.all():
@@ -209,9 +226,10 @@ def _difference(
         is_same_mask = isinstance(fed_mask, Tensor) and _equal(fed_mask.bool(), mask.bool())
     if not is_same_mask:
         return f"{own} feeds another attention_mask"
-    known = {"input_ids", "position_ids", "attention_mask", request.runner.cache_argument, *CALL_SETTINGS}
+    known = {"input_ids", "position_ids", "attention_mask", request.runner.cache_argument}
     for name, value in fed.items():
-        if name not in known and not _says_nothing(request.model, name, value):
+        is_setting = name in CALL_SETTINGS and not isinstance(value, Tensor)  # logits_to_keep may be indices
+        if name not in known and not is_setting and not _says_nothing(request.model, name, value):
             return f"{own} adds {name}"
     return None
 

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from specdec.attention import implementation_of
@@ -25,7 +24,7 @@ from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.graphs import Graphs, why_not_recorded
 from specdec.identity import Identity
 from specdec.interfaces import Drafter
-from specdec.models import CachedModel, autocast_of, draws_random_numbers, unsupported
+from specdec.models import CachedModel, autocast_of, draws_random_numbers, ruled_out, unsupported
 from specdec.pace import Experience
 from specdec.routing import Request, user_hook
 from specdec.stats import Stats
@@ -175,8 +174,8 @@ class State:
 
     @staticmethod
     def _check_target(model: PreTrainedModel) -> str | None:
-        _check_dropout(model, "the model is in training mode, so dropout would change its output; call model.eval() first")
-        return user_hook(model) or unsupported(model)
+        words = "the model is in training mode, so dropout would change its output; call model.eval() first"
+        return user_hook(model) or _check(model, words)
 
     def take_target(self) -> CachedModel:
         """A runner for one call, to be given back."""
@@ -240,11 +239,14 @@ def _ids_of(drafter: Drafter | None) -> set[int]:
 
 
 def _check_draft(model: PreTrainedModel) -> str | None:
-    _check_dropout(model, "the draft model is in training mode, so dropout would spoil its drafts; call .eval() on it first")
+    words = "the draft model is in training mode, so dropout would spoil its drafts; call .eval() on it first"
+    return _check(model, words)
+
+
+def _check(model: PreTrainedModel, dropout: str) -> str | None:
+    """Why a model cannot be run as it is. ValueError, in these words, where dropout acts."""
+    if reason := ruled_out(model):
+        return reason
+    if any(module.training for module in model.modules()) and draws_random_numbers(model):
+        raise ValueError(dropout)
     return unsupported(model)
-
-
-def _check_dropout(model: nn.Module, words: str) -> None:
-    """Raise ValueError where the model is in training mode and its forward is a random one."""
-    if model.training and draws_random_numbers(model):  # type: ignore[arg-type]
-        raise ValueError(words)
