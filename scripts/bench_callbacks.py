@@ -3,9 +3,10 @@
     python scripts/bench_callbacks.py --before 3ecb545 --output benchmarks/results/bench_callbacks.json
 
 The embedded pair, greedy. Both checkouts run in processes of their own and take turns, a call each, in an order drawn anew; the
-ratio of a round is after / before, in steps per second. `before` is a commit, checked out into a temporary folder. Lockstep is
-measured in this checkout alone: the same call with a processor that returns its scores, which specdec cannot know to be harmless,
-and without it, in turns. Medians of rounds, with a 95 % interval from rounds drawn anew. One JSON line comes last.
+ratio of a round is after / before, in steps per second. They start anew for each block of rounds, since one process is some per
+cent faster than the next whatever it runs. `before` is a commit, checked out into a temporary folder. Lockstep is measured in
+this checkout alone: the same call with a processor that returns its scores, which specdec cannot know to be harmless, and without
+it, in turns. Medians of rounds, with a 95 % interval from blocks drawn anew. One JSON line comes last.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 
 ROOT = Path(__file__).parent.parent
 DRAWS = 4000
@@ -36,6 +38,13 @@ CALLS: dict[str, dict[str, Any]] = {
     "by the prefix": {"repetition_penalty": 1.1},
 }
 PROMPTS = 24
+
+
+class Unknown(LogitsProcessor):
+    """Returns its scores. No lambda: transformers asks for the signature of each at each position, which takes 0.3 ms there."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores
 
 
 class Worker:
@@ -99,40 +108,48 @@ class Checkout:
         self.process.wait()
 
 
-def interval(ratios: list[float]) -> tuple[float, float]:
-    """95 % of the median, from rounds drawn anew."""
-    drawn = np.random.default_rng(0).choice(np.array(ratios), (DRAWS, len(ratios)))
-    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
-    return float(low), float(high)
-
-
-def summary(ratios: list[float]) -> dict[str, Any]:
-    return {"ratio": statistics.median(ratios), "interval": interval(ratios), "rounds": len(ratios)}
+def summary(blocks: list[list[float]]) -> dict[str, Any]:
+    """The median of all rounds' ratios, with a 95 % interval from blocks drawn anew: a process has a pace of its own."""
+    values, chosen = (
+        [np.array(block) for block in blocks],
+        np.random.default_rng(0).integers(len(blocks), size=(DRAWS, len(blocks))),
+    )
+    medians = [np.median(np.concatenate([values[at] for at in draw])) for draw in chosen]
+    low, high = np.quantile(medians, [0.025, 0.975])
+    return {"ratio": float(np.median(np.concatenate(values))), "interval": [float(low), float(high)], "blocks": blocks}
 
 
 def against(before: Path, args: argparse.Namespace, coins: random.Random) -> list[dict[str, Any]]:
-    """Steps per second of this checkout over those of the other, by kind of call."""
-    sides = {"before": Checkout(before), "after": Checkout(ROOT)}
-    rows = []
+    """Steps per second of this checkout over those of the other, by kind of call; both start anew for each block of rounds."""
     cases = [(c, b, d, name) for c in (False, True) for b in args.batch for d in DRAFTERS for name in CALLS]
-    for compile, batch, drafter, name in track(cases, "before and after", console=Console(stderr=True)):
-        ratios, speeds = [], {"before": [], "after": []}  # type: ignore[var-annotated]
-        for number in range(-2, args.rounds):
+    ratios: dict[Any, list[list[float]]] = {case: [] for case in cases}
+    speeds: dict[Any, dict[str, list[float]]] = {case: {"before": [], "after": []} for case in cases}
+    for block, case in track([*product(range(args.blocks), cases)], "before and after", console=Console(stderr=True)):
+        if case == cases[0]:
+            sides = {"before": Checkout(before), "after": Checkout(ROOT)}
+        compile, batch, drafter, name = case
+        ratios[case].append([])
+        for number in range(-1, args.rounds):
             order = list(sides)
             coins.shuffle(order)
             asked = {"drafter": drafter, "compile": compile, "batch": batch, "tokens": args.max_new_tokens, "call": CALLS[name]}
-            answers = {side: sides[side].call(number=number % PROMPTS, **asked) for side in order}
+            place = (block * args.rounds + number) % PROMPTS
+            answers = {side: sides[side].call(number=place, **asked) for side in order}
             assert answers["before"]["ids"] == answers["after"]["ids"], "the checkouts write different texts"
             if number < 0:
                 continue
             speed = {side: answer["steps"] / answer["seconds"] for side, answer in answers.items()}
-            ratios.append(speed["after"] / speed["before"])
+            ratios[case][-1].append(speed["after"] / speed["before"])
             for side in sides:
-                speeds[side].append(speed[side])
-        steps = {f"steps_per_second_{side}": statistics.median(values) for side, values in speeds.items()}
-        rows.append({"compiled": compile, "batch": batch, "drafter": drafter, "call": name, **summary(ratios), **steps})
-    for side in sides.values():
-        side.close()
+                speeds[case][side].append(speed[side])
+        if case == cases[-1]:
+            for side in sides.values():
+                side.close()
+    rows = []
+    for case in cases:
+        names = dict(zip(("compiled", "batch", "drafter", "call"), case, strict=True))
+        steps = {f"steps_per_second_{side}": statistics.median(values) for side, values in speeds[case].items()}
+        rows.append({**names, **summary(ratios[case]), **steps})
     return rows
 
 
@@ -141,16 +158,17 @@ def lockstep(args: argparse.Namespace, coins: random.Random) -> list[dict[str, A
     worker, rows = Worker(), []
     cases = [(c, b, d) for c in (False, True) for b in (1, 4) for d in DRAFTERS]
     for compile, batch, drafter in track(cases, "lockstep", console=Console(stderr=True)):
-        ratios, steps = [], {"lockstep": 0, "without": 0}
-        for number in range(-2, args.rounds):
-            calls: dict[str, Any] = {"lockstep": {"logits_processor": [lambda ids, scores: scores]}, "without": {}}
+        ratios: list[list[float]] = []
+        steps = {"lockstep": 0, "without": 0}
+        for number in range(-2, args.blocks * args.rounds):
+            calls: dict[str, Any] = {"lockstep": {"logits_processor": [Unknown()]}, "without": {}}
             order = list(calls)
             coins.shuffle(order)
             asked = {"drafter": drafter, "compile": compile, "batch": batch, "tokens": args.max_new_tokens}
             answers = {kind: worker.call(number=number % PROMPTS, **asked, call=calls[kind]) for kind in order}
             assert answers["lockstep"]["ids"] == answers["without"]["ids"]
             if number >= 0:
-                ratios.append(answers["without"]["seconds"] / answers["lockstep"]["seconds"])
+                ratios.append([answers["without"]["seconds"] / answers["lockstep"]["seconds"]])
                 for kind in steps:
                     steps[kind] += answers[kind]["steps"]
         rows.append({"compiled": compile, "batch": batch, "drafter": drafter, **summary(ratios), "steps": steps})
@@ -171,7 +189,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", default="HEAD", help="the commit to compare with (HEAD)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--blocks", type=int, default=8, help="of rounds, each with processes of its own (8)")
+    parser.add_argument("--rounds", type=int, default=4, help="in a block (4)")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--output", type=Path, help="write the JSON there too")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)

@@ -81,12 +81,13 @@ class CompiledForward:
         layers = [module for module in model.modules() if isinstance(module, int4.Int4Linear)]
         self.any_width = bool(layers) and all(isinstance(x.kernel, int4_on_cpu.CpuKernel) and x.use_kernel for x in layers)
 
-    def renew(self) -> bool:
+    def renew(self, unchanged: Identity | None = None) -> bool:
         """Give it the model's weights as they are now; False, with a warning, where the call that begins has to run eagerly."""
         model = self.model()
         assert model is not None
         reason = "torch.autocast is on" if torch.is_autocast_enabled("cpu") else _why_not_our_attention(model)
-        reason = reason or self.identity.change()
+        if reason is None and unchanged is not self.identity:
+            reason = self.identity.change()
         if reason is not None:
             if reason not in self.warned:
                 self.warned.add(reason)

@@ -34,6 +34,7 @@ from specdec.drafters.resolve import (
     unwrapped,
 )
 from specdec.graphs import RECORDINGS, Graphs
+from specdec.identity import Identity
 from specdec.interfaces import Drafter
 from specdec.models import CachedModel, unsupported, widths
 from specdec.routing import BEFORE_INPUTS, WITH_INPUTS, Request, user_hook, why_stock
@@ -84,12 +85,17 @@ def enable(
         state = State(enabled, resolved, num_draft_tokens, compile, timing)
         prepare(state.parts(state.drafter), compile, _graphs_for(enabled, compile))
         if user_hook(enabled) is None:
-            state.target_trials.remember(enabled, None)
+            state.target_trials.remember(state.target, None, _identity_of(state.target))
     if (runner := runner_of(resolved)) is not None:
-        state.draft_trials.setdefault(runner.model, Trials()).remember(runner.model, None)
+        state.draft_trials.setdefault(runner.model, Trials()).remember(runner, None, _identity_of(runner))
     enabled.__dict__[_STATE] = state
     enabled.__class__ = _drop_in_class(stock)
     return model
+
+
+def _identity_of(runner: CachedModel) -> Identity | None:
+    """Of the model as it was just prepared, where there is one: a call then compares it once for trial and compiled forward."""
+    return None if runner.compiled is None else runner.compiled.identity
 
 
 def _graphs_for(model: PreTrainedModel, compile: Compile) -> Graphs | None:
@@ -233,7 +239,7 @@ def _decode(model: Any, input_ids: Tensor, stock: Callable[..., Any], kwargs: di
     request.input_ids = input_ids
     target, drafter, is_whole = state.take_target(), None, False
     try:
-        reason = state.why_stock() or why_stock(WITH_INPUTS, request)
+        reason = state.why_stock(target) or why_stock(WITH_INPUTS, request)
         if reason is None:
             drafter, reason = _take_drafter(state, target, request, kwargs.get("assistant_model"))
         if drafter is not None:
@@ -272,10 +278,9 @@ def _take_drafter(
         drafter = PromptLookup(config.max_matching_ngram_size) if config.max_matching_ngram_size else PromptLookup()
     assert drafter is not None
     if isinstance(drafter, ModelDrafter):
-        draft = drafter.runner.model
-        check_device(model, draft)
-        if reason := state.why_not_drafted(draft):
-            return None, f"its draft model, a {type(draft).__name__}, cannot draft: {reason}"
+        check_device(model, drafter.runner.model)
+        if reason := state.why_not_drafted(drafter.runner):
+            return None, f"its draft model, a {type(drafter.runner.model).__name__}, cannot draft: {reason}"
     taken = take_drafter(drafter, target)
     if taken is None:
         return None, f"its drafter, a {type(drafter).__name__}, serves another call at the moment"

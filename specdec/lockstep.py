@@ -20,7 +20,7 @@ from torch import Tensor
 from specdec.interfaces import BROKEN_DRAFT, NAN_DRAFT, NAN_TARGET, Draft, host_summary
 from specdec.sampling import Sampling
 from specdec.sequences import Sequences
-from specdec.verification import judge
+from specdec.verification import judge, overlap_greedy
 
 
 class Lockstep:
@@ -73,38 +73,41 @@ class Lockstep:
         logits: Tensor,
     ) -> tuple[Tensor, ...]:
         """As speculative.commit, position by position: process, verify, append, ask the criteria."""
-        live = self.unfinished.to(ids.device)
-        emitted, accepted = torch.zeros_like(lengths), torch.zeros_like(lengths)
+        offered, drafts = lengths.tolist(), ids.tolist()
+        going = live = self.unfinished.tolist()
+        emitted, accepted = [0] * len(live), [0] * len(live)
         overlap = torch.zeros(ids.shape, device=ids.device)
-        has_nan = torch.zeros_like(live)
+        has_nan = torch.zeros(len(live), dtype=torch.bool, device=ids.device)
         processed, chosen = logits.clone(), []
         for column in range(logits.shape[1]):
             at = slice(column, column + 1)
-            going = self.unfinished.to(ids.device)
             processed[:, at] = self._processed(logits[:, column])[:, None]
             draft = Draft(ids[:, at], None if probs is None else probs[:, at], (lengths > column).long())
-            next_ids, is_kept, overlap[:, at], is_nan = self._verified(draft, processed[:, at])
+            next_ids, overlap[:, at], is_nan = self._verified(draft, processed[:, at])
             chosen.append(next_ids)
-            has_nan |= is_nan & going
-            emitted += going
-            accepted += going & is_kept
+            has_nan |= is_nan
             self._append(next_ids)
-            if self.is_over or not is_kept.all():
+
+            is_kept = [
+                column < count and row[column] == token
+                for count, row, token in zip(offered, drafts, next_ids.tolist(), strict=True)
+            ]
+            emitted = [count + is_going for count, is_going in zip(emitted, going, strict=True)]
+            accepted = [count + (kept and is_going) for count, kept, is_going in zip(accepted, is_kept, going, strict=True)]
+            going = self.unfinished.tolist()
+            if not all(is_kept) or not any(going):
                 break
 
-        sequences.append(torch.stack(chosen, dim=1), self.is_over)
-        drafted = torch.minimum(lengths, emitted)  # the positions that were verified
-        faults = live * (BROKEN_DRAFT * is_broken + NAN_TARGET * has_nan)
+        is_over = not any(going)
+        sequences.append(torch.stack(chosen, dim=1), is_over)
+        counts = torch.tensor([emitted, accepted, live], device=ids.device)
+        drafted = torch.minimum(lengths, counts[0])  # the positions that were verified
+        faults = counts[2] * (BROKEN_DRAFT * is_broken + NAN_TARGET * has_nan)
         if probs is not None:
-            faults = faults + live * NAN_DRAFT * probs[..., 0].isnan().any(1)
-        ends = torch.full_like(live, self.is_over)
-        summary = host_summary(limit, drafted, accepted, emitted, ends, faults, overlap)
-        return accepted, chosen[-1], live, emitted, drafted, accepted, overlap, summary, processed
-
-    @property
-    def is_over(self) -> bool:
-        """Whether all rows have ended."""
-        return not self.unfinished.any()
+            faults = faults + counts[2] * NAN_DRAFT * probs[..., 0].isnan().any(1)
+        ends = torch.full_like(drafted, is_over)
+        summary = host_summary(limit, drafted, counts[1], counts[0], ends, faults, overlap)
+        return counts[1], chosen[-1], counts[2].bool(), counts[0], drafted, counts[1], overlap, summary, processed
 
     def _processed(self, logits: Tensor) -> Tensor:
         """All processors, at the position behind the text: [B, V] -> [B, V]."""
@@ -116,21 +119,21 @@ class Lockstep:
             self.logits += (raw,)
         return scores
 
-    def _verified(self, draft: Draft, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _verified(self, draft: Draft, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Verify one position: a draft of one id a row, of none in the window's last column, against scores [B, 1, V].
 
-        -> the ids [B] that stand there, whether each is its row's draft id [B], sum(min(p, q)) [B, 1 or 0], where scores are NaN.
+        -> the ids [B] that stand there, sum(min(p, q)) [B, 1 or 0], where scores are NaN [B].
         """
-        width = draft.ids.shape[1]
-        verdict, overlap, is_nan = judge(draft, scores.expand(-1, width + 1, -1), self.sampling)  # a bonus id is not used
-        next_ids, is_kept = verdict.next_ids, torch.zeros_like(is_nan)
-        if width:
-            next_ids = torch.where(verdict.accepted > 0, draft.ids[:, 0], next_ids)
+        if self.sampling.do_sample:
+            width = draft.ids.shape[1]
+            verdict, overlap, is_nan = judge(draft, scores.expand(-1, width + 1, -1), self.sampling)  # a bonus id is not used
+            next_ids = torch.where(verdict.accepted > 0, draft.ids[:, 0], verdict.next_ids) if width else verdict.next_ids
+        else:  # the largest score, whatever the draft is
+            best, target_ids = scores.max(-1)
+            next_ids, overlap, is_nan = target_ids[:, 0], overlap_greedy(draft, target_ids), best[:, 0].isnan()
         if self.pad_token_id is not None:
             next_ids = next_ids.masked_fill(~self.unfinished.to(next_ids.device), self.pad_token_id)
-        if width:
-            is_kept = (draft.lengths > 0) & (next_ids == draft.ids[:, 0])
-        return next_ids, is_kept, overlap, is_nan
+        return next_ids, overlap, is_nan
 
     def _append(self, ids: Tensor) -> None:
         """As plain decoding's loop does with ids [B]: append them, ask the criteria, hand them to the streamer."""

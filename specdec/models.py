@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from specdec.attention import KEYS, implementation_of, lent, takes_intervals
 from specdec.cache import RaggedCache, attention_kinds, attention_masks, kept_slots
 from specdec.graphs import Graphs, directly
+from specdec.identity import Identity
 from specdec.quant.int4 import Int4Linear
 from specdec.quant.rows import ATTENTION, MAX_WINDOW, is_decoding
 
@@ -31,9 +32,13 @@ class Forward(Protocol):
     """A model's decoding forward in another form: see specdec/compiled.py."""
 
     any_width: bool  # whether it serves windows of more than MAX_WINDOW
+    identity: Identity  # of the model that it was made of
 
-    def renew(self) -> bool:
-        """A call begins: take note of weights that were replaced. False where the model is no longer what this was made of."""
+    def renew(self, unchanged: Identity | None) -> bool:
+        """A call begins: take note of weights that were replaced. False where the model is no longer what this was made of.
+
+        unchanged: what the model was just found to be still.
+        """
 
     def __call__(self, ids: Tensor, positions: Tensor, last_only: bool, cache: RaggedCache) -> Tensor:
         """As CachedModel.forward, with a window that the cache has moved to."""
@@ -45,6 +50,7 @@ class CachedModel:
     vocab_size: V, the width of the logits. num_embeddings: ids it can read. context: positions the model was made for, None where
     its config names no limit. cache_argument: what its forward calls the KV cache.
     compiled: what runs decoding windows, None: the model itself. One that does not serve a call may serve a later one.
+    unchanged: what the model was found to be still when the call in progress began.
     graphs: what parts of a step are recorded in, None: nothing is. With them buffers stay where they are from call to call, and a
     window of up to MAX_WINDOW sees all of them, so that nothing of its positions is read on the host.
     """
@@ -56,6 +62,7 @@ class CachedModel:
         self.context = context_of(model)
         self._compiled: Forward | None = None
         self._is_current = True  # whether that serves the call in progress
+        self.unchanged: Identity | None = None
         self.graphs: Graphs | None = None
         self.batch_size = 0
         self.recorded_over: list[Tensor] | None = None  # the buffers
@@ -83,14 +90,14 @@ class CachedModel:
     def spare(self) -> CachedModel:
         """Another runner of the same model, with a cache of its own and nothing recorded."""
         runner = CachedModel(self.model)
-        runner.compiled = self._compiled
+        runner.compiled, runner.unchanged = self._compiled, self.unchanged
         return runner
 
     def begin(self, batch_size: int, max_slots: int | None = None) -> None:
         """Forget everything: an empty cache, whose buffers grow to max_slots at most; None: as far as texts go."""
         self.refresh()
         if self._compiled is not None and batch_size:
-            self._is_current = self._compiled.renew()
+            self._is_current = self._compiled.renew(self.unchanged)
         implementation = implementation_of(self.config)
         self.mask_dtype = self.model.dtype if implementation == "eager" else torch.bool
         self.takes_intervals = takes_intervals(self.model)

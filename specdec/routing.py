@@ -18,6 +18,7 @@ from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre
 from transformers import Cache, DynamicCache, GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import MaxLengthCriteria
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from specdec.models import CachedModel, dynamic_rope_limit
@@ -179,6 +180,8 @@ def _fed_otherwise(request: Request) -> str | None:
     kwargs = request.model_kwargs | {request.runner.cache_argument: cache}
     shown = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     positions = (shown.long().cumsum(1) - 1).clamp(min=0)
+    if _is_stock(model):  # which feeds what it is given
+        return _difference(request, kwargs | {"input_ids": ids}, cache, ids, mask, positions, shown)
     try:
         first = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
         if reason := _difference(request, first, cache, ids, mask, positions, shown):
@@ -195,6 +198,16 @@ def _fed_otherwise(request: Request) -> str | None:
         return _difference(request, second, cache, ids[:, -1:], mask, positions[:, -1:] + 1, last)
     except Exception as error:  # a model's own code, called outside its loop, may fail in any way
         return f"its prepare_inputs_for_generation could not be compared ({type(error).__name__}: {_first_line(error)})"
+
+
+STOCK = (GenerationMixin.prepare_inputs_for_generation, GenerationMixin._update_model_kwargs_for_generation)
+
+
+def _is_stock(model: Any) -> bool:
+    """Whether transformers' own functions, not overridden, prepare what the model is fed."""
+    names = [function.__name__ for function in STOCK]
+    own = vars(model).keys() & set(names)
+    return not own and not model.is_remote_code() and tuple(getattr(type(model), name) for name in names) == STOCK
 
 
 def _difference(
@@ -253,7 +266,9 @@ BEFORE_INPUTS = (
     Route("`synced_gpus`", _synced),
     Route('`use_cache=False`, a `cache_implementation` other than `"dynamic"`', _other_cache),
     Route("`output_attentions`, `output_hidden_states`", _other_outputs),
-    Route("model inputs beside ids and mask: pictures, sound, `inputs_embeds`, `position_ids`, `past_key_values`", _other_inputs),
+    Route(
+        "model inputs other than ids and mask: pictures, sound, `inputs_embeds`, `position_ids`, `past_key_values`", _other_inputs
+    ),
     Route("weights that are offloaded", _offloaded),
     Route("rotary embeddings that change with length (dynamic, longrope) beyond their original context", _growing_rope),
 )

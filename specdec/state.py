@@ -92,20 +92,29 @@ class Trials:
     def __init__(self) -> None:
         self._known: list[tuple[Identity, Any, str | None]] = []
 
-    def why_not(self, model: PreTrainedModel, check: Callable[[PreTrainedModel], str | None] = unsupported) -> str | None:
-        """Why the model, as it is now, does not pass the check; None where it does."""
-        mode = implementation_of(model.config.get_text_config(decoder=True)), autocast_of(model.device)
+    def why_not(self, runner: CachedModel, check: Callable[[PreTrainedModel], str | None] = unsupported) -> str | None:
+        """Why the runner's model, as it is now, does not pass the check; None where it does."""
+        model = runner.model
+        mode = _mode_of(model)
         for identity, known_mode, reason in self._known:
             if known_mode == mode and identity.change() is None:
+                runner.unchanged = identity
                 return reason
         reason = check(model)
-        self.remember(model, reason)
+        self.remember(runner, reason)
         return reason
 
-    def remember(self, model: PreTrainedModel, reason: str | None) -> None:
-        """What a trial of the model, as it is now, gave."""
-        mode = implementation_of(model.config.get_text_config(decoder=True)), autocast_of(model.device)
-        self._known = [(Identity(model), mode, reason), *self._known[: TRIED - 1]]
+    def remember(self, runner: CachedModel, reason: str | None, identity: Identity | None = None) -> None:
+        """What a trial of the runner's model, as it is now, gave; identity: of the model as it is now, where there is one."""
+        model = runner.model
+        runner.unchanged = identity or Identity(model)
+        earlier = [known for known in self._known[: TRIED - 1] if known[0].is_part_of(model)]  # others keep old weights alive
+        self._known = [(runner.unchanged, _mode_of(model), reason), *earlier]
+
+
+def _mode_of(model: PreTrainedModel) -> Any:
+    """What decides how a model computes, and is no part of it or changes while a forward runs."""
+    return implementation_of(model.config.get_text_config(decoder=True)), autocast_of(model.device)
 
 
 @dataclass
@@ -163,14 +172,14 @@ class State:
     def parts(self, drafter: Drafter | None) -> list[Part]:
         return parts_of(self.target, drafter)
 
-    def why_stock(self) -> str | None:
+    def why_stock(self, target: CachedModel) -> str | None:
         """Why no call of the model, as it is now, can be served. ValueError where dropout acts."""
-        self.target.refresh()
-        return self.target_trials.why_not(self.target.model, self._check_target)
+        target.refresh()
+        return self.target_trials.why_not(target, self._check_target)
 
-    def why_not_drafted(self, draft: PreTrainedModel) -> str | None:
+    def why_not_drafted(self, draft: CachedModel) -> str | None:
         """Why a draft model, as it is now, cannot draft. ValueError where dropout acts."""
-        return self.draft_trials.setdefault(draft, Trials()).why_not(draft, _check_draft)
+        return self.draft_trials.setdefault(draft.model, Trials()).why_not(draft, _check_draft)
 
     @staticmethod
     def _check_target(model: PreTrainedModel) -> str | None:

@@ -398,7 +398,7 @@ def replace_weights(model: PreTrainedModel, generator: random.Random) -> None:
     model.lm_head.weight = torch.nn.Parameter(weight.clone())
 
 
-@pytest.mark.filterwarnings("ignore:the target runs eagerly")
+@pytest.mark.filterwarnings("ignore:the target runs eagerly", "ignore:specdec leaves this call to the stock loop")
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_is_done_to_a_compiled_model_its_text_is_its_own(shared: PreTrainedModel, seed: int) -> None:
     """Changes are made and taken back in any order; where none is left the compiled forward runs again."""
@@ -416,8 +416,9 @@ def test_whatever_is_done_to_a_compiled_model_its_text_is_its_own(shared: PreTra
             active[name] = ExitStack()
             active[name].enter_context(REVERSIBLE[name](shared))
         assert text_of(shared) == plain_text(shared), active.keys()
-        assert is_compiled(shared) == (not active)
-        modes.add(is_compiled(shared))
+        ran_compiled = is_compiled(shared) and specdec.last_stats(shared) is not None  # hooks bring the stock loop
+        assert ran_compiled == (not active)
+        modes.add(ran_compiled)
     while active:
         active.pop(generator.choice(sorted(active))).close()
     assert text_of(shared) == plain_text(shared)
@@ -433,8 +434,12 @@ def test_a_change_changes_the_text_and_is_named_once(shared: PreTrainedModel, na
         warnings.simplefilter("always")
         texts = [text_of(shared) for _ in range(2)]
         assert texts == [plain_text(shared)] * 2
-    said = [str(warning.message) for warning in caught if "eagerly" in str(warning.message)]
-    assert [one.startswith(f"the target runs eagerly: {words}") for one in said] == [True], said
+    every = [str(warning.message) for warning in caught]
+    said = [one for one in every if one.startswith(("the target", "specdec"))]
+    if "hook" in name:  # it is not even tried: plain decoding shows a hook one position a forward
+        assert [one.partition(": ")[2].startswith("a hook on") for one in said] == [True] * 2, said
+    else:
+        assert [one.startswith(f"the target runs eagerly: {words}") for one in said] == [True], said
     assert texts[0] != before == text_of(shared)
     assert is_compiled(shared)
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, LlamaForCausalLM, Pr
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 import specdec
-from tests.families import FAMILIES, REFUSED, make_model, prompts
+from tests.families import FAMILIES, REFUSED, VOCAB_SIZE, make_model, prompts
 from tests.plain import WIDTH, continuation, drafter, target
 
 
@@ -125,6 +125,16 @@ def test_an_enabled_model_can_be_freed() -> None:
     del model
     gc.collect()
     assert gone() is None
+
+
+def test_weights_that_were_replaced_after_enable_are_freed_with_the_next_call() -> None:
+    model = specdec.enable(fresh(), drafter())
+    model.generate(**prompts(1), max_new_tokens=3)
+    gone = [weakref.ref(model.lm_head), weakref.ref(model.lm_head.weight)]
+    model.lm_head = torch.nn.Linear(32, VOCAB_SIZE, bias=False)
+    model.generate(**prompts(1), max_new_tokens=3)
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
 
 
 def test_a_model_can_be_trained_after_generate() -> None:

@@ -164,7 +164,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
         lambda m: attribute(
             m.model.layers[0].input_layernorm, "forward", types.MethodType(patched_rms, m.model.layers[0].input_layernorm)
         ),
-        "model.layers.0.input_layernorm.forward was replaced",
+        "model.layers.0.input_layernorm.forward was added",
     ),
     "a forward of a class": (
         lambda m: attribute(modeling_llama.LlamaMLP, "forward", shifted(modeling_llama.LlamaMLP.forward)),
@@ -196,9 +196,9 @@ CHANGES: dict[str, tuple[Change, str]] = {
     ),
     "another layer": (
         lambda m: submodule(m.model.layers[1], "mlp", copy.deepcopy(m.model.layers[0].mlp, {id(m.config): m.config})),
-        "model.layers.1.mlp is another LlamaMLP",
+        "model.layers.1.mlp was replaced",
     ),
-    "one layer less": (lambda m: submodule(m.model, "layers", m.model.layers[:1]), "model.layers is another ModuleList"),
+    "one layer less": (lambda m: submodule(m.model, "layers", m.model.layers[:1]), "model.layers was replaced"),
 }
 # These change nothing of the text, or cannot be told from a change that would.
 QUIET: dict[str, tuple[Change, str]] = {
@@ -252,14 +252,14 @@ def test_weights_may_be_written_and_replaced_but_not_reshaped_cast_or_untied() -
     model.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.ones(48, 32))
     assert identity.change() is None
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    assert identity.change() == "lm_head.weight is tied to other weights than it was"
+    assert str(identity.change()).endswith("on cpu, tied to lm_head.weight")
     model.lm_head.weight = model.model.embed_tokens.weight
     assert identity.change() is None
     layer = model.model.layers[0].mlp.up_proj
     layer.weight = nn.Parameter(torch.ones(32, 48).t())
     assert "strides [1, 48] on cpu and was float32 [48, 32] with strides [32, 1]" in str(identity.change())
     model.double()
-    assert str(identity.change()).startswith("model.embed_tokens.weight is float64 [101, 32]")
+    assert str(identity.change()).startswith("lm_head.weight is float64 [101, 32]")
 
 
 def test_plain_tensors_count_with_what_is_written_to_them(model: PreTrainedModel) -> None:
@@ -281,7 +281,7 @@ def test_values_of_helper_objects_count(model: PreTrainedModel) -> None:
     identity = Identity(model)
     assert identity.change() is None
     model.model.norm.helper.table["a"].append(3)
-    assert identity.change() == "model.norm.helper.table['a'] was changed"
+    assert identity.change() == "model.norm.helper.table['a'][2] was added"
     model.model.norm.helper.table["a"].pop()
     model.model.norm.helper.scale = 3.0
     assert identity.change() == "model.norm.helper.scale is 3.0 and was 2.0"
@@ -494,12 +494,14 @@ def test_a_value_that_a_remote_forward_reads_is_seen_where_it_is_changed(tmp_pat
         assert identity.change() == words
         namespace[name] = was
     namespace["TABLE"]["a"] = 5.0
-    assert identity.change() == "modeling_remote.TABLE was changed"
+    assert identity.change() == "modeling_remote.TABLE['a'] is 5.0 and was 2.0"
     namespace["TABLE"]["a"] = 2.0
+    namespace["TABLE"]["a cache"] = 1.0
+    assert identity.change() is None
     with attribute(namespace["Mixin"], "offset", 4.0):
         assert identity.change() == "Mixin.offset is 4.0 and was 0.5"
     with attribute(namespace["Head"], "move", lambda self, x: x):
-        assert identity.change() == "Head.move was replaced"
+        assert identity.change() == "Head.move was added"
     assert identity.change() is None
 
 
@@ -521,3 +523,26 @@ def test_a_forward_of_another_thread_is_no_change(model: PreTrainedModel) -> Non
     assert found == {None}
     with lent(model.config):
         assert identity.change() is None
+
+
+def test_a_function_of_torch_that_a_layer_names_counts(model: PreTrainedModel) -> None:
+    identity = Identity(model)
+    with attribute(torch, "rsqrt", shifted(torch.rsqrt)):
+        assert identity.change() == "torch.rsqrt was replaced"
+        assert Identity(model).digest != identity.digest
+    with attribute(torch, "erfinv", shifted(torch.erfinv)):
+        assert identity.change() is None
+
+
+def test_a_global_that_only_a_decorated_function_names_counts(tmp_path: Path) -> None:
+    head = "    def forward(self, *args, **kwargs):\n"
+    model = remote(tmp_path / "modeling_remote.py", "LIMIT = 1\n" + MODELING.replace(head, head + "        LIMIT\n"))
+    identity = Identity(model)
+    model.forward.__func__.__globals__["LIMIT"] = 2
+    assert identity.change() == "modeling_remote.LIMIT is 2 and was 1"
+
+
+def test_a_class_that_is_set_in_place_counts(model: PreTrainedModel) -> None:
+    identity = Identity(model)
+    model.model.layers[0].mlp.act_fn.__class__ = Doubled
+    assert identity.change() == "model.layers.0.mlp.act_fn is a Doubled and was a SiLUActivation"

@@ -142,7 +142,9 @@ def test_text_alone_is_ours_and_a_picture_is_not(model_type: str, kind: str) -> 
                 assert served(model, text(batch_size, **{name: zeros})) is None
         if kind == "model":
             assert specdec.last_stats(model).num_accepted_draft_tokens > 0
-        assert_served(served(model, picture), "^(pictures, video or sound were|(mm_)?token_type_ids was) passed$")
+        assert_served(
+            served(model, picture), "^(pictures, video or sound were|pixel_values was|(mm_)?token_type_ids was) passed$"
+        )
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)

@@ -83,7 +83,7 @@ def check_device(model: PreTrainedModel, draft: PreTrainedModel) -> None:
 
 
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside the model's weights, None where there is none at hand. No network, no code of the folder's own."""
+    """The tokenizer in the model's folder, None where there is none. No network, no code of the folder's own."""
     path = model.name_or_path
     if not path or (Path(path).is_dir() and not any(Path(path).glob("*token*")) and not any(Path(path).glob("*vocab*"))):
         return None
