@@ -93,7 +93,7 @@ class RaggedLayer(CacheLayerMixin):
 
 
 class RaggedCache(Cache):
-    """What a transformers model takes as past_key_values. Call `window.move(positions)` before each forward."""
+    """What a transformers model takes as its KV cache. Call `window.move(positions)` before each forward."""
 
     def __init__(self, key_block: int = 1, max_slots: int | None = None) -> None:
         window = Window(key_block, max_slots)

@@ -18,7 +18,7 @@ from specdec.drafters.none import NoDrafter
 from specdec.graphs import Graphs, directly
 from specdec.interfaces import Drafter, Outcome
 from specdec.lockstep import Lockstep
-from specdec.models import CachedModel
+from specdec.models import CachedModel, cache_argument
 from specdec.pace import LARGEST, Auto, Constant, Experience, Pace
 from specdec.profiling import drafted_ids, profile
 from specdec.ranks import Ranks, SharedPace
@@ -28,7 +28,7 @@ from specdec.speculative import speculate
 from specdec.state import CALLS, LEARNED, State, parts_of, runner_of
 from specdec.stats import StatsCounter
 
-CACHE_FIELD = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
+CACHE_FIELD = cache_argument(GenerateDecoderOnlyOutput.__dataclass_fields__)  # where generate() returns the cache
 
 
 def decode(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Container
 from contextlib import nullcontext, suppress
 from itertools import pairwise
 from typing import Any, Protocol
@@ -84,7 +85,7 @@ class CachedModel:
     def refresh(self) -> None:
         """Take note of what the model's forward takes, and how wide its head and embeddings are now."""
         self.parameters = forward_parameters(self.model)
-        self.cache_argument = "cache" if "cache" in self.parameters else "past_key_values"
+        self.cache_argument = cache_argument(self.parameters)
         self.vocab_size, self.num_embeddings = widths(self.model)
 
     def spare(self) -> CachedModel:
@@ -183,6 +184,11 @@ def forward_parameters(model: PreTrainedModel) -> frozenset[str]:
         if not takes_any:
             break
     return names
+
+
+def cache_argument(parameters: Container[str]) -> str:
+    """What a forward that takes these calls the KV cache: `cache` since transformers 5.24, `past_key_values` before."""
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 _SIGNATURES: weakref.WeakKeyDictionary[Any, tuple[frozenset[str], bool]] = weakref.WeakKeyDictionary()

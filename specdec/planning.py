@@ -39,7 +39,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from specdec.attention import KEYS
 from specdec.cache import RaggedCache, attention_kinds, attention_masks, grown_capacity, kept_slots
 from specdec.experiments.memory import LiveStorages
-from specdec.models import LINEAR_KINDS, PREFILL_CHUNK, PREFILL_MASK, context_of
+from specdec.models import LINEAR_KINDS, PREFILL_CHUNK, PREFILL_MASK, cache_argument, context_of
 from specdec.quant.checkpoints import scheme_of, settings_of
 from specdec.quant.cpu import OP_GROUP_SIZES, CpuKernel, TorchKernel, row_order
 from specdec.quant.experts import PROJECTIONS
@@ -441,8 +441,9 @@ def _measured(skeleton: Any, text: PreTrainedConfig, kinds: set[str]) -> dict[st
             window.rows, window.positions, window.first = ids[:, :1], ids, slots - width
             window.end = window.key_length = slots
             masks = attention_masks(ids, slots, text, kinds, torch.bool)
-            inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": masks, "past_key_values": cache, "use_cache": True}
-            if "position_ids" in inspect.signature(body.forward).parameters:
+            taken = inspect.signature(body.forward).parameters
+            inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": masks, "use_cache": True, cache_argument(taken): cache}
+            if "position_ids" in taken:
                 inputs["position_ids"] = ids
             live: Any = LiveStorages()
             held, entered = 0, list[int]()

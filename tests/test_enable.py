@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, LlamaForCausalLM, Pr
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 import specdec
+from specdec.models import cache_argument, forward_parameters
 from tests.families import FAMILIES, REFUSED, VOCAB_SIZE, make_model, prompts
 from tests.plain import WIDTH, continuation, drafter, target
 
@@ -151,8 +152,11 @@ def test_an_enabled_model_still_assists_a_stock_one() -> None:
     assert text[:, WIDTH:].tolist() == continuation("llama", 1)
 
 
-def past_key_values(ids: torch.Tensor) -> Any:
-    return target()(input_ids=ids[:, :-1]).past_key_values
+CACHE = cache_argument(forward_parameters(target()))
+
+
+def cache_of(ids: torch.Tensor) -> Any:
+    return target()(input_ids=ids[:, :-1])[CACHE]
 
 
 def sampling_loop(model: PreTrainedModel, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -167,7 +171,7 @@ STOCK: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], dict[str, Any]]]
     "use_cache=False": ({}, lambda ids: {"use_cache": False}),
     "output_attentions": ({"attn": "eager"}, lambda ids: {"output_attentions": True, "return_dict_in_generate": True}),
     "output_hidden_states": ({}, lambda ids: {"output_hidden_states": True, "return_dict_in_generate": True}),
-    "past_key_values": ({}, lambda ids: {"past_key_values": past_key_values(ids)}),
+    CACHE: ({}, lambda ids: {CACHE: cache_of(ids)}),
     "inputs_embeds": ({}, lambda ids: {"inputs_embeds": target().get_input_embeddings()(ids)}),
     "position_ids": ({}, lambda ids: {"position_ids": torch.arange(WIDTH)[None] + 1}),
     "attention_mask": ({}, lambda ids: {"attention_mask": HOLE}),

@@ -165,7 +165,7 @@ ROWS = ["default", "second", "__base__", "second"]
 METHODS: dict[str, tuple[Callable[[], Any], dict[str, Any], str | None]] = {
     "dora": (lambda: adapted(lora(use_dora=True)), {}, None),
     "prompt tuning": (lambda: adapted(peft.PromptTuningConfig(**TOKENS)), {}, IDS),
-    "prefix tuning": (lambda: adapted(peft.PrefixTuningConfig(**TOKENS)), {}, "feeds another cache"),
+    "prefix tuning": (lambda: adapted(peft.PrefixTuningConfig(**TOKENS)), {}, "feeds (another cache|other positions)"),
     "p-tuning": (lambda: adapted(peft.PromptEncoderConfig(**TOKENS, encoder_hidden_size=16)), {}, IDS),
     "aLoRA": (lambda: adapted(lora(alora_invocation_tokens=[49])), {}, HOOK),
     "adapter_names": (several, {"adapter_names": ROWS}, HOOK),
