@@ -24,10 +24,15 @@ class Window:
 
     key_block: keys are handed to attention in whole blocks of so many slots; masks hide what lies behind the last position.
     max_slots: how far the call's texts can come; buffers don't grow beyond its block.
+    right_aligned: keys are handed to attention as left-padded rows have them: the window's last column stands at the last key in
+    every row. For models that tell by the number of keys where a query stands.
+    padding: with that, how many keys stand before position 0 of each row, int64 [B]; may be negative; else None.
     """
 
-    def __init__(self, key_block: int = 1, max_slots: int | None = None) -> None:
+    def __init__(self, key_block: int = 1, max_slots: int | None = None, right_aligned: bool = False) -> None:
         self.key_block = key_block
+        self.right_aligned = right_aligned
+        self.padding: Tensor | None = None
         self.limit(max_slots)
         self.rows = torch.empty(0, 1, dtype=torch.int64)
         self.positions = torch.empty(0, 0, dtype=torch.int64)
@@ -39,9 +44,12 @@ class Window:
         """A call begins, whose texts come so far; None: as far as they like."""
         self.max_slots = sys.maxsize if max_slots is None else _blocks(max_slots, self.key_block)
 
-    def move(self, positions: Tensor) -> None:
-        """positions: [B, W] int64 of the ids that come next."""
+    def move(self, positions: Tensor, last_only: bool = False) -> None:
+        """positions: [B, W] int64 of the ids that come next; last_only: of which the last column counts, else the first ones."""
         batch, width = positions.shape
+        if self.right_aligned:  # columns without a use stand at consecutive positions too, or before the text
+            first = positions[:, -1:] - (width - 1) if last_only else positions[:, :1]
+            positions = first + torch.arange(width, device=positions.device)
         if self.rows.shape[0] != batch or self.rows.device != positions.device:
             self.rows = torch.arange(batch, device=positions.device)[:, None]
         self.positions = positions
@@ -49,11 +57,20 @@ class Window:
         if batch == 1:  # consecutive positions, the usual case of one row, are written as a slice: cheaper than an index
             row = positions[0].tolist()
             self.end = max(row) + 1
-            if row[0] + width == self.end and row[-1] + 1 == self.end:
+            if row[0] >= 0 and row[0] + width == self.end and row[-1] + 1 == self.end:
                 self.first = row[0]
         else:
             self.end = int(positions.max()) + 1
         self.key_length = _blocks(self.end, self.key_block)
+        if self.right_aligned:
+            self.padding = self.key_length - width - positions[:, 0]
+
+    def shown(self, buffer: Tensor) -> Tensor:
+        """The slots of a buffer [B, H, S, D] that the window may see, [B, H, key_length, D]."""
+        if self.padding is None:
+            return buffer[:, :, : self.key_length]
+        slots = torch.arange(self.key_length, device=buffer.device) - self.padding[:, None]
+        return buffer.take_along_dim(slots.clamp(min=0)[:, None, :, None], dim=2)
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -76,10 +93,9 @@ class RaggedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        needed = self.window.key_length
         self.keys = _write(_grown(self.keys, self.window), key_states, self.window)
         self.values = _write(_grown(self.values, self.window), value_states, self.window)
-        return self.keys[:, :, :needed], self.values[:, :, :needed]
+        return self.window.shown(self.keys), self.window.shown(self.values)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.window.key_length, 0
@@ -95,8 +111,8 @@ class RaggedLayer(CacheLayerMixin):
 class RaggedCache(Cache):
     """What a transformers model takes as its KV cache. Call `window.move(positions)` before each forward."""
 
-    def __init__(self, key_block: int = 1, max_slots: int | None = None) -> None:
-        window = Window(key_block, max_slots)
+    def __init__(self, key_block: int = 1, max_slots: int | None = None, right_aligned: bool = False) -> None:
+        window = Window(key_block, max_slots, right_aligned)
         super().__init__(layer_class_to_replicate=lambda: RaggedLayer(window))  # type: ignore[arg-type]
         self.window = window
         self._buffers: list[Tensor] = []
@@ -161,9 +177,16 @@ def attention_kinds(config: PreTrainedConfig) -> set[str]:
 
 
 def attention_masks(
-    positions: Tensor, key_length: int, config: PreTrainedConfig, kinds: Iterable[str], dtype: torch.dtype
+    positions: Tensor,
+    key_length: int,
+    config: PreTrainedConfig,
+    kinds: Iterable[str],
+    dtype: torch.dtype,
+    padding: Tensor | None = None,
 ) -> Tensor | dict[str, Tensor]:
     """Finished 4-D masks for queries at positions [B, W] over slots 0 … S-1; a dict by kind where there are several.
+
+    padding: int64 [B], how many slots stand before position 0; None: none.
 
     bool [B, 1, W, S] (True = see), as sdpa takes them; additive in a floating `dtype`, as eager attention does; or int32
     [B, 2, W, 1], the first and the last slot that each query sees, as specdec/attention.py does.
@@ -177,6 +200,8 @@ def attention_masks(
         else:
             first = torch.zeros_like(positions)
         intervals = torch.stack([first, positions], dim=1)[..., None]
+        if padding is not None:
+            intervals = intervals + padding[:, None, None, None]
         if dtype == torch.int32:
             masks[kind] = intervals.int()
             continue

@@ -37,15 +37,17 @@ from specdec import attention, cache, models
 from specdec.cache import RaggedCache
 from specdec.graphs import Graphs, why_not_recorded
 from specdec.identity import Identity, enter_layouts, opaque
-from specdec.models import PROBE_TOLERANCE, CachedModel, precision_of
+from specdec.models import CachedModel
 from specdec.quant import cpu as int4_on_cpu
 from specdec.quant import int4, rows
 from specdec.quant.rows import ATTENTION, MAX_WINDOW
 from specdec.ranks import tensor_parallel_group
+from specdec.support import PROBE_TOLERANCE, precision_of
 
 Compile = Literal["auto"] | bool
 SOURCES: tuple[ModuleType, ...] = (cache, attention, models, int4, int4_on_cpu, rows)  # what is traced, with this file
 SHAPES = "buffers"  # a package's note of each layer's heads and widths, keys and values in turn
+MASKS_BY_SLOT = "it tells by the number of keys where a query stands"
 SIZES = (3, 5)  # rows and columns of the example that is traced; left open, as the buffers' length is
 
 
@@ -189,7 +191,7 @@ def _record(parts: Sequence[Part], graphs: Graphs) -> None:
     """Let the runners record what they do, where a trial of each comes out right; else say why not."""
     for part in parts:
         enter_layouts(part.runner.model)
-        reason = why_not_recorded(part.runner.model)
+        reason = MASKS_BY_SLOT if part.runner.masks_by_slot else why_not_recorded(part.runner.model)
         if reason is None:
             part.runner.graphs = graphs
             reason = _trial(part.runner, graphs)
@@ -205,7 +207,7 @@ def _record(parts: Sequence[Part], graphs: Graphs) -> None:
 
 @torch.no_grad()
 def _trial(runner: CachedModel, graphs: Graphs) -> str | None:
-    """What is wrong with a recorded forward, held against the forward itself on a ragged batch that goes on; None: nothing."""
+    """What is wrong with a recorded forward, held against an eager one on a ragged batch that goes on; None: nothing."""
     generator = torch.Generator().manual_seed(0)
     last = torch.tensor([9, 4], device=runner.model.device)
     ids = torch.randint(runner.vocab_size, (2, 16), generator=generator).to(last.device)
@@ -214,11 +216,13 @@ def _trial(runner: CachedModel, graphs: Graphs) -> str | None:
         runner.begin(2, 16)
         runner.prefill(ids, last - 1)
         runner.reserve(16)
+        eager = CachedModel(runner.model)
+        eager.prefill(ids, last - 1)
         for _ in range(4):  # as it is, recorded, replayed, replayed
             positions = last[:, None] + torch.arange(2, device=last.device)
             window = ids.gather(1, positions)
             got = graphs.run((runner, "trial"), runner.forward, window, positions).clone()
-            want = runner.forward(window, positions)
+            want = eager.forward(window, positions)
             error = max(error, ((got - want).norm() / (want - want.mean()).norm().clamp(min=1e-30)).item())
             last = last + 1
     except (RuntimeError, ValueError, IndexError) as failure:  # a model may not take buffers that are longer than its text
@@ -239,6 +243,8 @@ def _why_not_compiled(runner: CachedModel) -> str | None:
         return f"its dtype is {model.dtype}; the CPU's kernels take float32 and bfloat16"
     if "position_ids" not in runner.parameters:
         return "its forward takes no positions"
+    if runner.masks_by_slot:
+        return MASKS_BY_SLOT
     return _why_not_our_attention(model) or opaque(model)
 
 

@@ -36,10 +36,11 @@ from specdec.drafters.resolve import (
 from specdec.graphs import RECORDINGS, Graphs
 from specdec.identity import Identity
 from specdec.interfaces import Drafter
-from specdec.models import CachedModel, unsupported, widths
+from specdec.models import CachedModel, widths
 from specdec.routing import BEFORE_INPUTS, WITH_INPUTS, Request, user_hook, why_stock
 from specdec.state import CALLS, Call, State, Trials, parts_of, runner_of, take_drafter
 from specdec.stats import Stats
+from specdec.support import Support, support_of
 
 _STATE = "_specdec_state"  # in an enabled model's __dict__; pickles and copies leave it out
 _STOCK = "_specdec_stock"  # in a drop-in class
@@ -79,17 +80,20 @@ def enable(
     if compile not in ("auto", True, False):
         raise ValueError(f"compile={compile!r} must be True, False or 'auto'")
     with in_eval_mode(enabled):
-        if reason := unsupported(enabled):
-            raise ValueError(f"{stock.__name__} cannot decode speculatively: {reason}")
+        support = support_of(enabled)
+        if support.reason is not None:
+            raise ValueError(f"{stock.__name__} cannot decode speculatively: {support.reason}")
         resolved = None if drafter is None else resolve_drafter(drafter, enabled)
         state = State(enabled, resolved, num_draft_tokens, compile, timing)
         prepare(state.parts(state.drafter), compile, _graphs_for(enabled, compile))
         if user_hook(enabled) is None:
-            state.target_trials.remember(state.target, None, _identity_of(state.target))
+            state.target_trials.remember(state.target, support, _identity_of(state.target))
     if (runner := runner_of(resolved)) is not None:
-        state.draft_trials.setdefault(runner.model, Trials()).remember(runner, None, _identity_of(runner))
+        state.draft_trials.setdefault(runner.model, Trials()).remember(runner, Support(), _identity_of(runner))
     enabled.__dict__[_STATE] = state
     enabled.__class__ = _drop_in_class(stock)
+    if support.warning is not None:
+        warnings.warn(support.warning, stacklevel=2)
     return model
 
 
@@ -239,7 +243,7 @@ def _decode(model: Any, input_ids: Tensor, stock: Callable[..., Any], kwargs: di
     request.input_ids = input_ids
     target, drafter, is_whole = state.take_target(), None, False
     try:
-        reason = state.why_stock(target) or why_stock(WITH_INPUTS, request)
+        reason = state.why_stock(target, request.max_length) or why_stock(WITH_INPUTS, request)
         if reason is None:
             drafter, reason = _take_drafter(state, target, request, kwargs.get("assistant_model"))
         if drafter is not None:

@@ -1,4 +1,4 @@
-"""Running a transformers model on (ids, positions) with a ragged cache, and telling which models that works for."""
+"""Running a transformers model on (ids, positions) with a ragged cache."""
 
 from __future__ import annotations
 
@@ -6,27 +6,20 @@ import inspect
 import weakref
 from collections.abc import Container
 from contextlib import nullcontext, suppress
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from specdec.attention import KEYS, implementation_of, lent, takes_intervals
 from specdec.cache import RaggedCache, attention_kinds, attention_masks, kept_slots
 from specdec.graphs import Graphs, directly
 from specdec.identity import Identity
-from specdec.quant.int4 import Int4Linear
 from specdec.quant.rows import ATTENTION, MAX_WINDOW, is_decoding
 
 PREFILL_CHUNK = 1024  # positions a forward, where a mask of rows * positions * keys would be too large
 PREFILL_MASK = 1 << 26  # elements of a mask: a prompt of 8192 in one forward, as stock decoding runs it
-ATTENTIONS = ("sdpa", "eager", ATTENTION)  # implementations that take a mask for each row
-LINEAR_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
-
-# Relative error that a dtype's rounding explains; a wrong mask or cache is off by much more.
-PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 class Forward(Protocol):
@@ -49,7 +42,7 @@ class CachedModel:
     """A causal language model with its own KV cache: forward(ids [B, W], positions [B, W]) -> logits float32.
 
     vocab_size: V, the width of the logits. num_embeddings: ids it can read. context: positions the model was made for, None where
-    its config names no limit. cache_argument: what its forward calls the KV cache.
+    its config names no limit. cache_argument: what its forward calls the KV cache. masks_by_slot: see there.
     compiled: what runs decoding windows, None: the model itself. One that does not serve a call may serve a later one.
     unchanged: what the model was found to be still when the call in progress began.
     graphs: what parts of a step are recorded in, None: nothing is. With them buffers stay where they are from call to call, and a
@@ -61,6 +54,7 @@ class CachedModel:
         self.config = model.config.get_text_config(decoder=True)
         self.kinds = attention_kinds(self.config)
         self.context = context_of(model)
+        self.masks_by_slot = masks_by_slot(model)
         self._compiled: Forward | None = None
         self._is_current = True  # whether that serves the call in progress
         self.unchanged: Identity | None = None
@@ -107,7 +101,7 @@ class CachedModel:
         is_kept = self.graphs is not None and batch_size == self.batch_size > 0
         if not is_kept:
             self._forget_recordings(None)
-            self.cache = RaggedCache(KEYS if implementation == ATTENTION else 1, max_slots)
+            self.cache = RaggedCache(KEYS if implementation == ATTENTION else 1, max_slots, self.masks_by_slot)
         self.cache.window.limit(max_slots)
         self.batch_size = batch_size
 
@@ -147,7 +141,7 @@ class CachedModel:
         if self.graphs is not None and width <= MAX_WINDOW and cache.layers:
             cache = RaggedCache.over(cache.buffers(), positions)
         else:
-            cache.window.move(positions)
+            cache.window.move(positions, last_only)
         if self.compiled is not None and (width <= MAX_WINDOW or self.compiled.any_width):
             return self.compiled(ids, positions, last_only, cache)
         decodes = self.takes_intervals and is_decoding(width, positions.device)
@@ -158,9 +152,11 @@ class CachedModel:
 
     def call(self, ids: Tensor, positions: Tensor, cache: RaggedCache, mask_dtype: torch.dtype, columns: int | Tensor) -> Tensor:
         """The model's own forward: -> logits of the last `columns` of them (0: all), or of those numbered."""
+        window = cache.window
+        seen_from = positions if window.padding is None else window.positions
         inputs: dict[str, Any] = {
             "input_ids": ids,
-            "attention_mask": attention_masks(positions, cache.window.key_length, self.config, self.kinds, mask_dtype),
+            "attention_mask": attention_masks(seen_from, window.key_length, self.config, self.kinds, mask_dtype, window.padding),
             self.cache_argument: cache,
             "use_cache": True,
             "return_dict": True,
@@ -220,140 +216,14 @@ def _rows(module: Any, name: str, default: int) -> int:
     return int(getattr(module, name, default))
 
 
+def masks_by_slot(model: PreTrainedModel) -> bool:
+    """Whether the model has a causal mask of its own, bool [1, 1, P, P], of which it takes the rows behind its cache's length."""
+    masks = (buffer for buffer in model.buffers() if buffer.dtype == torch.bool and buffer.ndim == 4)
+    return any(mask.shape[:2] == (1, 1) and mask.shape[2] == mask.shape[3] > 1 for mask in masks)
+
+
 def context_of(model: PreTrainedModel) -> int | None:
     """Positions the model was made for, None where its config names no limit."""
     config = model.config.get_text_config(decoder=True)
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     return int(context) if context else None
-
-
-def unsupported(model: PreTrainedModel) -> str | None:
-    """Why this model cannot run on the ragged cache, None where it can. Decided by what it is and by a trial run."""
-    return ruled_out(model) or _trial(model)
-
-
-def ruled_out(model: PreTrainedModel) -> str | None:
-    """Why this model cannot run on the ragged cache, as far as its config and attributes tell; no forward is run."""
-    config = model.config
-    if config.is_encoder_decoder:
-        return "it is an encoder-decoder model"
-    if getattr(model, "_is_stateful", False):
-        return "its cache is recurrent, so a rejected draft cannot be taken back"
-    text_config = config.get_text_config(decoder=True)
-    if kinds := attention_kinds(text_config) - LINEAR_KINDS:
-        return f"its layers of kind {', '.join(sorted(kinds))} keep more than keys and values by position"
-    implementation = implementation_of(text_config)
-    if implementation not in ATTENTIONS:
-        return (
-            f"its attention implementation {implementation!r} does not take a mask for each row;"
-            " load it with attn_implementation='sdpa' or 'eager'"
-        )
-    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        return "gradient checkpointing in training mode drops the KV cache; call model.eval() first"
-    return None
-
-
-def dynamic_rope_limit(model: PreTrainedModel) -> int | None:
-    """Length beyond which rotary frequencies depend on the batch's longest row (dynamic, longrope); None: they never do."""
-    config = model.config.get_text_config(decoder=True)
-    parameters = getattr(config, "rope_parameters", None) or {}
-    by_kind = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    limits = [
-        int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
-        for rope in by_kind
-        if rope.get("rope_type") in ("dynamic", "longrope")
-    ]
-    return min(limits, default=None)
-
-
-def precision_of(model: PreTrainedModel) -> torch.dtype:
-    """The coarsest dtype that a model computes in: kernels of 4-bit layers take and give 16 bits, whatever is around them."""
-    has_kernel = any(isinstance(module, Int4Linear) and module.use_kernel for module in model.modules())
-    dtype = torch.bfloat16 if has_kernel else model.dtype
-    return max(dtype, autocast_of(model.device) or dtype, key=lambda dtype: PROBE_TOLERANCE.get(dtype, 1e-1))
-
-
-def autocast_of(device: torch.device) -> torch.dtype | None:
-    """The dtype that the caller's autocast computes in on this device, None where there is none."""
-    is_on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if is_on else None
-
-
-@torch.no_grad()
-def draws_random_numbers(model: PreTrainedModel) -> bool:
-    """Whether a forward draws random numbers in the model's present mode, as dropout does in training.
-
-    Leaves seeds alone. False where the forward fails: what is wrong with it, a trial says.
-    """
-    device = model.device
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    on_gpu = device.type == "cuda"
-    with torch.random.fork_rng([device] if on_gpu else []):
-        before = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None
-        with suppress(Exception):
-            model(input_ids=ids, use_cache=False)
-        after = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None
-    pairs = zip(before, after, strict=True)
-    return any(one is not None and other is not None and not one.equal(other) for one, other in pairs)
-
-
-@torch.no_grad()
-def _trial(model: PreTrainedModel) -> str | None:
-    """Compare a short ragged run, with rejected entries left behind, to plain decoding of each row: -> what went wrong, or None.
-
-    Uneven on purpose: some families pass an even batch and write other text on an uneven one. The rows do not advance alike
-    either, since rotary embeddings forgive positions that are off by one number throughout. The short row is decoded id by
-    id on transformers' own cache, so that a forward which treats its last position in another way than those before it
-    shows.
-    """
-    generator = torch.Generator().manual_seed(0)
-    limit = context_of(model) or 64
-    lengths = torch.tensor([min(length, limit - 2) for length in (3, 37)])
-    if lengths.min() < 1:
-        return f"its context of {limit} is too short"
-    vocab_size = min(widths(model))
-    ids = torch.randint(vocab_size, (2, limit if limit < 64 else 64), generator=generator)
-    ids, lengths = ids.to(model.device), lengths.to(model.device)
-    try:
-        runner = CachedModel(model)
-        runner.prefill(ids, lengths - 2)
-        columns = torch.arange(3, device=ids.device)
-        fed = torch.randint(vocab_size, (2, 3), generator=generator).to(ids.device)
-        positions = (lengths[:, None] - 1 + columns).clamp(max=ids.shape[1] - 1)
-        fed[0, :2] = ids[0, positions[0, :2]]  # the short row keeps two ids of this window, the other one none
-        runner.forward(fed, positions)
-        positions[0] = (positions[0] + 2).clamp(max=ids.shape[1] - 1)
-        got = runner.forward(ids.gather(1, positions), positions)
-        if got.shape[-1] != runner.vocab_size:
-            return f"its head has {runner.vocab_size} rows and its logits are {got.shape[-1]} wide"
-        for row in range(2):
-            text = ids[row : row + 1, : int(positions[row, -1]) + 1]
-            if row == 0:
-                want = _decoded(runner, text, int(positions[0, 0])).to(got.device)[positions[0] - positions[0, 0]]
-            else:
-                want = model(input_ids=text, use_cache=False).logits[0, positions[row]].float()
-            error = ((got[row] - want).norm() / (want - want.mean()).norm().clamp(min=1e-30)).item()
-            if want.isnan().any():
-                return "its logits are NaN; check its weights and dtype"
-            if not error <= PROBE_TOLERANCE.get(precision_of(model), 1e-1):
-                return f"on a ragged batch its logits differ from those of the row alone (relative error {error:.1e})"
-    except Exception as error:  # a model may fail in any way on inputs it was not made for; the answer is the same
-        first_line = str(error).partition("\n")[0]
-        return f"it does not run with positions and a mask for each row (a trial ended in {type(error).__name__}: {first_line})"
-    return None
-
-
-def _decoded(runner: CachedModel, text: Tensor, first: int) -> Tensor:
-    """Logits [n, V] float32 of text [1, L] from position `first` on, one position a forward behind those before it.
-
-    Positions are named as generate() does: some models would else count from what an earlier call has left in them.
-    """
-    cache = DynamicCache(config=runner.config)
-    call: dict[str, Any] = {runner.cache_argument: cache, "use_cache": True, "return_dict": True}
-    logits = []
-    length = text.shape[1]
-    for start, end in pairwise(sorted({0, *range(first, length + 1)})):
-        if "position_ids" in runner.parameters:
-            call["position_ids"] = torch.arange(start, end, device=text.device)[None]
-        logits.append(runner.model(input_ids=text[:, start:end], **call).logits[0, -1])
-    return torch.stack(logits[first - length :]).float()

@@ -21,7 +21,8 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from specdec.models import CachedModel, dynamic_rope_limit
+from specdec.models import CachedModel
+from specdec.support import dynamic_rope_limit
 
 OUR_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
 OUR_MODEL_KWARGS = {"attention_mask", "position_ids", "logits_to_keep", "use_cache"}
@@ -53,6 +54,13 @@ class Request:
     def mask(self) -> Tensor | None:
         """int64 or bool [B, L], None where nothing is hidden."""
         return self.model_kwargs.get("attention_mask")
+
+    @property
+    def max_length(self) -> int:
+        """Positions that the call may read, drafts included."""
+        criteria = self.arguments.get("stopping_criteria") or ()
+        lengths = [self.config.max_length, *(c.max_length for c in criteria if type(c) is MaxLengthCriteria)]
+        return int(max(lengths)) + self.max_draft_tokens
 
 
 @dataclass(frozen=True)
@@ -142,9 +150,7 @@ def _is_of_a_library(hook: Any) -> bool:
 
 def _growing_rope(request: Request) -> str | None:
     limit = dynamic_rope_limit(request.model)
-    criteria = request.arguments.get("stopping_criteria") or ()
-    lengths = [request.config.max_length, *(c.max_length for c in criteria if type(c) is MaxLengthCriteria)]
-    if limit is not None and max(lengths) + request.max_draft_tokens > limit:
+    if limit is not None and request.max_length > limit:
         return f"beyond {limit} positions its rotary frequencies change with the longest row of a batch"
     return None
 
@@ -284,6 +290,7 @@ WITH_INPUTS = (
 FROM_STATE = (
     "forward hooks of your own",
     "a target or a draft model that was changed after `enable` and no longer passes its trial",
+    "texts longer than the trial of a model that specdec does not know (`enable` warns)",
     "a `Drafter` of your own that serves another call at the moment",
 )
 

@@ -24,10 +24,11 @@ from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.graphs import Graphs, why_not_recorded
 from specdec.identity import Identity
 from specdec.interfaces import Drafter
-from specdec.models import CachedModel, autocast_of, draws_random_numbers, ruled_out, unsupported
+from specdec.models import CachedModel
 from specdec.pace import Experience
 from specdec.routing import Request, user_hook
 from specdec.stats import Stats
+from specdec.support import Support, autocast_of, draws_random_numbers, ruled_out, support_of
 
 STATELESS_DRAFTERS = (NoDrafter, PromptLookup)  # any number of calls may share one
 TRIED = 4  # states of a model whose trials are remembered
@@ -90,26 +91,26 @@ class Trials:
     """What trials of a model gave, by the state that it was in: one that has changed since is tried again."""
 
     def __init__(self) -> None:
-        self._known: list[tuple[Identity, Any, str | None]] = []
+        self._known: list[tuple[Identity, Any, Support]] = []
 
-    def why_not(self, runner: CachedModel, check: Callable[[PreTrainedModel], str | None] = unsupported) -> str | None:
-        """Why the runner's model, as it is now, does not pass the check; None where it does."""
+    def support_of(self, runner: CachedModel, check: Callable[[PreTrainedModel], Support]) -> Support:
+        """What the check finds of the runner's model, as it is now."""
         model = runner.model
         mode = _mode_of(model)
-        for identity, known_mode, reason in self._known:
+        for identity, known_mode, support in self._known:
             if known_mode == mode and identity.change() is None:
                 runner.unchanged = identity
-                return reason
-        reason = check(model)
-        self.remember(runner, reason)
-        return reason
+                return support
+        support = check(model)
+        self.remember(runner, support)
+        return support
 
-    def remember(self, runner: CachedModel, reason: str | None, identity: Identity | None = None) -> None:
+    def remember(self, runner: CachedModel, support: Support, identity: Identity | None = None) -> None:
         """What a trial of the runner's model, as it is now, gave; identity: of the model as it is now, where there is one."""
         model = runner.model
         runner.unchanged = identity or Identity(model)
         earlier = [known for known in self._known[: TRIED - 1] if known[0].is_part_of(model)]  # others keep old weights alive
-        self._known = [(runner.unchanged, _mode_of(model), reason), *earlier]
+        self._known = [(runner.unchanged, _mode_of(model), support), *earlier]
 
 
 def _mode_of(model: PreTrainedModel) -> Any:
@@ -172,19 +173,26 @@ class State:
     def parts(self, drafter: Drafter | None) -> list[Part]:
         return parts_of(self.target, drafter)
 
-    def why_stock(self, target: CachedModel) -> str | None:
-        """Why no call of the model, as it is now, can be served. ValueError where dropout acts."""
+    def why_stock(self, target: CachedModel, length: int) -> str | None:
+        """Why no call of the model, as it is now, can be served whose longest text has `length` positions.
+
+        ValueError where dropout acts.
+        """
         target.refresh()
-        return self.target_trials.why_not(target, self._check_target)
+        support = self.target_trials.support_of(target, self._check_target)
+        if support.reason is None and support.max_length is not None and length > support.max_length:
+            return f"its text may have {length} positions, drafts included; the model is known to work up to {support.max_length}"
+        return support.reason
 
     def why_not_drafted(self, draft: CachedModel) -> str | None:
         """Why a draft model, as it is now, cannot draft. ValueError where dropout acts."""
-        return self.draft_trials.setdefault(draft.model, Trials()).why_not(draft, _check_draft)
+        return self.draft_trials.setdefault(draft.model, Trials()).support_of(draft, _check_draft).reason
 
     @staticmethod
-    def _check_target(model: PreTrainedModel) -> str | None:
+    def _check_target(model: PreTrainedModel) -> Support:
         words = "the model is in training mode, so dropout would change its output; call model.eval() first"
-        return user_hook(model) or _check(model, words)
+        reason = user_hook(model)
+        return _check(model, words) if reason is None else Support(reason)
 
     def take_target(self) -> CachedModel:
         """A runner for one call, to be given back."""
@@ -247,15 +255,14 @@ def _ids_of(drafter: Drafter | None) -> set[int]:
     return {id(part) for part in (drafter, runner_of(drafter)) if part is not None}
 
 
-def _check_draft(model: PreTrainedModel) -> str | None:
+def _check_draft(model: PreTrainedModel) -> Support:
     words = "the draft model is in training mode, so dropout would spoil its drafts; call .eval() on it first"
     return _check(model, words)
 
 
-def _check(model: PreTrainedModel, dropout: str) -> str | None:
-    """Why a model cannot be run as it is. ValueError, in these words, where dropout acts."""
-    if reason := ruled_out(model):
-        return reason
-    if any(module.training for module in model.modules()) and draws_random_numbers(model):
+def _check(model: PreTrainedModel, dropout: str) -> Support:
+    """What is found of a model as it is. ValueError, in these words, where dropout acts."""
+    is_training = any(module.training for module in model.modules())
+    if is_training and ruled_out(model) is None and draws_random_numbers(model):
         raise ValueError(dropout)
-    return unsupported(model)
+    return support_of(model)

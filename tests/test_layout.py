@@ -17,7 +17,7 @@ FLOORS = {
     "interfaces": 1, "sampling": 1, "verification": 1, "stats": 1, "clock": 1, "cost": 1, "pace": 1, "graphs": 1,
     "identity": 1, "ranks": 1,
     "text": 1, "embedded": 1, "provenance": 1,
-    "sequences": 2, "speculative": 2, "profiling": 2, "cache": 2, "attention": 2, "models": 2, "quant": 2,
+    "sequences": 2, "speculative": 2, "profiling": 2, "cache": 2, "attention": 2, "models": 2, "support": 2, "quant": 2,
     "compiled": 2, "lockstep": 2, "callbacks": 2, "routing": 2,
     "drafters": 3,
     "state": 4, "call": 4, "generate": 4, "loading": 4,

@@ -14,10 +14,11 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.interfaces import Drafter
-from specdec.models import context_of, unsupported, widths
+from specdec.models import context_of, widths
 from specdec.quant.checkpoints import load_as_it_is
 from specdec.quant.quantizer import is_4bit
 from specdec.quant.rows import MAX_WINDOW
+from specdec.support import unsupported
 
 AUTO = "auto"
 NAMED_DRAFTERS: dict[str, Callable[[], Drafter]] = {"none": NoDrafter, "prompt_lookup": PromptLookup}
