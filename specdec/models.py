@@ -226,4 +226,4 @@ def context_of(model: PreTrainedModel) -> int | None:
     """Positions the model was made for, None where its config names no limit."""
     config = model.config.get_text_config(decoder=True)
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
-    return int(context) if context else None
+    return int(context) if context and context > 0 else None  # XLNet says -1

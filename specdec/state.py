@@ -28,7 +28,7 @@ from specdec.models import CachedModel
 from specdec.pace import Experience
 from specdec.routing import Request, user_hook
 from specdec.stats import Stats
-from specdec.support import Support, autocast_of, draws_random_numbers, ruled_out, support_of
+from specdec.support import Support, autocast_of, draws_random_numbers, ruled_out, support_of, unsupported
 
 STATELESS_DRAFTERS = (NoDrafter, PromptLookup)  # any number of calls may share one
 TRIED = 4  # states of a model whose trials are remembered
@@ -190,9 +190,10 @@ class State:
 
     @staticmethod
     def _check_target(model: PreTrainedModel) -> Support:
-        words = "the model is in training mode, so dropout would change its output; call model.eval() first"
-        reason = user_hook(model)
-        return _check(model, words) if reason is None else Support(reason)
+        if reason := user_hook(model):
+            return Support(reason)
+        _check_dropout(model, "the model is in training mode, so dropout would change its output; call model.eval() first")
+        return support_of(model)
 
     def take_target(self) -> CachedModel:
         """A runner for one call, to be given back."""
@@ -256,13 +257,12 @@ def _ids_of(drafter: Drafter | None) -> set[int]:
 
 
 def _check_draft(model: PreTrainedModel) -> Support:
-    words = "the draft model is in training mode, so dropout would spoil its drafts; call .eval() on it first"
-    return _check(model, words)
+    _check_dropout(model, "the draft model is in training mode, so dropout would spoil its drafts; call .eval() on it first")
+    return Support(unsupported(model))
 
 
-def _check(model: PreTrainedModel, dropout: str) -> Support:
-    """What is found of a model as it is. ValueError, in these words, where dropout acts."""
+def _check_dropout(model: PreTrainedModel, message: str) -> None:
+    """ValueError, in these words, where dropout acts."""
     is_training = any(module.training for module in model.modules())
     if is_training and ruled_out(model) is None and draws_random_numbers(model):
-        raise ValueError(dropout)
-    return support_of(model)
+        raise ValueError(message)

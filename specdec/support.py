@@ -29,6 +29,7 @@ LINEAR_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 # Relative error that a dtype's rounding explains; a wrong mask or cache is off by much more.
 PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+RECURRENT = "its cache is recurrent, so a rejected draft cannot be taken back"
 ROUNDED_BY_NEIGHBOURS = 1e-1  # of 8-bit layers that quantize activations over the whole batch
 
 
@@ -90,14 +91,14 @@ def support_of(model: PreTrainedModel) -> Support:
 
 
 def unsupported(model: PreTrainedModel) -> str | None:
-    """Why this model cannot run on the ragged cache, None where it can."""
-    return support_of(model).reason
+    """Why this model cannot run on the ragged cache at all, None where it can with short texts: enough for a draft model."""
+    return ruled_out(model) or _trial(model, SHORT)[0]
 
 
 @cache
 def known_classes() -> frozenset[str]:
     """Names of transformers' classes whose texts were found equal to plain decoding's, with windows shorter and longer."""
-    return frozenset(row["class"] for row in json.loads(KNOWN.read_text())["models"] if row["result"] == "speculates")
+    return frozenset(row["class"] for row in json.loads(KNOWN.read_text())["models"] if row["result"] == "works")
 
 
 def is_known(model: PreTrainedModel) -> bool:
@@ -131,7 +132,7 @@ def ruled_out(model: PreTrainedModel) -> str | None:
     if config.is_encoder_decoder:
         return "it is an encoder-decoder model"
     if getattr(model, "_is_stateful", False):
-        return "its cache is recurrent, so a rejected draft cannot be taken back"
+        return RECURRENT
     text_config = config.get_text_config(decoder=True)
     if kinds := attention_kinds(text_config) - LINEAR_KINDS:
         return f"its layers of kind {', '.join(sorted(kinds))} keep more than keys and values by position"
