@@ -161,13 +161,20 @@ class Int4Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.failures:
             raise self.failures[0]
-        missing = []
+        missing, offloaded = [], []
         for name, module in model.named_modules():
             if isinstance(module, Int4Linear | Int4Experts):
                 for part, value in module.named_parameters(recurse=False):
-                    if self.is_loading and not getattr(value, "_is_hf_initialized", False):  # made up by transformers
+                    if value.is_meta:
+                        offloaded.append(f"{name}.{part}")
+                    elif self.is_loading and not getattr(value, "_is_hf_initialized", False):  # made up by transformers
                         missing.append(f"{name}.{part}")
                     value.requires_grad_(False)
+        if offloaded:
+            raise ValueError(
+                f"device_map offloads {some(offloaded)}, to the disk or the CPU, which 4-bit weights do not support; give their"
+                " layers a device to stay on, e.g. device_map={'': 'cpu'}"
+            )
         if missing:
             raise ValueError(f"the checkpoint lacks {some(missing)}; without it the layer's weights would be garbage")
         self.is_loading, self.on_layer, self.tensors = False, None, None
