@@ -23,11 +23,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specdec
 from specdec import Draft, embedded
 from specdec.drafters.resolve import resolve_drafter
+from specdec.loading import load, load_tokenizer
 from specdec.provenance import provenance
 from specdec.stats import Stats
 
@@ -62,9 +62,9 @@ def main() -> None:
     args = parser.parse_args()
     origin = provenance(args.device)
     console = Console(stderr=True)
-    tokenizer = AutoTokenizer.from_pretrained(embedded.TARGET, padding_side="left")
+    tokenizer = load_tokenizer(str(embedded.TARGET))
     folders = embedded.TARGET, embedded.DRAFT
-    target, draft = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).to(args.device) for f in folders)
+    target, draft = (load(str(folder), "float32", args.device) for folder in folders)
     generator = torch.Generator().manual_seed(0)
     drafters = {
         "always wrong": Proposes(lambda shape: torch.full(shape, tokenizer.pad_token_id)),

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specdec
 from specdec import embedded
 from specdec.clock import STEP_PARTS, Clock
+from specdec.loading import load, load_tokenizer
 from specdec.provenance import provenance
 
 MARKS = 20_000
@@ -35,10 +35,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the JSON there too")
     args = parser.parse_args()
     origin = provenance(args.device)
-    tokenizer = AutoTokenizer.from_pretrained(embedded.TARGET)
+    tokenizer = load_tokenizer(str(embedded.TARGET))
     inputs = tokenizer(embedded.prompts()[0]["prompt"], return_tensors="pt").to(args.device)
     folders = embedded.TARGET, embedded.DRAFT
-    target, draft = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).to(args.device) for f in folders)
+    target, draft = (load(str(folder), "float32", args.device) for folder in folders)
 
     def seconds(timing: bool) -> float:
         specdec.enable(

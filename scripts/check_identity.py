@@ -19,11 +19,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 import specdec
 from specdec import embedded
-from specdec.loading import load
+from specdec.loading import load, load_tokenizer
 from specdec.provenance import provenance
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     origin = provenance(args.device) | {"dtype": args.dtype}  # of the code that runs, whatever is committed meanwhile
     target = load(args.target, args.dtype, args.device)
     draft = args.draft if args.draft in ("prompt_lookup", "none") else load(args.draft, args.dtype, args.device)
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    tokenizer = load_tokenizer(args.target)
     everything = embedded.prompts()
     prompts = [everything[i * len(everything) // args.prompts] for i in range(min(args.prompts, len(everything)))]
     ways = {"our plain loop": ("none", 1)} | {f"K={k}": (draft, k) for k in args.num_draft_tokens}

@@ -32,15 +32,14 @@ from specdec_kernels import cpu, w4a16
 from specdec_kernels.attention import DTYPES, MAX_DIM
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from specdec.attention import KEYS
 from specdec.cache import RaggedCache, attention_kinds, attention_masks, grown_capacity, kept_slots
 from specdec.experiments.memory import LiveStorages
 from specdec.models import PREFILL_CHUNK, PREFILL_MASK, cache_argument, context_of
-from specdec.quant.checkpoints import scheme_of, settings_of
+from specdec.quant.checkpoints import config_folder, named_errors, read_config, scheme_of, settings_of
 from specdec.quant.cpu import OP_GROUP_SIZES, CpuKernel, TorchKernel, row_order
 from specdec.quant.experts import PROJECTIONS
 from specdec.quant.int4 import SLAB_WEIGHTS, Int4Tensor
@@ -185,23 +184,25 @@ def footprint(
     """Measure a model on meta, from a folder, a hub id (its config is all that is fetched) or a config.
 
     dtype: of all but 4-bit weights. device: "cuda", with the Triton kernels, or "cpu", with its own where they have been built.
-    group_size: of the 4-bit form, unless the checkpoint is in four bits already. Raises ValueError where there is no config, and
-    for models whose cache is no plain one.
+    group_size: of the 4-bit form, unless the checkpoint is in four bits already. Raises ValueError, naming the model, where there
+    is no config or none that a model can be made of, and for models whose cache is no plain one.
     """
-    config, name = _config(model)
-    if isinstance(loaded := getattr(config, "quantization_config", None), QuantizationConfigMixin):  # of a model in memory
-        config.quantization_config = loaded.to_dict()
-    settings = settings_of(Path(name), config)
-    if settings is not None:
-        del config.quantization_config
+    config, settings, name = _config(model)
+    with named_errors(f"no memory can be planned for {name}"):
+        return _footprint(config, settings, name, dtype, device, group_size)
+
+
+def _footprint(
+    config: Any, settings: dict[str, Any] | None, name: str, dtype: torch.dtype, device: str, group_size: int
+) -> Footprint:
     text = config.get_text_config(decoder=True)
     kinds = attention_kinds(text)
     if config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder model; only decoders can be planned")
+        raise ValueError("it is an encoder-decoder model; only decoders can be planned")
     with torch.device("meta"):
         skeleton: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()  # type: ignore[no-untyped-call]
     if kinds - LINEAR_KINDS or skeleton._is_stateful:
-        raise ValueError(f"{name} has layers that keep more than keys and values by position; only attention can be planned")
+        raise ValueError("it has layers that keep more than keys and values by position; only attention can be planned")
     plain_bytes = sum(tensor.nbytes for tensor in (*skeleton.parameters(), *skeleton.buffers()))
     saved_bytes, slab_weights = _quantized(skeleton, settings, group_size, device)
     return Footprint(
@@ -210,7 +211,7 @@ def footprint(
         device=device,
         plain_bytes=plain_bytes,
         int4_bytes=None if saved_bytes is None else plain_bytes - saved_bytes,
-        checkpoint_method=None if settings is None else settings["quant_method"],
+        checkpoint_method=None if settings is None else settings.get("quant_method"),
         vocab_size=int(text.vocab_size),
         context=context_of(skeleton),
         has_kernels=(dtype in cpu.DTYPES and cpu.load()) if device == "cpu" else dtype in DTYPES,
@@ -349,22 +350,21 @@ def _slots(prompt: int, context: int, block: int) -> tuple[int, int, int]:
     return first, before, last
 
 
-def _config(model: str | Path | PreTrainedConfig) -> tuple[Any, str]:
-    """A config of one's own, and its model's name."""
+def _config(model: str | Path | PreTrainedConfig) -> tuple[Any, dict[str, Any] | None, str]:
+    """A config of one's own without its quantization, that, and its model's name."""
     if isinstance(model, PreTrainedConfig):
-        return copy.deepcopy(model), model.name_or_path or model.model_type
-    try:
-        return AutoConfig.from_pretrained(model), str(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{str(model)!r} is no folder with a config.json, and no hub id that can be reached: {reason}"
-        ) from error
+        config, settings = copy.deepcopy(model), settings_of(model)
+        if settings is not None:
+            del config.quantization_config
+        return config, settings, model.name_or_path or model.model_type
+    with named_errors(f"no config could be read from {str(model)!r}"):
+        config, settings, _ = read_config(config_folder(model))
+        return config, settings, str(model)
 
 
 def _quantized(skeleton: Any, settings: dict[str, Any] | None, group_size: int, device: str) -> tuple[int | None, int]:
     """Bytes that four bits save, None where nothing can be in four bits, and the weights of the largest slab."""
-    method = None if settings is None else settings["quant_method"]
+    method = None if settings is None else settings.get("quant_method")
     if method == "mxfp4":
         experts = [value for name, value in skeleton.named_parameters() if value.ndim == 3 and name.endswith(PROJECTIONS)]
         codebook_bytes = 4 * 16 * len(experts)

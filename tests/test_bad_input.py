@@ -69,7 +69,7 @@ def test_num_assistant_tokens_of_a_call_is_checked_alike(given: Any) -> None:
     ("given", "error", "words"),
     [
         ("no such drafter", ValueError, r"'no such drafter' is not one of \['none', 'prompt_lookup'\], and no model"),
-        (Path("no/such/folder"), ValueError, r"'no/such/folder' is not one of .* folder or hub id: "),
+        (Path("no/such/folder"), ValueError, r"'no/such/folder' is not one of .* it is no folder here and cannot be had"),
         (PromptLookup, TypeError, r"<class .*PromptLookup'> is none of: a transformers model.* object with begin\(\)"),
         (LlamaForCausalLM, TypeError, r"<class .*LlamaForCausalLM'> is none of: a transformers model"),
         (3, TypeError, r"drafter=3 is none of: a transformers model"),

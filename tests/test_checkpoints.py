@@ -508,7 +508,7 @@ def test_arguments_that_make_no_sense(folder: Path) -> None:
         load(folder, quantization_config=Int4Config())
     with pytest.raises(ValueError, match="takes no state_dict"):
         load(folder, state_dict={})
-    with pytest.raises(ValueError, match="'no-such/model' is no folder here and cannot be had from the hub"):
+    with pytest.raises(ValueError, match="from 'no-such/model': it is no folder here and cannot be had from the hub"):
         load("no-such/model")
-    with pytest.raises(ValueError, match=r"'\./no/such/folder' is no folder here"):
+    with pytest.raises(ValueError, match=r"'\./no/such/folder': it is no folder here"):
         load("./no/such/folder")

@@ -18,9 +18,9 @@ FLOORS = {
     "identity": 1, "ranks": 1,
     "text": 1, "embedded": 1, "provenance": 1,
     "sequences": 2, "speculative": 2, "profiling": 2, "cache": 2, "attention": 2, "models": 2, "support": 2, "quant": 2,
-    "compiled": 2, "lockstep": 2, "callbacks": 2, "routing": 2,
+    "compiled": 2, "lockstep": 2, "callbacks": 2, "routing": 2, "loading": 2,
     "drafters": 3,
-    "state": 4, "call": 4, "generate": 4, "loading": 4,
+    "state": 4, "call": 4, "generate": 4,
     "planning": 5, "experiments": 5,
     "cli": 6, "commands": 6,
 }  # fmt: skip

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import specdec
 from specdec import embedded
@@ -18,7 +23,8 @@ from specdec.commands.audit import _windows
 from specdec.quant.quality import compare
 from tests.families import make_model
 
-ORIGINAL = Path(__file__).parent / "data" / "target"
+ROOT = Path(__file__).parent.parent
+ORIGINAL = ROOT / "tests" / "data" / "target"
 pytestmark = pytest.mark.filterwarnings("ignore:specdec keeps in full precision")
 
 
@@ -150,6 +156,68 @@ def test_the_quantize_command_writes_what_the_library_makes(capsys: pytest.Captu
     assert main(["quantize", str(destination), str(tmp_path / "twice")]) == 2
     assert "is quantized already, by specdec_int4" in capsys.readouterr().err
     assert not (tmp_path / "twice").exists()
+
+
+STUCK = """
+import sys, time
+from transformers import PreTrainedModel
+from specdec.cli import main
+
+def save_pretrained(self, folder):
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"half of it")
+    print("saving", flush=True)
+    time.sleep(600)
+
+PreTrainedModel.save_pretrained = save_pretrained
+main(["quantize", *sys.argv[1:], "--group-size", "32"])
+"""
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next_and_nothing_else(tmp_path: Path) -> None:
+    make_model("llama", hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4).save_pretrained(
+        tmp_path / "source"
+    )
+    source, destination = str(tmp_path / "source"), tmp_path / "out" / "int4"
+    others = [destination.parent / name for name in (".int4-notours_", ".int4-other-abcdefgh")]
+    for other in others:
+        other.mkdir(parents=True)
+    (others[1] / "lock").touch()
+
+    def hidden() -> list[Path]:
+        return sorted(path for path in destination.parent.glob(".int4*") if path not in others)
+
+    command = [sys.executable, "-W", "ignore", "-c", STUCK, source, str(destination)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as run:
+        try:
+            assert run.stdout is not None
+            assert run.stdout.readline() == "saving\n"
+            (left,) = hidden()
+            assert main(["quantize", source, str(destination), "--group-size", "32"]) == 0
+            assert hidden() == [left], "its run goes on"
+        finally:
+            run.kill()
+    assert (left / "model" / "model.safetensors").exists()
+    shutil.rmtree(destination)
+    assert main(["quantize", source, str(destination), "--group-size", "32"]) == 0
+    assert hidden() == []
+    assert all(other.is_dir() for other in others)
+    assert sorted(path.name for path in destination.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+
+
+def test_what_cannot_be_written_is_said(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    make_model("llama", hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4).save_pretrained(
+        tmp_path / "source"
+    )
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    assert main(["quantize", str(tmp_path / "source"), str(tmp_path / "int4"), "--group-size", "32"]) == 2
+    assert "int4 could not be written: SafetensorError: No space left on device" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_quantization_that_fails_leaves_nothing_behind(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

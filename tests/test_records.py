@@ -119,6 +119,20 @@ def test_a_whole_file_is_not_repaired(tmp_path: Path) -> None:
     repair(tmp_path / "none")
 
 
+def test_a_line_torn_inside_a_character(tmp_path: Path) -> None:
+    path = write(tmp_path / "records-0.jsonl", record("a"), record("é"))
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rindex("é".encode()) + 1])
+    assert [r.prompt_id for r in read_run(tmp_path).records] == ["a"]
+    assert read_run(tmp_path).torn
+    path.write_bytes(content.replace("é".encode(), b"\xff"))
+    with pytest.raises(ValueError, match=r"records-0\.jsonl, line 2: this is no record of a run: '\{"):
+        read_run(tmp_path)
+    path.write_bytes(content + b"[" * 100_000 + b"\n")
+    with pytest.raises(ValueError, match=r"line 4: this is no record of a run: '\[\["):
+        read_run(tmp_path)
+
+
 def test_files_of_processes_become_one_and_none_is_twice(tmp_path: Path) -> None:
     write(tmp_path / "records-0.jsonl", record("a"), Failure("b", "t", 0, 0, SPECULATIVE, "no"), LINES[4])
     write(tmp_path / "records-1.jsonl", record("b"), record("a", PLAIN))

@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from specdec.commands.quantize import int4_config, weight_bytes
-from specdec.loading import load
+from specdec.loading import load, load_tokenizer
 from specdec.models import context_of
 from specdec.provenance import provenance
 from specdec.quant.quality import Quality, compare
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
         widths = [model.config.get_text_config(decoder=True).vocab_size for model in (original, quantized)]
         if widths[0] != widths[1]:
             raise ValueError(f"the original's vocabulary has {widths[0]} ids, the 4-bit model's {widths[1]}; are they a pair?")
-        tokenizer = AutoTokenizer.from_pretrained(options.original or options.model)
+        tokenizer = load_tokenizer(options.original or options.model)
         windows = _windows(text, tokenizer, min(options.context, context_of(original) or options.context), options.max_tokens)
         quality = Quality()
         progress.update(task, total=options.max_tokens or sum(len(ids) for ids in _lines(text, tokenizer)))

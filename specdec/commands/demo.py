@@ -15,11 +15,10 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from transformers import AutoTokenizer
 
 import specdec
 from specdec.drafters.resolve import resolve_drafter
-from specdec.loading import load
+from specdec.loading import load, load_tokenizer
 from specdec.text import pieces
 
 ROUNDS = 3
@@ -35,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         task = progress.add_task(f"loading {options.model}", total=None)
         model: Any = load(options.model, dtype, options.device)
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        tokenizer = load_tokenizer(options.model)
         drafter: Any = options.draft
         if drafter not in ("prompt_lookup", "none"):
             progress.update(task, description=f"loading {options.draft}")

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
+from specdec.loading import read_tokenizer
+from specdec.quant.checkpoints import config_folder, load_checkpoint, named_errors, read_config
 from specdec.quant.quantizer import Int4Config, layers_to_quantize
+
+LOCK = "lock"
 
 
 def int4_config(options: argparse.Namespace) -> Int4Config:
@@ -28,12 +36,13 @@ def run(options: argparse.Namespace) -> int:
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} exists already; name a folder that is empty or not there yet")
     quantization = int4_config(options)
-    config = AutoConfig.from_pretrained(options.source)
-    if (method := getattr(config, "quantization_config", None)) is not None:
-        raise ValueError(f"{options.source} is quantized already, by {method['quant_method']}; quantize the original instead")
-    with torch.device("meta"):
-        skeleton: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    total = len(layers_to_quantize(skeleton, quantization))
+    with named_errors(f"no model could be loaded from {options.source!r}"):
+        config, settings, _ = read_config(config_folder(options.source))
+        if settings is not None:
+            raise ValueError(f"it is quantized already, by {settings.get('quant_method')}; quantize the original instead")
+        with torch.device("meta"):
+            skeleton: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        total = len(layers_to_quantize(skeleton, quantization))
 
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -44,11 +53,10 @@ def run(options: argparse.Namespace) -> int:
         warnings.simplefilter("always", UserWarning)
         task = progress.add_task("quantizing", total=total)
         quantization.on_layer = lambda name: progress.update(task, advance=1, description=name)
-        model: Any = AutoModelForCausalLM.from_pretrained(options.source, dtype="auto", quantization_config=quantization)
+        model = load_checkpoint(options.source, quantization)
         progress.update(task, description="saving")
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as folder:
-            whole = Path(folder) / "model"
+        with named_errors(f"{destination} could not be written"), folder_beside(destination) as folder:
+            whole = folder / "model"
             model.save_pretrained(whole)
             _save_tokenizer(options.source, whole)
             if destination.exists():
@@ -64,6 +72,28 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+@contextmanager
+def folder_beside(destination: Path) -> Iterator[Path]:
+    """A hidden folder on the destination's disk to write into, gone in the end. What killed runs left of theirs goes first.
+
+    A run holds a lock on a file in its folder, which ends with its process; so folders of runs that go on are left alone, and
+    those without such a file.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    for folder in destination.parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(destination.name)}-\w{{8}}", folder.name) and (folder / LOCK).is_file():
+            with suppress(OSError), FileLock(folder / LOCK, blocking=False):
+                shutil.rmtree(folder)
+    # Locked before it bears the name that other runs look for.
+    new = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}.new-"))
+    with FileLock(new / LOCK):
+        folder = new.rename(destination.parent / f".{destination.name}-{new.name[-8:]}")
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder)
+
+
 def weight_bytes(folder: str) -> int:
     """Size of a folder's safetensors files, 0 for a hub id."""
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
@@ -71,6 +101,6 @@ def weight_bytes(folder: str) -> int:
 
 def _save_tokenizer(source: str, folder: Path) -> None:
     try:
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    except (OSError, ValueError) as error:
-        warnings.warn(f"no tokenizer was copied: {str(error).partition(chr(10))[0]}", stacklevel=2)
+        read_tokenizer(source).save_pretrained(folder)
+    except ValueError as error:
+        warnings.warn(f"no tokenizer was copied: {error}", stacklevel=2)

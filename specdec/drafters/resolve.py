@@ -14,8 +14,9 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.interfaces import Drafter
+from specdec.loading import check_tokenizer_files
 from specdec.models import context_of, widths
-from specdec.quant.checkpoints import load_as_it_is
+from specdec.quant.checkpoints import load_checkpoint
 from specdec.quant.quantizer import is_4bit
 from specdec.quant.rows import MAX_WINDOW
 from specdec.support import unsupported
@@ -50,14 +51,9 @@ def unwrapped(model: Any) -> Any:
 
 def _load_draft(name: str, model: PreTrainedModel) -> PreTrainedModel:
     try:
-        draft: Any = load_as_it_is(name, dtype=model.dtype, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"drafter={name!r} is not one of {sorted(NAMED_DRAFTERS)}, and no model could be loaded from it as a folder or"
-            f" hub id: {str(error).splitlines()[0]}"
-        ) from error
-    model_on_device: PreTrainedModel = draft.to(model.device)
-    return model_on_device
+        return load_checkpoint(name, dtype=model.dtype, device=model.device, trust_remote_code=False)
+    except ValueError as error:
+        raise ValueError(f"drafter={name!r} is not one of {sorted(NAMED_DRAFTERS)}, and {error}") from error
 
 
 def check_pair(model: PreTrainedModel, draft: PreTrainedModel) -> None:
@@ -84,13 +80,17 @@ def check_device(model: PreTrainedModel, draft: PreTrainedModel) -> None:
 
 
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in the model's folder, None where there is none. No network, no code of the folder's own."""
+    """The tokenizer in the model's folder; None where there is none, or it needs code or packages that are not there.
+
+    No network, no code of the folder's own. Raises ValueError where its files are damaged.
+    """
     path = model.name_or_path
     if not path or (Path(path).is_dir() and not any(Path(path).glob("*token*")) and not any(Path(path).glob("*vocab*"))):
         return None
+    check_tokenizer_files(path)
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError):
+    except Exception:  # of whatever kind: tokenizers raises bare ones
         return None
 
 

@@ -312,18 +312,18 @@ def _encoded(line: Line) -> str:
 
 def _lines(path: Path) -> tuple[list[Line], bool]:
     """The lines of a file, and whether the last one is torn (then it is left out)."""
-    content = path.read_text(encoding="utf-8")
-    whole, _, rest = content.rpartition("\n")
-    return list(_parsed(path, whole.split("\n") if whole else [])), bool(rest)
+    whole, _, rest = path.read_bytes().rpartition(b"\n")  # bytes: an interruption may have cut a character in two
+    return list(_parsed(path, whole.split(b"\n") if whole else [])), bool(rest)
 
 
-def _parsed(path: Path, lines: Iterable[str]) -> Iterator[Line]:
-    for number, text in enumerate(lines, 1):
+def _parsed(path: Path, lines: Iterable[bytes]) -> Iterator[Line]:
+    for number, line in enumerate(lines, 1):
         try:
-            values = json.loads(text)
+            values = json.loads(line.decode())
             kind = KINDS[values.pop("kind")]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: this is no record of a run: {text[:60]!r}") from error
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            text = line[:60].decode(errors="replace")
+            raise ValueError(f"{path}, line {number}: this is no record of a run: {text!r}") from error
         if number == 1 and kind is not Header:
             raise ValueError(f"{path}, line 1: a record file begins with a header, this one with a line of kind {kind.kind!r}")
         if kind is Header and values.get("version") != FORMAT:

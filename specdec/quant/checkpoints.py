@@ -11,7 +11,8 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from specdec.quant.experts import PROJECTIONS
 from specdec.quant.int4 import GROUP_SIZES, SYMMETRIC_ZERO, Int4Tensor, pack, unpack
@@ -33,84 +35,170 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # column i of eight lies in nibble AWQ_ORDER[i] of its word
 FP4_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+HUB_CONFIGS = ["config.json", "generation_config.json", "quantize_config.json", "hf_quant_config.json", "*.py"]
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 AGAIN = "the checkpoint is damaged or incomplete, so download it again"
+# Tensors that a model may lack a place for: masks, positions and frequencies that old checkpoints hold and today's code computes,
+# and the parts of a multimodal checkpoint that its text model leaves out.
+LEFT_OUT = re.compile(
+    r"(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias|causal_mask)|position_ids|embed_positions\.weights)$"
+    r"|(^|\.)(vision|visual|audio|multi_modal)\w*\."
+)
 
 
 def load_quantized(path: str | Path, config: Int4Config | None = None, **kwargs: Any) -> PreTrainedModel:
     """The model of a checkpoint, its 4-bit weights as they are; one in full precision is quantized by `config` while loading.
 
-    path: a local folder, or a hub id; only safetensors are read. kwargs go to from_pretrained; the dtype (of all but the 4-bit
-    weights) is the checkpoint's own unless given. Raises ValueError, naming file or tensor, where the checkpoint is damaged, or
-    not of a format that is read. Experts that the model has in one tensor are dequantized, but for MXFP4's; a warning says so.
+    path: a local folder, or a hub id; of quantized checkpoints only safetensors are read. kwargs go to from_pretrained, those of
+    the hub and `subfolder` too; the dtype (of all but the 4-bit weights) is the checkpoint's own unless given. Raises ValueError,
+    naming path and file or tensor, where the checkpoint is damaged, does not fit its config.json, or is not of a format that is
+    read. Experts that the model has in one tensor are dequantized, but for MXFP4's; a warning says so.
     """
-    for name in ("state_dict", "quantization_config", "output_loading_info"):
+    return load_checkpoint(path, config, default=Int4Config(), **kwargs)
+
+
+def load_checkpoint(
+    path: str | Path,
+    config: Int4Config | None = None,
+    *,
+    default: Int4Config | None = None,
+    device: str | torch.device | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """The model of a checkpoint in the precision that it comes in; arguments and errors are those of load_quantized().
+
+    config: quantizes a checkpoint in full precision; one that is quantized already is refused. default: the same where config is
+    None, and without effect on a quantized one. device: where the model is moved.
+    """
+    for name in ("state_dict", "quantization_config", "output_loading_info", "ignore_mismatched_sizes"):
         if name in kwargs:
             advice = "give an Int4Config as config=…" if name == "quantization_config" else "use from_pretrained for that"
             raise ValueError(f"load_quantized() takes no {name}; {advice}")
-    folder = _folder(path, {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs})
+    hub = {name: kwargs.pop(name) for name in (*HUB_ARGUMENTS, "subfolder") if name in kwargs}
     dtype = kwargs.pop("torch_dtype", None)
     dtype = kwargs.pop("dtype", None) or dtype or "auto"
-    code = {"trust_remote_code": kwargs.pop("trust_remote_code", None)}
-    model_config, rest = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **code, **kwargs)
-    settings = settings_of(folder, model_config)
-    files = _tensor_files(folder)
-    method = settings.get("quant_method") if settings is not None else None
-    if settings is not None and config is not None:
-        raise ValueError(f"{folder} is quantized already, by {method}; leave config out, or take the original")
-    if settings is None or method == METHOD:
-        if settings is None:
-            kwargs["quantization_config"] = config or Int4Config()
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **code, **kwargs)
-        return _complete(folder, loaded)
+    with named_errors(f"no model could be loaded from {str(path)!r}"):
+        folder = config_folder(path, hub)
+        model_config, settings, rest = read_config(folder, **kwargs)
+        method = None if settings is None else settings.get("quant_method")
+        if settings is not None and config is not None:
+            raise ValueError(f"it is quantized already, by {method}; leave config out, or take the original")
+        if settings is not None and method != METHOD:
+            code = kwargs.get("trust_remote_code")
+            model, info = _load_format(_folder(path, hub, HUB_FILES), model_config, settings, dtype, code, rest)
+        else:
+            is_local = Path(path).is_dir()
+            if is_local and (settings is not None or any(folder.glob("*.safetensors*"))):
+                _tensor_files(folder)
+            if settings is None and (config or default):
+                kwargs["quantization_config"] = config or default
+            source, place = (folder, {}) if is_local else (str(path), hub)
+            arguments = LOADING | {"dtype": dtype} | place | kwargs
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, **arguments)
+            model, info = loaded
+        _check_complete(info)
+        return model if device is None else model.to(device)
+
+
+LOADING = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what does not fit is refused here, by name
+
+
+def _load_format(
+    folder: Path, config: Any, settings: dict[str, Any], dtype: Any, trust_remote_code: bool | None, kwargs: dict[str, Any]
+) -> tuple[Any, Any]:
+    """The model of a checkpoint of another library's format, and what transformers says of its loading."""
     scheme = scheme_of(settings)
-    del model_config.quantization_config
+    files = _tensor_files(folder)
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model_config), **code)
-    dtype = _dtype(dtype, model_config, files)
+        skeleton: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    dtype = _dtype(dtype, config, files)
     tensors = _convert(files, scheme, skeleton, dtype)
     plain = [name for name in linear_layers(skeleton) if f"{name}.weight_scale" not in tensors]
     int4_config = Int4Config(scheme.group_sizes[0], scheme.symmetric, plain)
     int4_config.tensors = {name: value.to("meta") for name, value in tensors.items()}
-    model_config.quantization_config = int4_config
-    rest |= {"dtype": dtype, "output_loading_info": True}
-    model = _complete(folder, type(skeleton).from_pretrained(None, config=model_config, state_dict=tensors, **rest))
+    config.quantization_config = int4_config
+    arguments = LOADING | {"dtype": dtype} | kwargs
+    model, info = type(skeleton).from_pretrained(None, config=config, state_dict=tensors, **arguments)
     model.name_or_path = model.config.name_or_path = str(folder)
-    if "generation_config" not in rest and (folder / "generation_config.json").is_file():
+    if "generation_config" not in kwargs and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
+    return model, info
 
 
-def load_as_it_is(path: str | Path, *, trust_remote_code: bool | None = None, **kwargs: Any) -> PreTrainedModel:
-    """The model of a checkpoint, in the precision that it comes in: 4 bits where it is quantized, full precision where not.
-
-    trust_remote_code: whether code of the checkpoint's own may run; None: transformers asks on the terminal.
-    """
-    kwargs["trust_remote_code"] = trust_remote_code
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    is_quantized = getattr(config, "quantization_config", None) is not None
-    load: Any = load_quantized if is_quantized else AutoModelForCausalLM.from_pretrained
-    model: PreTrainedModel = load(path, **kwargs)
-    return model
-
-
-def _folder(path: str | Path, hub: dict[str, Any]) -> Path:
-    """The checkpoint's folder; a hub id is downloaded, or found in the cache."""
-    if Path(path).is_dir():
-        return Path(path)
+@contextmanager
+def named_errors(what: str) -> Iterator[None]:
+    """Whatever fails within, in our code or another library's, is a ValueError: `what` was not done, and why, in one line."""
     try:
-        return Path(snapshot_download(str(path), allow_patterns=HUB_FILES, ignore_patterns=["*/*", "consolidated*"], **hub))
-    except (OSError, HFValidationError) as error:
-        raise ValueError(f"{str(path)!r} is no folder here and cannot be had from the hub: {error}") from error
+        yield
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        kind = "" if isinstance(error, ValueError | OSError | ImportError) and reason else f"{type(error).__name__}: "
+        raise ValueError(f"{what}: {kind}{reason}") from error
 
 
-def settings_of(folder: Path, config: Any) -> dict[str, Any] | None:
-    """What the checkpoint says of its quantization; AutoGPTQ once said it in a file of its own."""
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError, naming the file, where there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON ({error}); {AGAIN}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object, but {str(content)[:40]!r}; {AGAIN}")
+    return content
+
+
+def config_folder(path: str | Path, hub: Mapping[str, Any] | None = None) -> Path:
+    """The folder with a checkpoint's config. hub: `subfolder`, and from_pretrained's arguments for a hub id."""
+    return _folder(path, hub or {}, HUB_CONFIGS)
+
+
+def read_config(folder: Path, **kwargs: Any) -> tuple[Any, dict[str, Any] | None, dict[str, Any]]:
+    """-> a checkpoint's config without its quantization; that, or None; what of kwargs is no part of a config."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"there is no config.json in {folder}; name a folder that save_pretrained wrote")
+    if not isinstance(read_json(file).get("quantization_config"), dict | None):
+        raise ValueError(f"the quantization_config in {file} is no JSON object; {AGAIN}")
+    if (generation := folder / "generation_config.json").is_file():
+        read_json(generation)  # transformers would go on without it
+    with named_errors(f"{file} cannot be used"):
+        config, rest = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
+    settings = settings_of(config)
+    if settings is None:
+        settings = _settings_beside(folder)
+    else:
+        del config.quantization_config
+    return config, settings, rest
+
+
+def settings_of(config: Any) -> dict[str, Any] | None:
+    """What a config says of its model's quantization, None where it says nothing."""
     settings = getattr(config, "quantization_config", None)
-    beside = folder / "quantize_config.json"
-    if settings is None and beside.is_file():
-        config.quantization_config = settings = {"quant_method": "gptq"} | json.loads(beside.read_text())
-    return None if settings is None else dict(settings)
+    return settings.to_dict() if isinstance(settings, QuantizationConfigMixin) else settings
+
+
+def _settings_beside(folder: Path) -> dict[str, Any] | None:
+    """The same from a file of its own, where AutoGPTQ and ModelOpt once had it."""
+    if (file := folder / "quantize_config.json").is_file():
+        return {"quant_method": "gptq"} | read_json(file)
+    if (file := folder / "hf_quant_config.json").is_file():
+        return {"quant_method": "modelopt"} | read_json(file)
+    return None
+
+
+def _folder(path: str | Path, hub: Mapping[str, Any], files: list[str]) -> Path:
+    """The folder that has a checkpoint's files; those of a hub id are downloaded, or found in the cache."""
+    subfolder = hub.get("subfolder") or ""
+    if Path(path).is_dir():
+        return Path(path, subfolder)
+    inside = f"{subfolder}/" if subfolder else ""
+    place = {name: value for name, value in hub.items() if name != "subfolder"}
+    place |= {"allow_patterns": [inside + name for name in files], "ignore_patterns": [f"{inside}*/*", f"{inside}consolidated*"]}
+    try:
+        return Path(snapshot_download(str(path), **place), subfolder)
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"it is no folder here and cannot be had from the hub: {reason}") from error
 
 
 def _dtype(dtype: Any, config: Any, files: Mapping[str, Any]) -> Any:
@@ -121,12 +209,19 @@ def _dtype(dtype: Any, config: Any, files: Mapping[str, Any]) -> Any:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def _complete(folder: Path, loaded: Any) -> PreTrainedModel:
-    """The model as it was loaded, if nothing was missing; transformers would fill that with random numbers and go on."""
-    model, info = loaded
-    if info["missing_keys"]:
-        raise ValueError(f"{folder} lacks {some(sorted(info['missing_keys']))}; {AGAIN}")
-    return model
+def _check_complete(info: Mapping[str, Any]) -> None:
+    """Raise where tensors and model did not fit; transformers fills what is missing with random numbers and goes on."""
+    missing = sorted(info["missing_keys"])
+    unexpected = sorted(name for name in info["unexpected_keys"] if not LEFT_OUT.search(name))
+    misshapen = [
+        f"{name} {list(found)} where the model has {list(here)}" for name, found, here in sorted(info["mismatched_keys"])
+    ]
+    found = [f"lacks {some(missing)}"] * bool(missing)
+    found += [f"has {some(unexpected)}, which the model has no place for"] * bool(unexpected)
+    found += [f"has {some(misshapen)} in another shape"] * bool(misshapen)
+    if found:
+        advice = "is config.json its own, with the quantization_config that it may need?" if found[1:] or not missing else AGAIN
+        raise ValueError(f"the checkpoint {'; it '.join(found)}; {advice}")
 
 
 @dataclass(frozen=True)
@@ -338,10 +433,9 @@ def _tensor_files(folder: Path) -> dict[str, Any]:
     index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
     listed = {}
     if index is not None:
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{index} is no index of safetensors files ({error!r}); {AGAIN}") from error
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ValueError(f"{index} is no index of safetensors files (no weight_map with a file for each tensor); {AGAIN}")
         listed = {name: folder / Path(file).name for name, file in weight_map.items()}
         if missing := [file.name for file in sorted(set(listed.values())) if file not in files]:
             raise ValueError(f"{index.name} names {some(missing)}, which is not in {folder}; {AGAIN}")

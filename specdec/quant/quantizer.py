@@ -127,6 +127,7 @@ class Int4Quantizer(HfQuantizer):
         super().__init__(copy.copy(quantization_config), **kwargs)
         self.is_loading = False
         self.failures: list[ValueError] = []
+        self.shapes: dict[str, torch.Size] = {}  # of the parameters, once they are loaded; not every transformers checks them
         self.transposed: set[str] = set()  # GPT-2's Conv1D layers keep their weights [in, out]
         self.on_layer, self.tensors = quantization_config.on_layer, quantization_config.tensors
         self.quantization_config.on_layer = self.quantization_config.tensors = None
@@ -142,6 +143,7 @@ class Int4Quantizer(HfQuantizer):
                     f"the checkpoint lacks 4-bit tensors, or has too many: its config.json says {self.quantization_config.parts},"
                     f" its files have {parts}; get it whole, or quantize the original again"
                 )
+            self.shapes = {name: value.shape for name, value in model.named_parameters()}
             return
         chosen, left_out = _choose(model, self.quantization_config)
         self.transposed = {name for name, layer in chosen.items() if isinstance(layer, Conv1D)}
@@ -156,21 +158,37 @@ class Int4Quantizer(HfQuantizer):
             # As what comes from the file, until it is quantized: some transformers cast a tensor to the dtype that waits for it.
             empty.weight = nn.Parameter(torch.empty(rows, columns, dtype=layer.weight.dtype, device="meta"), requires_grad=False)
             model.set_submodule(name, empty)
+        self.shapes = {name: value.shape for name, value in model.named_parameters()}
+        for name, layer in chosen.items():
+            rows, columns = shape_of(layer)
+            self.shapes[f"{name}.weight"] = torch.Size([rows, columns // 2])
         _settle(self.quantization_config, left_out)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.failures:
             raise self.failures[0]
-        missing = []
+        missing, offloaded = [], []
         for name, module in model.named_modules():
             if isinstance(module, Int4Linear | Int4Experts):
                 for part, value in module.named_parameters(recurse=False):
-                    if self.is_loading and not getattr(value, "_is_hf_initialized", False):  # made up by transformers
+                    if value.is_meta:
+                        offloaded.append(f"{name}.{part}")
+                    elif self.is_loading and not getattr(value, "_is_hf_initialized", False):  # made up by transformers
                         missing.append(f"{name}.{part}")
                     value.requires_grad_(False)
+        if offloaded:
+            raise ValueError(
+                f"device_map offloads {some(offloaded)}, to the disk or the CPU, which 4-bit weights do not support; give their"
+                " layers a device to stay on, e.g. device_map={'': 'cpu'}"
+            )
         if missing:
             raise ValueError(f"the checkpoint lacks {some(missing)}; without it the layer's weights would be garbage")
-        self.is_loading, self.on_layer, self.tensors = False, None, None
+        for name, value in model.named_parameters():
+            if value.shape != (shape := self.shapes.get(name, value.shape)):
+                raise ValueError(
+                    f"the checkpoint has {name} {list(value.shape)} where the model has {list(shape)}; is config.json its own?"
+                )
+        self.is_loading, self.on_layer, self.tensors, self.shapes = False, None, None, {}
         self.quantization_config.parts = _count_parts(model)
         finish(model)
         return model
