@@ -36,7 +36,7 @@ from specdec.drafters.resolve import (
 from specdec.graphs import RECORDINGS, Graphs
 from specdec.identity import Identity
 from specdec.interfaces import Drafter
-from specdec.models import CachedModel, widths
+from specdec.models import CachedModel, masks_by_slot, widths
 from specdec.routing import BEFORE_INPUTS, WITH_INPUTS, Request, user_hook, why_stock
 from specdec.state import CALLS, Call, State, Trials, parts_of, runner_of, take_drafter
 from specdec.stats import Stats
@@ -103,7 +103,8 @@ def _identity_of(runner: CachedModel) -> Identity | None:
 
 
 def _graphs_for(model: PreTrainedModel, compile: Compile) -> Graphs | None:
-    return Graphs(model.device) if compile is not False and model.device.type in RECORDINGS else None
+    is_wanted = compile is True or (compile == "auto" and not masks_by_slot(model))  # which can't be recorded
+    return Graphs(model.device) if is_wanted and model.device.type in RECORDINGS else None
 
 
 def decoding_of(model: PreTrainedModel) -> str:

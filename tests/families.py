@@ -49,6 +49,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_bigcode": _GPT,
     "gptj": _GPT | _ROTARY,
     "codegen": _GPT | _ROTARY | {"n_ctx": CONTEXT},
+    "gpt_neo": {
+        "hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 9,
+        "max_position_embeddings": CONTEXT,
+    },
     "gpt_neox": _MULTI_HEAD,
     "opt": {
         "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -78,10 +82,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 REFUSED: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "falcon": FAMILIES["falcon"] | {"alibi": True},
-    "gpt_neo": {
-        "hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 9,
-        "max_position_embeddings": CONTEXT,
-    },
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
     "qwen3_next": _LLAMA | {
         "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
