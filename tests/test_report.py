@@ -72,7 +72,7 @@ def test_charts_say_their_figures() -> None:
     )
     assert alts[0].startswith(f"{wanted} ({100 * first.low:.1f} to ")
     for title in (
-        "Accepted tokens of a step that drafts",
+        "Accepted tokens per draft",
         "Acceptance along the output",
         "Mean acceptance length by K",
         "Speedup by K",

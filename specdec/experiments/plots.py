@@ -126,7 +126,7 @@ def accepted_lengths(name: str, alt: str, histogram: Sequence[int]) -> str:
         axes.set_yticks([])
         axes.set_ylim(0, max(shares) * 1.15)
         _whole_numbers(axes, at)
-        axes.set_xlabel("draft tokens kept in a step that drafts")
+        axes.set_xlabel("tokens kept of a draft")
         return _svg(figure, name, alt)
 
 

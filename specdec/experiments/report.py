@@ -410,13 +410,13 @@ def _numbers(one: Reported) -> dict[str, Numbers]:
     if told.positions:
         columns = {
             "conditional: kept, where all before it were": "conditional",
-            "unconditional: kept, of all steps that drafted": "unconditional",
+            "unconditional: kept, of all drafts": "unconditional",
         }
         if is_sampled(one):
             columns = {
                 "conditional: kept, where all before it were": "conditional",
                 "expected there: mean of sum(min(p, q))": "expected",
-                "unconditional: kept, of all steps that drafted": "unconditional",
+                "unconditional: kept, of all drafts": "unconditional",
             }
         tables["positions"] = Numbers(
             "Acceptance by draft position",
@@ -425,7 +425,7 @@ def _numbers(one: Reported) -> dict[str, Numbers]:
         )
         steps = sum(told.histogram)
         tables["lengths"] = Numbers(
-            "Accepted tokens of a step that drafts",
+            "Accepted tokens per draft",
             ["accepted", "steps", "share"],
             [[str(length), f"{count:,}", number(count / steps, "%")] for length, count in enumerate(told.histogram)],
         )

@@ -100,7 +100,7 @@ def caveats(one: Reported) -> list[str]:
         caveats.append(
             f"This run was recorded in format {run.header.version}, whose counts include steps without a draft and whose mean"
             " acceptance length was 1 + accepted / steps. All figures here are made of its steps, by today's definitions; reports"
-            " made of it before show others."
+            " made by an earlier specdec show other values."
         )
     if one.figures.prompts == 1:
         caveats.append("One prompt gives no interval: nothing here says how another prompt would fare.")
