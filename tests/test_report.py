@@ -22,6 +22,7 @@ from specdec.experiments import report
 from specdec.experiments.figures import METRICS, compare, figures
 from specdec.experiments.records import FORMAT, PLAIN, SPECULATIVE, Failure, Header, Run, Skipped, read_run
 from specdec.experiments.reported import labels, read_runs
+from specdec.interfaces import Step
 from specdec.stats import Choice
 from tests.synthetic_runs import PROVENANCE, config, synthetic_run, write_run
 
@@ -44,6 +45,11 @@ def speculative(speed: float) -> Run:
         for record in DEMO.records
     ]
     return replace(DEMO, records=records)
+
+
+def without_a_draft(run: Run) -> Run:
+    """K = 0 in all steps, as "auto" may choose."""
+    return replace(run, records=[replace(record, steps=[Step(0, 0, 0, 1, []) for _ in record.ids]) for record in run.records])
 
 
 def test_a_page_needs_nothing_else_and_is_the_same_each_time() -> None:
@@ -100,6 +106,7 @@ def test_charts_say_their_figures() -> None:
             replace(DEMO, header=Header(PROVENANCE, config(drafter={"_target_": "specdec.drafters.prompt_lookup.PromptLookup"}))),
             r"With prompt lookup guessing",
         ),
+        (without_a_draft(DEMO), r"With a draft model, the target model wrote .* It never had a guess to offer\."),
     ],
 )
 def test_the_first_sentence_says_what_came_of_it(run: Run, said: str) -> None:

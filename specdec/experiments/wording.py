@@ -55,8 +55,9 @@ def sentence(one: Reported) -> str:
         if kept is not None
         else " It never had a guess to offer."
     )
-    ahead = count(len(one.figures.histogram) - 1, "token")
-    return f"With {drafts_with(one)} guessing up to {ahead} ahead, the target model wrote {texts} {came}{verdict}.{outcome}"
+    ahead = len(one.figures.histogram) - 1
+    guessing = f" guessing up to {count(ahead, 'token')} ahead" if ahead else ""
+    return f"With {drafts_with(one)}{guessing}, the target model wrote {texts} {came}{verdict}.{outcome}"
 
 
 def terms(one: Reported) -> list[tuple[str, str]]:
