@@ -2,14 +2,15 @@
 
     time per token / plain = (T_draft(K) + T_target(K + 1) + rest) / (mean acceptance length * plain step)
 
-as SpecMQuant (2025) puts it. A draft pays while what it adds to the acceptance length is more than what it adds to the step.
+of steps that draft, as SpecMQuant (2025) puts it; steps that do not draft cost a plain step a token. A draft pays while what it
+adds to the acceptance length is more than what it adds to the step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from specdec.interfaces import Step
@@ -28,12 +29,14 @@ class StepTimes:
         return [sum(parts) for parts in zip(self.draft_s, self.target_s, self.rest_s, strict=True)]
 
 
-def speedup(num_draft_tokens: int, mean_acceptance_length: Any, step_s: Sequence[float], prompt_s: float = 0.0) -> Any:
-    """Over plain decoding, the step that drafts nothing and emits one token; of one acceptance length or of an array of them.
+def speedup(
+    num_draft_tokens: int, tokens: Any, spec_steps: Any, plain_steps: Any, step_s: Sequence[float], prompt_s: float = 0.0
+) -> Any:
+    """Over plain decoding, of texts or of arrays of them: tokens written in steps that draft and in steps that do not.
 
     step_s: seconds of a step, by K. prompt_s: seconds that reading the prompt adds to each generated token, draft or no draft.
     """
-    return (prompt_s + step_s[0]) / (prompt_s + step_s[num_draft_tokens] / mean_acceptance_length)
+    return (prompt_s + step_s[0]) / (prompt_s + (spec_steps * step_s[num_draft_tokens] + plain_steps * step_s[0]) / tokens)
 
 
 def acceptance_lengths(acceptance: float, room: int, most: int) -> list[float]:
@@ -78,28 +81,31 @@ def acceptance_along(steps: Sequence[Step]) -> list[float | None]:
     return [chance for step in steps for chance in step.chances()]
 
 
-def replay(
-    along: Sequence[float | None], num_draft_tokens: int, at_bonus: float, *, stopped: bool = False
-) -> tuple[float, float]:
-    """Write a text again with another K: -> the expected numbers of steps and of accepted ids.
+def replay(steps: Sequence[Step], num_draft_tokens: int, at_bonus: float, *, stopped: bool = False) -> tuple[float, float]:
+    """Write a text again with another K: -> the expected numbers of steps that draft and of steps that do not.
 
-    along: acceptance at each position, as acceptance_along() gives it; at_bonus stands in where it is None. stopped: the text
-    ended by itself, maybe on a draft id; one that came to its limit ends on an id of the target's own. The text's law is
-    the target's whatever K is, so only the steps' borders move: from each step that may start at a position, weight passes on
-    to where it may end. Averages by position would mislead: steps of another K start elsewhere, after other failures.
+    steps: those that wrote the text. Acceptance at each position is as acceptance_along() gives it; at_bonus stands in where it
+    is None. stopped: the text ended by itself, maybe on a draft id; one that came to its limit ends on an id of the target's own.
+    The text's law is the target's whatever K is, so only the steps' borders move: from each step that may start at a position,
+    weight passes on to where it may end. Averages by position would mislead: steps of another K start elsewhere, after other
+    failures. A step does not draft where the limit leaves no draft id, nor where the drafter had nothing to offer.
     """
-    length = len(along)
-    chances = [at_bonus if chance is None else chance for chance in along]
+    chances = [at_bonus if chance is None else chance for chance in acceptance_along(steps)]
+    positions = accumulate((step.emitted for step in steps), initial=0)
+    without_draft = {position for position, step in zip(positions, steps, strict=False) if step.asked and not step.drafted}
+    length = len(chances)
     starts = [0.0] * (length + 1)  # expected number of steps that start at a position
     starts[0] = 1.0
-    steps = accepted = 0.0
+    spec_steps = plain_steps = 0.0
     for position in range(length):
         weight = starts[position]
-        steps += weight
-        limit = min(num_draft_tokens, length - position - (not stopped))
+        limit = 0 if position in without_draft else min(num_draft_tokens, length - position - (not stopped))
+        if limit:
+            spec_steps += weight
+        else:
+            plain_steps += weight
         for behind in range(position, position + limit):
             starts[behind + 1] += weight * (1 - chances[behind])
             weight *= chances[behind]
-            accepted += weight
         starts[min(position + limit + 1, length)] += weight
-    return steps, accepted
+    return spec_steps, plain_steps

@@ -121,7 +121,6 @@ def synthetic_run(
                 "prompt_hash": f"hash-{number}",
                 "ids": ids,
                 "tokens": [f"{token} " for token in ids],
-                "num_emitted_tokens": length,
             }
             run.records.append(_speculative(common, steps, k, speed * rng.uniform(0.95, 1.05)))
             if baseline:
@@ -140,38 +139,20 @@ def synthetic_run(
 
 
 def _speculative(common: dict[str, Any], steps: list[Step], k: int, speed: float) -> Record:
-    histogram = [0] * (k + 1)
-    for step in steps:
-        histogram[step.accepted] += 1
-    drafted, accepted = sum(step.drafted for step in steps), sum(step.accepted for step in steps)
-    draft, target = DRAFT_S * drafted, STEP_S * len(steps) * (1 + 0.03 * k) / speed
+    draft, target = DRAFT_S * sum(step.drafted for step in steps), STEP_S * len(steps) * (1 + 0.03 * k) / speed
     verify, other = VERIFY_S * len(steps), OTHER_S * len(steps)
     total = PREFILL_S + draft + target + verify + other
     seconds = Seconds(total, PREFILL_S + STEP_S, (total - PREFILL_S - STEP_S) / 63, PREFILL_S, draft, target, verify, other)
-    counts = {
-        "engine": SPECULATIVE,
-        "call": 2 * int(common["prompt_id"][-3:]),
-        "num_spec_steps": len(steps),
-        "num_draft_tokens": drafted,
-        "num_accepted_draft_tokens": accepted,
-        "acceptance_histogram": histogram,
-    }
-    return Record(**common, **counts, steps=steps, seconds=seconds)
+    call = 2 * int(common["prompt_id"][-3:])
+    return Record(**common, engine=SPECULATIVE, call=call, steps=steps, seconds=seconds)
 
 
 def _plain(common: dict[str, Any], length: int, speed: float) -> Record:
     target, other = STEP_S * length / speed, (VERIFY_S + OTHER_S) * length
     total = PREFILL_S + target + other
     seconds = Seconds(total, PREFILL_S + STEP_S, (total - PREFILL_S - STEP_S) / 63, PREFILL_S, 0.0, target, 0.0, other)
-    counts = {
-        "engine": PLAIN,
-        "call": 2 * int(common["prompt_id"][-3:]) + 1,
-        "num_spec_steps": length,
-        "num_draft_tokens": 0,
-        "num_accepted_draft_tokens": 0,
-        "acceptance_histogram": [length],
-    }
-    return Record(**common, **counts, steps=[Step(0, 0, 0, 1, []) for _ in range(length)], seconds=seconds)
+    call = 2 * int(common["prompt_id"][-3:]) + 1
+    return Record(**common, engine=PLAIN, call=call, steps=[Step(0, 0, 0, 1, []) for _ in range(length)], seconds=seconds)
 
 
 def _sample(rng: random.Random) -> Sample:

@@ -19,6 +19,7 @@ from peers import openvino_engine, show
 from peers.engines import Answer, Steps, Task, specdec_draft, specdec_plain, stock_assisted, stock_lookup, stock_plain
 from peers.measure import Cell, compare, rate, tune
 
+import specdec
 from specdec import embedded
 from specdec.loading import load
 
@@ -275,6 +276,8 @@ def test_engines_write_the_same_and_leave_models_as_they_were(pair: tuple[Any, A
             assert torch.get_num_threads() == 1
             texts.append(engine.generate(task).ids)
             steps = engine.steps(task)
+            if engine.runtime == "specdec":
+                assert steps.tokens_per_step == 24 / specdec.last_stats(target).num_steps
         drafts = engine.name in ("assisted", "draft model")
         assert steps.tokens_per_step > 1 if drafts else steps.tokens_per_step >= 1
         if engine.runtime == "s":  # ours also counts what it takes to propose nothing

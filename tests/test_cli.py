@@ -26,6 +26,7 @@ def test_demo_prints_text_origins_table_and_verdict(capsys: pytest.CaptureFixtur
         "tokens/s",
         "speedup: ",
         "mean acceptance length: ",
+        "tokens per step, steps without a draft included: ",
         "acceptance rate: ",
     ):
         assert expected in out
@@ -37,7 +38,10 @@ def test_demo_json_is_one_object_whose_counts_add_up(capsys: pytest.CaptureFixtu
     report = json.loads(capsys.readouterr().out)
     assert report["identical"] is True
     assert report["tokens"] == 24
-    assert sum(report["acceptance_histogram"]) + sum(i * n for i, n in enumerate(report["acceptance_histogram"])) >= 24
+    drafting = sum(report["acceptance_histogram"])
+    plain = round(24 - report["mean_acceptance_length"] * drafting)  # such a step emits one id
+    assert report["tokens_per_step"] == pytest.approx(24 / (drafting + plain))
+    assert 0 <= plain < 24
 
 
 def test_demo_says_no_and_exits_with_1_where_the_text_differs(
@@ -57,6 +61,15 @@ def test_generate_takes_folders_and_samples(capsys: pytest.CaptureFixture[str]) 
     out = capsys.readouterr().out
     assert "bfloat16 on cpu" in out
     assert "identical: not compared, the text is sampled" in out
+
+
+def test_generate_without_a_drafter_has_no_acceptance(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "--model", str(embedded.TARGET), "--draft", "none", "--prompt", "for i in range("]
+    assert main([*arguments, "--max-new-tokens", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "mean acceptance length: nothing was drafted" in lines
+    assert "tokens per step, steps without a draft included: 1.00" in lines
+    assert "draft acceptance rate: nothing was drafted" in lines
 
 
 def test_origins_add_up_to_the_text(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 
 import numpy as np
 import pytest
@@ -16,28 +17,46 @@ TIMES = StepTimes(draft_s=[0.0, 1.0, 2.0], target_s=[4.0, 4.5, 5.0], rest_s=[1.0
 chances = st.lists(st.floats(0, 1), min_size=1, max_size=12)
 
 
-def written(along: list[float], k: int, coins: random.Random, stopped: bool = False) -> list[Step]:
-    """The steps of one text whose draft ids are accepted with the given chances; it came to its limit, or stopped by itself."""
+def written(
+    along: list[float], k: int, coins: random.Random, stopped: bool = False, without_draft: Collection[int] = ()
+) -> list[Step]:
+    """The steps of one text whose draft ids are accepted with the given chances; it came to its limit, or stopped by itself.
+
+    without_draft: positions at which the drafter has nothing to offer.
+    """
     steps, position = [], 0
     while position < len(along):
-        drafted = min(k, len(along) - position - (not stopped))
+        asked = min(k, len(along) - position - (not stopped))
+        drafted = 0 if position in without_draft else asked
         accepted = 0
         while accepted < drafted and coins.random() < along[position + accepted]:
             accepted += 1
         tried = along[position : position + min(drafted, accepted + 1)]
         emitted = min(accepted + 1, len(along) - position)
-        steps.append(Step(drafted, drafted, accepted, emitted, tried))
+        steps.append(Step(asked, drafted, accepted, emitted, tried))
         position += emitted
     return steps
+
+
+def one_by_one(along: list[float], without_draft: Collection[int] = ()) -> list[Step]:
+    """Steps that tell the chance at every position but those where the drafter has nothing to offer."""
+    return [Step(1, 0, 0, 1, []) if at in without_draft else Step(1, 1, 0, 1, [chance]) for at, chance in enumerate(along)]
+
+
+def counted(steps: list[Step]) -> tuple[int, int]:
+    """Steps that drafted and steps that did not."""
+    drafting = sum(step.drafted > 0 for step in steps)
+    return drafting, len(steps) - drafting
 
 
 def test_speed_is_the_law_of_times_and_acceptance() -> None:
     step_s = TIMES.step_s
     assert step_s == [5.0, 6.5, 8.5]
-    assert speedup(0, 1.0, step_s) == 1.0
-    assert speedup(2, 2.55, step_s) == pytest.approx(5 / (8.5 / 2.55))
-    assert speedup(2, 2.55, step_s, prompt_s=10.0) == pytest.approx(15 / (10 + 8.5 / 2.55))
-    assert speedup(1, np.array([1.0, 2.0]), step_s).tolist() == pytest.approx([5 / 6.5, 10 / 6.5])
+    assert speedup(0, 7, 0, 7, step_s) == 1.0
+    assert speedup(2, 2.55, 1, 0, step_s) == pytest.approx(5 / (8.5 / 2.55))
+    assert speedup(2, 2.55, 1, 0, step_s, prompt_s=10.0) == pytest.approx(15 / (10 + 8.5 / 2.55))
+    assert speedup(2, 9, 3, 2, step_s) == pytest.approx(5 * 9 / (3 * 8.5 + 2 * 5)), "a step without a draft is a plain one"
+    assert speedup(1, np.array([1.0, 2.0]), 1, 0, step_s).tolist() == pytest.approx([5 / 6.5, 10 / 6.5])
 
 
 def test_expected_lengths_end_at_each_row_s_room() -> None:
@@ -72,19 +91,20 @@ def test_what_lies_between_known_values_lies_on_a_line() -> None:
 def test_replay_of_certainties_is_the_text_itself(along: list[float], k: int, stopped: bool) -> None:
     certain = [float(chance > 0.5) for chance in along]
     steps = written(certain, k, random.Random(0), stopped)
-    assert replay(certain, k, 0.5, stopped=stopped) == (len(steps), sum(step.accepted for step in steps))
-    steps_expected, accepted = replay(along, k, 0.5)
-    assert steps_expected + accepted == pytest.approx(len(along))  # every id is accepted or a step's own
+    assert replay(one_by_one(certain), k, 0.5, stopped=stopped) == counted(steps)
+    assert replay(steps, k, 0.5, stopped=stopped) == counted(steps), "its own K"
 
 
+@pytest.mark.parametrize("without_draft", [(), (2, 3, 9)])
 @pytest.mark.parametrize("stopped", [False, True])
-def test_replay_of_chances_is_what_coins_come_to(stopped: bool) -> None:
+def test_replay_of_chances_is_what_coins_come_to(stopped: bool, without_draft: tuple[int, ...]) -> None:
     coins = random.Random(1)
-    along = [coins.random() for _ in range(12)]
-    texts = [written(along, 4, coins, stopped) for _ in range(8000)]
-    steps, accepted = replay(along, 4, 0.5, stopped=stopped)
-    assert steps == pytest.approx(sum(map(len, texts)) / 8000, rel=0.005)
-    assert accepted == pytest.approx(sum(step.accepted for text in texts for step in text) / 8000, rel=0.01)
+    along = [0.0 if at in without_draft else coins.random() for at in range(12)]
+    texts = [counted(written(along, 4, coins, stopped, without_draft)) for _ in range(8000)]
+    spec_steps, plain_steps = replay(one_by_one(along, without_draft), 4, 0.5, stopped=stopped)
+    assert spec_steps == pytest.approx(sum(drafting for drafting, _ in texts) / 8000, rel=0.01)
+    assert plain_steps == pytest.approx(sum(plain for _, plain in texts) / 8000, rel=0.05)
+    assert bool(plain_steps) == (not stopped or bool(without_draft)), "at a limit, and where nothing was offered"
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
@@ -92,7 +112,7 @@ def test_one_run_at_the_largest_k_tells_what_smaller_ones_come_to(k: int) -> Non
     """Acceptance that comes in stretches, as in real text: averages by position are off there, replay is not."""
     coins = random.Random(2)
     source_steps = measured_steps = 0
-    expected = [0.0, 0.0]
+    expected = 0.0
     for _ in range(300):
         easy, along = True, []
         for _ in range(60):
@@ -101,11 +121,9 @@ def test_one_run_at_the_largest_k_tells_what_smaller_ones_come_to(k: int) -> Non
         source = written(along, 8, coins)
         source_steps += len(source)
         measured_steps += len(written(along, k, coins))
-        steps, accepted = replay(acceptance_along(source), k, 0.9)
-        expected[0] += steps
-        expected[1] += accepted
+        expected += sum(replay(source, k, 0.9))
     assert source_steps > 2400
-    assert 1 + expected[1] / expected[0] == pytest.approx(300 * 60 / measured_steps, rel=0.02)
+    assert expected == pytest.approx(measured_steps, rel=0.02)
 
 
 def test_acceptance_along_a_text() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,16 +150,11 @@ def test_values_are_converted_to_the_types_of_the_schema() -> None:
 
 
 def check_identities(record: Record, num_draft_tokens: int) -> None:
-    """design.md's, and that steps, ids and counts are of one text."""
-    histogram, steps = record.acceptance_histogram, record.steps
-    assert len(histogram) == num_draft_tokens + 1
-    assert sum(histogram) == record.num_spec_steps == len(steps)
-    accepted = sum(i * count for i, count in enumerate(histogram))
-    assert accepted == record.num_accepted_draft_tokens == sum(step.accepted for step in steps)
-    assert record.num_draft_tokens == sum(step.drafted for step in steps)
+    """Steps and ids are of one text."""
+    steps = record.steps
     on_a_draft = steps[-1].emitted == steps[-1].accepted
-    assert record.num_emitted_tokens == accepted + record.num_spec_steps - on_a_draft == len(record.ids) == len(record.tokens)
-    assert record.num_emitted_tokens == sum(step.emitted for step in steps)
+    assert sum(step.accepted for step in steps) + len(steps) - on_a_draft == len(record.ids) == len(record.tokens)
+    assert sum(step.emitted for step in steps) == len(record.ids)
     for step in steps:
         assert 0 <= step.accepted <= step.drafted <= num_draft_tokens
         assert len(step.overlap) == min(step.drafted, step.accepted + 1)
@@ -178,7 +174,7 @@ def test_the_identities_hold_in_every_record(name: str, request: pytest.FixtureR
     for record in finished.records:
         check_identities(record, 3)
         if record.engine == PLAIN:
-            assert record.num_draft_tokens == 0
+            assert not any(step.drafted for step in record.steps)
 
 
 def test_every_prompt_has_a_record_of_each_engine(greedy: Run, batched: Run) -> None:
@@ -250,9 +246,12 @@ def test_resuming_a_finished_run_changes_no_record(greedy: Run) -> None:
     assert (again.costs, again.sample) == (greedy.costs, greedy.sample)
 
 
-def test_a_folder_that_holds_a_run_is_not_written_to_unless_told(greedy: Run) -> None:
+def test_a_folder_that_holds_a_run_is_not_written_to_unless_told(greedy: Run, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds a run already; go on with it by resume=true"):
         done(small(greedy.folder))
+    old = small(shutil.copytree(ROOT / "tests" / "data" / "run-format-1", tmp_path / "old"), resume=True)
+    with pytest.raises(ValueError, match="is of record format 1, this specdec writes format 2; finish it with the specdec that"):
+        done(old)
     changed = small(greedy.folder, resume=True, num_draft_tokens=2)
     with pytest.raises(ValueError, match="was run with num_draft_tokens=3, now it is 2; resume with the same config"):
         done(changed)
@@ -440,7 +439,7 @@ def script(*overrides: str) -> list[str]:
 
 def contents(finished: Run) -> dict[Key, Any]:
     """What must be the same however a run came about."""
-    return {r.key: (r.ids, r.steps, r.acceptance_histogram, r.prompt_hash, r.seed, r.call, r.rows) for r in finished.records}
+    return {r.key: (r.ids, r.steps, r.prompt_hash, r.seed, r.call, r.rows) for r in finished.records}
 
 
 def lines_of(folder: Path) -> Iterator[dict[str, Any]]:
@@ -517,10 +516,11 @@ def test_expected_and_realized_acceptance_agree_and_what_if_foretells_a_sweep(
         "baseline": False,
     }
     source = done(small(tmp_path / "8", num_draft_tokens=8, **common))
-    assert sum(record.num_spec_steps for record in source.records) > 2000
+    assert sum(len(record.steps) for record in source.records) > 2000
     found = figures(source)
     tallies = list(tally(source).values())
-    gap = [[row[COLUMN["overlap"]] - row[COLUMN["accepted"]], row[COLUMN["tried"]]] for row in tallies]
+    accepted, tried = COLUMN["num_accepted_draft_tokens"], COLUMN["num_tried_draft_tokens"]
+    gap = [[row[COLUMN["overlap"]] - row[accepted], row[tried]] for row in tallies]
     difference = ratio(*(torch.tensor(gap).T.numpy()))
     assert difference.low is not None
     assert difference.high is not None
@@ -544,11 +544,11 @@ def test_a_run_whose_k_chooses_itself(tmp_path: Path) -> None:
     for record in finished.of(SPECULATIVE):
         check_identities(record, 8)
         assert record.choice is not None
-        assert sum(record.choice.steps_by_k) >= record.num_spec_steps
+        assert sum(record.choice.steps_by_k) >= len(record.steps)
         assert record.ids == texts[record.key._replace(engine=PLAIN)]
     for record in finished.of(PLAIN):
         assert record.choice is None
-        assert record.num_draft_tokens == 0
+        assert not any(step.drafted for step in record.steps)
     fixed = done(small(tmp_path / "fixed", num_draft_tokens=2, workload=Stdlib(limit=5, shuffle_seed=3), batch_size=2))
     for runs in ([finished], [finished, fixed], [fixed, finished]):
         for told in (page(runs), markdown(runs)):

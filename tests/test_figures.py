@@ -7,18 +7,21 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from specdec.cost import acceptance_along, replay
+from specdec.cost import replay
 from specdec.experiments.figures import Estimate, compare, figures, metrics, tally
-from specdec.experiments.records import PLAIN, SPECULATIVE, Run
+from specdec.experiments.records import PLAIN, SPECULATIVE, Run, read_run
 from specdec.interfaces import Step
 from tests.synthetic_runs import DRAFT_S, OTHER_S, PREFILL_S, STEP_S, VERIFY_S, synthetic_run
 
 RUNS, PROMPTS = 200, 30
-COVERED = ("mean_acceptance_length", "draft_acceptance_rate", "expected_acceptance", "realized_acceptance", "speedup")
+COVERED = (
+    "mean_acceptance_length", "tokens_per_step", "draft_acceptance_rate", "expected_acceptance", "realized_acceptance", "speedup",
+)  # fmt: skip
 
 
 def holds(estimate: Estimate, truth: float) -> bool:
@@ -99,36 +102,32 @@ def test_figures_are_counted_from_the_steps() -> None:
         else replace(
             record,
             ids=record.ids[:6],
-            steps=(steps := next(records)),
-            num_spec_steps=3,
-            num_draft_tokens=sum(step.drafted for step in steps),
-            num_accepted_draft_tokens=sum(step.accepted for step in steps),
-            num_emitted_tokens=6,
-            acceptance_histogram=[sum(step.accepted == n for step in steps) for n in range(3)],
+            steps=next(records),
         )
         for record in run.records
     ]
     told = figures(run)
-    assert told.metrics["mean_acceptance_length"].value == pytest.approx(1 + 6 / 6)
+    assert told.metrics["mean_acceptance_length"].value == pytest.approx(11 / 5)
+    assert told.metrics["tokens_per_step"].value == pytest.approx(12 / 6)
     assert told.metrics["draft_acceptance_rate"].value == pytest.approx(6 / 9)
     assert told.metrics["expected_acceptance"].value == pytest.approx((0.9 + 0.8 + 0.3 + 0.6 + 0.7 + 0.5 + 2) / 8)
     assert told.metrics["identical"].value == 0  # plain's texts are longer
-    assert told.histogram == [2, 2, 2]
+    assert told.histogram == [1, 2, 2]
     first, second = told.positions
-    assert (first.unconditional.value, first.conditional.value) == (pytest.approx(4 / 6), pytest.approx(4 / 5))
-    assert (second.unconditional.value, second.conditional.value) == (pytest.approx(2 / 6), pytest.approx(2 / 3))
+    assert (first.unconditional.value, first.conditional.value) == (pytest.approx(4 / 5), pytest.approx(4 / 5))
+    assert (second.unconditional.value, second.conditional.value) == (pytest.approx(2 / 5), pytest.approx(2 / 3))
     assert second.expected.value == pytest.approx((0.8 + 0.5 + 1.0) / 3)
     assert [(at.start, at.stop) for at in told.along] == [(n, n + 1) for n in range(6)]
     assert [at.expected.value for at in told.along] == [
         pytest.approx(value) if value else None for value in (0.8, (0.8 + 0.5) / 2, 1.0, (0.3 + 1) / 2, 0.6, None)
     ]
     assert list(told.tasks) == ["task a", "task b"]
-    assert told.tasks["task b"][1]["mean_acceptance_length"].value == pytest.approx(2.0)
+    assert told.tasks["task b"][1]["mean_acceptance_length"].value == pytest.approx(5 / 2)
 
 
 def enumerated(chances: list[float], k: int) -> tuple[float, float]:
-    """Expected steps and accepted ids, over every way that the coins may fall."""
-    steps = accepted = 0.0
+    """Expected steps with and without a draft, over every way that the coins may fall."""
+    drafting = plain = 0.0
     for coins in itertools.product((False, True), repeat=len(chances)):
         weight = math.prod(chance if coin else 1 - chance for chance, coin in zip(chances, coins, strict=True))
         position = 0
@@ -136,8 +135,9 @@ def enumerated(chances: list[float], k: int) -> tuple[float, float]:
             kept = 0
             while kept < min(k, len(chances) - position - 1) and coins[position + kept]:
                 kept += 1
-            steps, accepted, position = steps + weight, accepted + weight * kept, position + kept + 1
-    return steps, accepted
+            is_last = position == len(chances) - 1  # which the limit leaves to the target
+            drafting, plain, position = drafting + weight * (not is_last), plain + weight * is_last, position + kept + 1
+    return drafting, plain
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 9])
@@ -145,17 +145,21 @@ def enumerated(chances: list[float], k: int) -> tuple[float, float]:
 def test_replay_is_the_mean_over_every_way_that_the_coins_may_fall(k: int, length: int) -> None:
     rng = random.Random(length)
     chances = [rng.choice([0.0, 1.0, rng.random()]) for _ in range(length)]
-    assert replay(chances, k, 0.5) == pytest.approx(enumerated(chances, k))
+    assert replay([Step(1, 1, 0, 1, [chance]) for chance in chances], k, 0.5) == pytest.approx(enumerated(chances, k))
 
 
 def test_replay_of_a_greedy_text_with_its_own_k_is_the_text() -> None:
     for record in synthetic_run(prompts=8).of(SPECULATIVE):
-        steps, accepted = replay(acceptance_along(record.steps), 4, 0.123)
-        assert (steps, accepted) == (record.num_spec_steps, record.num_accepted_draft_tokens)
+        drafting = sum(step.drafted > 0 for step in record.steps)
+        assert replay(record.steps, 4, 0.123) == (drafting, len(record.steps) - drafting)
 
 
-def test_a_greedy_run_tells_its_own_k_exactly() -> None:
-    told = figures(synthetic_run(prompts=8))
+FORMAT_1 = Path(__file__).parent / "data" / "run-format-1"  # stops on a draft id, and a step whose drafter offered nothing
+
+
+@pytest.mark.parametrize("run", [synthetic_run(prompts=8), read_run(FORMAT_1)], ids=["to the limit", "stopped"])
+def test_a_greedy_run_tells_its_own_k_exactly(run: Run) -> None:
+    told = figures(run)
     own = told.what_if[-1]
     assert own.num_draft_tokens == 4
     assert own.mean_acceptance_length.value == pytest.approx(told.metrics["mean_acceptance_length"].value)
@@ -175,15 +179,19 @@ def test_a_sampled_run_tells_another_run_s_k(k: int) -> None:
 
 
 def test_predicted_speed_is_made_of_the_step_times_and_the_prompt() -> None:
-    told = figures(synthetic_run(prompts=6))
-    rest = VERIFY_S + OTHER_S
+    run = synthetic_run(prompts=6)
+    told, tokens, rest = figures(run), 6 * 64, VERIFY_S + OTHER_S
+    steps = [step for record in run.of(SPECULATIVE) for step in record.steps]
+    last = [step.overlap[-1] for step in steps if len(step.overlap) == step.asked > 0]  # stands in behind a draft kept whole
     for guess in told.what_if:
         k, length = guess.num_draft_tokens, guess.mean_acceptance_length.value
         step = k * DRAFT_S + STEP_S * (1 + 0.03 * k) + rest
         assert guess.step_ms == pytest.approx(1000 * step)
         assert length is not None
-        prompt = PREFILL_S / 64
-        assert guess.speedup.value == pytest.approx((prompt + STEP_S + rest) / (prompt + step / length))
+        plain = sum(replay(record.steps, k, sum(last) / len(last))[1] for record in run.of(SPECULATIVE))  # at the limit, one id
+        seconds = 6 * PREFILL_S + (tokens - plain) / length * step + plain * (STEP_S + rest)
+        assert plain > 0
+        assert guess.speedup.value == pytest.approx((6 * PREFILL_S + tokens * (STEP_S + rest)) / seconds)
     best = max(told.what_if, key=lambda guess: guess.speedup.value or 0)
     assert (best.to_best.value, best.to_best.low, best.to_best.high) == (1, 1, 1)
     assert all((guess.to_best.value or 0) < 1 for guess in told.what_if if guess is not best)

@@ -64,7 +64,7 @@ class Pair:
         asked = {"max_new_tokens": NEW_TOKENS, "do_sample": False} | arguments
         text = self.target.generate(**prompts(batch_size), **asked)
         stats = specdec.last_stats(self.target)
-        found = {"text": text.tolist(), "steps": stats and stats.num_spec_steps}
+        found = {"text": text.tolist(), "steps": stats and stats.num_steps}
         if stats is not None and stats.choice is not None:
             found |= {"steps_by_k": stats.choice.steps_by_k, "choice": str(stats.choice)}
         return found

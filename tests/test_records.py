@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from specdec.experiments.records import (
 from specdec.interfaces import Step
 from specdec.stats import Choice
 
+FORMAT_1 = Path(__file__).parent / "data" / "run-format-1"
 HEADER = Header({"commit": "abc"}, {"sampling": {"temperature": 0}})
 SECONDS = Seconds(0.5, 0.1, 0.2, 0.05, 0.1, 0.2, 0.1, 0.05)
 
@@ -39,8 +41,7 @@ SECONDS = Seconds(0.5, 0.1, 0.2, 0.05, 0.1, 0.2, 0.1, 0.05)
 def record(prompt_id: str = "a", engine: str = SPECULATIVE, **changes: Any) -> Record:
     values: dict[str, Any] = {
         "prompt_id": prompt_id, "task": "t", "turn": 0, "repetition": 0, "engine": engine, "seed": 1, "call": 0, "rows": 1,
-        "num_prompt_tokens": 3, "prompt_hash": "00", "ids": [5, 6, 7], "tokens": ["x", "\u2028", "é\n"], "num_spec_steps": 1,
-        "num_draft_tokens": 2, "num_accepted_draft_tokens": 2, "num_emitted_tokens": 3, "acceptance_histogram": [0, 0, 1],
+        "num_prompt_tokens": 3, "prompt_hash": "00", "ids": [5, 6, 7], "tokens": ["x", "\u2028", "é\n"],
         "steps": [Step(2, 2, 2, 3, [0.5, 0.25])], "seconds": SECONDS,
     }  # fmt: skip
     return Record(**values | changes)
@@ -66,12 +67,25 @@ def write(path: Path, *lines: Any) -> Path:
     return path
 
 
-def test_records_from_before_k_could_change_are_read(tmp_path: Path) -> None:
-    file = write(tmp_path / "records.jsonl", record())
-    file.write_text(file.read_text().replace('"asked": 2, ', "").replace(', "choice": null', ""))
-    assert "asked" not in file.read_text()
-    assert "choice" not in file.read_text()
-    assert read_run(file).records == [record()]
+def test_records_of_format_1_are_read_without_their_counts(tmp_path: Path) -> None:
+    run = read_run(FORMAT_1)
+    assert run.header.version == 1 < FORMAT
+    assert [len(record.ids) for record in run.records] == [7, 7, 8, 8]
+    assert [record.steps for record in run.of(SPECULATIVE)] == [
+        [Step(4, 4, 4, 5, [1.0] * 4), Step(2, 2, 2, 2, [1.0, 1.0])],
+        [Step(4, 4, 3, 4, [1.0, 1.0, 1.0, 0.0]), Step(3, 0, 0, 1, []), Step(2, 2, 1, 2, [1.0, 0.0]), Step(0, 0, 0, 1, [])],
+    ]
+    file = tmp_path / "records.jsonl"  # as the first of them were, when K could not change yet
+    text = re.sub(r'"asked": \d, ', "", (FORMAT_1 / "records.jsonl").read_text()).replace(', "choice": null', "")
+    file.write_text(text)
+    assert read_run(file).of(SPECULATIVE)[1].steps[1] == Step(4, 0, 0, 1, [])
+
+
+def test_a_record_of_format_1_has_its_counts(tmp_path: Path) -> None:
+    file = tmp_path / "records.jsonl"
+    file.write_text((FORMAT_1 / "records.jsonl").read_text().replace('"num_spec_steps": 4, ', ""))
+    with pytest.raises(ValueError, match=r"line 4: a line of kind 'record' has the fields .*num_spec_steps"):
+        read_run(file)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -183,7 +197,7 @@ def test_another_format_version_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "records.jsonl", record())
     first, rest = path.read_text().split("\n", 1)
     path.write_text(json.dumps(json.loads(first) | {"version": FORMAT + 1}) + "\n" + rest)
-    with pytest.raises(ValueError, match=f"is of record format {FORMAT + 1}, this specdec reads format {FORMAT}"):
+    with pytest.raises(ValueError, match=f"is of record format {FORMAT + 1}, this specdec reads formats 1 to {FORMAT}"):
         read_run(tmp_path)
 
 

@@ -19,9 +19,10 @@ from rich.console import Console
 from specdec.commands import report as command
 from specdec.cost import StepTimes
 from specdec.experiments import report
-from specdec.experiments.figures import METRICS, figures
-from specdec.experiments.records import PLAIN, SPECULATIVE, Failure, Header, Run, Skipped
+from specdec.experiments.figures import METRICS, compare, figures
+from specdec.experiments.records import FORMAT, PLAIN, SPECULATIVE, Failure, Header, Run, Skipped, read_run
 from specdec.experiments.reported import labels, read_runs
+from specdec.interfaces import Step
 from specdec.stats import Choice
 from tests.synthetic_runs import PROVENANCE, config, synthetic_run, write_run
 
@@ -44,6 +45,11 @@ def speculative(speed: float) -> Run:
         for record in DEMO.records
     ]
     return replace(DEMO, records=records)
+
+
+def without_a_draft(run: Run) -> Run:
+    """K = 0 in all steps, as "auto" may choose."""
+    return replace(run, records=[replace(record, steps=[Step(0, 0, 0, 1, []) for _ in record.ids]) for record in run.records])
 
 
 def test_a_page_needs_nothing_else_and_is_the_same_each_time() -> None:
@@ -71,7 +77,12 @@ def test_charts_say_their_figures() -> None:
         f"Acceptance by draft position. position 1: conditional: kept, where all before it were {100 * first.value:.1f}\u00a0%"
     )
     assert alts[0].startswith(f"{wanted} ({100 * first.low:.1f} to ")
-    for title in ("Accepted tokens a step", "Acceptance along the output", "Mean acceptance length by K", "Speedup by K"):
+    for title in (
+        "Accepted tokens per draft",
+        "Acceptance along the output",
+        "Mean acceptance length by K",
+        "Speedup by K",
+    ):
         assert any(alt.startswith(title) for alt in alts), title
 
 
@@ -95,6 +106,7 @@ def test_charts_say_their_figures() -> None:
             replace(DEMO, header=Header(PROVENANCE, config(drafter={"_target_": "specdec.drafters.prompt_lookup.PromptLookup"}))),
             r"With prompt lookup guessing",
         ),
+        (without_a_draft(DEMO), r"With a draft model, the target model wrote .* It never had a guess to offer\."),
     ],
 )
 def test_the_first_sentence_says_what_came_of_it(run: Run, said: str) -> None:
@@ -180,6 +192,38 @@ def test_caveats_and_what_was_left_out_are_said() -> None:
     calm = report.page([DEMO])
     assert 'class="caveat"' not in calm
     assert "<h2>Left out</h2>" not in calm
+
+
+FORMAT_1 = Path(__file__).parent / "data" / "run-format-1"
+
+
+def test_a_run_of_record_format_1_is_reported_by_today_s_definitions_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its reports said 2.67 then: 1 + 10 accepted ids / 6 steps, two of them without a draft, one that ends on a draft id."""
+    note = "This run was recorded in format 1, whose counts include steps without a draft"
+    (old,) = read_runs([FORMAT_1])
+    assert figures(old).metrics["mean_acceptance_length"].value == 13 / 4
+    assert figures(old).metrics["tokens_per_step"].value == 15 / 6
+    assert note in report.page([old])
+    assert f"> {note}" in report.markdown([old])
+    values = report.as_json([old])["runs"][0]
+    assert (values["record_format"], values["metrics"]["mean_acceptance_length"]["value"]) == (1, 13 / 4)
+    assert [caveat.startswith(note) for caveat in values["caveats"]] == [True]
+    assert command.run(parsed(str(FORMAT_1), "-o", str(tmp_path / "page.html"))) == 0
+    assert "recorded in format 1; the figures are made of its steps" in " ".join(capsys.readouterr().out.split())
+
+    new = read_run(write_run(replace(old, header=replace(old.header, version=FORMAT)), tmp_path / "new"))
+    assert note not in report.page([new])
+    assert report.summary_table([new]).caption is None
+    assert all(change.change.value == 0 for change in compare(old, new).values() if change.change.value is not None)
+    both = report.markdown([old, new])
+    assert "Runs of an older record format are compared by today's definitions" in both
+    assert both.count(note) == 1
+    paths = [str(FORMAT_1), str(tmp_path / "new")]
+    assert (
+        command.run(parsed(*paths, "--markdown", "--fail-if", "mean_acceptance_length<0", "--fail-if", "tokens_per_step<0")) == 0
+    )
 
 
 def test_memory_is_set_beside_its_prediction() -> None:
@@ -402,11 +446,14 @@ def test_there_are_no_per_cent_of_0(tmp_path: Path) -> None:
     assert command.run(parsed(str(same), str(different), "--markdown", "--fail-if", "identical<0")) == 1
 
 
-def test_help_names_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_and_the_page_of_figures_name_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parsed("--help")
     out = capsys.readouterr().out
-    assert all(name in out for name in METRICS)
+    page = (Path(__file__).parent.parent / "docs" / "figures.md").read_text(encoding="utf-8")
+    for name in METRICS:
+        assert name in out
+        assert f"`{name}`" in page
 
 
 # The page in a browser

@@ -186,7 +186,7 @@ def test_rows_that_end_in_one_step_at_different_places() -> None:
     call = {"eos_token_id": [text[0][0], text[1][4]], "pad_token_id": 0}
     want = turn(model, inputs, call)
     got = turn(specdec.enable(model, FirstRowEmpty(family("llama")), num_draft_tokens=6), inputs, call)
-    assert specdec.last_stats(model).num_spec_steps == 2, "a step for each row, all at once"
+    assert specdec.last_stats(model).num_steps == 2, "a step for each row, all at once"
     assert got.sequences.tolist() == want.sequences.tolist()
     assert_same_cache(cache_of(got), cache_of(want), inputs["attention_mask"])
 

@@ -44,8 +44,9 @@ class Answer:
 class Steps:
     """How a call's steps went. A step is a forward of the target for the whole batch.
 
-    tokens_per_step: of a row. prompt_ms: what the call takes besides its steps: preparation, the prompt, the first step. The
-    parts of a step are means of the others. Where verification_ms is None, it is part of other_ms.
+    tokens_per_step: of a row, steps without a draft included. prompt_ms: what the call takes besides its steps: preparation,
+    the prompt, the first step. The parts of a step are means of the others. Where verification_ms is None, it is part of
+    other_ms.
     """
 
     tokens_per_step: float
@@ -179,8 +180,8 @@ class Specdec(Stock):
         timed = stats.timing.steps[1:]
         parts = ("draft_s", "target_s", "verification_s", "other_s")
         means = [1000 * sum(getattr(step, part) for step in timed) / len(timed) for part in parts]
-        assert stats.mean_acceptance_length is not None
-        return Steps(stats.mean_acceptance_length, 1000 * answer.seconds - len(timed) * sum(means), *means)
+        assert stats.tokens_per_step is not None
+        return Steps(stats.tokens_per_step, 1000 * answer.seconds - len(timed) * sum(means), *means)
 
 
 def specdec_plain(target: PreTrainedModel, threads: int) -> Specdec:

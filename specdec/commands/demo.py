@@ -87,6 +87,7 @@ def run(options: argparse.Namespace) -> int:
         "tokens_per_second": {name: round(rate, 1) for name, rate in tokens_per_second.items()},
         "speedup": round(tokens_per_second["specdec, speculative"] / baseline, 3),
         "mean_acceptance_length": stats.mean_acceptance_length,
+        "tokens_per_step": stats.tokens_per_step,
         "draft_acceptance_rate": stats.draft_acceptance_rate,
         "expected_acceptance": stats.expected_acceptance,
         "acceptance_histogram": stats.acceptance_histogram,
@@ -138,8 +139,9 @@ def show(report: dict[str, Any], pieces: list[str], origins: list[str], console:
     console.print(f"speedup: {report['speedup']:.2f}×")
     if report["choice"]:
         console.print(report["choice"])
-    console.print(f"mean acceptance length: {report['mean_acceptance_length']:.2f} tokens a step")
-    rate = report["draft_acceptance_rate"]
+    length, rate = report["mean_acceptance_length"], report["draft_acceptance_rate"]
+    console.print(f"mean acceptance length: {'nothing was drafted' if length is None else f'{length:.2f}'}")
+    console.print(f"tokens per step, steps without a draft included: {report['tokens_per_step']:.2f}")
     console.print(f"draft acceptance rate: {'nothing was drafted' if rate is None else f'{rate:.1%}'}")
     verdict = {True: "yes", False: "no", None: "not compared, the text is sampled"}[report["identical"]]
     console.print(f"identical: {verdict}", style={True: "bold green", False: "bold red", None: ""}[report["identical"]])

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec.cost import StepTimes, acceptance_along, replay, speedup
+from specdec.cost import StepTimes, replay, speedup
 from specdec.experiments.records import PLAIN, SPECULATIVE, Record, Run
+from specdec.stats import RATIOS, Counts, acceptance_histogram
 
 DRAWS = 2000
 LEVEL = 0.95
@@ -33,14 +34,12 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Tally:
-    """Sums over one prompt's records; of the plain engine where the name says so. Seconds are a row's share of its call."""
+class Tally(Counts):
+    """Sums over one prompt's records: counts of the speculative ones' steps, tokens and seconds of both engines.
 
-    steps: float = 0
-    drafted: float = 0
-    accepted: float = 0
-    tried: float = 0  # ids drafted with all before them accepted
-    overlap: float = 0  # sum(min(p, q)) over those
+    Of the plain engine where the name says so. Seconds are a row's share of its call.
+    """
+
     tokens: float = 0
     seconds: float = 0
     first_token_s: float = 0
@@ -66,16 +65,25 @@ class Metric:
     higher_is_better: bool | None = True
 
 
+def _of_stats(name: str, label: str, unit: str = "") -> Metric:
+    """A figure that Stats has too, over a run's prompts."""
+    part, whole = RATIOS[name]
+    return Metric(label, lambda c: c(part) / c(whole), unit)
+
+
 METRICS: dict[str, Metric] = {
     "speedup": Metric(
         "speedup over plain decoding", lambda c: c("tokens") / c("seconds") / (c("plain_tokens") / c("plain_seconds")), "×"
     ),
     "tokens_per_s": Metric("tokens per second", lambda c: c("tokens") / c("seconds")),
     "plain_tokens_per_s": Metric("tokens per second, plain", lambda c: c("plain_tokens") / c("plain_seconds"), "", None),
-    "mean_acceptance_length": Metric("mean acceptance length", lambda c: (c("steps") + c("accepted")) / c("steps")),
-    "draft_acceptance_rate": Metric("draft acceptance rate", lambda c: c("accepted") / c("drafted"), "%"),
-    "expected_acceptance": Metric("expected acceptance", lambda c: c("overlap") / c("tried"), "%"),
-    "realized_acceptance": Metric("realized acceptance", lambda c: c("accepted") / c("tried"), "%"),
+    "mean_acceptance_length": _of_stats("mean_acceptance_length", "mean acceptance length"),
+    "tokens_per_step": _of_stats("tokens_per_step", "tokens per step"),
+    "draft_acceptance_rate": _of_stats("draft_acceptance_rate", "draft acceptance rate", "%"),
+    "expected_acceptance": _of_stats("expected_acceptance", "expected acceptance", "%"),
+    "realized_acceptance": Metric(
+        "realized acceptance", lambda c: c("num_accepted_draft_tokens") / c("num_tried_draft_tokens"), "%"
+    ),
     "first_token_ms": Metric("time to first token", lambda c: 1000 * c("first_token_s") / c("records"), "ms", False),
     "plain_first_token_ms": Metric(
         "time to first token, plain", lambda c: 1000 * c("plain_first_token_s") / c("plain_records"), "ms", None
@@ -89,8 +97,8 @@ METRICS: dict[str, Metric] = {
 class Position:
     """Acceptance at one draft position, from 1.
 
-    unconditional: accepted there / steps. conditional: accepted there / drafted there with all before accepted. expected: mean of
-    sum(min(p, q)) over the same.
+    unconditional: accepted there / steps that drafted. conditional: accepted there / drafted there with all before accepted.
+    expected: mean of sum(min(p, q)) over the same.
     """
 
     position: int
@@ -103,8 +111,9 @@ class Position:
 class WhatIf:
     """What another K would come to, from this run's texts and step times; no speed where costs were not measured.
 
-    speedup: of whole calls, their prompts read as fast as here; its interval is the acceptance length's, times are taken as they
-    are. to_best: this speedup over that of the K with the highest one, on the same draws of prompts.
+    mean_acceptance_length: expected ids of a step that drafts. step_ms: what such a step takes. speedup: of whole calls, their
+    prompts read as fast as here; its interval is the texts', times are taken as they are. to_best: this speedup over that of the
+    K with the highest one, on the same draws of prompts.
     """
 
     num_draft_tokens: int
@@ -144,6 +153,7 @@ def figures(run: Run) -> Figures:
     if not run.records:
         raise ValueError(f"{run.folder} holds no finished prompt, so there is nothing to report")
     tallies = tally(run)
+    steps = [step for record in speculative for step in record.steps]
     tasks: dict[str, list[str]] = defaultdict(list)
     for task, prompt_id in dict.fromkeys((record.task, record.prompt_id) for record in run.records):
         tasks[task].append(prompt_id)
@@ -153,7 +163,7 @@ def figures(run: Run) -> Figures:
             task: (len(ids), metrics(np.array([tallies[prompt_id] for prompt_id in ids]))) for task, ids in sorted(tasks.items())
         },
         positions=_positions(speculative),
-        histogram=np.sum([record.acceptance_histogram for record in speculative], axis=0).tolist() if speculative else [],
+        histogram=acceptance_histogram(steps, max((step.asked for step in steps), default=0)) if speculative else [],
         what_if=_what_if(run, speculative),
         time_ms={engine: _time_ms(run.of(engine)) for engine in (SPECULATIVE, PLAIN) if run.of(engine)},
         along=_along(speculative),
@@ -174,20 +184,15 @@ def tally(run: Run) -> dict[str, Array]:
         seconds = record.seconds.total_s / record.rows
         if record.engine == PLAIN:
             row = Tally(
-                plain_tokens=timed * record.num_emitted_tokens,
+                plain_tokens=timed * len(record.ids),
                 plain_seconds=timed * seconds,
                 plain_first_token_s=timed * record.seconds.first_token_s,
                 plain_records=timed,
             )
         else:
-            overlaps = [value for step in record.steps for value in step.overlap]
             row = Tally(
-                steps=record.num_spec_steps,
-                drafted=record.num_draft_tokens,
-                accepted=record.num_accepted_draft_tokens,
-                tried=len(overlaps),
-                overlap=sum(overlaps),
-                tokens=timed * record.num_emitted_tokens,
+                **asdict(Counts.of(record.steps)),
+                tokens=timed * len(record.ids),
                 seconds=timed * seconds,
                 first_token_s=timed * record.seconds.first_token_s,
                 records=timed,
@@ -312,8 +317,8 @@ def _positions(records: Sequence[Record]) -> list[Position]:
         tried = np.array([sum(len(step.overlap) > at for step in steps) for steps in groups], dtype=np.float64)
         accepted = np.array([sum(step.accepted > at for step in steps) for steps in groups], dtype=np.float64)
         overlap = np.array([sum(step.overlap[at] for step in steps if len(step.overlap) > at) for steps in groups])
-        total = np.array([len(steps) for steps in groups], dtype=np.float64)
-        result.append(Position(at + 1, ratio(accepted, total), ratio(accepted, tried), ratio(overlap, tried)))
+        drafting = np.array([sum(step.drafted > 0 for step in steps) for steps in groups], dtype=np.float64)
+        result.append(Position(at + 1, ratio(accepted, drafting), ratio(accepted, tried), ratio(overlap, tried)))
     return result
 
 
@@ -324,39 +329,41 @@ def _what_if(run: Run, records: Sequence[Record]) -> list[WhatIf]:
     last = [step.overlap[-1] for record in records for step in record.steps if len(step.overlap) == step.asked > 0]
     at_bonus = sum(last) / len(last) if last else 0.0
     most = run.header.config["sampling"].get("max_new_tokens")
-    texts = [
-        [(acceptance_along(record.steps), record.num_emitted_tokens != most) for record in group] for group in _by_prompt(records)
-    ]
+    groups = _by_prompt(records)
+    tokens = np.array([sum(len(record.ids) for record in group) for group in groups])
     step_s: list[float] = []
     if run.costs is not None:
         rest = [a + b for a, b in zip(run.costs.verification_s, run.costs.other_s, strict=True)]
         parts = ([seconds / run.costs.rows for seconds in part] for part in (run.costs.draft_s, run.costs.target_s, rest))
         step_s = StepTimes(*parts).step_s
-    prompt_s = sum(record.seconds.prefill_s / record.rows for record in records) / sum(r.num_emitted_tokens for r in records)
+    prompt_s = sum(record.seconds.prefill_s / record.rows for record in records) / tokens.sum()
+
+    def speedups(sums: Array) -> Any:
+        """At k, of sums [..., 3] of tokens, steps that draft and steps that do not."""
+        written, spec_steps, plain_steps = np.moveaxis(sums, -1, 0)
+        return speedup(k, written, spec_steps, plain_steps, step_s, prompt_s)
 
     result, draws = [], []
     for k in range(1, drafted_most + 1):
-        sums = np.array([np.sum([replay(along, k, at_bonus, stopped=s) for along, s in group], axis=0) for group in texts])
-        drawn = _drawn(sums)
-        length, lengths = sums.sum() / sums[:, 0].sum(), drawn.sum(1) / drawn[:, 0]
-        guess, draw = WhatIf(k, _estimate(length, lengths)), np.array([])
+        texts = [[replay(record.steps, k, at_bonus, stopped=len(record.ids) != most) for record in group] for group in groups]
+        sums = np.column_stack([tokens, [np.sum(text, axis=0) for text in texts]])
+        guess, draw = WhatIf(k, ratio(sums[:, 0] - sums[:, 2], sums[:, 1])), np.array([])  # without a draft a step emits one id
         if k < len(step_s):
-            draw = speedup(k, lengths, step_s, prompt_s)
-            step_ms = 1000 * step_s[k]
-            guess = replace(guess, step_ms=step_ms, speedup=_estimate(speedup(k, length, step_s, prompt_s), draw))
+            draw = speedups(_drawn(sums))
+            guess = replace(guess, step_ms=1000 * step_s[k], speedup=_estimate(speedups(sums.sum(0)), draw))
         result.append(guess)
         draws.append(draw)
     timed = [index for index, guess in enumerate(result) if guess.speedup.value]
     if timed:
         best = max(timed, key=lambda index: result[index].speedup.value or 0)
         for index in timed:
-            ratio = (result[index].speedup.value or 0) / (result[best].speedup.value or 1)
-            result[index] = replace(result[index], to_best=_estimate(ratio, draws[index] / draws[best]))
+            to_best = (result[index].speedup.value or 0) / (result[best].speedup.value or 1)
+            result[index] = replace(result[index], to_best=_estimate(to_best, draws[index] / draws[best]))
     return result
 
 
 def _time_ms(records: Sequence[Record]) -> dict[str, float]:
-    tokens = sum(record.num_emitted_tokens for record in records)
+    tokens = sum(len(record.ids) for record in records)
     return {
         part: 1000 * sum(getattr(record.seconds, f"{part}_s") / record.rows for record in records) / tokens
         for part in ("prefill", "draft", "target", "verification", "other")

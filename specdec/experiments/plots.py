@@ -115,7 +115,7 @@ def by_position(name: str, alt: str, positions: Sequence[Position], with_expecte
 
 
 def accepted_lengths(name: str, alt: str, histogram: Sequence[int]) -> str:
-    """How many steps kept 0 … K draft ids."""
+    """How many of the steps that drafted kept 0 … K draft ids."""
     shares = [count / sum(histogram) for count in histogram]
     at = list(range(len(histogram)))
     with _figure(200, left=12) as (figure, axes):
@@ -126,7 +126,7 @@ def accepted_lengths(name: str, alt: str, histogram: Sequence[int]) -> str:
         axes.set_yticks([])
         axes.set_ylim(0, max(shares) * 1.15)
         _whole_numbers(axes, at)
-        axes.set_xlabel("draft tokens kept in a step")
+        axes.set_xlabel("tokens kept of a draft")
         return _svg(figure, name, alt)
 
 

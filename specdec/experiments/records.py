@@ -24,7 +24,10 @@ from specdec.cost import StepTimes
 from specdec.interfaces import Step
 from specdec.stats import Choice
 
-FORMAT = 1
+FORMAT = 2
+COUNTS = (  # of a record of format 1, by other definitions than today's; they are made of its steps, as they were then
+    "num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens", "num_emitted_tokens", "acceptance_histogram",
+)  # fmt: skip
 SPECULATIVE, PLAIN = "speculative", "plain"
 
 
@@ -39,7 +42,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """provenance: commit, versions, device, command. config: of the run, resolved, plain values."""
+    """provenance: commit, versions, device, command. config: of the run, resolved, plain values. version: of the format."""
 
     kind: ClassVar[str] = "header"
     provenance: dict[str, Any]
@@ -75,7 +78,7 @@ class Record:
 
     engine: "speculative" or "plain". rows: how many shared the call. call: its number, the same for those rows.
     prompt_hash: of the prompt's ids. ids: generated, the stop included. tokens: their texts.
-    steps: asked, drafted, accepted, emitted and overlap of each step, as specdec.Stats counts them.
+    steps: asked, drafted, accepted, emitted and overlap of each step; what figures count is made of them when they are read.
     seconds: of the whole call, so a row's share is 1 / rows.
     choice: how the call chose K, where num_draft_tokens is "auto".
     """
@@ -93,11 +96,6 @@ class Record:
     prompt_hash: str
     ids: list[int]
     tokens: list[str]
-    num_spec_steps: int
-    num_draft_tokens: int
-    num_accepted_draft_tokens: int
-    num_emitted_tokens: int
-    acceptance_histogram: list[int]
     steps: list[Step]
     seconds: Seconds
     choice: Choice | None = None
@@ -249,8 +247,8 @@ def files_of(folder: Path) -> list[Path]:
 def read_run(path: Path) -> Run:
     """A run from its folder or from one record file.
 
-    Of several lines with one key (a failed prompt, tried again) the last one counts. Raises ValueError, naming file and line,
-    for what is no record, and for a file of another format version.
+    Of several lines with one key (a failed prompt, tried again) the last one counts. Records of format 1 are read without their
+    counts. Raises ValueError, naming file and line, for what is no record, and for a file of a format that is not known.
     """
     files = [path] if path.is_file() else files_of(path)
     if not files:
@@ -317,6 +315,7 @@ def _lines(path: Path) -> tuple[list[Line], bool]:
 
 
 def _parsed(path: Path, lines: Iterable[bytes]) -> Iterator[Line]:
+    version = FORMAT
     for number, line in enumerate(lines, 1):
         try:
             values = json.loads(line.decode())
@@ -326,22 +325,27 @@ def _parsed(path: Path, lines: Iterable[bytes]) -> Iterator[Line]:
             raise ValueError(f"{path}, line {number}: this is no record of a run: {text!r}") from error
         if number == 1 and kind is not Header:
             raise ValueError(f"{path}, line 1: a record file begins with a header, this one with a line of kind {kind.kind!r}")
-        if kind is Header and values.get("version") != FORMAT:
-            raise ValueError(
-                f"{path} is of record format {values.get('version')}, this specdec reads format {FORMAT};"
-                " read it with the version that its header names, or run it again"
-            )
+        if kind is Header:
+            version = values.get("version")
+            if version not in range(1, FORMAT + 1):
+                raise ValueError(
+                    f"{path} is of record format {version}, this specdec reads formats 1 to {FORMAT};"
+                    " read it with the version that its header names, or run it again"
+                )
         try:
-            yield _built(kind, values)
+            yield _built(kind, values, version)
         except (TypeError, KeyError) as error:
             names = ", ".join(f.name for f in fields(kind))
             raise ValueError(f"{path}, line {number}: a line of kind {kind.kind!r} has the fields {names}: {error}") from error
 
 
-def _built(kind: Any, values: dict[str, Any]) -> Line:
+def _built(kind: Any, values: dict[str, Any], version: int) -> Line:
     if kind is Record:
-        asked = {"asked": len(values["acceptance_histogram"]) - 1}  # older records name one K for all steps
-        values["steps"] = [Step(**asked | step) for step in values["steps"]]
+        if version == 1:
+            counts = {name: values.pop(name) for name in COUNTS}
+            asked = len(counts["acceptance_histogram"]) - 1  # of the oldest records, which name one K for all steps
+            values["steps"] = [{"asked": asked} | step for step in values["steps"]]
+        values["steps"] = [Step(**step) for step in values["steps"]]
         values["seconds"] = Seconds(**values["seconds"])
         if values.get("choice"):
             times = StepTimes(**values["choice"]["times"])

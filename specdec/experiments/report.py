@@ -25,6 +25,7 @@ from specdec.experiments.reported import (
     choice_of,
     identical,
     is_interrupted,
+    is_of_older_format,
     is_sampled,
     k_of,
     to_report,
@@ -45,7 +46,7 @@ from specdec.experiments.wording import (
 )
 
 BY_TASK = ("speedup", "mean_acceptance_length", "draft_acceptance_rate", "expected_acceptance")
-HANGS_ON_K = ("mean_acceptance_length", "draft_acceptance_rate")  # a larger K has more of one and less of the other
+HANGS_ON_K = ("mean_acceptance_length", "tokens_per_step", "draft_acceptance_rate")  # a larger K has more tokens, a lower rate
 HEADLINES = {
     "speedup": "speedup",
     "tokens_per_s": "tokens/s",
@@ -184,6 +185,8 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
                 "label": one.label,
                 "folder": str(one.run.folder),
                 "interrupted": is_interrupted(one.run),
+                "record_format": one.run.header.version,
+                "caveats": caveats(one),
                 "provenance": one.run.header.provenance,
                 "config": one.config,
                 **asdict(one.figures),
@@ -211,7 +214,12 @@ def summary_table(runs: Sequence[Run]) -> Table:
     reported = to_report(runs)
     skipped, failed = sum(len(run.skipped) for run in runs), sum(len(run.failures) for run in runs)
     left = [f"{count(skipped, 'prompt')} skipped"] * (skipped > 0) + [f"{count(failed, 'call')} failed"] * (failed > 0)
-    caption = f"{' and '.join(left)}; the report says why" if left else None
+    notes = [f"{' and '.join(left)}; the report says why"] * bool(left) + [
+        f"{one.label}: recorded in format {one.run.header.version}; the figures are made of its steps, by today's definitions"
+        for one in reported
+        if is_of_older_format(one.run)
+    ]
+    caption = "\n".join(notes) or None
     if len(reported) > 1:
         metrics = [one.figures.metrics for one in reported]
         names = [name for name in HEADLINES if any(values[name].value is not None for values in metrics)]
@@ -250,7 +258,11 @@ def _cards(one: Reported) -> list[Card]:
     cards = [
         card("speedup", "tokens per second, over plain decoding of the same prompts", "speedup"),
         speed,
-        card("mean_acceptance_length", "tokens a step of the target: its own one, and the kept guesses"),
+        card(
+            "mean_acceptance_length",
+            "tokens of a step that drafts: the kept guesses and the target's own one; of all steps: "
+            + number(metrics["tokens_per_step"].value),
+        ),
         card("draft_acceptance_rate", "of all guesses; those behind a wrong one are lost with it"),
         card("expected_acceptance", "chance of a guess whose forerunners were kept, from both models' probabilities"),
     ]
@@ -398,13 +410,13 @@ def _numbers(one: Reported) -> dict[str, Numbers]:
     if told.positions:
         columns = {
             "conditional: kept, where all before it were": "conditional",
-            "unconditional: kept, of all steps": "unconditional",
+            "unconditional: kept, of all drafts": "unconditional",
         }
         if is_sampled(one):
             columns = {
                 "conditional: kept, where all before it were": "conditional",
                 "expected there: mean of sum(min(p, q))": "expected",
-                "unconditional: kept, of all steps": "unconditional",
+                "unconditional: kept, of all drafts": "unconditional",
             }
         tables["positions"] = Numbers(
             "Acceptance by draft position",
@@ -413,7 +425,7 @@ def _numbers(one: Reported) -> dict[str, Numbers]:
         )
         steps = sum(told.histogram)
         tables["lengths"] = Numbers(
-            "Accepted tokens a step",
+            "Accepted tokens per draft",
             ["accepted", "steps", "share"],
             [[str(length), f"{count:,}", number(count / steps, "%")] for length, count in enumerate(told.histogram)],
         )

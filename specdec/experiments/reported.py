@@ -11,7 +11,7 @@ from typing import Any
 from specdec.drafters.resolve import AUTO
 from specdec.experiments.figures import COLUMN, Difference, Figures, check_comparable, compare, figures, tally
 from specdec.experiments.plots import Measured
-from specdec.experiments.records import SPECULATIVE, Run, files_of, read_run
+from specdec.experiments.records import FORMAT, SPECULATIVE, Run, files_of, read_run
 from specdec.stats import Choice
 
 SHORT = {"num_draft_tokens": "K", "sampling.temperature": "T"}
@@ -141,6 +141,10 @@ def is_sampled(one: Reported) -> bool:
 
 def is_interrupted(run: Run) -> bool:
     return run.torn or any(run.folder.glob("records-*.jsonl"))
+
+
+def is_of_older_format(run: Run) -> bool:
+    return run.header.version < FORMAT
 
 
 def _numbered(folder: Path) -> tuple[int, str]:

@@ -23,6 +23,7 @@ from specdec.experiments.beside import warm_up
 from specdec.experiments.config import ExperimentConfig
 from specdec.experiments.pair import Pair
 from specdec.experiments.records import (
+    FORMAT,
     PLAIN,
     SPECULATIVE,
     Failure,
@@ -187,11 +188,6 @@ class Worker:
             prompt_hash=hashlib.sha256(str(prompt_ids).encode()).hexdigest()[:16],
             ids=ids,
             tokens=pieces(self.pair.tokenizer, ids),
-            num_spec_steps=row.num_spec_steps,
-            num_draft_tokens=row.num_draft_tokens,
-            num_accepted_draft_tokens=row.num_accepted_draft_tokens,
-            num_emitted_tokens=row.num_emitted_tokens,
-            acceptance_histogram=row.acceptance_histogram,
             steps=[replace(step, overlap=[round(value, 6) for value in step.overlap]) for step in row.steps],
             seconds=_seconds(stats, seconds, len(ids)),
             choice=stats.choice,
@@ -248,6 +244,11 @@ def _what_is_there(folder: Path, resume: bool, values: dict[str, Any]) -> Run | 
     if not resume:
         raise ValueError(f"{folder} holds a run already; go on with it by resume=true, or name another folder=…")
     before = read_run(folder)
+    if before.header.version != FORMAT:
+        raise ValueError(
+            f"{folder} is of record format {before.header.version}, this specdec writes format {FORMAT}; finish it with the"
+            " specdec that began it, or name another folder=…"
+        )
     theirs, ours = before.header.flat(), Header({}, values).flat()
     names = (theirs.keys() | ours.keys()) - PER_RUN
     if changed := sorted(name for name in names if theirs.get(name) != ours.get(name)):

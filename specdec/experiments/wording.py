@@ -17,6 +17,7 @@ from specdec.experiments.reported import (
     choice_of,
     identical,
     is_interrupted,
+    is_of_older_format,
     is_sampled,
     k_of,
 )
@@ -47,15 +48,16 @@ def sentence(one: Reported) -> str:
         verdict = f", and {agreed} the same, token for token" if agreed else f", but {paired - same} of {paired} texts differ"
     else:
         verdict = "; texts are sampled, so they are not compared one by one" if is_sampled(one) else ""
-    kept, length = metrics["draft_acceptance_rate"].value, metrics["mean_acceptance_length"].value
+    kept, tokens = metrics["draft_acceptance_rate"].value, metrics["tokens_per_step"].value
     outcome = (
-        f" {number(kept, '%')} of the guesses were kept, so a step of the target gave {number(length)} tokens"
+        f" {number(kept, '%')} of the guesses were kept, so a step of the target gave {number(tokens)} tokens"
         " where it gives 1 on its own."
         if kept is not None
         else " It never had a guess to offer."
     )
-    ahead = count(len(one.figures.histogram) - 1, "token")
-    return f"With {drafts_with(one)} guessing up to {ahead} ahead, the target model wrote {texts} {came}{verdict}.{outcome}"
+    ahead = len(one.figures.histogram) - 1
+    guessing = f" guessing up to {count(ahead, 'token')} ahead" if ahead else ""
+    return f"With {drafts_with(one)}{guessing}, the target model wrote {texts} {came}{verdict}.{outcome}"
 
 
 def terms(one: Reported) -> list[tuple[str, str]]:
@@ -95,6 +97,12 @@ def caveats(one: Reported) -> list[str]:
             f"This run was interrupted: {count(one.figures.prompts, 'prompt')}{of} and {count(len(run.records), 'record')} are"
             " here. Go on with resume=true and the same folder."
         )
+    if is_of_older_format(run):
+        caveats.append(
+            f"This run was recorded in format {run.header.version}, whose counts include steps without a draft and whose mean"
+            " acceptance length was 1 + accepted / steps. All figures here are made of its steps, by today's definitions; reports"
+            " made by an earlier specdec show other values."
+        )
     if one.figures.prompts == 1:
         caveats.append("One prompt gives no interval: nothing here says how another prompt would fare.")
     if run.header.provenance.get("dirty"):
@@ -116,10 +124,10 @@ def caveats(one: Reported) -> list[str]:
 
 def _slow_calls(records: Sequence[Record]) -> int:
     """Calls that took far longer than the medians of the run make of their prompt's and their text's length."""
-    calls = {(record.turn, record.repetition, record.call): record for record in records if record.num_emitted_tokens}.values()
+    calls = {(record.turn, record.repetition, record.call): record for record in records if record.ids}.values()
     if not calls:
         return 0
-    parts = [(r.num_prompt_tokens, r.seconds.prefill_s, r.num_spec_steps, r.seconds.total_s - r.seconds.prefill_s) for r in calls]
+    parts = [(r.num_prompt_tokens, r.seconds.prefill_s, len(r.steps), r.seconds.total_s - r.seconds.prefill_s) for r in calls]
     prompt_s = median_low(seconds / length for length, seconds, _, _ in parts)
     step_s = median_low(seconds / steps for _, _, steps, seconds in parts)
     return sum(before + behind > SLOW * (length * prompt_s + steps * step_s) for length, before, steps, behind in parts)
@@ -186,6 +194,9 @@ def compared(reported: Sequence[Reported]) -> list[tuple[str, str]]:
         f"Differences are to {reported[0].label}, on the same prompts, with 95 % intervals; a mark stands where one leaves 0 out."
     )
     said.append(("about", told))
+    if any(is_of_older_format(one.run) for one in reported):
+        told = "Runs of an older record format are compared by today's definitions: the figures of all are made of their steps."
+        said.append(("about", told))
     if any(changes["plain_tokens_per_s"].is_clear for _, changes in changes_from_first(reported)):
         told = "Plain decoding ran at other speeds in some of these runs, so the machine did too: compare speedups, not times."
         said.append(("caveat", told))
