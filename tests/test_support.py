@@ -64,7 +64,7 @@ class Spanned(LlamaForCausalLM):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
-        cache = output[specdec.models.cache_argument(output)]
+        cache = output.get("cache", output.get("past_key_values"))
         length = 0 if cache is None else cache.get_seq_length() + kwargs["input_ids"].shape[1]
         beyond = max(length - self.config.block_span, 0)
         output.logits = output.logits + beyond * torch.arange(VOCAB_SIZE).remainder(7)
@@ -163,7 +163,7 @@ class RoundedByNeighbours(torch.nn.Module):
         self.linear = linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        step = x.abs().max() / 2047
+        step = x.abs().max() / 127
         return self.linear((x / step).round() * step)
 
 
