@@ -40,9 +40,10 @@ from specdec.attention import KEYS
 from specdec.cache import RaggedCache, attention_kinds, attention_masks, grown_capacity, kept_slots
 from specdec.experiments.memory import LiveStorages
 from specdec.models import LINEAR_KINDS, PREFILL_CHUNK, PREFILL_MASK, cache_argument, context_of
-from specdec.quant.checkpoints import scheme_of, settings_of
+from specdec.quant.checkpoints import settings_of
 from specdec.quant.cpu import OP_GROUP_SIZES, CpuKernel, TorchKernel, row_order
 from specdec.quant.experts import PROJECTIONS
+from specdec.quant.formats import scheme_of
 from specdec.quant.int4 import SLAB_WEIGHTS, Int4Tensor
 from specdec.quant.quantizer import METHOD, Int4Config, layers_to_quantize, linear_layers, shape_of
 from specdec.quant.rows import BLOCK, CUDA_BLOCK, MAX_WINDOW

@@ -11,8 +11,7 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from specdec.quant.experts import PROJECTIONS
-from specdec.quant.int4 import GROUP_SIZES, SYMMETRIC_ZERO, Int4Tensor, pack, unpack
+from specdec.quant.formats import scheme_of
+from specdec.quant.formats.layer import AGAIN, FLOATS, Layer, Scheme
+from specdec.quant.int4 import Int4Tensor
 from specdec.quant.quantizer import METHOD, Int4Config, linear_layers, named_parts, shape_of, some, tied_weights
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # column i of eight lies in nibble AWQ_ORDER[i] of its word
-FP4_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
-AGAIN = "the checkpoint is damaged or incomplete, so download it again"
 
 
 def load_quantized(path: str | Path, config: Int4Config | None = None, **kwargs: Any) -> PreTrainedModel:
@@ -127,209 +124,6 @@ def _complete(folder: Path, loaded: Any) -> PreTrainedModel:
     if info["missing_keys"]:
         raise ValueError(f"{folder} lacks {some(sorted(info['missing_keys']))}; {AGAIN}")
     return model
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The tensors of one quantized layer, by the ends of their names; each is checked when it is taken."""
-
-    name: str
-    tensors: Mapping[str, Tensor]
-
-    def take(self, suffix: str, dtypes: Sequence[torch.dtype], *shape: int | None) -> Tensor:
-        """One tensor; None in its shape stands for any number."""
-        value = self.tensors.get(suffix)
-        if value is None:
-            raise ValueError(f"there is no {self.name}{suffix} beside {self.name}{min(self.tensors)}; {AGAIN}")
-        fits = value.ndim == len(shape) and all(want in (None, got) for want, got in zip(shape, value.shape, strict=True))
-        if not fits or value.dtype not in dtypes:
-            expected = f"{' or '.join(map(str, dtypes))} [{', '.join('any' if size is None else str(size) for size in shape)}]"
-            raise ValueError(f"{self.name}{suffix} is {value.dtype} {list(value.shape)}, but must be {expected}; {AGAIN}")
-        return value
-
-    def groups(self, scheme: Scheme, suffix: str, columns: int, dim: int) -> int:
-        """How many groups the scales at `suffix` have along `dim`, as the scheme has it for so many columns."""
-        counts = {1 if size == -1 else columns // size for size in scheme.group_sizes if size == -1 or columns % size == 0}
-        if not counts or columns % 2:
-            raise ValueError(
-                f"{self.name} has {columns} input columns, which group_size={scheme.group_sizes[0]} does not divide; a last group"
-                f" of another width is not supported, so quantize the original with one of {GROUP_SIZES} that divides them"
-            )
-        found = self.take(suffix, FLOATS, None, None).shape[dim]
-        if found not in counts:
-            raise ValueError(
-                f"{self.name}{suffix} has {found} groups, but {columns} input columns in groups of {scheme.group_sizes[0]}"
-                f" make {min(counts)}; is group_size in the checkpoint's config right?"
-            )
-        return found
-
-    def ordered(self, suffix: str, weight: Tensor, groups: int) -> tuple[Tensor, Tensor | None]:
-        """Canonical codes [N, K/2] and perm: columns by the group that `suffix` gives each, where that is not their own order."""
-        columns = 2 * weight.shape[1]
-        group = self.take(suffix, (torch.int32, torch.int64), columns).long()
-        inside = ((group >= 0) & (group < groups)).all()
-        if not inside or (group.bincount(minlength=groups) != columns // groups).any():
-            raise ValueError(
-                f"{self.name}{suffix} must put {columns // groups} input columns into each of {groups} groups, and it does not;"
-                " uneven groups are not supported, so quantize the original again"
-            )
-        perm = group.argsort(stable=True)
-        if perm.equal(torch.arange(columns)):
-            return weight, None
-        return pack(unpack(weight)[:, perm]), perm.int()
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """A checkpoint's format. group_sizes: -1 for a whole row; several where the config has several groups of layers."""
-
-    suffixes: tuple[str, ...]
-    read: Callable[[Layer, Scheme], Int4Tensor]
-    group_sizes: tuple[int, ...]
-    symmetric: bool
-    version: str = ""
-    act_order: bool = False
-
-
-def scheme_of(settings: Mapping[str, Any]) -> Scheme:
-    """The format that a quantization_config tells of; ValueError where it is not read."""
-    method = settings.get("quant_method")
-    known = {"gptq": _gptq_scheme, "awq": _awq_scheme, "compressed-tensors": _compressed_scheme, "mxfp4": _mxfp4_scheme}
-    if not isinstance(method, str) or method not in known:
-        raise ValueError(
-            f"a checkpoint with quant_method={method!r} cannot be read, only {', '.join(map(repr, known))}, {METHOD!r} and full"
-            " precision can; load the original, which is quantized on the way"
-        )
-    scheme = known[method](settings)
-    for size in scheme.group_sizes:
-        _require(method, {"group_size": size}, group_size=GROUP_SIZES)
-    return scheme
-
-
-def _require(method: str, settings: Mapping[str, Any], **wanted: Sequence[Any]) -> None:
-    """Each setting must have one of its wanted values; the first is the default."""
-    for name, values in wanted.items():
-        value = settings.get(name, values[0])
-        if value not in values:
-            choice = " or ".join(repr(value) for value in values if value is not None)
-            raise ValueError(f"this {method} checkpoint has {name}={value!r}; only {choice} can be read")
-
-
-def _gptq_scheme(settings: Mapping[str, Any]) -> Scheme:
-    version = settings.get("checkpoint_format") or settings.get("format") or "gptq"
-    _require("gptq", {"checkpoint_format": version}, checkpoint_format=("gptq", "gptq_v2"))
-    _require("gptq", {"bits": None} | dict(settings), bits=(4,), pack_dtype=("int32",), is_marlin_format=(False, None))
-    suffixes = (".qweight", ".qzeros", ".scales", ".g_idx")
-    sizes = (settings.get("group_size", -1),)
-    return Scheme(suffixes, _gptq, sizes, bool(settings.get("sym")), version, bool(settings.get("desc_act")))
-
-
-def _gptq(layer: Layer, scheme: Scheme) -> Int4Tensor:
-    """qweight [K/8, N] and qzeros [K/G, N/8], eight nibbles a word; scales [K/G, N]; g_idx [K], the group of each column."""
-    qweight = layer.take(".qweight", (torch.int32,), None, None)
-    columns, rows = 8 * qweight.shape[0], qweight.shape[1]
-    groups = layer.groups(scheme, ".scales", columns, 0)
-    scales = layer.take(".scales", FLOATS, groups, rows)
-    qzeros = layer.take(".qzeros", (torch.int32,), groups, -(-rows // 8))
-    zero = _nibbles(qzeros)[:, :rows]
-    if scheme.version == "gptq":  # v1 stores them less one
-        zero = (zero + 1) & 15
-    # There are checkpoints with v2's zero points under v1's name; where all is symmetric, only one zero point can be meant.
-    if scheme.symmetric and (zero == zero[0, 0]).all() and abs(int(zero[0, 0]) - SYMMETRIC_ZERO) == 1:
-        zero = torch.full_like(zero, SYMMETRIC_ZERO)
-    weight, perm = _bytes(qweight.T), None
-    if scheme.act_order or ".g_idx" in layer.tensors:
-        weight, perm = layer.ordered(".g_idx", weight, groups)
-    return Int4Tensor(weight, scales.T.contiguous(), _zero(zero.T), perm)
-
-
-def _awq_scheme(settings: Mapping[str, Any]) -> Scheme:
-    version = str(settings.get("version") or settings.get("format") or "gemm").lower()
-    _require("awq", {"version": version}, version=("gemm",))
-    _require("awq", {"bits": None} | dict(settings), bits=(4,), backend=("autoawq", "auto", None))
-    symmetric = settings.get("zero_point") is False
-    return Scheme((".qweight", ".qzeros", ".scales"), _awq, (settings.get("group_size", -1),), symmetric)
-
-
-def _awq(layer: Layer, scheme: Scheme) -> Int4Tensor:
-    """qweight [K, N/8] and qzeros [K/G, N/8], eight nibbles a word in AWQ_ORDER; scales [K/G, N]."""
-    qweight = layer.take(".qweight", (torch.int32,), None, None)
-    columns, rows = qweight.shape[0], 8 * qweight.shape[1]
-    groups = layer.groups(scheme, ".scales", columns, 0)
-    scales = layer.take(".scales", FLOATS, groups, rows)
-    zero = None
-    if not scheme.symmetric or ".qzeros" in layer.tensors:
-        qzeros = layer.take(".qzeros", (torch.int32,), groups, rows // 8)
-        zero = _nibbles(qzeros).unflatten(1, (-1, 8))[..., AWQ_ORDER].flatten(1).T
-    codes = _nibbles(qweight).unflatten(1, (-1, 8))[..., AWQ_ORDER].flatten(1).T
-    return Int4Tensor(pack(codes), scales.T.contiguous(), _zero(zero))
-
-
-def _compressed_scheme(settings: Mapping[str, Any]) -> Scheme:
-    method = "compressed-tensors"
-    _require(method, settings, format=("pack-quantized",), kv_cache_scheme=(None, {}))
-    _require(method, settings.get("sparsity_config") or {}, format=("dense",))
-    _require(method, settings.get("transform_config") or {}, config_groups=({},))
-    groups = list((settings.get("config_groups") or {}).values())
-    if not groups:
-        raise ValueError("this compressed-tensors checkpoint has no config_groups, so nothing says how its weights lie")
-    for group in groups:
-        _require(method, group, format=("pack-quantized", None), input_activations=(None,), output_activations=(None,))
-        _require(method, group.get("weights") or {"num_bits": None}, num_bits=(4,), type=("int",), strategy=("group", "channel"))
-    weights = [group["weights"] for group in groups]
-    sizes = {(args.get("group_size") if args.get("strategy") == "group" else -1): None for args in weights}
-    symmetric = {bool(args.get("symmetric", True)) for args in weights}
-    act_order = {args.get("actorder") in ("group", "dynamic", True) for args in weights}
-    if len(symmetric) > 1 or len(act_order) > 1:
-        raise ValueError(f"this {method} checkpoint has config_groups that differ in symmetric or actorder; that is not read")
-    suffixes = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx")
-    return Scheme(suffixes, _compressed, tuple(sizes), symmetric.pop(), act_order=act_order.pop())
-
-
-def _compressed(layer: Layer, scheme: Scheme) -> Int4Tensor:
-    """weight_packed [N, K/8], eight nibbles a word; weight_scale [N, K/G]; weight_zero_point [N/8, K/G], packed along N."""
-    rows, columns = layer.take(".weight_shape", (torch.int64, torch.int32), 2).tolist()
-    packed = layer.take(".weight_packed", (torch.int32,), rows, -(-columns // 8))
-    groups = layer.groups(scheme, ".weight_scale", columns, 1)
-    scale = layer.take(".weight_scale", FLOATS, rows, groups)
-    zero = None
-    if not scheme.symmetric or ".weight_zero_point" in layer.tensors:
-        if layer.tensors.get(".weight_zero_point", packed).dtype == torch.int8:  # early versions did not pack it
-            zero = (layer.take(".weight_zero_point", (torch.int8,), rows, groups) + SYMMETRIC_ZERO).to(torch.uint8)
-        else:
-            zero = _nibbles(layer.take(".weight_zero_point", (torch.int32,), -(-rows // 8), groups).T)[:, :rows].T
-    weight, perm = _bytes(packed)[:, : columns // 2], None
-    unset = (layer.tensors.get(".weight_g_idx", torch.tensor(0)) == -1).all()
-    if (scheme.act_order or ".weight_g_idx" in layer.tensors) and not unset:
-        weight, perm = layer.ordered(".weight_g_idx", weight, groups)
-    return Int4Tensor(weight.contiguous(), scale, _zero(zero), perm)
-
-
-def _mxfp4_scheme(settings: Mapping[str, Any]) -> Scheme:
-    return Scheme(("_blocks", "_scales"), _mxfp4, (32,), True)
-
-
-def _mxfp4(layer: Layer, scheme: Scheme) -> Int4Tensor:
-    """blocks [E, N, K/32, 16], the even column in the low nibble; scales [E, N, K/32], exponents of two plus 127."""
-    blocks = layer.take("_blocks", (torch.uint8,), None, None, None, 16)
-    scales = layer.take("_scales", (torch.uint8,), *blocks.shape[:3])
-    codebook = torch.tensor(FP4_VALUES + [-value for value in FP4_VALUES])
-    return Int4Tensor(blocks.flatten(-2), scales.view(torch.float8_e8m0fnu), codebook=codebook)
-
-
-def _bytes(words: Tensor) -> Tensor:
-    """int32 [..., W] -> uint8 [..., 4 W], the lowest byte first: words of eight nibbles, lowest first, are canonical codes."""
-    return words.contiguous().view(torch.uint8)
-
-
-def _nibbles(words: Tensor) -> Tensor:
-    """int32 [..., W] -> their nibbles, the lowest first, uint8 [..., 8 W]."""
-    return unpack(_bytes(words))
-
-
-def _zero(zero: Tensor | None) -> Tensor | None:
-    """Zero points, None where all of them are the symmetric one."""
-    return None if zero is None or (zero == SYMMETRIC_ZERO).all() else zero.contiguous()
 
 
 def _tensor_files(folder: Path) -> dict[str, Any]:
