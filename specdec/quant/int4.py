@@ -113,10 +113,10 @@ class Kernel(Protocol):
     def takes(self, dtype: torch.dtype) -> bool:
         """Whether inputs of a dtype can be multiplied, as they are or rounded to bfloat16."""
 
-    def matmul(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., K] -> x W^T + bias, [..., N] of the same dtype.
+    def matmul(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, perm: Tensor | None) -> Tensor:
+        """x [..., K] -> x[..., perm] W^T + bias, [..., N] of the same dtype.
 
-        weight, scale: the kernel's own, as its layer holds them, since a tracer knows no others.
+        weight, scale: the kernel's own, as its layer holds them, since a tracer knows no others; perm: the layer's.
         """
 
 
@@ -199,7 +199,7 @@ class Int4Linear(nn.Module):
             return self._prefill(x)
         assert self.kernel is not None
         assert self.kernel_scale is not None
-        return self.kernel.matmul(x, self.weight, self.kernel_scale, self.bias)
+        return self.kernel.matmul(x, self.weight, self.kernel_scale, self.bias, self.weight_perm)
 
     def _prefill(self, x: Tensor) -> Tensor:
         if self.weight_perm is not None:
