@@ -24,12 +24,14 @@ from tests.checkpoint_writers import Case, edit_config, edit_tensors, quantizati
 from tests.checkpoint_writers import compressed as write_compressed
 from tests.families import make_model, prompts
 
+OF_256 = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
 CASES = {
     "gptq": Case("gptq"),
     "gptq-asym": Case("gptq", symmetric=False),
     "gptq-act-order": Case("gptq", "qwen3", act_order=True, dtype=torch.bfloat16),
     "gptq-v2-asym-act-order": Case("gptq", "qwen3", version="gptq_v2", symmetric=False, act_order=True),
     "gptq-row": Case("gptq", group_size=-1),
+    "gptq-16-act-order": Case("gptq", group_size=16, act_order=True),
     "gptq-odd-rows": Case("gptq", symmetric=False, values={"intermediate_size": 100}, skip=("down_proj",)),
     "gptq-tied": Case("gptq", values={"tie_word_embeddings": True}),
     "gptq-head": Case("gptq", head=True, symmetric=False, values={"vocab_size": 104}),
@@ -37,6 +39,7 @@ CASES = {
     "awq": Case("awq", symmetric=False),
     "awq-qwen3": Case("awq", "qwen3", symmetric=False, dtype=torch.bfloat16),
     "awq-row": Case("awq", symmetric=False, group_size=-1),
+    "awq-256": Case("awq", symmetric=False, group_size=256, values=OF_256),
     "compressed": Case("compressed-tensors", dtype=torch.bfloat16),
     "compressed-asym": Case("compressed-tensors", "qwen3", symmetric=False),
     "compressed-act-order": Case("compressed-tensors", act_order=True, dtype=torch.float32),
@@ -463,7 +466,7 @@ UNREAD = [
     (GPTQ | {"bits": 8}, r"gptq checkpoint has bits=8; only 4"),
     ({"quant_method": "gptq"}, r"gptq checkpoint has bits=None; only 4"),
     (GPTQ | {"checkpoint_format": "marlin"}, r"checkpoint_format='marlin'; only 'gptq' or 'gptq_v2'"),
-    (GPTQ | {"group_size": 16}, r"gptq checkpoint has group_size=16; only 32 or 64 or 128 or -1"),
+    (GPTQ | {"group_size": 24}, r"gptq checkpoint has group_size=24; only 16 or 32 or 64 or 128 or 256 or -1"),
     (AWQ | {"bits": 3}, r"awq checkpoint has bits=3"),
     (AWQ | {"version": "GEMV"}, r"awq checkpoint has version='gemv'; only 'gemm'"),
     (AWQ | {"backend": "llm-awq"}, r"backend='llm-awq'"),

@@ -24,7 +24,7 @@ from specdec.quant.cpu import CpuKernel, TorchKernel
 from specdec.quant.cuda import CudaKernel, Siblings
 from specdec.quant.rows import MAX_WINDOW, by_phase
 
-GROUP_SIZES = (32, 64, 128, -1)  # columns that share a scale; -1: the whole row (per channel)
+GROUP_SIZES = (16, 32, 64, 128, 256, -1)  # columns that share a scale; -1: the whole row (per channel)
 SYMMETRIC_ZERO = 8
 SLAB_WEIGHTS = 1 << 21  # in full precision at any one time
 PARTS = ("weight", "weight_scale", "weight_zero", "weight_perm", "weight_codebook")

@@ -41,7 +41,8 @@ LINEAR_CLASSES = ("Linear", "RowLinear", "NonDynamicallyQuantizableLinear", "Fal
 class Int4Config(QuantizationConfigMixin):
     """How to quantize: round to nearest, with a search for the scale of each group (see rounding.py).
 
-    group_size: columns that share a scale: 32, 64, 128, or -1 for a whole row (per channel).
+    group_size: columns that share a scale: 16, 32, 64, 128, 256, or -1 for a whole row (per channel). For groups of 16 only the
+        compiled CPU kernel exists; elsewhere such a layer multiplies by slabs in full precision.
     symmetric: codes stand for -8 … 7 times the scale; False gives each group a zero point.
     skip_modules: names of linear layers to keep in their own precision; a whole name, its beginning or its end, up to a dot.
     quantize_head: the output head too; by default it is left out, as is a head that shares the embedding's weights always.
