@@ -34,7 +34,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from specdec.attention import KEYS
 from specdec.cache import RaggedCache, attention_kinds, attention_masks, grown_capacity, kept_slots
@@ -44,6 +43,7 @@ from specdec.quant.checkpoints import settings_of
 from specdec.quant.cpu import OP_GROUP_SIZES, CpuKernel, TorchKernel, row_order
 from specdec.quant.experts import PROJECTIONS
 from specdec.quant.formats import scheme_of
+from specdec.quant.formats.layer import Scheme
 from specdec.quant.int4 import SLAB_WEIGHTS, Int4Tensor
 from specdec.quant.quantizer import METHOD, Int4Config, layers_to_quantize, linear_layers, shape_of
 from specdec.quant.rows import BLOCK, CUDA_BLOCK, MAX_WINDOW
@@ -189,8 +189,6 @@ def footprint(
     for models whose cache is no plain one.
     """
     config, name = _config(model)
-    if isinstance(loaded := getattr(config, "quantization_config", None), QuantizationConfigMixin):  # of a model in memory
-        config.quantization_config = loaded.to_dict()
     settings = settings_of(Path(name), config)
     if settings is not None:
         del config.quantization_config
@@ -210,7 +208,7 @@ def footprint(
         device=device,
         plain_bytes=plain_bytes,
         int4_bytes=None if saved_bytes is None else plain_bytes - saved_bytes,
-        checkpoint_method=None if settings is None else settings["quant_method"],
+        checkpoint_method=None if settings is None else settings.get("quant_method"),
         vocab_size=int(text.vocab_size),
         context=context_of(skeleton),
         has_kernels=(dtype in cpu.DTYPES and cpu.load()) if device == "cpu" else dtype in DTYPES,
@@ -364,12 +362,12 @@ def _config(model: str | Path | PreTrainedConfig) -> tuple[Any, str]:
 
 def _quantized(skeleton: Any, settings: dict[str, Any] | None, group_size: int, device: str) -> tuple[int | None, int]:
     """Bytes that four bits save, None where nothing can be in four bits, and the weights of the largest slab."""
-    method = None if settings is None else settings["quant_method"]
+    method = None if settings is None else settings.get("quant_method")
     if method == "mxfp4":
         experts = [value for name, value in skeleton.named_parameters() if value.ndim == 3 and name.endswith(PROJECTIONS)]
         codebook_bytes = 4 * 16 * len(experts)
         return sum(value.nbytes - value.numel() // 2 - value.numel() // MXFP4_GROUP for value in experts) - codebook_bytes, 0
-    config, ignored = Int4Config(group_size), []
+    config, ignored, scheme = Int4Config(group_size), [], None
     if settings is not None and method == METHOD:
         config = Int4Config.from_dict(settings)
     elif settings is not None:
@@ -381,15 +379,20 @@ def _quantized(skeleton: Any, settings: dict[str, Any] | None, group_size: int, 
     except ValueError:  # nothing can be
         return None, 0
     layers, has_kernels = linear_layers(skeleton), device == "cpu" and cpu.load()
-    form = (config.group_size, config.symmetric, device, has_kernels)
     saved_bytes = slab_weights = 0
     for name in names:
-        if should_convert_module(name, [str(pattern).removeprefix("re:") for pattern in ignored]):
+        form = (config.group_size, config.symmetric) if scheme is None else _form(scheme.of(name))
+        if form is not None and should_convert_module(name, [str(pattern).removeprefix("re:") for pattern in ignored]):
             rows, columns = shape_of(layers[name])
-            saved_bytes += layers[name].weight.nbytes - _int4_bytes(rows, columns, *form)
+            saved_bytes += layers[name].weight.nbytes - _int4_bytes(rows, columns, *form, device, has_kernels)
             if not has_kernels:
                 slab_weights = max(slab_weights, columns * min(rows, max(64, SLAB_WEIGHTS // columns // 64 * 64)))
     return saved_bytes, slab_weights
+
+
+def _form(scheme: Scheme | None) -> tuple[int, bool] | None:
+    """The group size and symmetry of a layer of such a checkpoint, None where it is no 4-bit layer."""
+    return None if scheme is None or scheme.bits != 4 else (scheme.group_sizes[0], scheme.symmetric)
 
 
 @functools.cache

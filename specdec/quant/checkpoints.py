@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,29 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from specdec.quant.activations import SCALE
 from specdec.quant.experts import PROJECTIONS
 from specdec.quant.formats import scheme_of
 from specdec.quant.formats.layer import AGAIN, FLOATS, Layer, Scheme
 from specdec.quant.int4 import Int4Tensor
-from specdec.quant.quantizer import METHOD, Int4Config, linear_layers, named_parts, shape_of, some, tied_weights
+from specdec.quant.quantizer import (
+    METHOD,
+    Int4Config,
+    check_activation_scale,
+    linear_layers,
+    named_parts,
+    placing,
+    shape_of,
+    some,
+    tied_weights,
+    warn_of_full_precision,
+)
 
+# Where some writers put what config.json lacks, and the method that it is of.
+SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 
@@ -85,7 +98,7 @@ def load_as_it_is(path: str | Path, *, trust_remote_code: bool | None = None, **
     """
     kwargs["trust_remote_code"] = trust_remote_code
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    is_quantized = getattr(config, "quantization_config", None) is not None
+    is_quantized = settings_of(Path(path), config) is not None
     load: Any = load_quantized if is_quantized else AutoModelForCausalLM.from_pretrained
     model: PreTrainedModel = load(path, **kwargs)
     return model
@@ -102,12 +115,37 @@ def _folder(path: str | Path, hub: dict[str, Any]) -> Path:
 
 
 def settings_of(folder: Path, config: Any) -> dict[str, Any] | None:
-    """What the checkpoint says of its quantization; AutoGPTQ once said it in a file of its own."""
+    """What the checkpoint says of its quantization, None where it is in full precision.
+
+    It is in config.json, at its top or in its text model's part, or in a file beside it (SETTINGS_FILES); afterwards it is at
+    `config.quantization_config`. ValueError where it is no object with names, or such a file cannot be read.
+    """
+    text = config.get_text_config(decoder=True)
     settings = getattr(config, "quantization_config", None)
-    beside = folder / "quantize_config.json"
-    if settings is None and beside.is_file():
-        config.quantization_config = settings = {"quant_method": "gptq"} | json.loads(beside.read_text())
-    return None if settings is None else dict(settings)
+    if settings is None and getattr(text, "quantization_config", None) is not None:
+        settings = text.quantization_config
+        del text.quantization_config
+    for name, method in SETTINGS_FILES.items():
+        if settings is None and (folder / name).is_file():
+            settings = {"quant_method": method} | _object_in(folder / name)
+    if settings is None:
+        return None
+    if isinstance(settings, QuantizationConfigMixin):
+        settings = settings.to_dict()
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"quantization_config is {settings!r}, but must be an object with names; {AGAIN}")
+    config.quantization_config = settings = dict(settings)
+    return settings
+
+
+def _object_in(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}); {AGAIN}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds {content!r}, but must hold an object with names; {AGAIN}")
+    return content
 
 
 def _dtype(dtype: Any, config: Any, files: Mapping[str, Any]) -> Any:
@@ -165,8 +203,8 @@ def _tensor_files(folder: Path) -> dict[str, Any]:
 def _convert(files: Mapping[str, Any], scheme: Scheme, skeleton: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     """The checkpoint's tensors, the quantized ones in canonical form under the model's own names; one layer is read at a time.
 
-    skeleton: the model on meta. What is quantized where it has no linear layer becomes a plain weight of that dtype, under the
-    checkpoint's name, for transformers to merge.
+    skeleton: the model on meta. What is quantized where it has no linear layer, or in other than 4 bits, becomes a plain weight
+    of that dtype, under the checkpoint's name, for transformers to merge.
     """
     layers: dict[str, dict[str, str]] = {}
     plain = []
@@ -176,28 +214,40 @@ def _convert(files: Mapping[str, Any], scheme: Scheme, skeleton: Any, dtype: tor
             plain.append(name)
         else:
             layers.setdefault(name.removesuffix(suffix), {})[suffix] = name
-    place = _placing(skeleton)
+    place = placing(skeleton)
     linears, expected = linear_layers(skeleton), skeleton.state_dict()
     tensors: dict[str, Tensor] = {}
-    dequantized, ignored = [], []
+    dequantized: dict[str, list[str]] = {}  # by reason
+    ignored = []
     for name, parts in layers.items():
-        int4 = scheme.read(Layer(name, {suffix: files[part].get_tensor(part) for suffix, part in parts.items()}), scheme)
-        if not int4.scale.float().isfinite().all():
-            raise ValueError(f"the scales of {name} have NaN or infinite values; {AGAIN}")
+        layer = Layer(name, {suffix: files[part].get_tensor(part) for suffix, part in parts.items()})
         key, merged = place(f"{name}.weight")
-        module = key.removesuffix(".weight")
-        if int4.codebook is not None:
-            tensors |= _expert_parts(name, int4, expected)
-        elif module in linears and not merged:
-            there, found = list(shape_of(linears[module])), [int4.weight.shape[0], 2 * int4.weight.shape[1]]
+        linear = None if merged else linears.get(key.removesuffix(".weight"))
+        if scheme.has_activation_scales and parts.keys() == {".scales"} and linear is None:
+            tensors[f"{name}.{SCALE}"] = _activation_scale(skeleton, parts[".scales"], layer.tensors[".scales"])
+            continue
+        own = scheme.of(name)
+        if own is None:
+            raise ValueError(f"{name} has quantized tensors, but the checkpoint's config leaves it in full precision; {AGAIN}")
+        weight = own.read(layer, own)
+        if not (weight.scale.float() if isinstance(weight, Int4Tensor) else weight).isfinite().all():
+            raise ValueError(f"the scales of {name} have NaN or infinite values; {AGAIN}")
+        if isinstance(weight, Int4Tensor) and weight.codebook is not None:
+            tensors |= _expert_parts(name, weight, expected)
+        elif linear is not None:
+            found, there = list(weight.shape), list(shape_of(linear))
             if there != found:
                 raise ValueError(f"{name}{scheme.suffixes[0]} is of a weight {found}, but this model has {there} there")
             if key in tied_weights(skeleton):
                 raise ValueError(f"{name} is quantized, but config.json ties it to the embedding; untie them there")
-            tensors |= named_parts(module, int4)
+            if isinstance(weight, Int4Tensor):
+                tensors |= named_parts(key.removesuffix(".weight"), weight)
+            else:
+                tensors[f"{name}.weight"] = (weight.T if isinstance(linear, Conv1D) else weight).to(dtype).contiguous()
+                dequantized.setdefault(f"of {own.bits} bits in the checkpoint; 4-bit layers hold 4", []).append(name)
         elif key in expected:
-            tensors[f"{name}.weight"] = int4.dequantize(dtype)
-            dequantized.append(name)
+            tensors[f"{name}.weight"] = weight.dequantize(dtype) if isinstance(weight, Int4Tensor) else weight.to(dtype)
+            dequantized.setdefault("transformers has them with others in one tensor, which is no linear layer", []).append(name)
         elif any(re.search(pattern, key) for pattern in skeleton._keys_to_ignore_on_load_unexpected or ()):
             ignored.append(name)
         else:
@@ -207,40 +257,29 @@ def _convert(files: Mapping[str, Any], scheme: Scheme, skeleton: Any, dtype: tor
         key, merged = place(name)
         if key in expected and not merged and (value.shape != expected[key].shape or not value.is_floating_point()):
             raise ValueError(f"{name} is {value.dtype} {list(value.shape)}, but this model has {list(expected[key].shape)} there")
-        layer = name.removesuffix(".bias")
-        if key in expected or layer == name or layer not in layers:
+        owner = name.removesuffix(".bias")
+        if key in expected or owner == name or owner not in layers:
             tensors[name] = value
-        elif layer not in ignored and value.any():  # AutoGPTQ wrote a bias of zeros for every layer
+        elif owner not in ignored and value.any():  # AutoGPTQ wrote a bias of zeros for every layer
             raise ValueError(f"the checkpoint has a bias {name}, this model has none there; is config.json the checkpoint's?")
-    if dequantized:
-        why = "transformers has them with others in one tensor, which is no linear layer"
-        warnings.warn(f"specdec keeps in full precision: {some(dequantized)} ({why})", stacklevel=3)
+    warn_of_full_precision(dequantized, stacklevel=4)
     return tensors
 
 
-def _placing(model: Any) -> Callable[[str], tuple[str, bool]]:
-    """A function from a checkpoint's name to the model's own, as transformers makes it, and whether it is merged with others."""
-    transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    expected = model.state_dict()
-
-    def place(name: str) -> tuple[str, bool]:
-        key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
-        if key not in expected and name in expected:
-            return name, False
-        return key, pattern is not None
-
-    return place
+def _activation_scale(skeleton: Any, name: str, scale: Tensor) -> Tensor:
+    """AWQ's scale behind an activation function, as it is; raises where it cannot be one."""
+    check_activation_scale(skeleton, name, scale)
+    if not scale.float().isfinite().all() or not scale.all():
+        raise ValueError(f"{name} has NaN, infinite or zero values; {AGAIN}")
+    return scale
 
 
 def _expert_parts(name: str, int4: Int4Tensor, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parts of an expert projection [E, N, K] under the names that Int4Experts gives them."""
-    found = [*int4.weight.shape[:2], 2 * int4.weight.shape[2]]
     there = expected.get(name)
-    if there is None or name.rpartition(".")[2] not in PROJECTIONS:
+    if there is None or there.ndim != 3 or name.rpartition(".")[2] not in PROJECTIONS:
         raise ValueError(f"{name}_blocks has no place in this model; MXFP4 is read for gpt_oss")
-    if [there.shape[0], there.shape[2], there.shape[1]] != found:
-        raise ValueError(f"{name}_blocks is of experts {found}, but this model has {list(there.mT.shape)} there")
+    if there.mT.shape != int4.shape:
+        raise ValueError(f"{name}_blocks is of experts {list(int4.shape)}, but this model has {list(there.mT.shape)} there")
     assert int4.codebook is not None
     return {name: int4.weight, f"{name}_scale": int4.scale, f"{name}_codebook": int4.codebook}

@@ -61,6 +61,11 @@ class Int4Tensor:
     codebook: Tensor | None = None
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., N, K] of the weight."""
+        return (*self.weight.shape[:-1], 2 * self.weight.shape[-1])
+
+    @property
     def group_size(self) -> int:
         return 2 * self.weight.shape[-1] // self.scale.shape[-1]
 

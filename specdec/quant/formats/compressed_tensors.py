@@ -7,29 +7,39 @@ from typing import Any
 
 import torch
 
-from specdec.quant.formats.layer import FLOATS, Layer, Scheme, as_bytes, nibbles, require, zero_points
+from specdec.quant.formats.layer import AGAIN, FLOATS, Layer, Scheme, Settings, as_bytes, codes_of, zero_points
 from specdec.quant.int4 import SYMMETRIC_ZERO, Int4Tensor
 
+SUFFIXES = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx")
 
-def scheme(settings: Mapping[str, Any]) -> Scheme:
-    method = "compressed-tensors"
-    require(method, settings, format=("pack-quantized",), kv_cache_scheme=(None, {}))
-    require(method, settings.get("sparsity_config") or {}, format=("dense",))
-    require(method, settings.get("transform_config") or {}, config_groups=({},))
-    groups = list((settings.get("config_groups") or {}).values())
-    if not groups:
-        raise ValueError("this compressed-tensors checkpoint has no config_groups, so nothing says how its weights lie")
-    for group in groups:
-        require(method, group, format=("pack-quantized", None), input_activations=(None,), output_activations=(None,))
-        require(method, group.get("weights") or {"num_bits": None}, num_bits=(4,), type=("int",), strategy=("group", "channel"))
-    weights = [group["weights"] for group in groups]
-    sizes = {(args.get("group_size") if args.get("strategy") == "group" else -1): None for args in weights}
-    symmetric = {bool(args.get("symmetric", True)) for args in weights}
-    act_order = {args.get("actorder") in ("group", "dynamic", True) for args in weights}
-    if len(symmetric) > 1 or len(act_order) > 1:
-        raise ValueError(f"this {method} checkpoint has config_groups that differ in symmetric or actorder; that is not read")
-    suffixes = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx")
-    return Scheme(suffixes, read, tuple(sizes), symmetric.pop(), act_order=act_order.pop())
+
+def scheme(values: Mapping[str, Any]) -> Scheme:
+    settings = Settings("this compressed-tensors checkpoint", values, "transformers with the compressed-tensors package")
+    settings.one_of("format", "pack-quantized")
+    settings.one_of("kv_cache_scheme", None, {})
+    settings.table("sparsity_config").one_of("format", "dense")
+    settings.table("transform_config").one_of("config_groups", None, {})
+    groups = settings.table("config_groups")
+    if not groups.values:
+        raise ValueError(f"{settings.subject} has no config_groups, so nothing says how its weights lie")
+    sizes: dict[int, None] = {}  # as a set that keeps their order
+    forms = set()
+    for name in groups.values:
+        group = groups.table(name)
+        group.one_of("format", "pack-quantized")
+        group.one_of("input_activations", None)
+        group.one_of("output_activations", None)
+        weights = group.table("weights")
+        weights.one_of("num_bits", 4, default=None)
+        weights.one_of("type", "int")
+        has_groups = weights.one_of("strategy", "group", "channel") == "group"
+        sizes[weights.group_size() if has_groups else -1] = None
+        order = weights.one_of("actorder", None, "weight", "static", "group", "dynamic", True, False)
+        forms.add((weights.flag("symmetric", True), order in ("group", "dynamic", True)))
+    if len(forms) > 1:
+        raise ValueError(f"{settings.subject} has config_groups that differ in symmetric or actorder; that is not read")
+    [(symmetric, act_order)] = forms
+    return Scheme("compressed-tensors", SUFFIXES, read, tuple(sizes), symmetric, act_order=act_order)
 
 
 def read(layer: Layer, scheme: Scheme) -> Int4Tensor:
@@ -41,11 +51,15 @@ def read(layer: Layer, scheme: Scheme) -> Int4Tensor:
     zero = None
     if not scheme.symmetric or ".weight_zero_point" in layer.tensors:
         if layer.tensors.get(".weight_zero_point", packed).dtype == torch.int8:  # early versions did not pack it
-            zero = (layer.take(".weight_zero_point", (torch.int8,), rows, groups) + SYMMETRIC_ZERO).to(torch.uint8)
+            signed = layer.take(".weight_zero_point", (torch.int8,), rows, groups)
+            if signed.min() < -SYMMETRIC_ZERO or signed.max() >= SYMMETRIC_ZERO:
+                raise ValueError(f"{layer.name}.weight_zero_point has numbers outside of four bits; {AGAIN}")
+            zero = (signed + SYMMETRIC_ZERO).to(torch.uint8)
         else:
-            zero = nibbles(layer.take(".weight_zero_point", (torch.int32,), -(-rows // 8), groups).T)[:, :rows].T
+            zero = codes_of(layer.take(".weight_zero_point", (torch.int32,), -(-rows // 8), groups).T)[:, :rows].T
     weight, perm = as_bytes(packed)[:, : columns // 2], None
-    unset = (layer.tensors.get(".weight_g_idx", torch.tensor(0)) == -1).all()
-    if (scheme.act_order or ".weight_g_idx" in layer.tensors) and not unset:
-        weight, perm = layer.ordered(".weight_g_idx", weight, groups)
+    if scheme.act_order or ".weight_g_idx" in layer.tensors:
+        group = layer.take(".weight_g_idx", (torch.int32, torch.int64), columns)
+        if not (group == -1).all():  # which early versions wrote where there was no order
+            weight, perm = layer.ordered(".weight_g_idx", weight, groups)
     return Int4Tensor(weight.contiguous(), scale, zero_points(zero), perm)

@@ -13,8 +13,8 @@ from specdec.quant.int4 import Int4Tensor
 FP4_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
-def scheme(settings: Mapping[str, Any]) -> Scheme:
-    return Scheme(("_blocks", "_scales"), read, (32,), True)
+def scheme(values: Mapping[str, Any]) -> Scheme:
+    return Scheme("mxfp4", ("_blocks", "_scales"), read, (32,), True)
 
 
 def read(layer: Layer, scheme: Scheme) -> Int4Tensor:
