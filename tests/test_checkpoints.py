@@ -682,6 +682,7 @@ UNREAD = [
     (compressed(group={"weights": "int4"}), r"weights='int4', but it must be an object"),
     (compressed(sparsity_config=[]), r"sparsity_config=\[\], but it must be an object"),
     (compressed({"group_size": 12}), r"group_size=12"),
+    (compressed({"group_size": None}), r"group_size=None"),
 ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from specdec.quant.formats.layer import AGAIN, FLOATS, Layer, Scheme, Settings, as_bytes, codes_of, zero_points
-from specdec.quant.int4 import SYMMETRIC_ZERO, Int4Tensor
+from specdec.quant.int4 import GROUP_SIZES, SYMMETRIC_ZERO, Int4Tensor
 
 SUFFIXES = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx")
 
@@ -32,8 +32,9 @@ def scheme(values: Mapping[str, Any]) -> Scheme:
         weights = group.table("weights")
         weights.one_of("num_bits", 4, default=None)
         weights.one_of("type", "int")
-        has_groups = weights.one_of("strategy", "group", "channel") == "group"
-        sizes[weights.group_size() if has_groups else -1] = None
+        by_default = "channel" if weights.values.get("group_size") in (None, -1) else "group"
+        has_groups = weights.one_of("strategy", "group", "channel", default=by_default) == "group"
+        sizes[weights.one_of("group_size", *GROUP_SIZES, default=None) if has_groups else -1] = None
         order = weights.one_of("actorder", None, "weight", "static", "group", "dynamic", True, False)
         forms.add((weights.flag("symmetric", True), order in ("group", "dynamic", True)))
     if len(forms) > 1:
