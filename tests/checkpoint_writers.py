@@ -27,6 +27,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": TINY | {"head_dim": 16, "attention_bias": True},
     "mixtral": TINY | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "starcoder2": TINY,
+    "gpt2": {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 128},
     "gptj": {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 128, "rotary_dim": 4, "tie_word_embeddings": False},
     "gemma3": {
         "text_config": TINY | {"vocab_size": 101, "head_dim": 16, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0},
@@ -43,6 +44,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+LAYERS = ("_proj", ".w1", ".w2", ".w3", ".c_attn", ".c_fc", ".c_proj", ".fc_in", ".fc_out")  # quantized ones
 OUTPUTS = ("c_proj.weight", "fc_out.weight")  # of layers whose inputs are an activation function's outputs
 AUTO_ROUND = {"gptq": "auto_round:auto_gptq", "gptq_v2": "auto_round", "awq": "auto_round:auto_awq"}  # by how zero points lie
 
@@ -212,17 +214,19 @@ def write(folder: Path, case: Case, seed: int = 0) -> tuple[PreTrainedModel, dic
         model.save_pretrained(place)
     plain = load_file(folder / "model.safetensors")
     tensors, dense, divided = dict(plain), {}, {}
+    is_transposed = case.model_type == "gpt2"  # whose layers hold W [K, N]
     if case.method == "mxfp4":
         dense = mxfp4(tensors, generator)
     else:
         layout = {"auto-round": "awq" if case.version == "awq" else "gptq"}.get(case.method, case.method)
         layer_writer = {"gptq": gptq, "awq": awq, "compressed-tensors": compressed}[layout]
-        ends = ("_proj", ".w1", ".w2", ".w3", ".c_fc", ".c_proj", ".fc_in", ".fc_out") + (("lm_head",) if case.head else ())
+        ends = LAYERS + (("lm_head",) if case.head else ())
         for key in plain:
             name = key.removesuffix(".weight")
             if key.endswith(".weight") and name.endswith(ends) and not name.endswith(case.skip or "none"):
                 own = case.of(name)
-                weight = random_weight(*tensors.pop(key).shape, own, generator)
+                shape = tensors.pop(key).shape
+                weight = random_weight(*(shape[::-1] if is_transposed else shape), own, generator)
                 dense[key] = weight.dense()
                 tensors |= {f"{name}.{part}": value for part, value in layer_writer(weight, own).items()}
     for name in [name for name, _ in model.named_modules() if case.scaled and name.endswith(case.scaled)]:
@@ -231,7 +235,8 @@ def write(folder: Path, case: Case, seed: int = 0) -> tuple[PreTrainedModel, dic
         tensors[f"{name}.scales"], divided[behind] = scale, dense[behind] / scale.float()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     edit_config(folder, quantization_config=quantization_config(case) | case.settings)
-    save_file(plain | dense | divided, twin / "model.safetensors", metadata={"format": "pt"})
+    weights = {key: value.T.contiguous() if is_transposed else value for key, value in (dense | divided).items()}
+    save_file(plain | weights, twin / "model.safetensors", metadata={"format": "pt"})
     return type(model).from_pretrained(twin, dtype=torch.float32, attn_implementation=model.config._attn_implementation), dense
 
 

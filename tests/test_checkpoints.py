@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 import specdec
 from specdec.quant.checkpoints import load_as_it_is, load_quantized, settings_of
@@ -71,6 +72,9 @@ CASES = {
         dtype=torch.bfloat16,
         layers={"down_proj": {"bits": 8}, "o_proj": {"bits": 2}},
         settings={"dynamic": {".*down_proj": {"bits": 8}, ".*o_proj": {"bits": 2}}},
+    ),
+    "gptq-gpt2": Case(
+        "gptq", "gpt2", symmetric=False, layers={"mlp.c_proj": {"bits": 8}}, settings={"dynamic": {".*mlp.c_proj": {"bits": 8}}}
     ),
     "auto-round": Case(
         "auto-round",
@@ -163,7 +167,7 @@ def test_weights_are_those_of_the_format_bit_for_bit(written: Any) -> None:
             assert (module.weight_perm is not None) == own.act_order
             found[f"{name}.weight"] = module.dequantize()
         elif case.of(name).bits != 4 and f"{name}.weight" in dense:
-            found[f"{name}.weight"] = module.weight
+            found[f"{name}.weight"] = module.weight.T if isinstance(module, Conv1D) else module.weight
         if isinstance(module, Int4Experts):
             found |= {f"{name}.{part}": module.int4(part).dequantize().mT for part in ("gate_up_proj", "down_proj")}
     expected = {name: value for name, value in dense.items() if "block_sparse_moe" not in name}
@@ -246,13 +250,13 @@ def test_symmetric_zero_points_of_the_other_version(folder: Path) -> None:
     assert same(load(folder).state_dict(), expected)
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_settings_of_awq_under_their_first_names(beside: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_own_file", [False, True])
+def test_settings_of_awq_under_their_first_names(in_own_file: bool, tmp_path: Path) -> None:
     folder = copy_of(CASES["awq"], tmp_path)
     expected = load(folder).state_dict()
     settings = {"w_bit": 4, "q_group_size": 32, "zero_point": True, "version": "GEMM"}
-    edit_config(folder, quantization_config=None if beside else {"quant_method": "awq"} | settings)
-    if beside:
+    edit_config(folder, quantization_config=None if in_own_file else {"quant_method": "awq"} | settings)
+    if in_own_file:
         (folder / "quant_config.json").write_text(json.dumps(settings))
     assert same(load(folder).state_dict(), expected)
 

@@ -39,8 +39,7 @@ def _fields(settings: Settings, packing: str, *bits: int) -> dict[str, Any]:
 def _override(settings: Settings, name: str, packing: str) -> Override:
     """`extra_config`: by a layer's name, or a regular expression for a part of names; of 16 bits: not quantized."""
     extra = settings.table("extra_config")
-    changes = extra.table(name)
-    changed = Settings(changes.subject, {**settings.values, **changes.values}, settings.other_reader)
+    changed = settings.changed_by(extra.table(name))
     matches = extra.pattern(name).search if _is_pattern(name) else name.__eq__
     is_quantized = changed.values.get("bits") not in (16, 32)
     return Override(matches, _fields(changed, packing, *gptq.BITS) if is_quantized else None)

@@ -37,9 +37,8 @@ def fields(settings: Settings, *bits: int) -> dict[str, Any]:
 def _override(settings: Settings, pattern: str) -> Override:
     """GPTQModel's `dynamic`: a regular expression for the beginning of names; with "-:" before it, these are not quantized."""
     dynamic = settings.table("dynamic")
-    changes = dynamic.table(pattern)
+    changed = settings.changed_by(dynamic.table(pattern))
     is_quantized = not pattern.startswith("-:")
-    changed = Settings(changes.subject, {**settings.values, **changes.values}, settings.other_reader)
     matches = dynamic.pattern(pattern[2:] if pattern.startswith(("-:", "+:")) else pattern).match
     return Override(matches, fields(changed, *BITS) if is_quantized else None)
 

@@ -55,6 +55,10 @@ class Settings:
             raise ValueError(f"{self.subject} has {name}={value!r}, but it must be an object with names; is config.json whole?")
         return Settings(f"{name} of {self.subject}", value or {}, self.other_reader)
 
+    def changed_by(self, table: Settings) -> Settings:
+        """These settings with those of `table` in their place, where it has some; errors name the table."""
+        return Settings(table.subject, {**self.values, **table.values}, self.other_reader)
+
     def pattern(self, text: str) -> re.Pattern[str]:
         """A regular expression that a setting has for names of layers."""
         try:
