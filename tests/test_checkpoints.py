@@ -273,6 +273,7 @@ def test_settings_in_the_text_models_part(tmp_path: Path) -> None:
         assert isinstance(model.model.language_model.layers[1].mlp.up_proj, Int4Linear)
         torch.testing.assert_close(logits(model), logits(twin), atol=1e-4, rtol=0)
     model.save_pretrained(tmp_path / "ours")
+    assert "quantization_config" not in json.loads((tmp_path / "ours" / "config.json").read_text())["text_config"]
     assert same(load(tmp_path / "ours").state_dict(), model.state_dict())
 
 
@@ -524,6 +525,17 @@ def test_a_wrong_shape(folder: Path) -> None:
     )
 
 
+def test_an_empty_tensor(folder: Path) -> None:
+    empty = {f"{Q_PROJ}.qweight": torch.zeros(0, 64, dtype=torch.int32), f"{Q_PROJ}.scales": torch.ones(0, 64).half()}
+    damaged(rf"{Q_PROJ}\.qweight is torch.int32 \[0, 64\], but must be torch.int32 \[any, any\]", folder, **empty)
+
+
+def test_zero_points_beyond_four_bits(tmp_path: Path) -> None:
+    zero = torch.full((64, 2), 8, dtype=torch.int8)
+    name = f"{Q_PROJ}.weight_zero_point"
+    damaged(rf"{name} has numbers outside of four bits", copy_of(CASES["compressed-asym"], tmp_path), **{name: zero})
+
+
 def test_a_weight_of_another_model(folder: Path) -> None:
     edit_config(folder, intermediate_size=128)
     damaged(r"mlp\.down_proj\.qweight is of a weight \[64, 96\], but this model has \[64, 128\]", folder)
@@ -664,6 +676,7 @@ UNREAD = [
         r"^\+:\.\*k_proj of dynamic of this gptq checkpoint has bits=3; only 4 or 2 or 8",
     ),
     (GPTQ | {"dynamic": {"*k_proj": {}}}, r"dynamic of this gptq checkpoint has '\*k_proj', which is no regular expression"),
+    (GPTQ | {"dynamic": {"k{9999999999999}": {}}}, r"has 'k\{9+\}', which is no regular expression \(the repetition"),
     (GPTQ | {"dynamic": {"k_proj": 8}}, r"k_proj=8, but it must be an object with names"),
     (GPTQ | {"dynamic": ["k_proj"]}, r"dynamic=\['k_proj'\], but it must be an object with names"),
     (AUTO_ROUND | {"packing_format": "auto_round:fp8"}, r"packing_format='auto_round:fp8'; only 'auto_round:auto_gptq' or"),

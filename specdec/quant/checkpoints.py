@@ -1,8 +1,7 @@
 """Quantized checkpoints as others write them -> models in the canonical 4-bit form.
 
-Read are GPTQ, AWQ (gemm), compressed-tensors (pack-quantized), MXFP4 (gpt_oss) and our own. Codes, scales and zero points are
-taken over as they are, only their layout changes: in the scales' dtype the weights are bit for bit those of the format's own
-library.
+The formats are in specdec/quant/formats, and our own in quantizer.py. Codes, scales and zero points are taken over as they are,
+only their layout changes: in the scales' dtype the weights are bit for bit those of the format's own library.
 """
 
 from __future__ import annotations
@@ -52,7 +51,8 @@ def load_quantized(path: str | Path, config: Int4Config | None = None, **kwargs:
 
     path: a local folder, or a hub id; only safetensors are read. kwargs go to from_pretrained; the dtype (of all but the 4-bit
     weights) is the checkpoint's own unless given. Raises ValueError, naming file or tensor, where the checkpoint is damaged, or
-    not of a format that is read. Experts that the model has in one tensor are dequantized, but for MXFP4's; a warning says so.
+    not of a format that is read. Experts that the model has in one tensor, but for MXFP4's, and layers of 2 or 8 bits are
+    dequantized; a warning says so.
     """
     for name in ("state_dict", "quantization_config", "output_loading_info"):
         if name in kwargs:

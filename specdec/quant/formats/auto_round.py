@@ -24,8 +24,8 @@ def scheme(values: Mapping[str, Any]) -> Scheme:
     overrides = [_override(settings, name, packing) for name in sorted(extra, key=_is_pattern)]
     base = _fields(settings, packing, 4)
     if packing == "awq":
-        return Scheme("auto-round", awq.SUFFIXES, awq.read, overrides=overrides, **base)
-    return Scheme("auto-round", gptq.SUFFIXES, gptq.read, version=packing, overrides=overrides, **base)
+        return Scheme(awq.SUFFIXES, awq.read, overrides=overrides, **base)
+    return Scheme(gptq.SUFFIXES, gptq.read, version=packing, overrides=overrides, **base)
 
 
 def _fields(settings: Settings, packing: str, *bits: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def scheme(values: Mapping[str, Any]) -> Scheme:
     settings.one_of("version", "gemm")
     settings.one_of("backend", "auto", "autoawq", None)
     symmetric = not settings.flag("zero_point", True)
-    return Scheme("awq", SUFFIXES, read, symmetric=symmetric, has_activation_scales=True, **fields(settings))
+    return Scheme(SUFFIXES, read, symmetric=symmetric, has_activation_scales=True, **fields(settings))
 
 
 def fields(settings: Settings) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def scheme(values: Mapping[str, Any]) -> Scheme:
     if len(forms) > 1:
         raise ValueError(f"{settings.subject} has config_groups that differ in symmetric or actorder; that is not read")
     [(symmetric, act_order)] = forms
-    return Scheme("compressed-tensors", SUFFIXES, read, tuple(sizes), symmetric, act_order=act_order)
+    return Scheme(SUFFIXES, read, tuple(sizes), symmetric, act_order=act_order)
 
 
 def read(layer: Layer, scheme: Scheme) -> Int4Tensor:

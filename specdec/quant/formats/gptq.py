@@ -20,7 +20,7 @@ def scheme(values: Mapping[str, Any]) -> Scheme:
     version = settings.one_of("checkpoint_format" if values.get("checkpoint_format") else "format", "gptq", "gptq_v2")
     settings.one_of("is_marlin_format", False)
     overrides = [_override(settings, pattern) for pattern in settings.table("dynamic").values]
-    return Scheme("gptq", SUFFIXES, read, version=version, overrides=overrides, **fields(settings, 4))
+    return Scheme(SUFFIXES, read, version=version, overrides=overrides, **fields(settings, 4))
 
 
 def fields(settings: Settings, *bits: int) -> dict[str, Any]:

@@ -27,11 +27,11 @@ class Settings:
     values: Mapping[str, Any]
     other_reader: str
 
-    def one_of(self, name: str, *choices: Any, **default: Any) -> Any:
-        """The choice that a setting has; where it is not set, `default`, or the first choice."""
+    def one_of(self, name: str, *choices: Any, default: Any = ...) -> Any:
+        """The choice that a setting has; where it is not set, `default` if given, else the first one."""
         value = self.values.get(name)
         if value is None:
-            value = default.get("default", choices[0])
+            value = choices[0] if default is ... else default
         for choice in choices:
             if value == choice and isinstance(value, bool) == isinstance(choice, bool) and not isinstance(value, float):
                 return choice
@@ -63,7 +63,7 @@ class Settings:
         """A regular expression that a setting has for names of layers."""
         try:
             return re.compile(text)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{self.subject} has {text!r}, which is no regular expression ({error}); correct it") from error
 
 
@@ -139,7 +139,6 @@ class Scheme:
     `.scales` alone, at an activation function, divides what comes out of it. overrides: the first that matches counts.
     """
 
-    method: str
     suffixes: tuple[str, ...]
     read: Callable[[Layer, Scheme], Int4Tensor | Tensor]
     group_sizes: tuple[int, ...]

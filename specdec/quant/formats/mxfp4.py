@@ -14,7 +14,7 @@ FP4_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
 def scheme(values: Mapping[str, Any]) -> Scheme:
-    return Scheme("mxfp4", ("_blocks", "_scales"), read, (32,), True)
+    return Scheme(("_blocks", "_scales"), read, (32,), True)
 
 
 def read(layer: Layer, scheme: Scheme) -> Int4Tensor:
