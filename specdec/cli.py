@@ -125,7 +125,7 @@ def _add_placement(command: argparse.ArgumentParser) -> None:
 
 def _add_quantization(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--group-size", type=int, default=128, help="columns that share a scale: 32, 64, 128 (default), -1 a row"
+        "--group-size", type=int, default=128, help="columns that share a scale: 16, 32, 64, 128 (default), 256, -1 a row"
     )
     command.add_argument("--asymmetric", action="store_true", help="give each group a zero point")
     command.add_argument(

@@ -40,6 +40,7 @@ from specdec.identity import Identity, enter_layouts, opaque
 from specdec.models import CachedModel
 from specdec.quant import cpu as int4_on_cpu
 from specdec.quant import int4, rows
+from specdec.quant.quantizer import is_4bit
 from specdec.quant.rows import ATTENTION, MAX_WINDOW
 from specdec.ranks import tensor_parallel_group
 from specdec.support import PROBE_TOLERANCE, precision_of
@@ -389,22 +390,31 @@ def _trace(part: Part) -> tuple[Any, list[list[int]]]:
             dynamic_shapes=shapes,
             strict=False,
         )
+    keeps_bits = _keeps_bits(part)
     for node in program.graph.nodes:
-        _keep(node, part.exact)
+        _keep(node, part.exact, keeps_bits)
     _join(program.graph)
     program.graph_module.recompile()
     return program, [[buffer.shape[1], buffer.shape[3]] for buffer in buffers]
 
 
-def _keep(node: Any, exact: bool) -> None:
-    """Put one of our operators in the place of a node that it computes, and computes better or to the very bit."""
+def _keeps_bits(part: Part) -> bool:
+    """Whether the compiled logits must be the eager ones bit for bit: a 4-bit target's."""
+    return part.exact and is_4bit(part.runner.model)
+
+
+def _keep(node: Any, exact: bool, keeps_bits: bool) -> None:
+    """Put one of our operators in the place of a node that it computes, and computes better or to the very bit.
+
+    A 4-bit model's own linear layers call specdec::linear eagerly; what calls PyTorch's (a router) keeps to it.
+    """
     aten, ours = torch.ops.aten, torch.ops.specdec
     if node.op != "call_function":
         return
     if node.target == aten.linear.default:
         x, weight = node.args[0].meta["val"], node.args[1].meta["val"]
         if x.dtype == weight.dtype and x.dtype in cpu.DTYPES:
-            node.target = ours.linear.default
+            node.target = ours.torch_linear.default if keeps_bits else ours.linear.default
             node.args = (*node.args, None)[:3]
     elif not exact:
         return
@@ -415,7 +425,7 @@ def _keep(node: Any, exact: bool) -> None:
     elif node.target == aten.layer_norm.default and len(node.args[1]) == 1:
         x, _, weight, bias, eps = (*node.args, *(None, None, None, None, 1e-5)[len(node.args) :])[:5]
         node.target, node.args, node.kwargs = ours.layer_norm.default, (x, weight, bias, eps), {}
-    elif node.target in (aten.cos.default, aten.sin.default, aten.tanh.default):
+    elif node.target in (aten.cos.default, aten.sin.default, aten.tanh.default, aten.softmax.int, aten.sum.dim_IntList):
         node.target = getattr(ours, node.target.overloadpacket.__name__).default
 
 
@@ -446,8 +456,7 @@ def _check(part: Part, package: Path, identity: Identity) -> None:
     runner = part.runner
     compiled = CompiledForward(part, package, identity)
     generator = torch.Generator().manual_seed(0)
-    is_4bit = any(isinstance(module, int4.Int4Linear) for module in runner.model.modules())
-    tolerance = 0.0 if part.exact and is_4bit else PROBE_TOLERANCE[precision_of(runner.model)]
+    tolerance = 0.0 if _keeps_bits(part) else PROBE_TOLERANCE[precision_of(runner.model)]
     for lengths in ([9], [9, 4, 7]):
         last = torch.tensor(lengths)
         ids = torch.randint(runner.vocab_size, (len(lengths), 16), generator=generator)

@@ -39,9 +39,11 @@ from specdec.attention import KEYS
 from specdec.cache import RaggedCache, attention_kinds, attention_masks, grown_capacity, kept_slots
 from specdec.experiments.memory import LiveStorages
 from specdec.models import PREFILL_CHUNK, PREFILL_MASK, cache_argument, context_of
-from specdec.quant.checkpoints import config_folder, named_errors, read_config, scheme_of, settings_of
+from specdec.quant.checkpoints import config_folder, named_errors, read_config, take_settings
 from specdec.quant.cpu import OP_GROUP_SIZES, CpuKernel, TorchKernel, row_order
 from specdec.quant.experts import PROJECTIONS
+from specdec.quant.formats import scheme_of
+from specdec.quant.formats.layer import Scheme
 from specdec.quant.int4 import SLAB_WEIGHTS, Int4Tensor
 from specdec.quant.quantizer import METHOD, Int4Config, layers_to_quantize, linear_layers, shape_of
 from specdec.quant.rows import BLOCK, CUDA_BLOCK, MAX_WINDOW
@@ -353,10 +355,8 @@ def _slots(prompt: int, context: int, block: int) -> tuple[int, int, int]:
 def _config(model: str | Path | PreTrainedConfig) -> tuple[Any, dict[str, Any] | None, str]:
     """A config of one's own without its quantization, that, and its model's name."""
     if isinstance(model, PreTrainedConfig):
-        config, settings = copy.deepcopy(model), settings_of(model)
-        if settings is not None:
-            del config.quantization_config
-        return config, settings, model.name_or_path or model.model_type
+        config = copy.deepcopy(model)
+        return config, take_settings(config), model.name_or_path or model.model_type
     with named_errors(f"no config could be read from {str(model)!r}"):
         config, settings, _ = read_config(config_folder(model))
         return config, settings, str(model)
@@ -369,7 +369,7 @@ def _quantized(skeleton: Any, settings: dict[str, Any] | None, group_size: int, 
         experts = [value for name, value in skeleton.named_parameters() if value.ndim == 3 and name.endswith(PROJECTIONS)]
         codebook_bytes = 4 * 16 * len(experts)
         return sum(value.nbytes - value.numel() // 2 - value.numel() // MXFP4_GROUP for value in experts) - codebook_bytes, 0
-    config, ignored = Int4Config(group_size), []
+    config, ignored, scheme = Int4Config(group_size), [], None
     if settings is not None and method == METHOD:
         config = Int4Config.from_dict(settings)
     elif settings is not None:
@@ -381,15 +381,20 @@ def _quantized(skeleton: Any, settings: dict[str, Any] | None, group_size: int, 
     except ValueError:  # nothing can be
         return None, 0
     layers, has_kernels = linear_layers(skeleton), device == "cpu" and cpu.load()
-    form = (config.group_size, config.symmetric, device, has_kernels)
     saved_bytes = slab_weights = 0
     for name in names:
-        if should_convert_module(name, [str(pattern).removeprefix("re:") for pattern in ignored]):
+        form = (config.group_size, config.symmetric) if scheme is None else _form(scheme.of(name))
+        if form is not None and should_convert_module(name, [str(pattern).removeprefix("re:") for pattern in ignored]):
             rows, columns = shape_of(layers[name])
-            saved_bytes += layers[name].weight.nbytes - _int4_bytes(rows, columns, *form)
+            saved_bytes += layers[name].weight.nbytes - _int4_bytes(rows, columns, *form, device, has_kernels)
             if not has_kernels:
                 slab_weights = max(slab_weights, columns * min(rows, max(64, SLAB_WEIGHTS // columns // 64 * 64)))
     return saved_bytes, slab_weights
+
+
+def _form(scheme: Scheme | None) -> tuple[int, bool] | None:
+    """The group size and symmetry of a layer of such a checkpoint, None where it is no 4-bit layer."""
+    return None if scheme is None or scheme.bits != 4 else (scheme.group_sizes[0], scheme.symmetric)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ Codes, scales and zero points are random, so every nibble counts. Each writer re
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": TINY,
     "qwen3": TINY | {"head_dim": 16, "attention_bias": True},
     "mixtral": TINY | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "starcoder2": TINY,
+    "gpt2": {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 128},
+    "gptj": {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 128, "rotary_dim": 4, "tie_word_embeddings": False},
+    "gemma3": {
+        "text_config": TINY | {"vocab_size": 101, "head_dim": 16, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0},
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
+            "patch_size": 4,
+        },
+        "mm_tokens_per_image": 4, "image_token_index": 100, "boi_token_index": 98, "eoi_token_index": 99,
+    },
     "gpt_oss": TINY | {
         "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "attn": "eager",
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
@@ -33,9 +44,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+LAYERS = ("_proj", ".w1", ".w2", ".w3", ".c_attn", ".c_fc", ".c_proj", ".fc_in", ".fc_out")  # quantized ones
+OUTPUTS = ("c_proj.weight", "fc_out.weight")  # of layers whose inputs are an activation function's outputs
+AUTO_ROUND = {"gptq": "auto_round:auto_gptq", "gptq_v2": "auto_round", "awq": "auto_round:auto_awq"}  # by how zero points lie
+
+
 @dataclass
 class Case:
-    """One checkpoint to write. group_size -1: a whole row; skip: ends of the names of linear layers to leave as they are."""
+    """One checkpoint to write.
+
+    group_size -1: a whole row. skip: ends of the names of linear layers to leave as they are. layers: what differs for layers,
+    by the ends of their names. scaled: the end of the names of activation functions that get a scale. settings: of the config.
+    """
 
     method: str
     model_type: str = "llama"
@@ -46,17 +66,26 @@ class Case:
     dtype: torch.dtype = torch.float16
     head: bool = False
     skip: tuple[str, ...] = ()
+    bits: int = 4
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scaled: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+
+    def of(self, name: str) -> Case:
+        """The case of one layer."""
+        return replace(self, **next((changes for end, changes in self.layers.items() if name.endswith(end)), {}))
 
 
 @dataclass
 class Weight:
-    """Weight [N, K]: codes [N, K], scale and zero [N, groups], and the group of each column [K]."""
+    """Weight [N, K]: codes [N, K] of some bits, scale and zero [N, groups], and the group of each column [K]."""
 
     codes: Tensor
     scale: Tensor
     zero: Tensor
     group: Tensor
+    bits: int = 4
 
     def dense(self) -> Tensor:
         """What it stands for, in float32; in the scales' dtype it is rounded once more."""
@@ -64,20 +93,23 @@ class Weight:
 
 
 def random_weight(rows: int, columns: int, case: Case, generator: torch.Generator) -> Weight:
+    bits = case.bits
     size = columns if case.group_size == -1 else case.group_size
     groups = columns // size
     group = torch.arange(columns) // size
     if case.act_order:
         group = group[torch.randperm(columns, generator=generator)]
-    codes = torch.randint(0, 16, (rows, columns), generator=generator)
-    scale = (torch.rand(rows, groups, generator=generator) * 0.04 + 0.01).to(case.dtype)
-    zero = torch.randint(0, 16, (rows, groups), generator=generator) if not case.symmetric else torch.full((rows, groups), 8)
-    return Weight(codes, scale, zero, group)
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=generator)
+    scale = (torch.rand(rows, groups, generator=generator) * 0.04 + 0.01).mul(2.0 ** (4 - bits)).to(case.dtype)
+    zero = torch.full((rows, groups), 2 ** (bits - 1))
+    if not case.symmetric:
+        zero = torch.randint(0, 2**bits, (rows, groups), generator=generator)
+    return Weight(codes, scale, zero, group, bits)
 
 
-def word(nibbles: list[int]) -> int:
-    """Eight nibbles, the lowest first, as an int32."""
-    return signed(sum(nibble << 4 * i for i, nibble in enumerate(nibbles)))
+def word(codes: list[int], bits: int) -> int:
+    """Codes that fill 32 bits, the lowest first, as an int32."""
+    return signed(sum(code << bits * i for i, code in enumerate(codes)))
 
 
 def signed(value: int) -> int:
@@ -85,19 +117,21 @@ def signed(value: int) -> int:
     return value - (1 << 32) if value >= 1 << 31 else value
 
 
-def words(rows: list[list[int]]) -> Tensor:
-    """[R][C] nibbles -> int32 [R, ceil(C / 8)], filled up with zeros."""
-    return torch.tensor([[word(row[i : i + 8]) for i in range(0, len(row), 8)] for row in rows], dtype=torch.int32)
+def words(rows: list[list[int]], bits: int = 4) -> Tensor:
+    """[R][C] codes -> int32 [R, ceil(C * bits / 32)], filled up with zeros."""
+    step = 32 // bits
+    return torch.tensor([[word(row[i : i + step], bits) for i in range(0, len(row), step)] for row in rows], dtype=torch.int32)
 
 
 def gptq(weight: Weight, case: Case) -> dict[str, Tensor]:
     offset = 1 if case.version == "gptq" else 0  # v1 stores zero points less one
-    return {
-        "qweight": words(weight.codes.tolist()).T.contiguous(),
-        "qzeros": words([[(int(zero) - offset) % 16 for zero in row] for row in weight.zero.T.tolist()]),
+    zeros = [[(int(zero) - offset) % 2**weight.bits for zero in row] for row in weight.zero.T.tolist()]
+    tensors = {
+        "qweight": words(weight.codes.tolist(), weight.bits).T.contiguous(),
+        "qzeros": words(zeros, weight.bits),
         "scales": weight.scale.T.contiguous(),
-        "g_idx": weight.group.int(),
     }
+    return tensors if case.method == "auto-round" else tensors | {"g_idx": weight.group.int()}
 
 
 def awq(weight: Weight, case: Case) -> dict[str, Tensor]:
@@ -133,6 +167,11 @@ def quantization_config(case: Case) -> dict[str, Any]:
         }  # fmt: skip
     if case.method == "awq":
         return {"quant_method": "awq", "bits": 4, "group_size": case.group_size, "version": "gemm", "zero_point": True}
+    if case.method == "auto-round":
+        return {
+            "quant_method": "auto-round", "bits": 4, "group_size": case.group_size, "sym": case.symmetric, "data_type": "int",
+            "packing_format": AUTO_ROUND[case.version], "autoround_version": "0.9.0", "batch_size": 8, "iters": 200,
+        }  # fmt: skip
     if case.method == "mxfp4":
         return {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
     weights = {
@@ -174,21 +213,30 @@ def write(folder: Path, case: Case, seed: int = 0) -> tuple[PreTrainedModel, dic
     for place in (folder, twin):
         model.save_pretrained(place)
     plain = load_file(folder / "model.safetensors")
-    tensors, dense = dict(plain), {}
+    tensors, dense, divided = dict(plain), {}, {}
+    is_transposed = case.model_type == "gpt2"  # whose layers hold W [K, N]
     if case.method == "mxfp4":
         dense = mxfp4(tensors, generator)
     else:
-        layer_writer = {"gptq": gptq, "awq": awq, "compressed-tensors": compressed}[case.method]
-        ends = ("_proj", ".w1", ".w2", ".w3") + (("lm_head",) if case.head else ())
+        layout = {"auto-round": "awq" if case.version == "awq" else "gptq"}.get(case.method, case.method)
+        layer_writer = {"gptq": gptq, "awq": awq, "compressed-tensors": compressed}[layout]
+        ends = LAYERS + (("lm_head",) if case.head else ())
         for key in plain:
             name = key.removesuffix(".weight")
             if key.endswith(".weight") and name.endswith(ends) and not name.endswith(case.skip or "none"):
-                weight = random_weight(*tensors.pop(key).shape, case, generator)
+                own = case.of(name)
+                shape = tensors.pop(key).shape
+                weight = random_weight(*(shape[::-1] if is_transposed else shape), own, generator)
                 dense[key] = weight.dense()
-                tensors |= {f"{name}.{part}": value for part, value in layer_writer(weight, case).items()}
+                tensors |= {f"{name}.{part}": value for part, value in layer_writer(weight, own).items()}
+    for name in [name for name, _ in model.named_modules() if case.scaled and name.endswith(case.scaled)]:
+        [behind] = [key for key in dense if key.startswith(name.removesuffix(case.scaled)) and key.endswith(OUTPUTS)]
+        scale = (torch.rand(dense[behind].shape[1], generator=generator) * 1.5 + 0.5).to(case.dtype)
+        tensors[f"{name}.scales"], divided[behind] = scale, dense[behind] / scale.float()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    edit_config(folder, quantization_config=quantization_config(case))
-    save_file(plain | dense, twin / "model.safetensors", metadata={"format": "pt"})
+    edit_config(folder, quantization_config=quantization_config(case) | case.settings)
+    weights = {key: value.T.contiguous() if is_transposed else value for key, value in (dense | divided).items()}
+    save_file(plain | weights, twin / "model.safetensors", metadata={"format": "pt"})
     return type(model).from_pretrained(twin, dtype=torch.float32, attn_implementation=model.config._attn_implementation), dense
 
 

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 import specdec
-from specdec.quant.checkpoints import load_quantized
+from specdec.quant.checkpoints import load_checkpoint, load_quantized
 from specdec.quant.experts import Int4Experts
 from specdec.quant.int4 import Int4Linear, Int4Tensor
 from specdec.quant.quantizer import Int4Config
@@ -24,12 +25,19 @@ from tests.checkpoint_writers import Case, edit_config, edit_tensors, quantizati
 from tests.checkpoint_writers import compressed as write_compressed
 from tests.families import make_model, prompts
 
+DYNAMIC = {
+    "layers.1.mlp.down_proj": {"bits": 8, "group_size": 16},
+    "k_proj": {"bits": 2, "symmetric": False},
+    "v_proj": {"group_size": 16, "symmetric": False, "act_order": True},
+}
+OF_256 = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
 CASES = {
     "gptq": Case("gptq"),
     "gptq-asym": Case("gptq", symmetric=False),
     "gptq-act-order": Case("gptq", "qwen3", act_order=True, dtype=torch.bfloat16),
     "gptq-v2-asym-act-order": Case("gptq", "qwen3", version="gptq_v2", symmetric=False, act_order=True),
     "gptq-row": Case("gptq", group_size=-1),
+    "gptq-16-act-order": Case("gptq", group_size=16, act_order=True),
     "gptq-odd-rows": Case("gptq", symmetric=False, values={"intermediate_size": 100}, skip=("down_proj",)),
     "gptq-tied": Case("gptq", values={"tie_word_embeddings": True}),
     "gptq-head": Case("gptq", head=True, symmetric=False, values={"vocab_size": 104}),
@@ -37,6 +45,57 @@ CASES = {
     "awq": Case("awq", symmetric=False),
     "awq-qwen3": Case("awq", "qwen3", symmetric=False, dtype=torch.bfloat16),
     "awq-row": Case("awq", symmetric=False, group_size=-1),
+    "awq-256": Case("awq", symmetric=False, group_size=256, values=OF_256),
+    "awq-activation-scales": Case("awq", "starcoder2", symmetric=False, scaled="mlp.act"),
+    "awq-activation-scales-gptj": Case("awq", "gptj", symmetric=False, scaled="mlp.act", dtype=torch.bfloat16),
+    "gptq-dynamic": Case(
+        "gptq",
+        layers=DYNAMIC,
+        skip=("layers.1.mlp.up_proj",),
+        values={"intermediate_size": 128},
+        settings={
+            "dynamic": {
+                r"-:model\.layers\.1\.mlp\.up_proj": {},
+                r"+:.*\.layers\.1\.mlp\.(up|down)_proj": {"bits": 8, "group_size": 16},
+                ".*k_proj": {"bits": 2, "sym": False},
+                ".*v_proj": {"group_size": 16, "sym": False, "desc_act": True},
+                ".*k_proj|up_proj": {"bits": 8},
+            }
+        },
+    ),
+    "gptq-v2-dynamic": Case(
+        "gptq",
+        "qwen3",
+        version="gptq_v2",
+        symmetric=False,
+        act_order=True,
+        dtype=torch.bfloat16,
+        layers={"down_proj": {"bits": 8}, "o_proj": {"bits": 2}},
+        settings={"dynamic": {".*down_proj": {"bits": 8}, ".*o_proj": {"bits": 2}}},
+    ),
+    "gptq-gpt2": Case(
+        "gptq", "gpt2", symmetric=False, layers={"mlp.c_proj": {"bits": 8}}, settings={"dynamic": {".*mlp.c_proj": {"bits": 8}}}
+    ),
+    "auto-round": Case(
+        "auto-round",
+        version="gptq",
+        symmetric=False,
+        skip=("k_proj",),
+        settings={
+            "extra_config": {
+                "model.layers.0.self_attn.k_proj": {"bits": 16, "data_type": "float"},
+                ".*layers\\.1.*k_proj": {"bits": 16},
+            }
+        },
+    ),
+    "auto-round-unshifted": Case(
+        "auto-round",
+        version="gptq_v2",
+        symmetric=False,
+        layers={"down_proj": {"bits": 8}, "q_proj": {"group_size": 16}},
+        settings={"extra_config": {".*down_proj": {"bits": 8}, ".*q_proj": {"group_size": 16}}},
+    ),
+    "auto-round-awq": Case("auto-round", "qwen3", version="awq", symmetric=False),
     "compressed": Case("compressed-tensors", dtype=torch.bfloat16),
     "compressed-asym": Case("compressed-tensors", "qwen3", symmetric=False),
     "compressed-act-order": Case("compressed-tensors", act_order=True, dtype=torch.float32),
@@ -101,10 +160,14 @@ def test_weights_are_those_of_the_format_bit_for_bit(written: Any) -> None:
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, Int4Linear):
+            own = case.of(name)
+            assert own.bits == 4
             assert module.weight_scale.dtype == case.dtype
-            assert (module.weight_zero is None) == case.symmetric
-            assert (module.weight_perm is not None) == case.act_order
+            assert (module.weight_zero is None) == own.symmetric
+            assert (module.weight_perm is not None) == own.act_order
             found[f"{name}.weight"] = module.dequantize()
+        elif case.of(name).bits != 4 and f"{name}.weight" in dense:
+            found[f"{name}.weight"] = module.weight.T if isinstance(module, Conv1D) else module.weight
         if isinstance(module, Int4Experts):
             found |= {f"{name}.{part}": module.int4(part).dequantize().mT for part in ("gate_up_proj", "down_proj")}
     expected = {name: value for name, value in dense.items() if "block_sparse_moe" not in name}
@@ -185,6 +248,99 @@ def test_symmetric_zero_points_of_the_other_version(folder: Path) -> None:
     expected = load(folder).state_dict()
     edit_config(folder, quantization_config=quantization_config(Case("gptq", version="gptq_v2")))
     assert same(load(folder).state_dict(), expected)
+
+
+@pytest.mark.parametrize("in_own_file", [False, True])
+def test_settings_of_awq_under_their_first_names(in_own_file: bool, tmp_path: Path) -> None:
+    folder = copy_of(CASES["awq"], tmp_path)
+    expected = load(folder).state_dict()
+    settings = {"w_bit": 4, "q_group_size": 32, "zero_point": True, "version": "GEMM"}
+    edit_config(folder, quantization_config=None if in_own_file else {"quant_method": "awq"} | settings)
+    if in_own_file:
+        (folder / "quant_config.json").write_text(json.dumps(settings))
+    assert same(load(folder).state_dict(), expected)
+
+
+def test_settings_in_the_text_models_part(tmp_path: Path) -> None:
+    """Of a model that reads pictures too, whose other parts stay as they are."""
+    twin, _ = write(tmp_path / "checkpoint", Case("gptq", "gemma3", skip=("out_proj", "q_proj", "k_proj", "v_proj")))
+    folder = tmp_path / "checkpoint"
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["quantization_config"] = config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config))
+    for read in (load, load_checkpoint):
+        model = in_full_precision(read(folder, attn_implementation="eager"))
+        assert isinstance(model.model.language_model.layers[1].mlp.up_proj, Int4Linear)
+        torch.testing.assert_close(logits(model), logits(twin), atol=1e-4, rtol=0)
+    model.save_pretrained(tmp_path / "ours")
+    assert "quantization_config" not in json.loads((tmp_path / "ours" / "config.json").read_text())["text_config"]
+    assert same(load(tmp_path / "ours").state_dict(), model.state_dict())
+
+
+def test_settings_that_are_no_object(folder: Path) -> None:
+    edit_config(folder, quantization_config=None, text_config={"quantization_config": [4]})
+    with pytest.raises(ValueError, match=r"the quantization_config in .*config.json is no JSON object"):
+        load(folder)
+    edit_config(folder, text_config=None)
+    file = folder / "hf_quant_config.json"
+    for content, match in (
+        ("{", "hf_quant_config.json is no JSON"),
+        ("[4]", r"hf_quant_config.json holds no JSON object, but '\[4\]'"),
+        ('{"quantization": {"quant_algo": "NVFP4"}}', r"'modelopt' \(\{'quant_algo': 'NVFP4'\}\) cannot be read"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=match):
+            load(folder)
+
+
+def test_layers_of_other_bits_are_dequantized_and_named(tmp_path: Path) -> None:
+    folder = copy_of(CASES["gptq-v2-dynamic"], tmp_path)
+    with pytest.warns(UserWarning, match="specdec keeps in full precision") as caught:
+        load_quantized(folder)
+    [said] = [str(warning.message) for warning in caught if "specdec" in str(warning.message)]
+    assert "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj (of 8 bits in the checkpoint; 4-bit layers hold 4)" in said
+    assert "model.layers.0.self_attn.o_proj, model.layers.1.self_attn.o_proj (of 2 bits" in said
+
+
+def test_a_layer_that_is_quantized_although_its_settings_leave_it_out(folder: Path) -> None:
+    edit_config(folder, quantization_config=GPTQ | {"dynamic": {"-:.*down_proj": {}}})
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.mlp\.down_proj has quantized tensors, but the checkpoint's config leaves it in"
+    ):
+        load(folder)
+
+
+ACT = "model.layers.0.mlp.act.scales"
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "match"),
+    [
+        (ACT, torch.ones(95), rf"{ACT} is torch.float32 \[95\], but must be floating \[K\], with K of \[64, 96\]"),
+        (ACT, torch.ones(1, 96), rf"{ACT} is torch.float32 \[1, 96\]"),
+        (ACT, torch.ones(96, dtype=torch.int32), rf"{ACT} is torch.int32 \[96\]"),
+        (ACT, torch.arange(96).half(), rf"{ACT} has NaN, infinite or zero values"),
+        (ACT, torch.full((96,), torch.nan), rf"{ACT} has NaN, infinite or zero values"),
+        ("model.norm.scales", torch.ones(64), "has model.norm.scales, where this model has no activation function"),
+        ("model.no.layer.scales", torch.ones(64), "has model.no.layer.scales, where this model has no activation function"),
+    ],
+)
+def test_activation_scales_that_are_none(name: str, scale: Tensor, match: str, scaled_folder: Path) -> None:
+    tensors = load_file(scaled_folder / "model.safetensors")
+    damaged(match, scaled_folder, **{name: scale})
+    save_file(tensors, scaled_folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def scaled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_of(CASES["awq-activation-scales"], tmp_path_factory.mktemp("scaled"))
+
+
+def test_a_saved_activation_scale_that_is_lost_or_wrong(scaled_folder: Path, tmp_path: Path) -> None:
+    load(scaled_folder).save_pretrained(tmp_path)
+    name = "model.layers.1.mlp.act.activation_scale"
+    damaged(rf"{name} is torch.float16 \[95\]", tmp_path, **{name: torch.ones(95).half()})
+    damaged("lacks 4-bit tensors, or has too many: .*'activation_scale': 2", tmp_path, **{name: None})
 
 
 def test_compressed_tensors_as_early_versions_wrote_them(tmp_path: Path) -> None:
@@ -368,6 +524,17 @@ def test_a_wrong_shape(folder: Path) -> None:
     )
 
 
+def test_an_empty_tensor(folder: Path) -> None:
+    empty = {f"{Q_PROJ}.qweight": torch.zeros(0, 64, dtype=torch.int32), f"{Q_PROJ}.scales": torch.ones(0, 64).half()}
+    damaged(rf"{Q_PROJ}\.qweight is torch.int32 \[0, 64\], but must be torch.int32 \[any, any\]", folder, **empty)
+
+
+def test_zero_points_beyond_four_bits(tmp_path: Path) -> None:
+    zero = torch.full((64, 2), 8, dtype=torch.int8)
+    name = f"{Q_PROJ}.weight_zero_point"
+    damaged(rf"{name} has numbers outside of four bits", copy_of(CASES["compressed-asym"], tmp_path), **{name: zero})
+
+
 def test_a_weight_of_another_model(folder: Path) -> None:
     edit_config(folder, intermediate_size=128)
     damaged(r"mlp\.down_proj\.qweight is of a weight \[64, 96\], but this model has \[64, 128\]", folder)
@@ -459,11 +626,12 @@ def compressed(weights: dict[str, Any] | None = None, group: dict[str, Any] | No
 
 GPTQ = quantization_config(Case("gptq"))
 AWQ = quantization_config(Case("awq"))
+AUTO_ROUND = quantization_config(Case("auto-round"))
 UNREAD = [
     (GPTQ | {"bits": 8}, r"gptq checkpoint has bits=8; only 4"),
     ({"quant_method": "gptq"}, r"gptq checkpoint has bits=None; only 4"),
     (GPTQ | {"checkpoint_format": "marlin"}, r"checkpoint_format='marlin'; only 'gptq' or 'gptq_v2'"),
-    (GPTQ | {"group_size": 16}, r"gptq checkpoint has group_size=16; only 32 or 64 or 128 or -1"),
+    (GPTQ | {"group_size": 24}, r"gptq checkpoint has group_size=24; only 16 or 32 or 64 or 128 or 256 or -1"),
     (AWQ | {"bits": 3}, r"awq checkpoint has bits=3"),
     (AWQ | {"version": "GEMV"}, r"awq checkpoint has version='gemv'; only 'gemm'"),
     (AWQ | {"backend": "llm-awq"}, r"backend='llm-awq'"),
@@ -486,6 +654,51 @@ UNREAD = [
     ({"quant_method": "fp8"}, r"quant_method='fp8' cannot be read"),
     ({"quant_method": "hqq"}, r"quant_method='hqq' cannot be read"),
     ({"bits": 4}, r"quant_method=None cannot be read"),
+    ({"quant_method": ["gptq"]}, r"quant_method=\['gptq'\] cannot be read"),
+    ({"quant_method": "fbgemm_fp8"}, r"fbgemm_fp8.*; transformers with the fbgemm-gpu package reads it, or load the original"),
+    (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        r"'modelopt' \(NVFP4\) cannot be read.*vLLM or TensorRT-LLM reads it, or load",
+    ),
+    ({"quant_method": "torchao", "quant_type": {}}, r"'torchao' cannot be read.*transformers with the torchao package"),
+    ({"quant_method": "exl3", "bits": 4.0}, r"'exl3' cannot be read.*ExLlamaV3 reads it"),
+    (
+        compressed(format="nvfp4-pack-quantized"),
+        r"format='nvfp4-pack-quantized'; only 'pack-quantized' can be read; transformers with the",
+    ),
+    (compressed(format="float-quantized"), r"format='float-quantized'; .* reads others, or load the original in full precision"),
+    (compressed(format="int-quantized"), r"format='int-quantized'"),
+    (GPTQ | {"is_marlin_format": True}, r"is_marlin_format=True; only False can be read"),
+    (GPTQ | {"pack_dtype": "int8"}, r"pack_dtype='int8'"),
+    (
+        GPTQ | {"dynamic": {"+:.*k_proj": {"bits": 3}}},
+        r": \+:\.\*k_proj of dynamic of this gptq checkpoint has bits=3; only 4 or 2 or 8",
+    ),
+    (GPTQ | {"dynamic": {"*k_proj": {}}}, r"dynamic of this gptq checkpoint has '\*k_proj', which is no regular expression"),
+    (GPTQ | {"dynamic": {"k{9999999999999}": {}}}, r"has 'k\{9+\}', which is no regular expression \(the repetition"),
+    (GPTQ | {"dynamic": {"k_proj": 8}}, r"k_proj=8, but it must be an object with names"),
+    (GPTQ | {"dynamic": ["k_proj"]}, r"dynamic=\['k_proj'\], but it must be an object with names"),
+    (AUTO_ROUND | {"packing_format": "auto_round:fp8"}, r"packing_format='auto_round:fp8'; only 'auto_round:auto_gptq' or"),
+    (AUTO_ROUND | {"data_type": "mx_fp"}, r"data_type='mx_fp'"),
+    (AUTO_ROUND | {"act_bits": 8}, r"act_bits=8; only 16 or 32"),
+    (
+        AUTO_ROUND | {"extra_config": {"lm_head": {"bits": 3}}},
+        r"lm_head of extra_config of this auto-round checkpoint has bits=3",
+    ),
+    (AUTO_ROUND | {"extra_config": {"(": {}}}, r"'\(', which is no regular expression"),
+    # settings of wrong types
+    (GPTQ | {"bits": [4]}, r"bits=\[4\]; only 4"),
+    (GPTQ | {"group_size": "32"}, r"group_size='32'; only 16 or"),
+    (GPTQ | {"group_size": 32.0}, r"group_size=32\.0"),
+    (GPTQ | {"sym": "no"}, r"sym='no'; only False or True"),
+    (AWQ | {"version": 4}, r"version=4"),
+    (AWQ | {"zero_point": "yes"}, r"zero_point='yes'; only True or False"),
+    (compressed(config_groups=[WEIGHTS]), r"config_groups=\[.*\], but it must be an object with names; is config.json whole"),
+    (compressed(config_groups={"group_0": 4}), r"group_0=4, but it must be an object"),
+    (compressed(group={"weights": "int4"}), r"weights='int4', but it must be an object"),
+    (compressed(sparsity_config=[]), r"sparsity_config=\[\], but it must be an object"),
+    (compressed({"group_size": 12}), r"group_size=12"),
+    (compressed({"group_size": None}), r"group_size=None"),
 ]
 
 

@@ -11,7 +11,7 @@ import random
 import resource
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -29,6 +29,7 @@ from specdec import compiled, embedded
 from specdec.identity import Identity
 from specdec.models import CachedModel
 from tests import test_distribution, test_identity, test_lossless
+from tests.checkpoint_writers import Case, write
 from tests.conftest import ROOT
 from tests.families import FAMILIES, family, make_model, prompts
 from tests.plain import CALLS, WIDTH, continuation, pair
@@ -134,17 +135,32 @@ def embedded_pair(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
 def test_logits_of_a_4_bit_target_keep_their_bits(dtype: torch.dtype) -> None:
     target, _ = embedded_pair(dtype)
-    runner = CachedModel(target)
+    assert_logits_keep_their_bits(target, (1, 2, 6, 9), [200], [70], [1], [200, 1, 33])  # wide prompts go the compiled way too
+
+
+def test_activation_order_and_experts_keep_their_bits(tmp_path: Path) -> None:
+    """Orders of columns are parameters of the layers; a router's sums and its softmax are PyTorch's."""
+    case = Case("gptq", "mixtral", act_order=True, symmetric=False, values={"num_hidden_layers": 1, "num_local_experts": 12})
+    write(tmp_path / "checkpoint", case)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "specdec keeps in full precision")
+        model = specdec.load_quantized(tmp_path / "checkpoint", dtype=torch.float32)
+    assert_logits_keep_their_bits(model, (1, 6), [70], [70, 1, 33])
+
+
+def assert_logits_keep_their_bits(model: PreTrainedModel, widths: Sequence[int], *batches: list[int]) -> None:
+    """Behind prompts of these lengths, with a rejected window before the one that counts."""
+    runner = CachedModel(model)
     compiled.prepare([compiled.Part("target", runner, exact=True)], True)
     forward = runner.compiled
     assert forward is not None
-    ids = torch.randint(4096, (3, 210), generator=torch.Generator().manual_seed(0))
-    for lengths in ([200], [70], [1], [200, 1, 33]):  # wide prompts go the compiled way too
+    ids = torch.randint(runner.vocab_size, (3, max(batches[-1]) + 10), generator=torch.Generator().manual_seed(0))
+    for lengths in batches:
         last = torch.tensor(lengths)
-        for width in (1, 2, 6, 9):
+        for width in widths:
             got = []
             for runner.compiled in (None, forward):
-                runner.begin(len(lengths), 210)
+                runner.begin(len(lengths), ids.shape[1])
                 runner.prefill(ids[: len(lengths)], last - 1)
                 positions = last[:, None] - 1 + torch.arange(width)
                 rejected = runner.forward(ids[: len(lengths)].flip(1).gather(1, positions), positions)
@@ -275,10 +291,10 @@ def test_a_forward_that_came_out_wrong_is_not_used(
 ) -> None:
     keep = compiled._keep
 
-    def wrong(node: Any, exact: bool) -> None:
+    def wrong(node: Any, *kept: bool) -> None:
         if node.target == torch.ops.aten.cos.default:
             node.target = torch.ops.aten.sin.default
-        keep(node, exact)
+        keep(node, *kept)
 
     monkeypatch.setattr(compiled, "_keep", wrong)
     with pytest.warns(UserWarning, match="came out of the compiler with other logits"):
@@ -290,7 +306,7 @@ def test_a_forward_that_came_out_wrong_is_not_used(
 def test_a_4_bit_target_that_lost_its_bits_is_not_used(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what keeps means PyTorch's, logits move by rounding: nothing to a dense model, a text's end to a 4-bit one."""
     model, _ = family_on_kernels("llama", "int4_kernel")
-    monkeypatch.setattr(compiled, "_keep", lambda node, exact: None)
+    monkeypatch.setattr(compiled, "_keep", lambda node, *kept: None)
     with pytest.warns(UserWarning, match="came out of the compiler with other logits"):
         specdec.enable(model, "prompt_lookup", compile=True)
     assert not is_compiled(model)

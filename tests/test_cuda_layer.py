@@ -73,12 +73,21 @@ def test_inputs_keep_a_dtype_that_the_kernel_has(dtype: torch.dtype, monkeypatch
     assert seen == [dtype, torch.bfloat16]
 
 
-def test_a_weight_without_a_kernel_stays_canonical() -> None:
-    one = layer(columns=192, group_size=96)
+@pytest.mark.parametrize("group_size", [96, 16])
+def test_a_weight_without_a_kernel_stays_canonical(group_size: int) -> None:
+    one = layer(columns=192, group_size=group_size)
     x = torch.randn(1, 3, 192)
     assert (one(x) - x @ one.dequantize(torch.float32).T - one.bias).abs().max() < 1e-4
     assert one.kernel is None
     assert one.weight.dtype == torch.uint8
+
+
+def test_groups_of_256_have_the_kernel() -> None:
+    one = layer(columns=512, group_size=256, symmetric=False)
+    x = torch.randn(1, 3, 512).bfloat16()
+    expected = x.float() @ one.dequantize(torch.float32).T + one.bias
+    assert (one(x).float() - expected).norm() / expected.norm() < 1e-2
+    assert isinstance(one.kernel, CudaKernel)
 
 
 def test_inputs_that_the_kernel_lacks_go_to_slabs(calls: list) -> None:

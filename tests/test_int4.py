@@ -119,6 +119,14 @@ def test_the_layer_multiplies_by_its_weights(
     assert layer.int4.weight.equal(int4.weight)
 
 
+def test_groups_of_16_multiply_by_slabs_where_the_op_has_none() -> None:
+    layer = Int4Linear(random_tensor(100, 48, 16, symmetric=False, permuted=True)).eval()
+    for width in (1, MAX_WINDOW + 1):
+        x = torch.randn(1, width, 48)
+        torch.testing.assert_close(layer(x), x @ layer.dequantize(torch.float32).T)
+    assert layer.kernel is None
+
+
 @needs_op
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_codes_come_back_from_the_ops_layout_bit_for_bit(shape: tuple[int, int, int]) -> None:
@@ -200,7 +208,7 @@ def loss(weight: Tensor, int4: Int4Tensor) -> float:
     return (weight.abs() * (weight - int4.dequantize(torch.float32)).square()).sum().item()
 
 
-@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("group_size", [16, 32, 64, 128, 256, -1])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_round_to_nearest_searches_the_scale(symmetric: bool, group_size: int) -> None:
     torch.manual_seed(0)

@@ -283,6 +283,13 @@ def test_four_bits_as_they_lie_in_memory_to_the_byte(group_size: int, symmetric:
         checkpoint_writers.Case("compressed-tensors"),
         checkpoint_writers.Case("compressed-tensors", "qwen3", symmetric=False),
         checkpoint_writers.Case("gptq", "mixtral", symmetric=False),
+        checkpoint_writers.Case("auto-round", version="gptq"),
+        checkpoint_writers.Case(
+            "gptq", layers={"down_proj": {"bits": 8}, "v_proj": {"group_size": 16, "symmetric": False}}, skip=("up_proj",),
+            settings={"dynamic": {
+                ".*down_proj": {"bits": 8}, ".*v_proj": {"group_size": 16, "sym": False}, "-:.*up_proj": {},
+            }},
+        ),
         checkpoint_writers.Case("mxfp4", "gpt_oss"),
     ],
     ids=lambda case: f"{case.method}-{case.model_type}",

@@ -63,9 +63,9 @@ class Spanned(LlamaForCausalLM):
     """Right up to config.block_span positions; beyond, its logits depend on the longest row of the batch."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        length = kwargs["input_ids"].shape[1] + (0 if cache is None else cache.get_seq_length())
         output = super().forward(*args, **kwargs)
-        cache = output.get("cache", output.get("past_key_values"))
-        length = 0 if cache is None else cache.get_seq_length() + kwargs["input_ids"].shape[1]
         beyond = max(length - self.config.block_span, 0)
         output.logits = output.logits + beyond * torch.arange(VOCAB_SIZE).remainder(7)
         return output
@@ -103,7 +103,8 @@ def test_a_window_beyond_the_context_needs_no_trial() -> None:
 
 def test_texts_longer_than_the_trial_go_to_the_stock_loop() -> None:
     model = spanned(100)
-    calls = [prompts(3) | {"max_new_tokens": count} for count in (80, 120)]
+    ids = torch.randint(3, VOCAB_SIZE, (3, 11), generator=torch.Generator().manual_seed(1))
+    calls: list[dict[str, Any]] = [{"input_ids": ids, "max_new_tokens": count} for count in (80, 120)]
     want = [model.generate(**call) for call in calls]
     with pytest.warns(UserWarning, match="over 100 positions go to the stock loop"):
         specdec.enable(model, "prompt_lookup", num_draft_tokens=3)

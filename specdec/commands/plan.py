@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of what is not in 4 bits"
     )
-    parser.add_argument("--group-size", type=int, default=128, help="columns that share a scale: 32, 64, 128 (default), -1 a row")
+    parser.add_argument("--group-size", type=int, default=128, help="columns that share a scale: 16 to 256 (128), -1 a row")
     parser.add_argument(
         "--card", action="append", metavar="NAME_OR_SIZE", help="a GPU's name, or its memory as in 24GiB; repeatable"
     )

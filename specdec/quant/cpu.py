@@ -30,7 +30,7 @@ class CpuKernel:
     """
 
     def __init__(self, int4: Int4Tensor) -> None:
-        self.out_features, self.perm = int4.weight.shape[0], int4.perm
+        self.out_features = int4.weight.shape[0]
         self.weight, self.scale = cpu.pack(int4.codes(), int4.scale, int4.zero)
 
     @classmethod
@@ -48,10 +48,10 @@ class CpuKernel:
         """All of them, through float32."""
         return True
 
-    def matmul(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., K] -> x W^T + bias, [..., N] of the same dtype."""
-        if self.perm is not None:
-            x = x[..., self.perm]
+    def matmul(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, perm: Tensor | None) -> Tensor:
+        """x [..., K] -> x[..., perm] W^T + bias, [..., N] of the same dtype."""
+        if perm is not None:
+            x = x[..., perm]
         inner = x if x.dtype in cpu.DTYPES else x.float()
         y: Tensor
         [y] = torch.ops.specdec.int4_linear(inner, [weight], [scale], [self.out_features])
@@ -68,7 +68,6 @@ class TorchKernel:
     def __init__(self, int4: Int4Tensor, group_size: int) -> None:
         self.out_features, self.in_features = int4.weight.shape[0], 2 * int4.weight.shape[1]
         self.group_size = group_size
-        self.perm = int4.perm
         padding = -self.out_features % ROWS
         self.is_padded = padding > 0
         codes = F.pad(int4.codes(), (0, 0, 0, padding)).int()
@@ -98,11 +97,11 @@ class TorchKernel:
         """All of them, rounded to bfloat16."""
         return True
 
-    def matmul(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., K] -> x W^T + bias, [..., N] of the same dtype."""
+    def matmul(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, perm: Tensor | None) -> Tensor:
+        """x [..., K] -> x[..., perm] W^T + bias, [..., N] of the same dtype."""
         rows = x.reshape(-1, self.in_features)
-        if self.perm is not None:
-            rows = rows[:, self.perm]
+        if perm is not None:
+            rows = rows[:, perm]
         y = torch._weight_int4pack_mm_for_cpu(rows.bfloat16().contiguous(), weight, self.group_size, scale)
         if self.is_padded:
             y = y[:, : self.out_features]

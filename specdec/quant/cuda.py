@@ -29,8 +29,8 @@ class CudaKernel:
     weight: int32 [K/128, N', 16], codes in tiles; scale: int32 [words, N'], with the zero points.
     """
 
-    def __init__(self, packed: w4a16.PackedWeight, perm: Tensor | None) -> None:
-        self.packed, self.perm = packed, perm
+    def __init__(self, packed: w4a16.PackedWeight) -> None:
+        self.packed = packed
         self.weight, self.scale = packed.tiles, packed.scale
         self.dtypes = [dtype for dtype in (torch.float16, torch.bfloat16) if w4a16.has_kernel(packed, dtype)]
 
@@ -40,7 +40,7 @@ class CudaKernel:
         if not runs_on(int4.weight.device):
             return None
         packed = w4a16.prepack(int4.codes(), int4.scale, int4.zero, int4.codebook)
-        kernel = None if packed is None else cls(packed, int4.perm)
+        kernel = None if packed is None else cls(packed)
         return kernel if kernel is not None and kernel.dtypes else None
 
     def codes(self, start: int, stop: int) -> Tensor:
@@ -51,10 +51,10 @@ class CudaKernel:
         """Its own dtypes, and all others where bfloat16 is one of them."""
         return dtype in self.dtypes or torch.bfloat16 in self.dtypes
 
-    def matmul(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., K] -> x W^T + bias, [..., N] of the same dtype; weight and scale are `packed`'s."""
+    def matmul(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, perm: Tensor | None) -> Tensor:
+        """x [..., K] -> x[..., perm] W^T + bias, [..., N] of the same dtype; weight and scale are `packed`'s."""
         inner = x.dtype if x.dtype in self.dtypes else torch.bfloat16
-        return w4a16.matmul(x.to(inner), self.packed, bias, self.perm).to(x.dtype)
+        return w4a16.matmul(x.to(inner), self.packed, bias, perm).to(x.dtype)
 
 
 class Siblings:
@@ -73,7 +73,8 @@ class Siblings:
     def fuse(self) -> None:
         """Lay the codes of all layers into one tensor, of which each keeps its slice."""
         kernels = [layer.kernel for layer in self.layers if isinstance(layer.kernel, CudaKernel)]
-        if len(kernels) < len(self.layers) or not all(_same(kernel.perm, kernels[0].perm) for kernel in kernels):
+        perm = self.layers[0].weight_perm
+        if len(kernels) < len(self.layers) or not all(_same(layer.weight_perm, perm) for layer in self.layers):
             return
         packed = w4a16.joined([kernel.packed for kernel in kernels])
         if packed is None:
@@ -81,9 +82,9 @@ class Siblings:
         start = 0
         for layer, kernel in zip(self.layers, kernels, strict=True):
             self.starts[layer] = start
-            layer.adopt(CudaKernel(packed.rows(start, start + layer.out_features), kernel.perm))
+            layer.adopt(CudaKernel(packed.rows(start, start + layer.out_features)))
             start += kernel.weight.shape[1]
-        self.fused = CudaKernel(packed, kernels[0].perm)
+        self.fused = CudaKernel(packed)
 
     def matmul(self, layer: Int4Linear, x: Tensor) -> Tensor | None:
         """The layer's own columns of the product x [..., K] with all weights, None where they are not fused."""
@@ -97,7 +98,8 @@ class Siblings:
             if self.misses > MISSES:  # they turn out not to share inputs, and would multiply for each other in vain
                 self.separate()
                 return None
-            pending = _Pending(x, version, fused.matmul(x, fused.weight, fused.scale, self._bias()), set(self.layers))
+            y = fused.matmul(x, fused.weight, fused.scale, self._bias(), layer.weight_perm)
+            pending = _Pending(x, version, y, set(self.layers))
         pending.waiting.discard(layer)
         self.pending.product = pending if pending.waiting else None
         return pending.y[..., self.starts[layer] : self.starts[layer] + layer.out_features]

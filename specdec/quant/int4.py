@@ -24,7 +24,7 @@ from specdec.quant.cpu import CpuKernel, TorchKernel
 from specdec.quant.cuda import CudaKernel, Siblings
 from specdec.quant.rows import MAX_WINDOW, by_phase
 
-GROUP_SIZES = (32, 64, 128, -1)  # columns that share a scale; -1: the whole row (per channel)
+GROUP_SIZES = (16, 32, 64, 128, 256, -1)  # columns that share a scale; -1: the whole row (per channel)
 SYMMETRIC_ZERO = 8
 SLAB_WEIGHTS = 1 << 21  # in full precision at any one time
 PARTS = ("weight", "weight_scale", "weight_zero", "weight_perm", "weight_codebook")
@@ -59,6 +59,11 @@ class Int4Tensor:
     zero: Tensor | None = None
     perm: Tensor | None = None
     codebook: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., N, K] of the weight."""
+        return (*self.weight.shape[:-1], 2 * self.weight.shape[-1])
 
     @property
     def group_size(self) -> int:
@@ -113,10 +118,10 @@ class Kernel(Protocol):
     def takes(self, dtype: torch.dtype) -> bool:
         """Whether inputs of a dtype can be multiplied, as they are or rounded to bfloat16."""
 
-    def matmul(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., K] -> x W^T + bias, [..., N] of the same dtype.
+    def matmul(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, perm: Tensor | None) -> Tensor:
+        """x [..., K] -> x[..., perm] W^T + bias, [..., N] of the same dtype.
 
-        weight, scale: the kernel's own, as its layer holds them, since a tracer knows no others.
+        weight, scale: the kernel's own, as its layer holds them, since a tracer knows no others; perm: the layer's.
         """
 
 
@@ -199,7 +204,7 @@ class Int4Linear(nn.Module):
             return self._prefill(x)
         assert self.kernel is not None
         assert self.kernel_scale is not None
-        return self.kernel.matmul(x, self.weight, self.kernel_scale, self.bias)
+        return self.kernel.matmul(x, self.weight, self.kernel_scale, self.bias, self.weight_perm)
 
     def _prefill(self, x: Tensor) -> Tensor:
         if self.weight_perm is not None:

@@ -18,13 +18,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from specdec.quant.activations import SCALE, ScaledActivation, is_activation
 from specdec.quant.cuda import Siblings
 from specdec.quant.experts import PROJECTIONS, Int4Experts
 from specdec.quant.int4 import CAST, GROUP_SIZES, PARTS, Int4Linear, Int4Tensor
@@ -41,7 +43,8 @@ LINEAR_CLASSES = ("Linear", "RowLinear", "NonDynamicallyQuantizableLinear", "Fal
 class Int4Config(QuantizationConfigMixin):
     """How to quantize: round to nearest, with a search for the scale of each group (see rounding.py).
 
-    group_size: columns that share a scale: 32, 64, 128, or -1 for a whole row (per channel).
+    group_size: columns that share a scale: 16, 32, 64, 128, 256, or -1 for a whole row (per channel). For groups of 16 only the
+        compiled CPU kernel exists; elsewhere such a layer multiplies by slabs in full precision.
     symmetric: codes stand for -8 … 7 times the scale; False gives each group a zero point.
     skip_modules: names of linear layers to keep in their own precision; a whole name, its beginning or its end, up to a dot.
     quantize_head: the output head too; by default it is left out, as is a head that shares the embedding's weights always.
@@ -169,7 +172,7 @@ class Int4Quantizer(HfQuantizer):
             raise self.failures[0]
         missing, offloaded = [], []
         for name, module in model.named_modules():
-            if isinstance(module, Int4Linear | Int4Experts):
+            if isinstance(module, Int4Linear | Int4Experts | ScaledActivation):
                 for part, value in module.named_parameters(recurse=False):
                     if value.is_meta:
                         offloaded.append(f"{name}.{part}")
@@ -283,26 +286,26 @@ def place_parts(model: Any, tensors: Mapping[str, Tensor], left_out: Iterable[st
 
     Raises where model and tensors don't fit, and where a layer is neither there in four bits nor said to be left out.
     """
-    linears = linear_layers(model)
-
-    def own(name: str) -> str:
-        """A checkpoint may be of the model with its head, or of the one below it."""
-        below = f"{model.base_model_prefix}."
-        known = {name, name.removeprefix(below), below + name} & module_names
-        return known.pop() if known else name
-
-    module_names = {name for name, _ in model.named_modules()}
-    layers, experts = set(), set()
+    linears, own = linear_layers(model), own_names(model)
+    layers, experts, activations = set(), set(), set()
+    place = placing(model)
+    tensors = {place(name)[0]: value for name, value in tensors.items()}
     for name in tensors:
         module, _, part = name.rpartition(".")
         if part == f"{PROJECTIONS[0]}_scale":
             experts.add(module)
         elif part in PARTS[1:]:
             layers.add(module)
+        elif part == SCALE:
+            activations.add(module)
     stay = [name for name in linears if name not in {own(module) for module in layers}]
     excused = {own(module) for module in left_out} | {name.removesuffix(".weight") for name in tied_weights(model)}
     if missing := [name for name in stay if name not in excused]:
         raise ValueError(f"the checkpoint lacks the 4-bit parts of {some(missing)}, and does not say that they were left out")
+    for module in activations:
+        scale = torch.empty_like(tensors[f"{module}.{SCALE}"], device="meta")
+        check_activation_scale(model, f"{module}.{SCALE}", scale)
+        model.set_submodule(own(module), ScaledActivation(model.get_submodule(own(module)), scale))
     for module in layers:
         layer = linears.get(own(module))
         if layer is None:
@@ -312,6 +315,47 @@ def place_parts(model: Any, tensors: Mapping[str, Tensor], left_out: Iterable[st
         old = model.get_submodule(own(module))
         model.set_submodule(own(module), Int4Experts(old, *(_empty_experts(f"{module}.{p}", tensors) for p in PROJECTIONS)))
     return stay
+
+
+def placing(model: Any) -> Callable[[str], tuple[str, bool]]:
+    """A function from a checkpoint's name of a tensor to the model's own, and whether it is merged with others there."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    expected = model.state_dict()
+
+    def place(name: str) -> tuple[str, bool]:
+        key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
+        if key not in expected and name in expected:
+            return name, False
+        return key, pattern is not None
+
+    return place
+
+
+def own_names(model: Any) -> Callable[[str], str]:
+    """A function from a checkpoint's name of a module to the model's: it may be of the model with its head, or of its base."""
+    module_names = {name for name, _ in model.named_modules()}
+    below = f"{model.base_model_prefix}."
+
+    def own(name: str) -> str:
+        known = {name, name.removeprefix(below), below + name} & module_names
+        return known.pop() if known else name
+
+    return own
+
+
+def check_activation_scale(model: Any, name: str, scale: Tensor) -> None:
+    """Raise ValueError where a tensor "MODULE.PART" cannot be the scale [K] behind an activation function of the model."""
+    module = own_names(model)(name.rpartition(".")[0])
+    modules = dict(model.named_modules())
+    if not is_activation(modules.get(module)):
+        raise ValueError(f"the checkpoint has {name}, where this model has no activation function; is config.json its own?")
+    widths = sorted({shape_of(layer)[1] for layer in linear_layers(modules[module.rpartition(".")[0]]).values()})
+    if scale.ndim != 1 or len(scale) not in widths or not scale.is_floating_point():
+        raise ValueError(
+            f"{name} is {scale.dtype} {list(scale.shape)}, but must be floating [K], with K of {widths} as its neighbours' inputs"
+        )
 
 
 def _empty_layer(module: str, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Int4Tensor:
@@ -405,7 +449,7 @@ def tied_weights(model: Any) -> set[str]:
 
 def _count_parts(model: Any) -> dict[str, int]:
     """How many 4-bit tensors of each kind the model's layers have."""
-    modules = [module for module in model.modules() if isinstance(module, Int4Linear | Int4Experts)]
+    modules = [module for module in model.modules() if isinstance(module, Int4Linear | Int4Experts | ScaledActivation)]
     return dict(Counter(name for module in modules for name, _ in module.named_parameters(recurse=False) if name != "bias"))
 
 
@@ -452,10 +496,15 @@ def _choose(model: Any, config: Int4Config) -> tuple[dict[str, Any], dict[str, l
 
 def _settle(config: Int4Config, left_out: dict[str, list[str]]) -> None:
     """Say what was left out, and note it in the config, by full name, for whoever loads the result."""
+    warn_of_full_precision(left_out, stacklevel=3)
+    config.skip_modules = [name for names in left_out.values() for name in names]
+
+
+def warn_of_full_precision(left_out: Mapping[str, Sequence[str]], stacklevel: int) -> None:
+    """One warning that names, by reason, what is not in four bits; none where there is nothing."""
     if left_out:
         said = "; ".join(f"{some(names)} ({reason})" for reason, names in left_out.items())
-        warnings.warn(f"specdec keeps in full precision: {said}", stacklevel=2)
-    config.skip_modules = [name for names in left_out.values() for name in names]
+        warnings.warn(f"specdec keeps in full precision: {said}", stacklevel=stacklevel)
 
 
 def some(names: Sequence[str]) -> str:

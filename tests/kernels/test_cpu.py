@@ -39,7 +39,8 @@ def check(got: Tensor, want: Tensor) -> None:
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
 @pytest.mark.parametrize(
-    ("rows", "columns", "group_size"), [(64, 128, 64), (130, 96, 96), (3, 64, 32), (200, 256, 128), (64, 512, 512), (65, 24, 24)]
+    ("rows", "columns", "group_size"),
+    [(64, 128, 64), (130, 96, 96), (3, 64, 32), (200, 256, 128), (64, 512, 256), (65, 24, 24), (65, 48, 16)],
 )
 def test_int4_linear(
     rows: int, columns: int, group_size: int, dtype: torch.dtype, scale_dtype: torch.dtype, asymmetric: bool

@@ -7,6 +7,7 @@ Every result is the same, bit for bit, at any number of rows and threads, at any
     specdec::linear(x [..., K], weight [N, K], bias [N] or None) -> [..., N]   one read of the weights for up to four rows
     specdec::attention                                                         see specdec_kernels.attention
     specdec::mean(x [..., K]) -> [..., 1], cos, sin, tanh, gelu, layer_norm    PyTorch's own, which no compiler rewrites
+    specdec::softmax(x, dim), sum(x, dims), torch_linear(x, weight, bias)      PyTorch's own, too
 
 x is float32 or bfloat16, and so are the results; sums are float32. int4_linear rounds its inputs to bfloat16 on a CPU that
 multiplies such (AVX512-BF16), and takes them as they are on others.
@@ -40,9 +41,12 @@ FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-shared", "-fPIC")
 
 _LIBRARY = library.Library("specdec", "FRAGMENT")
 _LIBRARY.define("int4_linear(Tensor x, Tensor[] packed, Tensor[] scales, int[] columns) -> Tensor[]")
-_LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+for _name in ("linear", "torch_linear"):
+    _LIBRARY.define(f"{_name}(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 for _name in ("mean", "cos", "sin", "tanh"):
     _LIBRARY.define(f"{_name}(Tensor x) -> Tensor")
+_LIBRARY.define("softmax(Tensor x, int dim, ScalarType? dtype=None) -> Tensor")
+_LIBRARY.define("sum(Tensor x, int[1]? dim, bool keepdim=False, *, ScalarType? dtype=None) -> Tensor")
 _LIBRARY.define("gelu(Tensor x, str approximate) -> Tensor")
 _LIBRARY.define("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor")
 
@@ -212,6 +216,7 @@ def _(x: Tensor, packed: list[Tensor], scales: list[Tensor], columns: list[int])
 
 
 @library.register_fake("specdec::linear", lib=_LIBRARY)
+@library.register_fake("specdec::torch_linear", lib=_LIBRARY)
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
@@ -219,6 +224,16 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @library.register_fake("specdec::mean", lib=_LIBRARY)
 def _(x: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], 1)
+
+
+@library.register_fake("specdec::softmax", lib=_LIBRARY)
+def _(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.softmax(x, dim, dtype)
+
+
+@library.register_fake("specdec::sum", lib=_LIBRARY)
+def _(x: Tensor, dim: list[int], keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.sum(x, dim, keepdim, dtype=dtype)
 
 
 @library.register_fake("specdec::cos", lib=_LIBRARY)

@@ -515,6 +515,11 @@ TORCH_LIBRARY_IMPL(specdec, CPU, m) {
   m.impl("cos", [](const Tensor& x) { return at::cos(x); });
   m.impl("sin", [](const Tensor& x) { return at::sin(x); });
   m.impl("tanh", [](const Tensor& x) { return at::tanh(x); });
+  m.impl("torch_linear", [](const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) { return at::linear(x, weight, bias); });
+  m.impl("softmax", [](const Tensor& x, int64_t dim, std::optional<at::ScalarType> dtype) { return at::softmax(x, dim, dtype); });
+  m.impl("sum", [](const Tensor& x, at::OptionalIntArrayRef dim, bool keepdim, std::optional<at::ScalarType> dtype) {
+    return at::sum(x, dim, keepdim, dtype);
+  });
   m.impl("gelu", [](const Tensor& x, c10::string_view approximate) { return at::gelu(x, approximate); });
   m.impl("layer_norm", [](const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps) {
     return at::layer_norm(x, {x.size(-1)}, weight, bias, eps);
