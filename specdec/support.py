@@ -209,7 +209,7 @@ def _trial(model: PreTrainedModel, length: int) -> tuple[str | None, bool]:
     """
     generator = torch.Generator().manual_seed(0)
     length = min(length, context_of(model) or length)
-    if length <= SHORT_ROW:
+    if length < 3:
         return f"its context of {length} is too short", False
     vocab_size = min(widths(model))
     ids, wrong = (torch.randint(vocab_size, shape, generator=generator).to(model.device) for shape in ((2, length), (2, 3)))
@@ -224,7 +224,7 @@ def _trial(model: PreTrainedModel, length: int) -> tuple[str | None, bool]:
         errors = []
         for positions, logits in windows:
             for row in range(2):
-                columns = 1 + int((positions[row].diff() > 0).sum())  # those that repeat the first position are of no use
+                columns = 1 + int((positions[row].diff() > 0).sum())  # those that repeat a position are of no use
                 want = alone[row][positions[row, :columns]]
                 errors.append(_error(logits[row, :columns], want.to(logits.device)))
         error = max(errors)
@@ -232,7 +232,7 @@ def _trial(model: PreTrainedModel, length: int) -> tuple[str | None, bool]:
         largest = ROUNDED_BY_NEIGHBOURS if _rounds_by_neighbours(model) else tolerance
         if not error <= largest:
             return f"on a ragged batch its logits differ from those of the row alone (relative error {error:.1e})", False
-        if "position_ids" in runner.parameters:
+        if length > SHORT_ROW and "position_ids" in runner.parameters:
             padded = _error(_decoded(runner, ids[:1, :SHORT_ROW], length - SHORT_ROW), alone[0])
             if not padded <= largest:
                 return f"its plain logits behind left padding are not those of the row alone (relative error {padded:.1e})", False
@@ -249,14 +249,15 @@ def _ragged(runner: CachedModel, ids: Tensor, wrong: Tensor) -> list[tuple[Tenso
     either, since rotary embeddings forgive positions that are off by one number throughout. The windows are those of decoding
     steps: a draft behind a rejected one (wrong [2, 3]), one that is shorter in one row, none at all, and one of a single column.
     """
-    first = torch.tensor([[SHORT_ROW - 8], [ids.shape[1] - 8]], device=ids.device)
+    last = ids.shape[1] - 1  # of a short context: then some windows end early
+    first = torch.tensor([[SHORT_ROW - 8], [last - 7]], device=ids.device).clamp(min=1, max=last - 1)
     runner.prefill(ids, first[:, 0] - 1)
-    positions = first + torch.arange(3, device=ids.device)
+    positions = (first + torch.arange(3, device=ids.device)).clamp(max=last)
     wrong[0, :2] = ids[0, positions[0, :2]]  # the short row keeps two ids of this window, the other one none
     runner.forward(wrong, positions)
     windows = []
     for columns in ([[2, 3, 4], [0, 1, 2]], [[5, 6, 5], [3, 3, 3]], [[7], [4]]):
-        positions = first + torch.tensor(columns, device=ids.device)
+        positions = (first + torch.tensor(columns, device=ids.device)).clamp(max=last)
         windows.append((positions, runner.forward(ids.gather(1, positions), positions)))
     return windows
 
@@ -268,9 +269,10 @@ def _error(got: Tensor, want: Tensor) -> float:
 
 def _plain(runner: CachedModel, text: Tensor) -> Tensor:
     """Logits [L, V] float32 of text [1, L] in one forward without a cache; those of the last 8 positions, zeros before."""
-    keeps = {"logits_to_keep": 8} if "logits_to_keep" in runner.parameters else {}
-    logits: Tensor = runner.model(input_ids=text, use_cache=False, **keeps).logits[0, -8:].float()
-    return F.pad(logits, (0, 0, text.shape[1] - 8, 0))
+    last = min(8, text.shape[1])
+    keeps = {"logits_to_keep": last} if "logits_to_keep" in runner.parameters else {}
+    logits: Tensor = runner.model(input_ids=text, use_cache=False, **keeps).logits[0, -last:].float()
+    return F.pad(logits, (0, 0, text.shape[1] - last, 0))
 
 
 def _decoded(runner: CachedModel, text: Tensor, padding: int = 0) -> Tensor:

@@ -20,7 +20,7 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 from transformers.generation.utils import GenerationMixin
 
 import specdec
-import specdec.models
+import specdec.support
 from tests.families import CONTEXT, FAMILIES, VOCAB_SIZE, make_model, prompts
 from tests.plain import WIDTH, pair, tokenizer
 
@@ -455,8 +455,8 @@ def test_past_learned_positions_plain_decoding_s_error_is_raised() -> None:
 def count_trials(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The models that are tried from now on."""
     tried: list[Any] = []
-    trial = specdec.models._trial
-    monkeypatch.setattr(specdec.models, "_trial", lambda model: tried.append(model) or trial(model))
+    trial = specdec.support._trial
+    monkeypatch.setattr(specdec.support, "_trial", lambda model, length: tried.append(model) or trial(model, length))
     return tried
 
 
