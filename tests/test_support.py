@@ -137,8 +137,10 @@ def test_names_of_windows_within_lists_and_dicts() -> None:
 # -- models that tell by the number of keys where a query stands
 
 
-def test_without_alignment_gpt_neo_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model("gpt_neo", **FAMILIES["gpt_neo"])
+@pytest.mark.parametrize("window_size", [9, 256])
+def test_without_alignment_gpt_neo_is_refused(window_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the window is longer than the trial, a draft that is shorter in one row than in another shows it."""
+    model = make_model("gpt_neo", **FAMILIES["gpt_neo"] | {"window_size": window_size})
     assert support_of(model) == Support(max_length=FAMILIES["gpt_neo"]["max_position_embeddings"])
     monkeypatch.setattr(specdec.models, "masks_by_slot", lambda model: False)
     assert "relative error" in (support_of(model).reason or "")
