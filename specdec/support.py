@@ -32,7 +32,6 @@ PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2
 RECURRENT = "its cache is recurrent, so a rejected draft cannot be taken back"
 ROUNDED_BY_NEIGHBOURS = 1e-1  # of 8-bit layers that quantize activations over the whole batch
 
-
 KNOWN = Path(__file__).parent / "assets" / "models.json"  # what scripts/check_models.py found for each class of transformers
 SHORT = 64  # positions of a trial
 SHORT_ROW = 11  # of its other row
@@ -225,8 +224,8 @@ def _trial(model: PreTrainedModel, length: int) -> tuple[str | None, bool]:
         for positions, logits in windows:
             for row in range(2):
                 columns = 1 + int((positions[row].diff() > 0).sum())  # those that repeat a position are of no use
-                want = alone[row][positions[row, :columns]]
-                errors.append(_error(logits[row, :columns], want.to(logits.device)))
+                want = alone[row].to(logits.device)[positions[row, :columns]]  # the model may lie on several devices
+                errors.append(_error(logits[row, :columns], want))
         error = max(errors)
         tolerance = PROBE_TOLERANCE.get(precision_of(model), 1e-1)
         largest = ROUNDED_BY_NEIGHBOURS if _rounds_by_neighbours(model) else tolerance
@@ -283,6 +282,8 @@ def _decoded(runner: CachedModel, text: Tensor, padding: int = 0) -> Tensor:
     ids = torch.cat([text.new_zeros(1, padding), text], dim=1)
     columns = torch.arange(ids.shape[1], device=ids.device)[None]
     call: dict[str, Any] = {runner.cache_argument: DynamicCache(config=runner.config), "use_cache": True, "return_dict": True}
+    if "logits_to_keep" in runner.parameters:
+        call["logits_to_keep"] = 1
     logits = []
     for start, end in pairwise([0, *range(padding + 1, ids.shape[1] + 1)]):
         if "position_ids" in runner.parameters:
