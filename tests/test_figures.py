@@ -106,23 +106,23 @@ def test_figures_are_counted_from_the_steps() -> None:
         )
         for record in run.records
     ]
-    told = figures(run)
-    assert told.metrics["mean_acceptance_length"].value == pytest.approx(11 / 5)
-    assert told.metrics["tokens_per_step"].value == pytest.approx(12 / 6)
-    assert told.metrics["draft_acceptance_rate"].value == pytest.approx(6 / 9)
-    assert told.metrics["expected_acceptance"].value == pytest.approx((0.9 + 0.8 + 0.3 + 0.6 + 0.7 + 0.5 + 2) / 8)
-    assert told.metrics["identical"].value == 0  # plain's texts are longer
-    assert told.histogram == [1, 2, 2]
-    first, second = told.positions
+    found = figures(run)
+    assert found.metrics["mean_acceptance_length"].value == pytest.approx(11 / 5)
+    assert found.metrics["tokens_per_step"].value == pytest.approx(12 / 6)
+    assert found.metrics["draft_acceptance_rate"].value == pytest.approx(6 / 9)
+    assert found.metrics["expected_acceptance"].value == pytest.approx((0.9 + 0.8 + 0.3 + 0.6 + 0.7 + 0.5 + 2) / 8)
+    assert found.metrics["identical"].value == 0  # plain's texts are longer
+    assert found.histogram == [1, 2, 2]
+    first, second = found.positions
     assert (first.unconditional.value, first.conditional.value) == (pytest.approx(4 / 5), pytest.approx(4 / 5))
     assert (second.unconditional.value, second.conditional.value) == (pytest.approx(2 / 5), pytest.approx(2 / 3))
     assert second.expected.value == pytest.approx((0.8 + 0.5 + 1.0) / 3)
-    assert [(at.start, at.stop) for at in told.along] == [(n, n + 1) for n in range(6)]
-    assert [at.expected.value for at in told.along] == [
+    assert [(at.start, at.stop) for at in found.along] == [(n, n + 1) for n in range(6)]
+    assert [at.expected.value for at in found.along] == [
         pytest.approx(value) if value else None for value in (0.8, (0.8 + 0.5) / 2, 1.0, (0.3 + 1) / 2, 0.6, None)
     ]
-    assert list(told.tasks) == ["task a", "task b"]
-    assert told.tasks["task b"][1]["mean_acceptance_length"].value == pytest.approx(5 / 2)
+    assert list(found.tasks) == ["task a", "task b"]
+    assert found.tasks["task b"][1]["mean_acceptance_length"].value == pytest.approx(5 / 2)
 
 
 def enumerated(chances: list[float], k: int) -> tuple[float, float]:

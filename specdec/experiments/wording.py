@@ -195,8 +195,8 @@ def compared(reported: Sequence[Reported]) -> list[tuple[str, str]]:
     )
     said.append(("about", told))
     if any(is_of_older_format(one.run) for one in reported):
-        told = "Runs of an older record format are compared by today's definitions: the figures of all are made of their steps."
-        said.append(("about", told))
+        older = "Runs of an older record format are compared by today's definitions: the figures of all are made of their steps."
+        said.append(("about", older))
     if any(changes["plain_tokens_per_s"].is_clear for _, changes in changes_from_first(reported)):
         told = "Plain decoding ran at other speeds in some of these runs, so the machine did too: compare speedups, not times."
         said.append(("caveat", told))
