@@ -25,11 +25,12 @@ from rich.progress import track
 from rich.table import Table
 
 import specdec
-from specdec import Draft, embedded
+from specdec import Draft
+from specdec.core.stats import Stats
 from specdec.drafters.resolve import resolve_drafter
-from specdec.loading import load, load_tokenizer
-from specdec.provenance import provenance
-from specdec.stats import Stats
+from specdec.runtime.loading import load, load_tokenizer
+from specdec.utils import embedded
+from specdec.utils.provenance import provenance
 
 DRAWS = 4000
 LARGEST_K = 8
@@ -86,7 +87,11 @@ def main() -> None:
         specdec.enable(target, drafter, num_draft_tokens=k, compile=True)
         started = time.perf_counter()
         target.generate(
-            **inputs, max_new_tokens=args.max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=[]
+            **inputs,
+            max_new_tokens=args.max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=[],
         )
         if target.device.type == "cuda":
             torch.cuda.synchronize(target.device)

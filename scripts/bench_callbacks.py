@@ -52,16 +52,20 @@ class Worker:
 
     def __init__(self) -> None:
         import specdec
-        from specdec import embedded
+        from specdec.utils import embedded
 
         self.specdec = specdec
         self.tokenizer = AutoTokenizer.from_pretrained(embedded.TARGET, padding_side="left")
         folders = embedded.TARGET, embedded.DRAFT
-        self.target, self.draft = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in folders)
+        self.target, self.draft = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in folders
+        )
         self.prompts = [prompt["prompt"] for prompt in embedded.prompts()]
         self.enabled: Any = None
 
-    def call(self, number: int, drafter: str, compile: bool, batch: int, tokens: int, call: dict[str, Any]) -> dict[str, Any]:
+    def call(
+        self, number: int, drafter: str, compile: bool, batch: int, tokens: int, call: dict[str, Any]
+    ) -> dict[str, Any]:
         """Seconds of one call, steps of its loop, and the ids it wrote."""
         if self.enabled != (drafter, compile):
             kind, k = DRAFTERS[drafter]
@@ -71,7 +75,9 @@ class Worker:
         texts = [self.prompts[(number * batch + row) % len(self.prompts)] for row in range(batch)]
         inputs = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=64)
         started = time.perf_counter()
-        text = self.target.generate(**inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0, **call)
+        text = self.target.generate(
+            **inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0, **call
+        )
         seconds = time.perf_counter() - started
         stats = self.specdec.last_stats(self.target)
         return {"seconds": seconds, "steps": stats.num_target_forwards, "ids": text.tolist()}
@@ -132,7 +138,13 @@ def against(before: Path, args: argparse.Namespace, coins: random.Random) -> lis
         for number in range(-1, args.rounds):
             order = list(sides)
             coins.shuffle(order)
-            asked = {"drafter": drafter, "compile": compile, "batch": batch, "tokens": args.max_new_tokens, "call": CALLS[name]}
+            asked = {
+                "drafter": drafter,
+                "compile": compile,
+                "batch": batch,
+                "tokens": args.max_new_tokens,
+                "call": CALLS[name],
+            }
             place = (block * args.rounds + number) % PROMPTS
             answers = {side: sides[side].call(number=place, **asked) for side in order}
             assert answers["before"]["ids"] == answers["after"]["ids"], "the checkouts write different texts"
@@ -198,13 +210,15 @@ def main() -> None:
     if args.serve:
         serve()
         return
-    from specdec.provenance import provenance
+    from specdec.utils.provenance import provenance
 
     origin = provenance("cpu")
     coins, console = random.Random(0), Console(stderr=True)
     with tempfile.TemporaryDirectory() as folder:
         before = Path(folder) / "before"
-        subprocess.run(["git", "worktree", "add", "--detach", "--quiet", str(before), args.before], cwd=ROOT, check=True)
+        subprocess.run(
+            ["git", "worktree", "add", "--detach", "--quiet", str(before), args.before], cwd=ROOT, check=True
+        )
         try:
             checkouts = against(before, args, coins)
         finally:

@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.progress import track
 
 import specdec
-from specdec import embedded
-from specdec.clock import STEP_PARTS, Clock
-from specdec.loading import load, load_tokenizer
-from specdec.provenance import provenance
+from specdec.core.timing import STEP_PARTS, StepTimer
+from specdec.runtime.loading import load, load_tokenizer
+from specdec.utils import embedded
+from specdec.utils.provenance import provenance
 
 MARKS = 20_000
 
@@ -57,9 +57,9 @@ def main() -> None:
     seconds(True)
     stats = specdec.last_stats(target)
     step_s = statistics.median(sum(asdict(step).values()) for step in stats.timing.steps)
-    clock, started = Clock(torch.device(args.device)), time.perf_counter()
+    clock, started = StepTimer(torch.device(args.device)), time.perf_counter()
     for _ in range(MARKS):
-        clock.lap("draft")
+        clock.mark("draft")
     mark_s = (time.perf_counter() - started) / MARKS
     draws = np.median(np.random.default_rng(0).choice(ratios, (2000, len(ratios))), axis=1)
     report = {

@@ -19,9 +19,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from specdec.provenance import provenance
 from specdec.quant.int4 import Int4Linear
 from specdec.quant.rounding import round_to_nearest
+from specdec.utils.provenance import provenance
 
 
 def main() -> None:

@@ -28,17 +28,25 @@ import torch
 import widen_pair
 from peers import openvino_engine as openvino
 from peers import show
-from peers.engines import Engine, specdec_draft, specdec_lookup, specdec_plain, stock_assisted, stock_lookup, stock_plain
+from peers.engines import (
+    Engine,
+    specdec_draft,
+    specdec_lookup,
+    specdec_plain,
+    stock_assisted,
+    stock_lookup,
+    stock_plain,
+)
 from peers.measure import Cell, Tuned, compare, tune
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from specdec import embedded
-from specdec.loading import load, load_tokenizer
-from specdec.provenance import provenance
 from specdec.quant.quantizer import Int4Config
+from specdec.runtime.loading import load, load_tokenizer
+from specdec.utils import embedded
+from specdec.utils.provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -80,11 +88,16 @@ class Bench:
         self.pair, self.args, self.advance = pair, args, advance
         self.tuned: list[Tuned] = []
         every = embedded.prompts()
-        encoded = (load_tokenizer(str(pair.target))(prompt["prompt"]).input_ids for prompt in every[:: max(1, len(every) // 64)])
+        encoded = (
+            load_tokenizer(str(pair.target))(prompt["prompt"]).input_ids
+            for prompt in every[:: max(1, len(every) // 64)]
+        )
         self.prompts = [ids[: args.prompt_tokens] for ids in encoded if len(ids) >= args.prompt_tokens]
         most = max(args.batch)
         if len(self.prompts) < most:
-            raise ValueError(f"only {len(self.prompts)} prompts have {args.prompt_tokens} tokens, --batch {most} wants that many")
+            raise ValueError(
+                f"only {len(self.prompts)} prompts have {args.prompt_tokens} tokens, --batch {most} wants that many"
+            )
         self.worker = openvino.Worker() if args.openvino else None
 
     def cell(self, batch: int, sampled: bool) -> Cell:
@@ -97,7 +110,9 @@ class Bench:
         dense = {dtype: load(str(self.pair.target), dtype, "cpu") for dtype in DTYPES}
         quantized = {dtype: self.pair.load_int4(dtype) for dtype in DTYPES}
         ways = [Chosen(t, dtype) for dtype in DTYPES for t in threads]
-        self.stock = self._best("transformers", {c: stock_plain("transformers", dense[c.dtype], c.threads) for c in ways})
+        self.stock = self._best(
+            "transformers", {c: stock_plain("transformers", dense[c.dtype], c.threads) for c in ways}
+        )
         self.ours = self._best("specdec", {c: specdec_plain(quantized[c.dtype], c.threads) for c in ways})
         self.dense, self.quantized = dense[self.stock.dtype], quantized[self.ours.dtype]
         self.draft = load(str(self.pair.draft), self.stock.dtype, "cpu")
@@ -115,7 +130,9 @@ class Bench:
             self.other = self._best("OpenVINO", engines)
 
     def _best(self, runtime: str, engines: dict[Chosen, Any]) -> Chosen:
-        _, tuned = tune(f"{runtime} plain", {str(c): engine for c, engine in engines.items()}, self.cell(1, False), self.advance)
+        _, tuned = tune(
+            f"{runtime} plain", {str(c): engine for c, engine in engines.items()}, self.cell(1, False), self.advance
+        )
         self.tuned.append(tuned)
         return next(chosen for chosen in engines if str(chosen) == tuned.best)
 
@@ -125,8 +142,12 @@ class Bench:
         engines: list[Engine] = [stock_plain("transformers", self.dense, stock.threads)]
         if cell.batch == 1:
             draft = self.draft
-            engines.append(self._tune(cell, {k: stock_assisted("transformers", self.dense, stock.threads, draft, k) for k in ks}))
-            engines.append(self._tune(cell, {k: stock_lookup("transformers", self.dense, stock.threads, k) for k in ks}))
+            engines.append(
+                self._tune(cell, {k: stock_assisted("transformers", self.dense, stock.threads, draft, k) for k in ks})
+            )
+            engines.append(
+                self._tune(cell, {k: stock_lookup("transformers", self.dense, stock.threads, k) for k in ks})
+            )
         if self.worker is not None:
             target, draft = self.exports
             engines.append(openvino.OpenVino(self.worker, target, self.other.threads))
@@ -185,7 +206,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="at most; 1 is tried too")
     parser.add_argument("--no-openvino", dest="openvino", action="store_false", help="leave it out, installed or not")
     parser.add_argument("--setup-peers", action="store_true", help="install the peers and end; runs never install")
-    parser.add_argument("--output", type=Path, help="bench_peers-<pair>.json in benchmarks/results, of a quick run in build")
+    parser.add_argument(
+        "--output", type=Path, help="bench_peers-<pair>.json in benchmarks/results, of a quick run in build"
+    )
     args = parser.parse_args(arguments)
     console = Console(stderr=True)
     logging.disable_progress_bar()
@@ -202,7 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if min(*args.num_draft_tokens, *args.batch, args.prompts, args.rounds, args.threads) < 1:
         parser.error("K, batches, prompts, rounds and threads begin at 1")
     if args.new_tokens < max(args.num_draft_tokens) + 2:  # a call's first step is not looked at
-        parser.error(f"--new-tokens {args.new_tokens} may be one step at K={max(args.num_draft_tokens)}; K + 2 at least make two")
+        parser.error(
+            f"--new-tokens {args.new_tokens} may be one step at K={max(args.num_draft_tokens)}; K + 2 at least make two"
+        )
     if find_spec("matplotlib") is None:
         parser.error("the plot needs matplotlib: pip install 'specdec-lossless[experiments]'")
     missing = []
@@ -224,7 +249,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "new_tokens": args.new_tokens,
         "rounds": args.rounds,
     }
-    report = {"script": "bench_peers", "pair": pair.name, "provenance": origin, "workload": workload, "missing": missing}
+    report = {
+        "script": "bench_peers",
+        "pair": pair.name,
+        "provenance": origin,
+        "workload": workload,
+        "missing": missing,
+    }
     report |= {"tuned": [asdict(one) for one in tuned], "results": results}
     out = Console(width=max(100, Console().width))
     for cell, group in show.cells(results):
@@ -241,7 +272,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out.print(f"written: {output} and {output.with_suffix('.png').name}", highlight=False)
     if any(r["runtime"] == "specdec" and r["identical_rows"] not in (None, r["rows"]) for r in results):
         console.print(
-            "bench_peers: a greedy text of specdec differs from that of transformers' loop on the same model", style="red"
+            "bench_peers: a greedy text of specdec differs from that of transformers' loop on the same model",
+            style="red",
         )
         return 1
     return 0

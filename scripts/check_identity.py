@@ -22,9 +22,9 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 import specdec
-from specdec import embedded
-from specdec.loading import load, load_tokenizer
-from specdec.provenance import provenance
+from specdec.runtime.loading import load, load_tokenizer
+from specdec.utils import embedded
+from specdec.utils.provenance import provenance
 
 
 def main() -> None:

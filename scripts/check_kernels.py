@@ -32,7 +32,9 @@ OPS = ("w4a16", "rejection", "attention")
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 INSTRUCTIONS_A_WEIGHT = 3.3
 WARP = 32
-NEIGHBOURS = r"#ttg\.dot_op<\{opIdx = 1, parent = #\w+, kWidth = 2\}>"  # a thread's registers hold two rows of K side by side
+NEIGHBOURS = (
+    r"#ttg\.dot_op<\{opIdx = 1, parent = #\w+, kWidth = 2\}>"  # a thread's registers hold two rows of K side by side
+)
 
 
 @dataclass
@@ -57,8 +59,12 @@ class Checked:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every configuration, not only the first of each op")
-    parser.add_argument("--op", nargs="+", default=list(OPS), metavar="OP", help=f"of {', '.join(OPS)}, or a module of your own")
-    parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHS), choices=ARCHS, metavar="N", help="90 for sm_90, …")
+    parser.add_argument(
+        "--op", nargs="+", default=list(OPS), metavar="OP", help=f"of {', '.join(OPS)}, or a module of your own"
+    )
+    parser.add_argument(
+        "--arch", nargs="+", type=int, default=list(ARCHS), choices=ARCHS, metavar="N", help="90 for sm_90, …"
+    )
     parser.add_argument("--triton", nargs="+", type=Path, metavar="PATH", help="folders that Tritons are installed in")
     parser.add_argument("--output", type=Path, help="write the JSON there too")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -69,7 +75,9 @@ def main() -> int:
     results: list[Checked] = []
     for path in args.triton or [None]:
         if path is not None and not (path / "triton" / "__init__.py").exists():
-            parser.error(f"no triton under {path}; install one there: pip install --target {path} --no-deps triton==3.6.0")
+            parser.error(
+                f"no triton under {path}; install one there: pip install --target {path} --no-deps triton==3.6.0"
+            )
         results += run_child(path)
     for result in results:
         result.failures += other_family(result, results)
@@ -86,9 +94,13 @@ def main() -> int:
 
 
 def origin() -> dict[str, Any]:
-    from specdec.provenance import provenance
+    from specdec.utils.provenance import provenance
 
-    return {key: value for key, value in provenance("cpu").items() if key in ("commit", "dirty", "command", "python", "date")}
+    return {
+        key: value
+        for key, value in provenance("cpu").items()
+        if key in ("commit", "dirty", "command", "python", "date")
+    }
 
 
 def run_child(triton: Path | None) -> list[Checked]:
@@ -104,7 +116,10 @@ def run_child(triton: Path | None) -> list[Checked]:
             result = Checked(**json.loads(line))
             results.append(result)
             verdict = "; ".join(result.failures) or "ok"
-            print(f"triton {result.triton}  sm_{result.arch}  {result.op} {result.configuration}: {verdict}", file=sys.stderr)
+            print(
+                f"triton {result.triton}  sm_{result.arch}  {result.op} {result.configuration}: {verdict}",
+                file=sys.stderr,
+            )
     if process.returncode:
         raise SystemExit(f"the checks ended early, with exit code {process.returncode}; the error stands above")
     return results
@@ -177,7 +192,9 @@ def failures(configuration: Any, result: Checked, ttir: str, ttgir: str) -> list
         asm = "\n".join(line for line in ttgir.splitlines() if "elementwise_inline_asm" in line)
         layouts = set(re.findall(r"x(?:i32|b?f16), (#[\w.]+(?:<\{.*?\}>)?)>", asm))
         if not layouts or any(re.fullmatch(NEIGHBOURS, layout) is None for layout in layouts):
-            found.append(f"pairs of the asm may be no neighbours in K, in the layout {', '.join(sorted(layouts)) or 'of no asm'}")
+            found.append(
+                f"pairs of the asm may be no neighbours in K, in the layout {', '.join(sorted(layouts)) or 'of no asm'}"
+            )
     if configuration.ordered and (gap := unordered(ttir)):
         found.append(gap)
     return found
@@ -200,7 +217,9 @@ def unordered(ttir: str) -> str | None:
 
     Read off Triton's own IR, as the kernel says it: newer Tritons put a barrier before such an atomic by themselves, older don't.
     """
-    events = re.findall(r"^\s*(?:%\S+ = )?(tt\.store|gpu\.barrier|ttg\.barrier|tt\.atomic_rmw[^:]*)", ttir, re.MULTILINE)
+    events = re.findall(
+        r"^\s*(?:%\S+ = )?(tt\.store|gpu\.barrier|ttg\.barrier|tt\.atomic_rmw[^:]*)", ttir, re.MULTILINE
+    )
     since_store: list[str] | None = None  # None: nothing is stored yet
     meetings = 0
     for event in events:
@@ -226,7 +245,9 @@ def compile_for(configuration: Any, arch: int) -> Any:
     from triton.compiler import ASTSource
 
     names = configuration.kernel.arg_names
-    signature = {name: "constexpr" if name in configuration.constants else configuration.signature[name] for name in names}
+    signature = {
+        name: "constexpr" if name in configuration.constants else configuration.signature[name] for name in names
+    }
     divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in configuration.divisible}
     source = ASTSource(configuration.kernel, signature, configuration.constants, divisible)
     return triton.compile(source, target=GPUTarget("cuda", arch, WARP), options=configuration.options)
@@ -283,7 +304,9 @@ def show(results: list[Checked]) -> None:
     console.print(table)
     for r in results:
         if r.failures:
-            console.print(f"[red]fails[/]: {r.op} {r.configuration}, sm_{r.arch}, Triton {r.triton}: {'; '.join(r.failures)}")
+            console.print(
+                f"[red]fails[/]: {r.op} {r.configuration}, sm_{r.arch}, Triton {r.triton}: {'; '.join(r.failures)}"
+            )
     console.print(f"{len(results)} compiled, {sum(bool(r.failures) for r in results)} fail")
 
 

@@ -33,14 +33,14 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 import specdec
-from specdec.interfaces import Draft, Outcome
-from specdec.sampling import Sampling
-from specdec.sequences import Sequences
-from specdec.support import KNOWN, RECURRENT
+from specdec.core.sampling import Sampling
+from specdec.core.sequences import Sequences
+from specdec.core.steps import Draft, StepResult
+from specdec.runtime.support import KNOWN, RECURRENT
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 VOCAB_SIZE, CONTEXT, NEW = 101, 512, 24
-LARGEST = 50_000_000  # parameters; a class whose tiny model has more is not tried
+MAX_DRAFT_TOKENS = 50_000_000  # parameters; a class whose tiny model has more is not tried
 SETTINGS = ((8, (12,)), (128, (12, 300)))  # a window, and the lengths of the prompts that are tried with it
 
 # Sizes of a tiny model by the names of a config's fields, the first that fits.
@@ -70,7 +70,10 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"index_n_heads", 2),
     (r"(num_(local_|routed_)?|n_routed_|moe_num_)experts", 4),
     (r"num_experts_per_tok|moe_top_?k|moe_k|top_k_experts", 2),
-    (r"n_group|topk_group|n_shared_experts|num_shared_experts|moe_num_shared_experts|first_k_dense_replace|num_dense_layers", 1),
+    (
+        r"n_group|topk_group|n_shared_experts|num_shared_experts|moe_num_shared_experts|first_k_dense_replace|num_dense_layers",
+        1,
+    ),
     (r"image_size|crop_size|img_size|min_image_size", 16),
     (r"type_vocab_size", 2),
 )
@@ -137,7 +140,11 @@ def tiny_config(cls: Any, window: int, is_text: bool = True) -> dict[str, Any]:
     for name, field in fields.items():
         default = None if field.default is dataclasses.MISSING else field.default
         is_optional = name in OPTIONAL or (name == "sliding_window" and "use_sliding_window" in fields)
-        if name in subconfigs or isinstance(default, bool) or not (isinstance(default, int) or (default is None and is_optional)):
+        if (
+            name in subconfigs
+            or isinstance(default, bool)
+            or not (isinstance(default, int) or (default is None and is_optional))
+        ):
             continue
         if is_text and WINDOW.fullmatch(name):
             values[name] = window
@@ -177,7 +184,7 @@ class Family:
         config = _config(self.model_type, window)
         with torch.device("meta"):
             size = cls._from_config(config).num_parameters()
-        if size > LARGEST:
+        if size > MAX_DRAFT_TOKENS:
             raise ValueError(f"its tiny model has {size / 1e6:.0f} million parameters")
         torch.manual_seed(0)
         model = cls._from_config(config, dtype=torch.float32).eval()
@@ -247,7 +254,7 @@ class PartlyRight:
             ids[row, : len(right)] = (right + is_wrong) % VOCAB_SIZE
         return Draft(ids, None, limit)
 
-    def observe(self, outcome: Outcome) -> None:
+    def observe(self, outcome: StepResult) -> None:
         pass
 
 
@@ -275,7 +282,13 @@ def check(family: Family) -> dict[str, str]:
             result, reason = found, why
         if found in (REFUSED, NO_TEXT, NOT_TRIED, WRONG):
             break
-    return {"class": family.name, "model_type": family.model_type, "task": family.task, "result": result, "reason": reason}
+    return {
+        "class": family.name,
+        "model_type": family.model_type,
+        "task": family.task,
+        "result": result,
+        "reason": reason,
+    }
 
 
 def _check(family: Family, window: int, lengths: tuple[int, ...]) -> tuple[str, str]:
@@ -350,7 +363,10 @@ def page(rows: list[dict[str, str]]) -> str:
     ]
     found = [result for result in RESULTS if any(row["result"] == result for row in rows)]
     for result in found:
-        counts = [sum(row["result"] == result and row["task"] == task for row in rows) for task in ("text", "pictures and text")]
+        counts = [
+            sum(row["result"] == result and row["task"] == task for row in rows)
+            for task in ("text", "pictures and text")
+        ]
         lines.append(f"| {result} | {EXPLAINED[result]} | {counts[0]} | {counts[1]} |")
     for result in found:
         chosen = sorted((row for row in rows if row["result"] == result), key=lambda row: row["class"].lower())
@@ -373,7 +389,9 @@ def main() -> int:
     if not chosen:
         parser.error(f"none of {', '.join(names)} is a class or a model type of the two mappings")
     rows = []
-    for family in track(chosen, description=f"{len(chosen)} classes", console=Console(stderr=True), disable=bool(names)):
+    for family in track(
+        chosen, description=f"{len(chosen)} classes", console=Console(stderr=True), disable=bool(names)
+    ):
         rows.append(check(family))
         if names:
             print(f"{family.name}: {rows[-1]['result']}. {rows[-1]['reason']}".rstrip())

@@ -57,12 +57,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import specdec
-from specdec import embedded, verification
-from specdec.interfaces import Draft
-from specdec.loading import load
-from specdec.provenance import provenance
+from specdec.core import verification
+from specdec.core.steps import Draft
 from specdec.quant.int4 import Int4Linear, Int4Tensor, pack, unpack
 from specdec.quant.quantizer import Int4Config
+from specdec.runtime.loading import load
+from specdec.utils import embedded
+from specdec.utils.provenance import provenance
 
 Row = dict[str, Any]
 Call = Callable[[], Any]
@@ -120,7 +121,9 @@ class Sizes:
     rounds: int = 15
     repetitions: int = 4
     target_shape: widen_pair.Shape = widen_pair.SHAPES["8b"]
-    draft_shapes: tuple[tuple[str, widen_pair.Shape], ...] = tuple((name, widen_pair.SHAPES[name]) for name in ("1b", "100m"))
+    draft_shapes: tuple[tuple[str, widen_pair.Shape], ...] = tuple(
+        (name, widen_pair.SHAPES[name]) for name in ("1b", "100m")
+    )
     peer_batches: tuple[int, ...] = (1, 4, 16)
     peer_ids: tuple[int, ...] = (1, 3, 5)  # K
     peer_rounds: int = 3
@@ -172,7 +175,10 @@ class Suite:
         source = torch.ones(min(self.sizes.copy_bytes, free // 8) // 4, device=self.device)
         target = torch.empty_like(source)
         times = self.timer.measure({"copy": [lambda: target.copy_(source)], "read": [source.sum]})
-        return {"copy_gbps": 2 * source.nbytes / times["copy"].us / 1e3, "read_gbps": source.nbytes / times["read"].us / 1e3}
+        return {
+            "copy_gbps": 2 * source.nbytes / times["copy"].us / 1e3,
+            "read_gbps": source.nbytes / times["read"].us / 1e3,
+        }
 
     def verdict(self, op: str) -> list[Row]:
         """The checks of an op, run once."""
@@ -186,7 +192,9 @@ class Suite:
                 self.verdicts[op] = [{"op": op, "case": f"{type(error).__name__}: {first_line(error)}", "ok": False}]
             # what failed its trial is right by PyTorch's operators, which are not what is measured here
             unused = [name for (_, name), passed in trial._PASSED.items() if name.startswith(op) and not passed]
-            self.verdicts[op] += [{"op": op, "case": f"{name} is not used on this device", "ok": False} for name in unused]
+            self.verdicts[op] += [
+                {"op": op, "case": f"{name} is not used on this device", "ok": False} for name in unused
+            ]
             self.tidy()
         return self.verdicts[op]
 
@@ -201,7 +209,9 @@ class Suite:
 
     def tidy(self) -> None:
         if self.cuda:
-            with suppress(RuntimeError):  # after an illegal access every call fails, and the report is still to be written
+            with suppress(
+                RuntimeError
+            ):  # after an illegal access every call fails, and the report is still to be written
                 torch.cuda.empty_cache()
 
 
@@ -290,7 +300,13 @@ class Timer:
 def compared(suite: Suite, times: dict[str, Timing], moved: int, **labels: Any) -> Row:
     """A row of a table: the first candidate's time, the bytes that it had to move, and the others beside it."""
     ours, least = next(iter(times.values())), moved / suite.bandwidth["copy_gbps"] / 1e3
-    row = labels | {"bytes": moved, "graph": ours.graph, "time_us": ours.us, "spread": ours.spread, "gbps": moved / ours.us / 1e3}
+    row = labels | {
+        "bytes": moved,
+        "graph": ours.graph,
+        "time_us": ours.us,
+        "spread": ours.spread,
+        "gbps": moved / ours.us / 1e3,
+    }
     row |= {"bandwidth_us": least, "ratio_to_bandwidth": ours.us / least, "fraction_of_copy": least / ours.us}
     for name, timing in list(times.items())[1:]:
         row |= {f"{name}_us": timing.us, f"ratio_to_{name}": timing.us / ours.us, f"{name}_graph": timing.graph}
@@ -305,7 +321,14 @@ def goal(text: str, figure: str, worst: Callable, bound: float, rows: Sequence[R
     place = ", ".join(f"{name} {at[name]}" for name in ("shape", "rows", "batch", "keys") if name in at)
     met = at[figure] >= bound if worst is min else at[figure] <= bound
     known = not any(math.isnan(row[figure]) for row in rows)
-    return {"goal": text, "figure": figure, "bound": bound, "worst": at[figure], "at": place, "met": met if known else None}
+    return {
+        "goal": text,
+        "figure": figure,
+        "bound": bound,
+        "worst": at[figure],
+        "at": place,
+        "met": met if known else None,
+    }
 
 
 # Being right
@@ -473,7 +496,9 @@ def time_w4a16(suite: Suite, form: Form, shape: tuple[int, int], rows: Sequence[
     for m in rows:
         xs = [torch.randn(m, k, device=suite.device).to(form.dtype) for _ in range(max(map(len, ways.values())))]
         inputs = {name: [x.bfloat16() for x in xs] if name == "torch_int4" else xs for name in ways}
-        times = suite.timer.measure({name: [partial(f, x) for f, x in zip(way, inputs[name])] for name, way in ways.items()})  # noqa: B905
+        times = suite.timer.measure(
+            {name: [partial(f, x) for f, x in zip(way, inputs[name], strict=False)] for name, way in ways.items()}
+        )
         moved = size + m * (k + n) * form.dtype.itemsize
         results.append(compared(suite, times, moved, shape=f"{k}->{n}", form=form.name, rows=m))
         results[-1]["cost_in_one_row"] = results[-1]["time_us"] / results[0]["time_us"]
@@ -561,7 +586,15 @@ def check_attention(suite: Suite) -> list[Row]:
     cases = [(b, s) for b in suite.sizes.attention_batches for s in suite.sizes.keys if b * s <= 1 << 17]
     return [
         checked(
-            suite, "attention", f"batch {b}, {s} keys", partial(make, b, s), attention, attended, same_bits, relative_error, bound
+            suite,
+            "attention",
+            f"batch {b}, {s} keys",
+            partial(make, b, s),
+            attention,
+            attended,
+            same_bits,
+            relative_error,
+            bound,
         )
         for b, s in cases
     ]
@@ -633,7 +666,7 @@ def draft_cases(suite: Suite) -> list[tuple[int, bool]]:
 
 
 def check_rejection(suite: Suite) -> list[Row]:
-    """The verdicts of specdec.verification, which sums in float64; a row alone gets its verdict in the batch."""
+    """The verdicts of specdec.core.verification, which sums in float64; a row alone gets its verdict in the batch."""
 
     def same_bits(whole: Tensor, *inputs: Tensor | None) -> bool:
         rows = range(len(whole))
@@ -734,10 +767,16 @@ def run_lossless(suite: Suite) -> Row:
     writer = Writer(target, AutoTokenizer.from_pretrained(str(embedded.TARGET)))
     everything = embedded.prompts()
     prompts = [everything[i * len(everything) // count] for i in range(count)]
-    ways = [(batch, *way) for batch in (1, 4) for way in ((draft, "embedded draft"), ("prompt_lookup", "prompt lookup"))]
+    ways = [
+        (batch, *way) for batch in (1, 4) for way in ((draft, "embedded draft"), ("prompt_lookup", "prompt lookup"))
+    ]
     results = [writer.compare(drafter, name, prompts, batch, suite.sizes.new_tokens) for batch, drafter, name in ways]
     kernels = [type(module.kernel).__name__ for module in target.modules() if isinstance(module, Int4Linear)]
-    report = {"dtype": dtype, "kernels": {name: kernels.count(name) for name in sorted(set(kernels))}, "results": results}
+    report = {
+        "dtype": dtype,
+        "kernels": {name: kernels.count(name) for name in sorted(set(kernels))},
+        "results": results,
+    }
     if suite.cuda and "CudaKernel" not in kernels:
         return report | failed("no 4-bit layer ran the kernel")
     if any(difference["margin"] > NEAR_TIE for row in results for difference in row["differences"]):
@@ -760,7 +799,9 @@ def run_peers(suite: Suite) -> Row:
     say(f"  built {built['parameters'] / 1e6:,.0f} million parameters in {built['build_s']:.0f} s")
     source = load(str(embedded.DRAFT), "float32", "cpu")
     drafts = {name: widen_pair.widen(source, shape, **options) for name, shape in sizes.draft_shapes}
-    every = (AutoTokenizer.from_pretrained(str(embedded.TARGET))(prompt["prompt"]).input_ids for prompt in embedded.prompts())
+    every = (
+        AutoTokenizer.from_pretrained(str(embedded.TARGET))(prompt["prompt"]).input_ids for prompt in embedded.prompts()
+    )
     prompts = [ids[:64] for ids in every if len(ids) >= 64]
     results, tuned = [], []
     for batch in sizes.peer_batches:
@@ -781,8 +822,12 @@ def bounded(results: Sequence[Row], new_tokens: int) -> None:
     ratio_bound: tokens a step * T_target(1) / (T_target(K+1) + K T_draft). fraction_idle: of an unwatched call's step, what the
     device was not at work on the draft, the target or the verification.
     """
-    for row in (row for row in results if row["runtime"] == "specdec" and row["num_draft_tokens"] not in (None, "auto")):
-        plain = next(r for r in results if (r["runtime"], r["engine"], r["batch"]) == ("specdec", "plain", row["batch"]))
+    for row in (
+        row for row in results if row["runtime"] == "specdec" and row["num_draft_tokens"] not in (None, "auto")
+    ):
+        plain = next(
+            r for r in results if (r["runtime"], r["engine"], r["batch"]) == ("specdec", "plain", row["batch"])
+        )
         row["ratio_bound"] = row["tokens_per_step"] * plain["target_ms"] / (row["target_ms"] + row["draft_ms"])
         row["fraction_of_bound"] = row["ratio_to_own_plain"] / row["ratio_bound"]
         call_ms = 1000 * row["batch"] * new_tokens / row["tokens_per_second"] - row["prompt_ms"]
@@ -806,13 +851,21 @@ def goals_of_peers(results: Sequence[Row]) -> list[Row]:
     if long:
         best = max(long, key=lambda row: row["ratio_to_own_plain"])
         goals.append(
-            goal("2 times plain decoding with graphs, of 3 tokens a step, batch 1", "ratio_to_own_plain", min, 2.0, [best])
+            goal(
+                "2 times plain decoding with graphs, of 3 tokens a step, batch 1",
+                "ratio_to_own_plain",
+                min,
+                2.0,
+                [best],
+            )
         )
     if assisted:
         ratio = fastest["tokens_per_second"] / max(row["tokens_per_second"] for row in assisted)
         goals.append(goal("3 times transformers' assisted decoding", "ratio", min, 3.0, [{"ratio": ratio, "batch": 1}]))
     if not any(row["tokens_per_step"] == 1 for row in chosen):  # K = 0 is an answer too
-        goals.append(goal(f"1.3 times plain decoding at batch {most}, or K = 0", "ratio_to_own_plain", min, 1.3, chosen))
+        goals.append(
+            goal(f"1.3 times plain decoding at batch {most}, or K = 0", "ratio_to_own_plain", min, 1.3, chosen)
+        )
     return goals
 
 
@@ -829,7 +882,9 @@ def peers_of(
         tuned.append(found)
     engines.append(specdec_plain(target, threads))
     engines += [
-        specdec_draft(target, threads, draft, k, f"draft {name}") for name, draft in drafts.items() for k in (*ks, "auto")
+        specdec_draft(target, threads, draft, k, f"draft {name}")
+        for name, draft in drafts.items()
+        for k in (*ks, "auto")
     ]
     return engines, tuned
 
@@ -841,15 +896,32 @@ def run_tests(suite: Suite) -> Row:
     """The tests of kernels and recorded steps in a process of their own; a dry run only collects them."""
     if find_spec("pytest") is None:
         raise Skipped("pytest is not installed, so the kernels' tests were not run")
-    command = [sys.executable, "-m", "pytest", "tests/kernels", "tests/test_graphs.py", "-q", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/kernels",
+        "tests/runtime/test_cuda_graphs.py",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    options = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": path}, "capture_output": True, "text": True, "check": False}
+    options = {
+        "cwd": ROOT,
+        "env": os.environ | {"PYTHONPATH": path},
+        "capture_output": True,
+        "text": True,
+        "check": False,
+    }
     try:
         done = subprocess.run([*command, *(["--collect-only"] if suite.dry else [])], timeout=TESTS_LIMIT_S, **options)
     except subprocess.TimeoutExpired:
         return failed(f"the tests did not end in {TESTS_LIMIT_S} s")
     lines = (done.stdout + done.stderr).splitlines() or ["nothing"]
-    words = re.findall(r"(\d+) (?:tests? )?(passed|failed|errors?|skipped|xfailed|deselected|collected)", done.stdout[-300:])
+    words = re.findall(
+        r"(\d+) (?:tests? )?(passed|failed|errors?|skipped|xfailed|deselected|collected)", done.stdout[-300:]
+    )
     report: Row = {"counts": {name: int(number) for number, name in words}}
     report["failed_tests"] = [line for line in lines if line.startswith(("FAILED", "ERROR"))][:30]
     return report | (failed(f"pytest ended with {done.returncode}: {lines[-1]}") if done.returncode else {})
@@ -924,14 +996,23 @@ def origin(suite: Suite) -> Row:
         properties = torch.cuda.get_device_properties(suite.device)
         found |= {"device": properties.name, "compute_capability": f"{properties.major}.{properties.minor}"}
         found |= {"multiprocessors": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size}
-        found |= {"memory_bytes": properties.total_memory, "cuda": torch.version.cuda, "nvidia_smi": nvidia_smi(properties)}
+        found |= {
+            "memory_bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+            "nvidia_smi": nvidia_smi(properties),
+        }
     return found
 
 
 def nvidia_smi(properties: Any) -> dict[str, str] | None:
     """Driver, clocks, power, temperature; None where they cannot be read."""
     names = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
-    command = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader", f"--id=GPU-{getattr(properties, 'uuid', '')}"]
+    command = [
+        "nvidia-smi",
+        f"--query-gpu={names}",
+        "--format=csv,noheader",
+        f"--id=GPU-{getattr(properties, 'uuid', '')}",
+    ]
     try:
         line = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()[0]
     except (OSError, IndexError, subprocess.SubprocessError):
@@ -1003,21 +1084,31 @@ def show(name: str, record: Row) -> None:
     for key, columns in (("checks", "checks"), ("results", name), ("other_forms", "other_forms")):
         if record.get(key):
             show_table(record[key], COLUMNS[columns])
-    for reason in sorted({f"{k}: {v}" for row in record.get("results", ()) for k, v in row.items() if k.endswith("_absent")}):
+    for reason in sorted(
+        {f"{k}: {v}" for row in record.get("results", ()) for k, v in row.items() if k.endswith("_absent")}
+    ):
         print(reason)
     for difference in [d for row in record.get("results", ()) for d in row.get("differences", ())][:1]:
         print("first difference: {prompt}, position {position}, margin {margin}".format(**difference))
     for g in record.get("goals", ()):
         met = {True: "met", False: "MISSED", None: "not measured"}[g["met"]]
-        print(f"{met}: {g['goal']}{'' if g['worst'] is None else ' (worst {} at {})'.format(cell(g['worst']), g['at'])}")
+        print(
+            f"{met}: {g['goal']}{'' if g['worst'] is None else ' (worst {} at {})'.format(cell(g['worst']), g['at'])}"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(SECTIONS)
-    parser.add_argument("--section", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="NAME", help=names)
-    parser.add_argument("--output", type=Path, help="benchmarks/results/gpu_suite-<device>.json; of a dry run, a temporary file")
-    parser.add_argument("--dry", action="store_true", help="every section on tiny shapes, without a GPU too; no figures")
+    parser.add_argument(
+        "--section", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="NAME", help=names
+    )
+    parser.add_argument(
+        "--output", type=Path, help="benchmarks/results/gpu_suite-<device>.json; of a dry run, a temporary file"
+    )
+    parser.add_argument(
+        "--dry", action="store_true", help="every section on tiny shapes, without a GPU too; no figures"
+    )
     args = parser.parse_args(arguments)
     if not HAS_CUDA and not args.dry:
         say(

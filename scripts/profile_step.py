@@ -33,9 +33,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.utils import logging
 
 import specdec
-from specdec import embedded
-from specdec.loading import load, load_tokenizer
-from specdec.provenance import provenance
+from specdec.runtime.loading import load, load_tokenizer
+from specdec.utils import embedded
+from specdec.utils.provenance import provenance
 
 PARTS = ("draft_ms", "target_ms", "verification_ms", "other_ms")
 LISTED = 20  # operators
@@ -56,7 +56,9 @@ class ModuleClock:
     def on(self, seat: str, model: nn.Module) -> Iterator[None]:
         with ExitStack() as stack:
             for module in model.modules():
-                module.forward = self._timed(f"{seat}: {type(module).__name__}", module.forward)  # a hook takes the stock loop
+                module.forward = self._timed(
+                    f"{seat}: {type(module).__name__}", module.forward
+                )  # a hook takes the stock loop
                 stack.callback(vars(module).pop, "forward")
             yield
 
@@ -109,7 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tasks = [Task(prompts[at : at + args.batch], args.new_tokens) for at in range(0, len(prompts), args.batch)]
     engine = specdec_draft(target, args.threads, draft, args.num_draft_tokens)
     engine.compiled = False  # else there is no module to put a clock around
-    report = {"script": "profile_step", "pair": pair.name, "provenance": origin, "num_draft_tokens": args.num_draft_tokens}
+    report = {
+        "script": "profile_step",
+        "pair": pair.name,
+        "provenance": origin,
+        "num_draft_tokens": args.num_draft_tokens,
+    }
     report |= {"batch": args.batch, "dtype": args.dtype, **measure(engine, tasks, target, draft, console)}
     show(report)
     if args.output:
@@ -160,14 +167,20 @@ def measure(engine: Any, tasks: Sequence[Task], target: Any, draft: Any, console
         engine.generate(tasks[0])
         watched = [engine.steps(task) for task in tasks]
         parts = {
-            name: sum(getattr(one, name) for one in watched) / len(watched) for name in (*PARTS, "prompt_ms", "tokens_per_step")
+            name: sum(getattr(one, name) for one in watched) / len(watched)
+            for name in (*PARTS, "prompt_ms", "tokens_per_step")
         }
         console.print("a clock around every module")
         modules = by_step(clocked)
         console.print("torch.profiler")
         operators = by_step(profiled)
     total = {key: sum(operator[key] for operator in operators.values()) for key in ("ms_per_step", "calls_per_step")}
-    return {"step": parts, "modules": modules, "operators": dict(list(operators.items())[:LISTED]), "all_operators": total}
+    return {
+        "step": parts,
+        "modules": modules,
+        "operators": dict(list(operators.items())[:LISTED]),
+        "all_operators": total,
+    }
 
 
 def rounded(value: Any) -> Any:
@@ -198,7 +211,10 @@ def show(report: dict[str, Any]) -> None:
         for key, row in report[name].items():
             if row["ms_per_step"] >= 0.005 * whole:
                 table.add_row(
-                    key, f"{row['ms_per_step']:.3f}", f"{row['ms_per_step'] / whole:.1%}", f"{row['calls_per_step']:.1f}"
+                    key,
+                    f"{row['ms_per_step']:.3f}",
+                    f"{row['ms_per_step'] / whole:.1%}",
+                    f"{row['calls_per_step']:.1f}",
                 )
         console.print(table)
     total = report["all_operators"]

@@ -32,7 +32,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from specdec.cli import main as specdec_command
+from specdec.cli.main import main as specdec_command
 
 STAGES = ("tokenizer", "original", "draft", "target", "card")
 QUANTIZATION = ["--group-size", "64", "--skip", "model.layers.0"]
@@ -45,7 +45,16 @@ HELD_OUT = (
     "queue", "sched", "shelve", "shlex", "statistics", "string", "textwrap", "timeit", "wave", "xdrlib", "zipapp",
 )  # fmt: skip
 # Generated tables and near-copies of other text: they teach a small model nothing.
-LEFT_OUT = ("encodings", "pydoc_data", "__pycache__", "site-packages", "idle_test", "turtledemo", "config-3", "cjkencodings")
+LEFT_OUT = (
+    "encodings",
+    "pydoc_data",
+    "__pycache__",
+    "site-packages",
+    "idle_test",
+    "turtledemo",
+    "config-3",
+    "cjkencodings",
+)
 PROMPTS_PER_MODULE = 12
 PROMPT_CHARS = 480
 
@@ -248,7 +257,9 @@ def train_draft(stream: Tensor, output: Path, args: argparse.Namespace) -> None:
     draft.model.layers[1].load_state_dict(target.model.layers[-1].state_dict())
     print(f"draft: {draft.num_parameters() / 1e6:.2f}M parameters, {args.draft_minutes:g} minutes", flush=True)
 
-    own = self_written(target, Windows(stream, 320, args.device, seed=3, tokens=128 * 320), minutes=0.15 * args.draft_minutes)
+    own = self_written(
+        target, Windows(stream, 320, args.device, seed=3, tokens=128 * 320), minutes=0.15 * args.draft_minutes
+    )
     own_windows = Windows(own.flatten().cpu(), LENGTH, args.device, seed=5)
     text_windows = Windows(stream, LENGTH, args.device, seed=4)
     trainer = Trainer(draft, 0.85 * args.draft_minutes, lr=3e-3)
@@ -306,7 +317,12 @@ def measure(output: Path, name: str, held_out_texts: list[str], device: str) -> 
     for do_sample in (False, True):
         torch.manual_seed(0)
         text = target.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=do_sample, top_k=0, max_new_tokens=128, eos_token_id=None
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=do_sample,
+            top_k=0,
+            max_new_tokens=128,
+            eos_token_id=None,
         )
         values = []
         for chunk in text.split(16):
@@ -390,7 +406,9 @@ def write_cards(output: Path, metrics: dict[str, dict[str, float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for original/, target/, draft/ and prompts.jsonl")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for original/, target/, draft/ and prompts.jsonl"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--target-minutes", type=float, default=50)
     parser.add_argument("--draft-minutes", type=float, default=30)
@@ -412,7 +430,10 @@ def main() -> None:
     if {"original", "draft"} & set(stages):
         encoded = tokenizer([text + "<|endoftext|>" for text in training_texts])["input_ids"]
         stream = torch.tensor([token for ids in encoded for token in ids])
-        print(f"{len(training_texts)} modules, {len(stream) / 1e6:.2f}M tokens; {len(held_out_texts)} held out", flush=True)
+        print(
+            f"{len(training_texts)} modules, {len(stream) / 1e6:.2f}M tokens; {len(held_out_texts)} held out",
+            flush=True,
+        )
     if "original" in stages:
         train_target(stream, args.output, args)
     if "draft" in stages:

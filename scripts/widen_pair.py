@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from specdec import embedded
-from specdec.loading import load
 from specdec.quant.int4 import GROUP_SIZES
 from specdec.quant.quantizer import Int4Config, is_4bit, layers_to_quantize, quantize_from
+from specdec.runtime.loading import load
+from specdec.utils import embedded
 
 ROOT = Path(__file__).resolve().parent.parent
 ORIGINAL = ROOT / "tests" / "data" / "target"  # the embedded target before it was quantized
@@ -63,7 +63,11 @@ class Shape:
     @property
     def num_parameters(self) -> int:
         heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
-        layer = heads * self.head_dim * self.hidden_size + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        layer = (
+            heads * self.head_dim * self.hidden_size
+            + 3 * self.hidden_size * self.intermediate_size
+            + 2 * self.hidden_size
+        )
         tables = 1 if self.tie_word_embeddings else 2
         return self.num_hidden_layers * layer + tables * self.vocab_size * self.hidden_size + self.hidden_size
 
@@ -121,12 +125,16 @@ class Widened:
     def __init__(self, source: LlamaForCausalLM, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
         check(source, shape)
         self.small, self.large = Shape.of(source.config), shape
-        self.weights = {name: weight.detach().float() for name, weight in source.named_parameters(remove_duplicate=False)}
+        self.weights = {
+            name: weight.detach().float() for name, weight in source.named_parameters(remove_duplicate=False)
+        }
         self.device, self.dtype = device, dtype
         self.generator = torch.Generator(device).manual_seed(0)
         eps, h = source.config.rms_norm_eps, self.small.hidden_size
         # New ids need logits that never win, so one column of the stream holds a constant, whose square eps gives up.
-        self.constant = 2.0 ** math.floor(math.log2(math.sqrt(eps * h / 2))) if shape.vocab_size > self.small.vocab_size else 0.0
+        self.constant = (
+            2.0 ** math.floor(math.log2(math.sqrt(eps * h / 2))) if shape.vocab_size > self.small.vocab_size else 0.0
+        )
         settings = asdict(shape) | {"rms_norm_eps": (eps * h - self.constant**2) / shape.hidden_size, "dtype": dtype}
         self.config = LlamaConfig.from_dict(source.config.to_dict() | settings)
 
@@ -148,7 +156,9 @@ class Widened:
         if source is None:  # a layer that the source lacks
             return weight
         if kind == "q_proj":
-            source = source * math.sqrt(self.large.head_dim / self.small.head_dim)  # scores are divided by the root of the width
+            source = source * math.sqrt(
+                self.large.head_dim / self.small.head_dim
+            )  # scores are divided by the root of the width
             old_heads = (rows // self.large.head_dim).unique()[:, None] * self.large.head_dim
             dims = (old_heads + torch.arange(self.large.head_dim, device=self.device)).flatten()
             weight[dims[~torch.isin(dims, rows)]] = 0  # an old head does not ask for what is new in its keys
@@ -162,7 +172,9 @@ class Widened:
         stream = self.large.hidden_size, torch.arange(self.small.hidden_size, device=self.device)
         inner = self.large.intermediate_size, torch.arange(self.small.intermediate_size, device=self.device)
         query_heads, key_heads = self._head_places()
-        queries, keys = (n * self.large.head_dim for n in (self.large.num_attention_heads, self.large.num_key_value_heads))
+        queries, keys = (
+            n * self.large.head_dim for n in (self.large.num_attention_heads, self.large.num_key_value_heads)
+        )
         (out, rows), (into, columns) = {
             "q_proj": ((queries, self._dims(query_heads, rotary=True)), stream),
             "k_proj": ((keys, self._dims(key_heads, rotary=True)), stream),
@@ -194,7 +206,9 @@ class Widened:
 
     def _repeated(self) -> Tensor:
         """Rows of a small key or value projection, each head as often as it is needed."""
-        rows = torch.arange(self.small.num_key_value_heads * self.small.head_dim).view(self.small.num_key_value_heads, -1)
+        rows = torch.arange(self.small.num_key_value_heads * self.small.head_dim).view(
+            self.small.num_key_value_heads, -1
+        )
         return rows.repeat_interleave(self._copies(), 0).flatten()
 
     def _copies(self) -> int:
@@ -210,7 +224,9 @@ class Widened:
         weight[: len(source)] = source.to(self.device) * math.sqrt(self.small.hidden_size / self.large.hidden_size)
         if self.constant:
             is_last = name == "model.norm.weight"
-            weight[-1] = SMALL * math.sqrt(self.small.hidden_size / self.large.hidden_size) / self.constant if is_last else 0.0
+            weight[-1] = (
+                SMALL * math.sqrt(self.small.hidden_size / self.large.hidden_size) / self.constant if is_last else 0.0
+            )
         return weight.to(self.dtype)
 
     def _embedding(self) -> Tensor:
@@ -260,12 +276,16 @@ def check(source: Any, shape: Shape) -> None:
             f"num_attention_heads={shape.num_attention_heads} is no multiple of num_key_value_heads={shape.num_key_value_heads}"
         )
     if shape.hidden_size % shape.num_attention_heads:  # transformers wants it, although head_dim says all
-        raise ValueError(f"hidden_size={shape.hidden_size} is no multiple of num_attention_heads={shape.num_attention_heads}")
+        raise ValueError(
+            f"hidden_size={shape.hidden_size} is no multiple of num_attention_heads={shape.num_attention_heads}"
+        )
     if shape.head_dim % small.head_dim:
         raise ValueError(f"head_dim={shape.head_dim} is no multiple of the {small.head_dim} of the model to widen")
     rope_type = source.config.rope_parameters["rope_type"]
     if shape.head_dim != small.head_dim and rope_type not in ROTARY_TYPES:
-        raise ValueError(f"head_dim cannot grow with rotary embeddings of type {rope_type!r}; keep it at {small.head_dim}")
+        raise ValueError(
+            f"head_dim cannot grow with rotary embeddings of type {rope_type!r}; keep it at {small.head_dim}"
+        )
     if shape.tie_word_embeddings and not small.tie_word_embeddings:
         raise ValueError("tie_word_embeddings=true cannot come of a model with a head of its own; keep it untied")
     if shape.vocab_size > small.vocab_size and shape.hidden_size == small.hidden_size:
@@ -296,13 +316,17 @@ def parse_shape(words: Sequence[str], default: str) -> Shape:
         try:
             values[key] = {"true": True, "false": False}[value.lower()] if kinds[key] is bool else int(value)
         except (KeyError, ValueError):
-            raise ValueError(f"{word}: {key} wants {'true or false' if kinds[key] is bool else 'a whole number'}") from None
+            raise ValueError(
+                f"{word}: {key} wants {'true or false' if kinds[key] is bool else 'a whole number'}"
+            ) from None
     return replace(SHAPES[name], **values)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pair", choices=list(PAIRS), help=", ".join(f"{name}: {t} + {d}" for name, (t, d) in PAIRS.items()))
+    parser.add_argument(
+        "pair", choices=list(PAIRS), help=", ".join(f"{name}: {t} + {d}" for name, (t, d) in PAIRS.items())
+    )
     words = {
         "nargs": "+",
         "default": [],
@@ -323,7 +347,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.disable_progress_bar()  # there is one of ours
     try:
         shapes = [parse_shape(w, name) for w, name in zip((args.target, args.draft), PAIRS[args.pair], strict=True)]
-        for seat, source, shape in zip(("target", "draft"), (args.source_target, args.source_draft), shapes, strict=True):
+        for seat, source, shape in zip(
+            ("target", "draft"), (args.source_target, args.source_draft), shapes, strict=True
+        ):
             int4 = Int4Config(args.int4) if args.int4 and seat == "target" else None
             save(source, shape, args.output / seat, args.device, getattr(torch, args.dtype), int4)
     except ValueError as error:

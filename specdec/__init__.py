@@ -1,17 +1,18 @@
 """Lossless speculative decoding for Hugging Face causal language models."""
 
-from specdec.generate import disable, enable, last_stats
-from specdec.interfaces import Draft, Drafter, Outcome, Verdict
+from specdec.core.interfaces import Drafter
+from specdec.core.stats import Stats
+from specdec.core.steps import Draft, StepResult, Verdict
+from specdec.generation.enable import disable, enable, last_stats
 from specdec.quant.checkpoints import load_quantized
 from specdec.quant.quantizer import Int4Config, quantize
-from specdec.stats import Stats
 
 __all__ = [
     "Draft",
     "Drafter",
     "Int4Config",
-    "Outcome",
     "Stats",
+    "StepResult",
     "Verdict",
     "disable",
     "enable",

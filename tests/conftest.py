@@ -28,7 +28,7 @@ def _cold_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=["directly", "recorded"])
 def either_way(request: pytest.FixtureRequest) -> Iterator[None]:
     """The steps of what is enabled run as they are, and then as they run on a CUDA device: recorded, heard of a step late."""
-    from tests.recording import recorded
+    from tests.helpers.recording import recorded
 
     if request.param == "directly":
         yield

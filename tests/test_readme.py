@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from peers.show import best, name_of
 
-from specdec import routing
+from specdec.generation import routing
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -101,7 +101,9 @@ def test_every_results_file_says_how_to_repeat_it() -> None:
         assert f"(results/{file.name})" in page, file.name
 
 
-@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/LOG.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/LOG.md"]
+)
 def test_links_lead_somewhere(name: str) -> None:
     page = ROOT / name
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
@@ -112,16 +114,16 @@ def test_links_lead_somewhere(name: str) -> None:
 def test_the_identical_texts_are_those_of_the_results_file() -> None:
     report = json.loads((RESULTS / "check_identity.json").read_text(encoding="utf-8"))
     same = report["identical"]
-    expected = (
-        f"Of {report['prompts']} held-out prompts the embedded pair continued {same['K=2']} (K=2) and {same['K=5']} (K=5) with"
-    )
+    expected = f"Of {report['prompts']} held-out prompts the embedded pair continued {same['K=2']} (K=2) and {same['K=5']} (K=5) with"
     assert f"{expected} {report['max_new_tokens']} ids" in " ".join(README.split())
 
 
 def test_the_quality_is_that_of_the_results_file() -> None:
     report = json.loads((RESULTS / "audit_quality.json").read_text(encoding="utf-8"))
     worse = report["perplexity"] / report["original_perplexity"] - 1
-    expected = f"is {report['mean_kl']:.4f} nats (mean KL) and {100 * worse:.1f} % of perplexity away from its original on"
+    expected = (
+        f"is {report['mean_kl']:.4f} nats (mean KL) and {100 * worse:.1f} % of perplexity away from its original on"
+    )
     assert f"{expected} {report['tokens']:,} held-out tokens" in " ".join(README.split())
 
 
@@ -132,7 +134,9 @@ def test_the_ladder_of_the_kernels_is_the_files() -> None:
     assert len(rungs) == 5
     for number, *figures in rungs:
         for arch, figure in zip((80, 90, 100), figures, strict=True):
-            (found,) = [r for r in report["results"] if r["configuration"].startswith(f"{number} ") and r["arch"] == arch]
+            (found,) = [
+                r for r in report["results"] if r["configuration"].startswith(f"{number} ") and r["arch"] == arch
+            ]
             assert found["instructions_per_weight"] == float(figure), (number, arch)
 
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 POOL = 1 << 22  # counters a device, 16 MB: those of streams, and of launches in CUDA graphs
 FOR_A_STREAM = 4096
-ALIGNMENT = 4  # counters, 16 bytes: addresses that 16 does not divide would have Triton compile another variant, in a capture
+ALIGNMENT = (
+    4  # counters, 16 bytes: addresses that 16 does not divide would have Triton compile another variant, in a capture
+)
 
 _KEPT: dict[tuple[torch.device, int], Tensor] = {}
 _SPARE: dict[torch.device, Tensor] = {}

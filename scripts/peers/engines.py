@@ -106,7 +106,9 @@ class Stock:
 
     def generate(self, task: Task) -> Answer:
         ids = torch.tensor(task.prompts, device=self.target.device)
-        how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if task.sampled else {"do_sample": False}
+        how = (
+            {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if task.sampled else {"do_sample": False}
+        )
         torch.manual_seed(task.seed)
         started = time.perf_counter()
         output = self.target.generate(

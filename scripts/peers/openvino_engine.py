@@ -23,7 +23,9 @@ PYTHON = ENVIRONMENT / "bin" / "python"
 EXPORTS = ROOT / "build" / "peers"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 GROUP_SIZE = 64
-HOW_TO_GET = "OpenVINO GenAI is left out: it is not set up; `python scripts/bench_peers.py --setup-peers` does that (2 GB)"
+HOW_TO_GET = (
+    "OpenVINO GenAI is left out: it is not set up; `python scripts/bench_peers.py --setup-peers` does that (2 GB)"
+)
 Say = Callable[[str], None]
 
 
@@ -77,10 +79,15 @@ def export(model: Path, say: Say) -> Path:
     partial = folder.with_suffix(".part")
     shutil.rmtree(partial, ignore_errors=True)
     EXPORTS.mkdir(parents=True, exist_ok=True)
-    task, how = "text-generation-with-past", ["--weight-format", "int4", "--group-size", str(GROUP_SIZE), "--ratio", "1.0"]
+    task, how = (
+        "text-generation-with-past",
+        ["--weight-format", "int4", "--group-size", str(GROUP_SIZE), "--ratio", "1.0"],
+    )
     program = [str(PYTHON.with_name("optimum-cli")), "export", "openvino"]
     command = [*program, "--model", str(model), "--task", task, *how, str(partial)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
     if done.returncode:
         raise Failed(f"OpenVINO's export of {model} failed:\n{done.stderr.strip()[-2000:]}")
     partial.rename(folder)
@@ -156,8 +163,15 @@ class OpenVino:
         """Its metrics give sums, so what a call of one token takes is taken off them: the prompt."""
         whole, prompt = self._ask(task, task.new_tokens), self._ask(task, 1)
         count = whole["steps"] - prompt["steps"]
-        draft_ms, target_ms, all_ms = (1000 * (whole[n] - prompt[n]) / count for n in ("draft_s", "target_s", "seconds"))
+        draft_ms, target_ms, all_ms = (
+            1000 * (whole[n] - prompt[n]) / count for n in ("draft_s", "target_s", "seconds")
+        )
         row_steps = task.num_tokens - whole["accepted"]
         return Steps(
-            task.num_tokens / row_steps, 1000 * prompt["seconds"], draft_ms, target_ms, None, all_ms - draft_ms - target_ms
+            task.num_tokens / row_steps,
+            1000 * prompt["seconds"],
+            draft_ms,
+            target_ms,
+            None,
+            all_ms - draft_ms - target_ms,
         )

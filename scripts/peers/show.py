@@ -41,7 +41,9 @@ def speed_table(cell: str, group: Sequence[Result]) -> Table:
 
 def steps_table(cell: str, group: Sequence[Result]) -> Table:
     """Where a step's time goes, and what a call takes besides its steps."""
-    table = Table(title=f"{cell}: one step (a forward of the target) in ms; what a call takes besides", title_justify="left")
+    table = Table(
+        title=f"{cell}: one step (a forward of the target) in ms; what a call takes besides", title_justify="left"
+    )
     for column in ("engine", "tokens", "draft", "target", "verifying", "rest", "together", "prompt"):
         table.add_column(column, justify="left" if column == "engine" else "right", no_wrap=True)
     for r in group:
@@ -65,7 +67,10 @@ def sentences(results: Sequence[Result]) -> list[str]:
         others = [other for runtime in runtimes if (other := best(group, runtime)) is not None]
         if ours is not None and others:
             rate = ours["tokens_per_second"]
-            said = [f"{rate / o['tokens_per_second']:.2f} times {name_of(o)} ({o['tokens_per_second']:,.0f})" for o in others]
+            said = [
+                f"{rate / o['tokens_per_second']:.2f} times {name_of(o)} ({o['tokens_per_second']:,.0f})"
+                for o in others
+            ]
             lines.append(f"{cell}: {name_of(ours)} ({rate:,.0f} tok/s) is {', '.join(said)}")
     return lines
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.interfaces import Draft, Outcome
-from specdec.models import CachedModel
-from specdec.sampling import Sampling, draw, uniforms
-from specdec.sequences import Sequences
+from specdec.core.sampling import Sampling, draw, uniforms
+from specdec.core.sequences import Sequences
+from specdec.core.steps import Draft, StepResult
+from specdec.runtime.runner import ModelRunner
 
 LEAST_UNREAD = 2  # committed ids that a step feeds at least: after full acceptance the last draft id was never fed
 
@@ -26,7 +26,7 @@ class ModelDrafter:
     """
 
     def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
-        self.runner = CachedModel(model)
+        self.runner = ModelRunner(model)
         self.vocab_size = self.num_ids = vocab_size
 
     def fit(self, vocab_size: int, num_embeddings: int) -> None:
@@ -44,7 +44,7 @@ class ModelDrafter:
         if num_ids <= 0:
             return Draft.empty(sequences.batch_size, sequences.device)
         if not self.has_begun:
-            self.runner.begin(sequences.batch_size, sequences.furthest)
+            self.runner.begin(sequences.batch_size, sequences.length_limit)
             self.has_begun = True
         self.runner.reserve(sequences.longest)
         width, self.unread = self.unread, LEAST_UNREAD
@@ -53,11 +53,13 @@ class ModelDrafter:
             return Draft(*draft(limit))
         return Draft(*self.runner.run((self, num_ids, self.sampling.form), draft, limit))
 
-    def observe(self, outcome: Outcome) -> None:
+    def observe(self, outcome: StepResult) -> None:
         if outcome.draft.ids.shape[1] == 0:
             self.unread += 1
 
-    def _draft(self, sequences: Sequences, width: int, num_ids: int, limit: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _draft(
+        self, sequences: Sequences, width: int, num_ids: int, limit: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Feed the last `width` committed ids, then draft num_ids: -> what a Draft is made of."""
         last = sequences.lengths - 1
         if self.runner.context is not None:
@@ -68,7 +70,9 @@ class ModelDrafter:
 
         last_ids = sequences.ids.gather(1, last[:, None])
         steps = torch.arange(num_ids, device=limit.device)
-        offered = steps < limit[:, None]  # a row that is offered fewer repeats its last id: the same entry in the same slot
+        offered = (
+            steps < limit[:, None]
+        )  # a row that is offered fewer repeats its last id: the same entry in the same slot
         positions = last[:, None] + torch.where(offered, steps, 0)
         ids: list[Tensor] = []
         probs: list[Tensor] = []
@@ -80,7 +84,9 @@ class ModelDrafter:
             next_ids, next_probs = self._choose(logits, sequences, index, limit)
             ids.append(next_ids)
             probs.append(next_probs)
-            if self.sampling.needs_prefix:  # processors read the text so far, and are not asked behind an id that ends the row
+            if (
+                self.sampling.needs_prefix
+            ):  # processors read the text so far, and are not asked behind an id that ends the row
                 sequences.stage(next_ids, skip=index)
                 limit = torch.where(sequences.stops_at(next_ids[:, 0]), limit.clamp(max=index + 1), limit)
         return torch.cat(ids, dim=1), torch.cat(probs, dim=1) if self.sampling.do_sample else None, limit

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from specdec.interfaces import Draft, Outcome
-from specdec.sampling import Sampling
-from specdec.sequences import Sequences
+from specdec.core.sampling import Sampling
+from specdec.core.sequences import Sequences
+from specdec.core.steps import Draft, StepResult
 
 
 class NoDrafter:
@@ -18,5 +18,5 @@ class NoDrafter:
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
         return Draft.empty(sequences.batch_size, sequences.device)
 
-    def observe(self, outcome: Outcome) -> None:
+    def observe(self, outcome: StepResult) -> None:
         pass

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdec.interfaces import Draft, Outcome
-from specdec.sampling import Sampling
-from specdec.sequences import Sequences
+from specdec.core.sampling import Sampling
+from specdec.core.sequences import Sequences
+from specdec.core.steps import Draft, StepResult
 
 
 class PromptLookup:
@@ -48,5 +48,5 @@ class PromptLookup:
         offered = torch.where(found, lengths - 1 - best, 0)[:, 0]
         return Draft(ids.gather(1, behind), None, torch.minimum(limit, offered))
 
-    def observe(self, outcome: Outcome) -> None:
+    def observe(self, outcome: StepResult) -> None:
         pass

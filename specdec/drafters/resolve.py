@@ -10,16 +10,16 @@ from typing import Any
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from specdec.core.interfaces import Drafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
-from specdec.interfaces import Drafter
-from specdec.loading import check_tokenizer_files
-from specdec.models import context_of, widths
+from specdec.quant.batch_invariant import MAX_WINDOW
 from specdec.quant.checkpoints import load_checkpoint
 from specdec.quant.quantizer import is_4bit
-from specdec.quant.rows import MAX_WINDOW
-from specdec.support import unsupported
+from specdec.runtime.loading import check_tokenizer_files
+from specdec.runtime.runner import context_of, widths
+from specdec.runtime.support import unsupported
 
 AUTO = "auto"
 NAMED_DRAFTERS: dict[str, Callable[[], Drafter]] = {"none": NoDrafter, "prompt_lookup": PromptLookup}
@@ -76,7 +76,9 @@ def check_pair(model: PreTrainedModel, draft: PreTrainedModel) -> None:
 
 def check_device(model: PreTrainedModel, draft: PreTrainedModel) -> None:
     if draft.device != model.device:
-        raise ValueError(f"the draft model is on {draft.device}, the target on {model.device}; move one of them with .to()")
+        raise ValueError(
+            f"the draft model is on {draft.device}, the target on {model.device}; move one of them with .to()"
+        )
 
 
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
@@ -85,7 +87,9 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     No network, no code of the folder's own. Raises ValueError where its files are damaged.
     """
     path = model.name_or_path
-    if not path or (Path(path).is_dir() and not any(Path(path).glob("*token*")) and not any(Path(path).glob("*vocab*"))):
+    if not path or (
+        Path(path).is_dir() and not any(Path(path).glob("*token*")) and not any(Path(path).glob("*vocab*"))
+    ):
         return None
     check_tokenizer_files(path)
     try:
@@ -104,7 +108,9 @@ def check_num_draft_tokens(num_draft_tokens: int | str, model: PreTrainedModel) 
         )
     context = context_of(model)
     if context is not None and num_draft_tokens >= context:
-        raise ValueError(f"num_draft_tokens={num_draft_tokens} does not fit the model's context of {context}; 2 to 8 is usual")
+        raise ValueError(
+            f"num_draft_tokens={num_draft_tokens} does not fit the model's context of {context}; 2 to 8 is usual"
+        )
     if num_draft_tokens >= MAX_WINDOW and is_4bit(model):
         raise ValueError(
             f"num_draft_tokens={num_draft_tokens} makes a window that a 4-bit model takes for a prompt, and rounds otherwise; the"

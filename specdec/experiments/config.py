@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from specdec.draft_length.adaptive import MAX_DRAFT_TOKENS
 from specdec.drafters.resolve import AUTO
-from specdec.loading import DTYPES, load
-from specdec.pace import LARGEST
 from specdec.quant.quantizer import Int4Config
+from specdec.runtime.loading import DTYPES, load
 
 
 @dataclass
@@ -125,9 +125,9 @@ class ExperimentConfig:
             raise ValueError(f"too_long={self.too_long!r} must be skip or error")
 
     @property
-    def most_draft_tokens(self) -> int:
+    def max_draft_tokens(self) -> int:
         """The largest K that a step may have."""
-        return self.num_draft_tokens if isinstance(self.num_draft_tokens, int) else LARGEST
+        return self.num_draft_tokens if isinstance(self.num_draft_tokens, int) else MAX_DRAFT_TOKENS
 
 
 def _check_dtype(name: str, dtype: str) -> None:

@@ -11,23 +11,24 @@ import torch
 from torch import Tensor
 
 import specdec
+from specdec.core.interfaces import Drafter
+from specdec.core.sampling import Sampling
+from specdec.core.sequences import Sequences
+from specdec.core.stats import Stats
+from specdec.core.steps import Draft, StepResult
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.resolve import AUTO, resolve_drafter
 from specdec.experiments.config import DraftModel, ExperimentConfig
 from specdec.experiments.records import PLAIN, SPECULATIVE
-from specdec.interfaces import Draft, Drafter, Outcome
-from specdec.loading import load, load_tokenizer
-from specdec.models import context_of
-from specdec.sampling import Sampling
-from specdec.sequences import Sequences
-from specdec.stats import Stats
+from specdec.runtime.loading import load, load_tokenizer
+from specdec.runtime.runner import context_of
 
 WATCHED_TOKENS = 5  # the likeliest at each place
 
 
 @dataclass(eq=False)
-class Seat:
+class SwitchableDrafter:
     """The drafter of the next call. The engines take turns in it, so that the target is enabled, and tried, once.
 
     watched: what was seen of the first row while `watch` holds, the likeliest ids of target and draft for each committed one.
@@ -49,7 +50,7 @@ class Seat:
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
         return self.drafter.propose(sequences, limit)
 
-    def observe(self, outcome: Outcome) -> None:
+    def observe(self, outcome: StepResult) -> None:
         self.drafter.observe(outcome)
         if not self.watch:
             return
@@ -70,7 +71,7 @@ class Pair:
 
     target: Any
     tokenizer: Any
-    seat: Seat
+    seat: SwitchableDrafter
     engines: dict[str, Drafter]
     call: dict[str, Any]
     chat_template: bool
@@ -91,7 +92,7 @@ class Pair:
             engines[SPECULATIVE] = drafter
         elif not config.baseline:
             raise ValueError("drafter=none is the baseline itself; with baseline=false nothing is left to run")
-        seat = Seat(drafter)
+        seat = SwitchableDrafter(drafter)
         compile: Any = config.compile
         specdec.enable(target, seat, num_draft_tokens=config.num_draft_tokens, compile=compile, timing=True)
         call = config.sampling.call() | {"pad_token_id": tokenizer.pad_token_id}

@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from specdec.cost import StepTimes
-from specdec.interfaces import Step
-from specdec.stats import Choice
+from specdec.core.stats import Choice
+from specdec.core.steps import RowStep
+from specdec.core.timing import StepTimes
 
 FORMAT = 2
 COUNTS = (  # of a record of format 1, by other definitions than today's; they are made of its steps, as they were then
@@ -96,7 +96,7 @@ class Record:
     prompt_hash: str
     ids: list[int]
     tokens: list[str]
-    steps: list[Step]
+    steps: list[RowStep]
     seconds: Seconds
     choice: Choice | None = None
 
@@ -324,7 +324,9 @@ def _parsed(path: Path, lines: Iterable[bytes]) -> Iterator[Line]:
             text = line[:60].decode(errors="replace")
             raise ValueError(f"{path}, line {number}: this is no record of a run: {text!r}") from error
         if number == 1 and kind is not Header:
-            raise ValueError(f"{path}, line 1: a record file begins with a header, this one with a line of kind {kind.kind!r}")
+            raise ValueError(
+                f"{path}, line 1: a record file begins with a header, this one with a line of kind {kind.kind!r}"
+            )
         if kind is Header:
             version = values.get("version")
             if version not in range(1, FORMAT + 1):
@@ -336,7 +338,9 @@ def _parsed(path: Path, lines: Iterable[bytes]) -> Iterator[Line]:
             yield _built(kind, values, version)
         except (TypeError, KeyError) as error:
             names = ", ".join(f.name for f in fields(kind))
-            raise ValueError(f"{path}, line {number}: a line of kind {kind.kind!r} has the fields {names}: {error}") from error
+            raise ValueError(
+                f"{path}, line {number}: a line of kind {kind.kind!r} has the fields {names}: {error}"
+            ) from error
 
 
 def _built(kind: Any, values: dict[str, Any], version: int) -> Line:
@@ -345,7 +349,7 @@ def _built(kind: Any, values: dict[str, Any], version: int) -> Line:
             counts = {name: values.pop(name) for name in COUNTS}
             asked = len(counts["acceptance_histogram"]) - 1  # of the oldest records, which name one K for all steps
             values["steps"] = [{"asked": asked} | step for step in values["steps"]]
-        values["steps"] = [Step(**step) for step in values["steps"]]
+        values["steps"] = [RowStep(**step) for step in values["steps"]]
         values["seconds"] = Seconds(**values["seconds"])
         if values.get("choice"):
             times = StepTimes(**values["choice"]["times"])

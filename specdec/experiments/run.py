@@ -19,7 +19,8 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from specdec.experiments.beside import warm_up
+from specdec.core.stats import Stats
+from specdec.experiments.calibration import warm_up
 from specdec.experiments.config import ExperimentConfig
 from specdec.experiments.pair import Pair
 from specdec.experiments.records import (
@@ -40,10 +41,9 @@ from specdec.experiments.records import (
     repair,
 )
 from specdec.experiments.workloads import Prompt
-from specdec.generate import decoding_of
-from specdec.provenance import provenance
-from specdec.stats import Stats
-from specdec.text import pieces
+from specdec.generation.enable import decoding_of
+from specdec.utils.provenance import provenance
+from specdec.utils.text import pieces
 
 PER_RUN = {"folder", "resume"}  # a run that is gone on with may differ in these
 
@@ -91,7 +91,9 @@ def run(config: ExperimentConfig, values: dict[str, Any], console: Console) -> R
             for number, (repetition, batch) in mine:
                 worker.hold(number, repetition, batch)
     except KeyboardInterrupt:
-        console.print(f"interrupted; what is done is kept. Go on with the same command and: folder={folder} resume=true")
+        console.print(
+            f"interrupted; what is done is kept. Go on with the same command and: folder={folder} resume=true"
+        )
         raise
     finally:
         file.close()
@@ -157,7 +159,8 @@ class Worker:
             except Exception as error:  # whatever a model fails with, the other prompts are still wanted
                 message = f"{type(error).__name__}: {error}"
                 lines: list[Any] = [
-                    Failure(key.prompt_id, prompt.task, *key[1:], message) for key, (prompt, _) in zip(keys, rows, strict=True)
+                    Failure(key.prompt_id, prompt.task, *key[1:], message)
+                    for key, (prompt, _) in zip(keys, rows, strict=True)
                 ]
             else:
                 lines = [
@@ -275,7 +278,9 @@ def _first_batch(config: ExperimentConfig, pair: Pair, prompts: list[Prompt]) ->
         if len(first) == config.batch_size and config.too_long == "skip":
             break
     if not first:
-        raise ValueError(f"none of {len(prompts)} prompts fits: of {prompts[-1].id!r}, {reason}; lower sampling.max_new_tokens")
+        raise ValueError(
+            f"none of {len(prompts)} prompts fits: of {prompts[-1].id!r}, {reason}; lower sampling.max_new_tokens"
+        )
     return first[: config.batch_size]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from specdec import embedded
+from specdec.utils import embedded
 
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
@@ -77,7 +77,9 @@ class Dataset:
         seen: set[str] = set()
         for number, prompt in enumerate(prompts, 1):
             if prompt.id in seen:
-                raise ValueError(f"{self.path}, row {number}: a second prompt has the id {prompt.id!r}; ids must differ")
+                raise ValueError(
+                    f"{self.path}, row {number}: a second prompt has the id {prompt.id!r}; ids must differ"
+                )
             seen.add(prompt.id)
         return _chosen(prompts, self.limit, self.shuffle_seed, self.path)
 
@@ -90,7 +92,9 @@ class Dataset:
         loader = LOADERS.get(file.suffix.lower())
         if not file.is_file():
             if file.exists() or loader is not None or self.path.startswith((".", "/", "~")):
-                raise ValueError(f"workload.path={self.path!r} is no file; name a {', '.join(LOADERS)} file or a set on the hub")
+                raise ValueError(
+                    f"workload.path={self.path!r} is no file; name a {', '.join(LOADERS)} file or a set on the hub"
+                )
             try:
                 rows: Iterable[dict[str, Any]] = datasets.load_dataset(self.path, self.name, split=self.split)
             except (OSError, ValueError) as error:
@@ -122,7 +126,9 @@ class Dataset:
             except (KeyError, IndexError) as error:
                 raise ValueError(f"{where}: the template wants {error}, which is not among {', '.join(row)}") from error
         if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-            raise ValueError(f"{where}: a prompt is a text, or a list of texts, and not empty; this one is {value!r:.60}")
+            raise ValueError(
+                f"{where}: a prompt is a text, or a list of texts, and not empty; this one is {value!r:.60}"
+            )
         stem = Path(self.path).stem
         return Prompt(str(row.get(self.id) or f"{stem}/{number}"), str(row.get(self.task) or stem), tuple(turns))
 

@@ -80,7 +80,9 @@ def load_checkpoint(
     """
     for name in ("state_dict", "quantization_config", "output_loading_info", "ignore_mismatched_sizes"):
         if name in kwargs:
-            advice = "give an Int4Config as config=…" if name == "quantization_config" else "use from_pretrained for that"
+            advice = (
+                "give an Int4Config as config=…" if name == "quantization_config" else "use from_pretrained for that"
+            )
             raise ValueError(f"load_quantized() takes no {name}; {advice}")
     hub = {name: kwargs.pop(name) for name in (*HUB_ARGUMENTS, "subfolder") if name in kwargs}
     dtype = kwargs.pop("torch_dtype", None)
@@ -112,7 +114,12 @@ LOADING = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what
 
 
 def _load_format(
-    folder: Path, config: Any, settings: dict[str, Any], dtype: Any, trust_remote_code: bool | None, kwargs: dict[str, Any]
+    folder: Path,
+    config: Any,
+    settings: dict[str, Any],
+    dtype: Any,
+    trust_remote_code: bool | None,
+    kwargs: dict[str, Any],
 ) -> tuple[Any, Any]:
     """The model of a checkpoint of another library's format, and what transformers says of its loading."""
     scheme = scheme_of(settings)
@@ -166,7 +173,10 @@ def read_config(folder: Path, **kwargs: Any) -> tuple[Any, dict[str, Any] | None
     if not file.is_file():
         raise ValueError(f"there is no config.json in {folder}; name a folder that save_pretrained wrote")
     content = read_json(file)
-    for part in (content, *(value for value in content.values() if isinstance(value, dict))):  # at the top or in text_config
+    for part in (
+        content,
+        *(value for value in content.values() if isinstance(value, dict)),
+    ):  # at the top or in text_config
         if not isinstance(part.get("quantization_config"), dict | None):
             raise ValueError(f"the quantization_config in {file} is no JSON object; {AGAIN}")
     if (generation := folder / "generation_config.json").is_file():
@@ -199,7 +209,10 @@ def _folder(path: str | Path, hub: Mapping[str, Any], files: list[str]) -> Path:
         return Path(path, subfolder)
     inside = f"{subfolder}/" if subfolder else ""
     place = {name: value for name, value in hub.items() if name != "subfolder"}
-    place |= {"allow_patterns": [inside + name for name in files], "ignore_patterns": [f"{inside}*/*", f"{inside}consolidated*"]}
+    place |= {
+        "allow_patterns": [inside + name for name in files],
+        "ignore_patterns": [f"{inside}*/*", f"{inside}consolidated*"],
+    }
     try:
         return Path(snapshot_download(str(path), **place), subfolder)
     except (OSError, HFValidationError) as error:
@@ -220,13 +233,18 @@ def _check_complete(info: Mapping[str, Any]) -> None:
     missing = sorted(info["missing_keys"])
     unexpected = sorted(name for name in info["unexpected_keys"] if not LEFT_OUT.search(name))
     misshapen = [
-        f"{name} {list(found)} where the model has {list(here)}" for name, found, here in sorted(info["mismatched_keys"])
+        f"{name} {list(found)} where the model has {list(here)}"
+        for name, found, here in sorted(info["mismatched_keys"])
     ]
     found = [f"lacks {some(missing)}"] * bool(missing)
     found += [f"has {some(unexpected)}, which the model has no place for"] * bool(unexpected)
     found += [f"has {some(misshapen)} in another shape"] * bool(misshapen)
     if found:
-        advice = "is config.json its own, with the quantization_config that it may need?" if found[1:] or not missing else AGAIN
+        advice = (
+            "is config.json its own, with the quantization_config that it may need?"
+            if found[1:] or not missing
+            else AGAIN
+        )
         raise ValueError(f"the checkpoint {'; it '.join(found)}; {advice}")
 
 
@@ -238,7 +256,9 @@ def _tensor_files(folder: Path) -> dict[str, Any]:
     if index is not None:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise ValueError(f"{index} is no index of safetensors files (no weight_map with a file for each tensor); {AGAIN}")
+            raise ValueError(
+                f"{index} is no index of safetensors files (no weight_map with a file for each tensor); {AGAIN}"
+            )
         listed = {name: folder / Path(file).name for name, file in weight_map.items()}
         if missing := [file.name for file in sorted(set(listed.values())) if file not in files]:
             raise ValueError(f"{index.name} names {some(missing)}, which is not in {folder}; {AGAIN}")
@@ -293,7 +313,9 @@ def _convert(files: Mapping[str, Any], scheme: Scheme, skeleton: Any, dtype: tor
             continue
         own = scheme.of(name)
         if own is None:
-            raise ValueError(f"{name} has quantized tensors, but the checkpoint's config leaves it in full precision; {AGAIN}")
+            raise ValueError(
+                f"{name} has quantized tensors, but the checkpoint's config leaves it in full precision; {AGAIN}"
+            )
         weight = own.read(layer, own)
         if not (weight.scale.float() if isinstance(weight, Int4Tensor) else weight).isfinite().all():
             raise ValueError(f"the scales of {name} have NaN or infinite values; {AGAIN}")
@@ -312,21 +334,29 @@ def _convert(files: Mapping[str, Any], scheme: Scheme, skeleton: Any, dtype: tor
                 dequantized.setdefault(f"of {own.bits} bits in the checkpoint; 4-bit layers hold 4", []).append(name)
         elif key in expected:
             tensors[f"{name}.weight"] = weight.dequantize(dtype) if isinstance(weight, Int4Tensor) else weight.to(dtype)
-            dequantized.setdefault("transformers has them with others in one tensor, which is no linear layer", []).append(name)
+            dequantized.setdefault(
+                "transformers has them with others in one tensor, which is no linear layer", []
+            ).append(name)
         elif any(re.search(pattern, key) for pattern in skeleton._keys_to_ignore_on_load_unexpected or ()):
             ignored.append(name)
         else:
-            raise ValueError(f"the checkpoint has 4-bit parts for {name}, where this model has no layer; is config.json its own?")
+            raise ValueError(
+                f"the checkpoint has 4-bit parts for {name}, where this model has no layer; is config.json its own?"
+            )
     for name in plain:
         value = files[name].get_tensor(name)
         key, merged = place(name)
         if key in expected and not merged and (value.shape != expected[key].shape or not value.is_floating_point()):
-            raise ValueError(f"{name} is {value.dtype} {list(value.shape)}, but this model has {list(expected[key].shape)} there")
+            raise ValueError(
+                f"{name} is {value.dtype} {list(value.shape)}, but this model has {list(expected[key].shape)} there"
+            )
         owner = name.removesuffix(".bias")
         if key in expected or owner == name or owner not in layers:
             tensors[name] = value
         elif owner not in ignored and value.any():  # AutoGPTQ wrote a bias of zeros for every layer
-            raise ValueError(f"the checkpoint has a bias {name}, this model has none there; is config.json the checkpoint's?")
+            raise ValueError(
+                f"the checkpoint has a bias {name}, this model has none there; is config.json the checkpoint's?"
+            )
     warn_of_full_precision(dequantized, stacklevel=4)
     return tensors
 
@@ -345,6 +375,8 @@ def _expert_parts(name: str, int4: Int4Tensor, expected: Mapping[str, Tensor]) -
     if there is None or there.ndim != 3 or name.rpartition(".")[2] not in PROJECTIONS:
         raise ValueError(f"{name}_blocks has no place in this model; MXFP4 is read for gpt_oss")
     if there.mT.shape != int4.shape:
-        raise ValueError(f"{name}_blocks is of experts {list(int4.shape)}, but this model has {list(there.mT.shape)} there")
+        raise ValueError(
+            f"{name}_blocks is of experts {list(int4.shape)}, but this model has {list(there.mT.shape)} there"
+        )
     assert int4.codebook is not None
     return {name: int4.weight, f"{name}_scale": int4.scale, f"{name}_codebook": int4.codebook}

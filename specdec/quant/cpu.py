@@ -36,7 +36,12 @@ class CpuKernel:
     @classmethod
     def of(cls, int4: Int4Tensor) -> CpuKernel | None:
         """The kernel for a weight, None where it is not on a CPU or has a codebook, or the kernel has not been built."""
-        if int4.weight.device.type != "cpu" or int4.codebook is not None or int4.group_size % cpu.WORD or not cpu.load():
+        if (
+            int4.weight.device.type != "cpu"
+            or int4.codebook is not None
+            or int4.group_size % cpu.WORD
+            or not cpu.load()
+        ):
             return None
         return cls(int4)
 
@@ -128,6 +133,8 @@ def row_order() -> Tensor | None:
         row, column = (place // columns).view(-1, columns, block), (place % columns).view(-1, columns, block)
         rows = row[0, 0]
         even = rows + block * torch.arange(ROWS // block)[:, None, None]
-        if row.equal(even.expand_as(row).int()) and column.equal(torch.arange(columns).int()[None, :, None].expand_as(column)):
+        if row.equal(even.expand_as(row).int()) and column.equal(
+            torch.arange(columns).int()[None, :, None].expand_as(column)
+        ):
             return rows.argsort()
     return None

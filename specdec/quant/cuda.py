@@ -57,7 +57,7 @@ class CudaKernel:
         return w4a16.matmul(x.to(inner), self.packed, bias, perm).to(x.dtype)
 
 
-class Siblings:
+class FusedLinearGroup:
     """Layers that one launch serves: the first to be called with an input multiplies for all, the others find it done.
 
     fused: the kernel on all their rows; None until they have entered its layout, and where they differ in form.

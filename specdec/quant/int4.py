@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from specdec_kernels import cpu
 from torch import Tensor, nn
 
+from specdec.quant.batch_invariant import MAX_WINDOW, by_phase
 from specdec.quant.cpu import CpuKernel, TorchKernel
-from specdec.quant.cuda import CudaKernel, Siblings
-from specdec.quant.rows import MAX_WINDOW, by_phase
+from specdec.quant.cuda import CudaKernel, FusedLinearGroup
 
 GROUP_SIZES = (16, 32, 64, 128, 256, -1)  # columns that share a scale; -1: the whole row (per channel)
 SYMMETRIC_ZERO = 8
-SLAB_WEIGHTS = 1 << 21  # in full precision at any one time
+TILE_WEIGHTS = 1 << 21  # in full precision at any one time
 PARTS = ("weight", "weight_scale", "weight_zero", "weight_perm", "weight_codebook")
 
 
@@ -160,14 +160,20 @@ class Int4Linear(nn.Module):
         self.use_kernel = True
         self.kernel: Kernel | None = None  # the layout that `weight` is in: this kernel's, or the canonical one
         self.has_looked = False  # for a kernel, on this device
-        self.siblings: Siblings | None = None  # layers that take the same input; a copy of a layer has none
+        self.siblings: FusedLinearGroup | None = None  # layers that take the same input; a copy of a layer has none
         for name, value in zip(PARTS, (int4.weight, int4.scale, int4.zero, int4.perm, int4.codebook), strict=True):
             self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self.register_buffer("kernel_scale", None, persistent=False)
 
     def extra_repr(self) -> str:
-        kind = "codebook" if self.weight_codebook is not None else "asymmetric" if self.weight_zero is not None else "symmetric"
+        kind = (
+            "codebook"
+            if self.weight_codebook is not None
+            else "asymmetric"
+            if self.weight_zero is not None
+            else "symmetric"
+        )
         order = ", activation order" if self.weight_perm is not None else ""
         bias = f"bias={self.bias is not None}{'' if self.use_kernel else ', no kernel'}"
         return f"{self.in_features}, {self.out_features}, group_size={self.group_size}, {kind}{order}, {bias}"
@@ -187,7 +193,12 @@ class Int4Linear(nn.Module):
         if not self.has_looked:
             self.enter_layout()
         # a compiled graph has no room for who was first; a layer's own slice gives it the same bits
-        if self.siblings is not None and x.shape[-2] <= MAX_WINDOW and not torch.compiler.is_compiling() and self._has_kernel(x):
+        if (
+            self.siblings is not None
+            and x.shape[-2] <= MAX_WINDOW
+            and not torch.compiler.is_compiling()
+            and self._has_kernel(x)
+        ):
             y = self.siblings.matmul(self, x)
             if y is not None:
                 return y
@@ -210,7 +221,7 @@ class Int4Linear(nn.Module):
         if self.weight_perm is not None:
             x = x[..., self.weight_perm]
         y = x.new_empty(*x.shape[:-1], self.out_features)
-        step = max(64, SLAB_WEIGHTS // self.in_features // 64 * 64)
+        step = max(64, TILE_WEIGHTS // self.in_features // 64 * 64)
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
             y[..., start:stop] = F.linear(x, self._rows(start, stop).stored(x.dtype))
@@ -224,14 +235,18 @@ class Int4Linear(nn.Module):
 
     def enter_layout(self) -> None:
         """Bring the codes into the layout of this device's best kernel, if it has one for them; siblings go together."""
-        if self.has_looked and isinstance(self.kernel, TorchKernel) and cpu.load():  # which was not there when it looked
+        if (
+            self.has_looked and isinstance(self.kernel, TorchKernel) and cpu.load()
+        ):  # which was not there when it looked
             self._leave_layout()
         if self.has_looked:
             return
         with _LAYOUT_LOCK:
             if self.has_looked:  # another thread was first
                 return
-            layers = [self] if self.siblings is None else [layer for layer in self.siblings.layers if not layer.has_looked]
+            layers = (
+                [self] if self.siblings is None else [layer for layer in self.siblings.layers if not layer.has_looked]
+            )
             for layer in layers:
                 int4 = layer.int4
                 kernel = next((kernel for kind in KERNELS if (kernel := kind.of(int4)) is not None), None)

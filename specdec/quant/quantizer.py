@@ -27,16 +27,21 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from specdec.quant.activations import SCALE, ScaledActivation, is_activation
-from specdec.quant.cuda import Siblings
+from specdec.quant.batch_invariant import make_batch_invariant
+from specdec.quant.cuda import FusedLinearGroup
 from specdec.quant.experts import PROJECTIONS, Int4Experts
 from specdec.quant.int4 import CAST, GROUP_SIZES, PARTS, Int4Linear, Int4Tensor
 from specdec.quant.rounding import round_to_nearest
-from specdec.quant.rows import make_row_invariant
 
 METHOD = "specdec_int4"
 VERSION = 1
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # names of layers that take the same input
-LINEAR_CLASSES = ("Linear", "RowLinear", "NonDynamicallyQuantizableLinear", "FalconLinear")  # whose forward is x W^T + b
+FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # names of layers that take the same input
+LINEAR_CLASSES = (
+    "Linear",
+    "RowLinear",
+    "NonDynamicallyQuantizableLinear",
+    "FalconLinear",
+)  # whose forward is x W^T + b
 
 
 @register_quantization_config(METHOD)
@@ -51,10 +56,16 @@ class Int4Config(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, group_size: int = 128, symmetric: bool = True, skip_modules: Sequence[str] = (), quantize_head: bool = False
+        self,
+        group_size: int = 128,
+        symmetric: bool = True,
+        skip_modules: Sequence[str] = (),
+        quantize_head: bool = False,
     ) -> None:
         if group_size not in GROUP_SIZES:
-            raise ValueError(f"group_size={group_size!r} is none of {', '.join(map(str, GROUP_SIZES))} (-1: one scale a row)")
+            raise ValueError(
+                f"group_size={group_size!r} is none of {', '.join(map(str, GROUP_SIZES))} (-1: one scale a row)"
+            )
         if not isinstance(symmetric, bool):
             raise ValueError(f"symmetric={symmetric!r} must be True or False")
         if isinstance(skip_modules, str):
@@ -65,7 +76,9 @@ class Int4Config(QuantizationConfigMixin):
         self.symmetric = symmetric
         self.skip_modules = list(skip_modules)
         self.quantize_head = quantize_head
-        self.parts: dict[str, int] | None = None  # a quantized model's 4-bit tensors by kind, so that a lost one is noticed
+        self.parts: dict[str, int] | None = (
+            None  # a quantized model's 4-bit tensors by kind, so that a lost one is noticed
+        )
         # No settings, and taken by the quantizer: who wants to know of each layer done; the tensors, where there are no files.
         self.on_layer: Callable[[str], None] | None = None
         self.tensors: Mapping[str, Tensor] | None = None
@@ -101,7 +114,13 @@ class Quantize(ConversionOps):
         self.quantizer = quantizer
 
     def convert(
-        self, input_dict: dict[str, Any], source_patterns: Any, target_patterns: Any, *, model: Any = None, **kwargs: Any
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: Any,
+        target_patterns: Any,
+        *,
+        model: Any = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         parts: dict[str, Any] = {}
         for name, value in input_dict.items():
@@ -113,7 +132,9 @@ class Quantize(ConversionOps):
             weight = weight.T if module in self.quantizer.transposed else weight
             try:
                 parts |= named_parts(module, _rounded(module, weight, self.quantizer.quantization_config))
-            except ValueError as error:  # transformers would hide it behind a report of its own; it is raised after loading
+            except (
+                ValueError
+            ) as error:  # transformers would hide it behind a report of its own; it is raised after loading
                 self.quantizer.failures.append(error)
             if self.quantizer.on_layer is not None:
                 self.quantizer.on_layer(module)
@@ -130,7 +151,9 @@ class Int4Quantizer(HfQuantizer):
         super().__init__(copy.copy(quantization_config), **kwargs)
         self.is_loading = False
         self.failures: list[ValueError] = []
-        self.shapes: dict[str, torch.Size] = {}  # of the parameters, once they are loaded; not every transformers checks them
+        self.shapes: dict[
+            str, torch.Size
+        ] = {}  # of the parameters, once they are loaded; not every transformers checks them
         self.transposed: set[str] = set()  # GPT-2's Conv1D layers keep their weights [in, out]
         self.on_layer, self.tensors = quantization_config.on_layer, quantization_config.tensors
         self.quantization_config.on_layer = self.quantization_config.tensors = None
@@ -159,7 +182,9 @@ class Int4Quantizer(HfQuantizer):
                 int4 = Int4Tensor(torch.empty(rows, columns // 2, dtype=torch.uint8), scale, zero)
             empty = Int4Linear(int4, layer.bias)
             # As what comes from the file, until it is quantized: some transformers cast a tensor to the dtype that waits for it.
-            empty.weight = nn.Parameter(torch.empty(rows, columns, dtype=layer.weight.dtype, device="meta"), requires_grad=False)
+            empty.weight = nn.Parameter(
+                torch.empty(rows, columns, dtype=layer.weight.dtype, device="meta"), requires_grad=False
+            )
             model.set_submodule(name, empty)
         self.shapes = {name: value.shape for name, value in model.named_parameters()}
         for name, layer in chosen.items():
@@ -235,9 +260,14 @@ def quantize(
         raise TypeError(f"config must be an Int4Config, got {type(config).__name__}")
     if is_4bit(model):
         raise ValueError("the model is in 4 bits already; quantizing twice would only lose more")
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None) is not None:
+    if (
+        getattr(model, "hf_quantizer", None) is not None
+        or getattr(model.config, "quantization_config", None) is not None
+    ):
         method = getattr(model.config.quantization_config, "quant_method", None) or model.config.quantization_config
-        raise ValueError(f"the model is quantized already, by {getattr(method, 'value', method)}; quantize the original instead")
+        raise ValueError(
+            f"the model is quantized already, by {getattr(method, 'value', method)}; quantize the original instead"
+        )
     chosen, _ = _choose(model, config)
     for name, layer in chosen.items():
         _check_finite(name, layer.weight)
@@ -301,7 +331,9 @@ def place_parts(model: Any, tensors: Mapping[str, Tensor], left_out: Iterable[st
     stay = [name for name in linears if name not in {own(module) for module in layers}]
     excused = {own(module) for module in left_out} | {name.removesuffix(".weight") for name in tied_weights(model)}
     if missing := [name for name in stay if name not in excused]:
-        raise ValueError(f"the checkpoint lacks the 4-bit parts of {some(missing)}, and does not say that they were left out")
+        raise ValueError(
+            f"the checkpoint lacks the 4-bit parts of {some(missing)}, and does not say that they were left out"
+        )
     for module in activations:
         scale = torch.empty_like(tensors[f"{module}.{SCALE}"], device="meta")
         check_activation_scale(model, f"{module}.{SCALE}", scale)
@@ -313,7 +345,9 @@ def place_parts(model: Any, tensors: Mapping[str, Tensor], left_out: Iterable[st
         model.set_submodule(own(module), Int4Linear(_empty_layer(module, tensors, *shape_of(layer)), layer.bias))
     for module in experts:
         old = model.get_submodule(own(module))
-        model.set_submodule(own(module), Int4Experts(old, *(_empty_experts(f"{module}.{p}", tensors) for p in PROJECTIONS)))
+        model.set_submodule(
+            own(module), Int4Experts(old, *(_empty_experts(f"{module}.{p}", tensors) for p in PROJECTIONS))
+        )
     return stay
 
 
@@ -350,7 +384,9 @@ def check_activation_scale(model: Any, name: str, scale: Tensor) -> None:
     module = own_names(model)(name.rpartition(".")[0])
     modules = dict(model.named_modules())
     if not is_activation(modules.get(module)):
-        raise ValueError(f"the checkpoint has {name}, where this model has no activation function; is config.json its own?")
+        raise ValueError(
+            f"the checkpoint has {name}, where this model has no activation function; is config.json its own?"
+        )
     widths = sorted({shape_of(layer)[1] for layer in linear_layers(modules[module.rpartition(".")[0]]).values()})
     if scale.ndim != 1 or len(scale) not in widths or not scale.is_floating_point():
         raise ValueError(
@@ -399,18 +435,18 @@ def _empty(like: Tensor | None) -> Tensor | None:
 
 def finish(model: Any) -> None:
     """What every 4-bit model gets: row-invariant rooms, layers that share a launch, and a guard against casting it."""
-    make_row_invariant(model)
-    link_siblings(model)
+    make_batch_invariant(model)
+    link_fused_layers(model)
     model.__dict__["_apply"] = _CastGuard(model)
 
 
-def link_siblings(model: Any) -> None:
+def link_fused_layers(model: Any) -> None:
     """Tell the 4-bit layers that take the same input, by their names, of each other."""
     for module in model.modules():
-        for names in SIBLINGS:
+        for names in FUSED_LAYERS:
             layers = [layer for name in names if isinstance(layer := getattr(module, name, None), Int4Linear)]
             if len(layers) == len(names):
-                siblings = Siblings(layers)
+                siblings = FusedLinearGroup(layers)
                 for layer in layers:
                     layer.siblings = siblings
 
@@ -450,7 +486,9 @@ def tied_weights(model: Any) -> set[str]:
 def _count_parts(model: Any) -> dict[str, int]:
     """How many 4-bit tensors of each kind the model's layers have."""
     modules = [module for module in model.modules() if isinstance(module, Int4Linear | Int4Experts | ScaledActivation)]
-    return dict(Counter(name for module in modules for name, _ in module.named_parameters(recurse=False) if name != "bias"))
+    return dict(
+        Counter(name for module in modules for name, _ in module.named_parameters(recurse=False) if name != "bias")
+    )
 
 
 def shape_of(layer: Any) -> tuple[int, int]:
@@ -465,7 +503,9 @@ def _choose(model: Any, config: Int4Config) -> tuple[dict[str, Any], dict[str, l
     layers = linear_layers(model)
     for pattern in config.skip_modules:
         if all(should_convert_module(name, [pattern]) for name in layers):
-            raise ValueError(f"skip_modules names {pattern!r}, but no linear layer of this model is called that or lies below it")
+            raise ValueError(
+                f"skip_modules names {pattern!r}, but no linear layer of this model is called that or lies below it"
+            )
     head = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
     chosen: dict[str, Any] = {}
     left_out: dict[str, list[str]] = {}
@@ -535,7 +575,9 @@ def _meta_tensors(files: Iterable[str]) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (not a dict)
                 part = opened.get_slice(name)
-                tensors[name] = torch.empty(part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.float32), device="meta")
+                tensors[name] = torch.empty(
+                    part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.float32), device="meta"
+                )
     return tensors
 
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-with torch.device("cpu"):  # torch remembers its constructors on first use here: before a test puts another torch.empty in place
+with torch.device(
+    "cpu"
+):  # torch remembers its constructors on first use here: before a test puts another torch.empty in place
     torch.empty(0)
 
 

@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import specdec
-import specdec.attention as hook
-from specdec.cache import attention_masks, seen_slots
-from specdec.models import CachedModel
-from specdec.quant.rows import ATTENTION
-from tests.drafters import Random
-from tests.families import FAMILIES, VOCAB_SIZE, family, make_model, prompts
+import specdec.runtime.attention.select as hook
+from specdec.quant.batch_invariant import ATTENTION
+from specdec.runtime.kv_cache.ragged import attention_masks, seen_slots
+from specdec.runtime.runner import ModelRunner
+from tests.helpers.drafters import Random
+from tests.helpers.families import FAMILIES, VOCAB_SIZE, family, make_model, prompts
 
 kernel = pytest.importorskip("specdec_kernels.attention.kernel", exc_type=ImportError)
 
@@ -122,7 +122,9 @@ SHAPES = [
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_kernel_and_the_reference_are_the_formula(shape: tuple[Any, ...], device: str, poisoned: list[Tensor]) -> None:
+def test_the_kernel_and_the_reference_are_the_formula(
+    shape: tuple[Any, ...], device: str, poisoned: list[Tensor]
+) -> None:
     heads, kv_heads, dim, value_dim, starts, width, kind, size = shape
     first, last = (limit.to(device) for limit in windows(starts, width, kind, size))
     states = tensors(len(starts), heads, kv_heads, width, int(last.max()) + 1, dim, value_dim, device)
@@ -162,7 +164,9 @@ def test_many_chunks_are_added_up_by_groups(device: str, poisoned: list[Tensor])
 
 
 @pytest.mark.skipif(not interpreting(), reason="a device's own order differs from launch to launch")
-def test_the_order_in_which_blocks_end_is_nothing_to_the_result(monkeypatch: pytest.MonkeyPatch, poisoned: list[Tensor]) -> None:
+def test_the_order_in_which_blocks_end_is_nothing_to_the_result(
+    monkeypatch: pytest.MonkeyPatch, poisoned: list[Tensor]
+) -> None:
     from triton.runtime.interpreter import interpreter_builder
 
     first, last = windows([6000, 5000], 2)
@@ -200,7 +204,14 @@ def test_a_query_is_the_same_bits_in_any_window_batch_and_length(
     states = query, key, value = tensors(3, heads, kv_heads, 9, 700, dim, device=device)
     first, last = (limit.to(device) for limit in windows([250, 33, 500], 9, kind, size))
     whole = kernel.launch(*states, first, last, 0.2)
-    for row, at, width, length in ((0, 0, 1, 251), (0, 2, 6, 700), (0, 8, 1, 259), (1, 0, 9, 42), (1, 3, 1, 640), (2, 4, 5, 512)):
+    for row, at, width, length in (
+        (0, 0, 1, 251),
+        (0, 2, 6, 700),
+        (0, 8, 1, 259),
+        (1, 0, 9, 42),
+        (1, 3, 1, 640),
+        (2, 4, 5, 512),
+    ):
         rows, columns = slice(row, row + 1), slice(at, at + width)
         part = query[rows, :, columns], key[rows, :, :length], value[rows, :, :length]
         got = kernel.launch(*part, first[rows, columns].contiguous(), last[rows, columns].contiguous(), 0.2)
@@ -286,7 +297,7 @@ def test_the_launch_is_a_shipped_configuration(monkeypatch: pytest.MonkeyPatch) 
 def test_it_is_an_operator_of_torch() -> None:
     states = [state.float() for state in tensors(2, 4, 2, 3, 40, 16)]
     first, last = windows([5, 30], 3)
-    library.opcheck(torch.ops.specdec.attention.default, (*states, first, last, 0.25))
+    library.opcheck(torch.ops.specdec.runtime.attention.select.default, (*states, first, last, 0.25))
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     assert compiled(*states, first, last, 0.25).equal(attention(*states, first, last, 0.25))
 
@@ -318,7 +329,11 @@ def test_what_does_not_fit_is_refused() -> None:
     refused("do not fit together", key=key[..., :8])
     refused("do not fit together", key=key[:1])
     refused("do not fit together", value=value[:, :, :9])
-    refused("4 query heads cannot share 3 key heads", key=key.repeat(1, 2, 1, 1)[:, :3], value=value.repeat(1, 2, 1, 1)[:, :3])
+    refused(
+        "4 query heads cannot share 3 key heads",
+        key=key.repeat(1, 2, 1, 1)[:, :3],
+        value=value.repeat(1, 2, 1, 1)[:, :3],
+    )
     refused(r"first \[2, 2\] and last \[2, 3\] must be \[B, W\] = \[2, 3\]", first=first[:, :2])
     refused("first is torch.int64", first=first.long())
     refused("last torch.int64", last=last.long())
@@ -361,7 +376,7 @@ def ragged_logits(model: PreTrainedModel) -> list[Tensor]:
     """Logits of decoding windows at uneven positions, with rejected entries left behind, after a prefill."""
     ids = torch.randint(VOCAB_SIZE, (3, 110), generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([1, 19, 97])
-    runner = CachedModel(model)
+    runner = ModelRunner(model)
     runner.prefill(ids, lengths - 2)
     logits = []
     for width, kept in ((4, [3, 0, 2]), (1, [1, 1, 1]), (6, [0, 5, 1])):
@@ -372,7 +387,9 @@ def ragged_logits(model: PreTrainedModel) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_models_compute_the_same_with_intervals(model_type: str, fused: list[tuple[int, ...]], monkeypatch: Any) -> None:
+def test_models_compute_the_same_with_intervals(
+    model_type: str, fused: list[tuple[int, ...]], monkeypatch: Any
+) -> None:
     model = family(model_type)
     before = model.config._attn_implementation
     got = ragged_logits(model)
@@ -385,7 +402,9 @@ def test_models_compute_the_same_with_intervals(model_type: str, fused: list[tup
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text", "llama4_text", "deepseek_v3"])
-def test_models_run_on_the_kernel(model_type: str, fused: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_run_on_the_kernel(
+    model_type: str, fused: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hook, "attention", in_half)
     got = ragged_logits(family(model_type))
     monkeypatch.setattr(hook, "serves", lambda device, dtype: False)
@@ -434,7 +453,9 @@ def module(group: int = 1, **values: Any) -> SimpleNamespace:
 
 def test_stock_calls_get_what_sdpa_gives(fused: list[tuple[int, ...]]) -> None:
     states = query, key, value = torch.randn(3, 2, 4, 9, 16).unbind(0)
-    mask = torch.ones(9, 9, dtype=torch.bool).tril()[None, None] & (torch.arange(9) > 0) | torch.eye(9, dtype=torch.bool)
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()[None, None] & (torch.arange(9) > 0) | torch.eye(
+        9, dtype=torch.bool
+    )
     short, one = query[:, :, :5], query[:, :, :1]
     calls: list[tuple[tuple[Tensor, ...], Tensor | None, dict[str, Any], bool]] = [
         (states, None, {}, True),
@@ -467,7 +488,9 @@ def test_intervals_without_a_kernel_are_a_mask(fused: list[tuple[int, ...]], mon
     config = SimpleNamespace(sliding_window=30)
     for width in (6, 70):
         positions = torch.tensor([[3], [20]]) + torch.arange(width)
-        forms = [attention_masks(positions, 90, config, ["sliding_attention"], dtype) for dtype in (torch.int32, torch.bool)]
+        forms = [
+            attention_masks(positions, 90, config, ["sliding_attention"], dtype) for dtype in (torch.int32, torch.bool)
+        ]
         assert forms[0].shape == (2, 2, width, 1)
         assert seen_slots(forms[0], 90).equal(forms[1])
         given = module(group=2), query[:, :, :width], key, value
@@ -480,20 +503,24 @@ def test_intervals_without_a_kernel_are_a_mask(fused: list[tuple[int, ...]], mon
     assert {shape[2] for shape in fused} == {6, 1}  # of a wide window the last position
 
 
-def test_the_last_position_of_a_prefill_is_the_kernels(fused: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_position_of_a_prefill_is_the_kernels(
+    fused: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hook, "attention", in_half)
     query, key, value = torch.randn(3, 1, 2, 100, 16).unbind(0)
     whole, _ = hook.row_attention(module(), query, key, value, None)
     alone, _ = hook.row_attention(module(), query[:, :, -1:], key, value, None)
     assert whole[:, -1:].equal(alone)
-    torch.testing.assert_close(whole, sdpa_attention_forward(module(), query, key, value, None)[0], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        whole, sdpa_attention_forward(module(), query, key, value, None)[0], rtol=1e-2, atol=1e-2
+    )
 
 
 def test_a_config_is_lent_until_its_last_forward_ends() -> None:
     config = copy.deepcopy(family("llama").config)
     before = config.to_dict()
-    with hook.lent(config):
-        with contextlib.suppress(KeyError), hook.lent(config):
+    with hook.attention_override(config):
+        with contextlib.suppress(KeyError), hook.attention_override(config):
             assert config._attn_implementation == ATTENTION
             raise KeyError
         assert config._attn_implementation == ATTENTION
@@ -508,7 +535,7 @@ def test_threads_share_a_model(fused: list[tuple[int, ...]]) -> None:
 
     def forward(ours: bool) -> Tensor:
         if ours:
-            return CachedModel(model).forward(ids, torch.arange(11).expand(4, -1))
+            return ModelRunner(model).forward(ids, torch.arange(11).expand(4, -1))
         with torch.no_grad():
             return model(ids).logits
 
@@ -519,6 +546,8 @@ def test_threads_share_a_model(fused: list[tuple[int, ...]]) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize(("dtype", "device"), [(torch.float32, "cuda"), (torch.float16, "cpu"), (torch.bfloat16, "meta")])
+@pytest.mark.parametrize(
+    ("dtype", "device"), [(torch.float32, "cuda"), (torch.float16, "cpu"), (torch.bfloat16, "meta")]
+)
 def test_no_kernel_where_there_is_none(dtype: torch.dtype, device: str) -> None:
     assert not hook.serves(torch.device(device), dtype)

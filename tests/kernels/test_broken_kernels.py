@@ -22,8 +22,8 @@ from specdec_kernels.w4a16 import kernel as w4a16_kernel
 from specdec_kernels.w4a16 import reference as w4a16_reference
 from specdec_kernels.w4a16.layout import prepack
 
-from specdec import verification
-from specdec.interfaces import Draft
+from specdec.core import verification
+from specdec.core.steps import Draft
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="the interpreter is off where there is a CUDA device")
 
@@ -38,7 +38,11 @@ def w4a16(kernel: ModuleType) -> tuple[Tensor, Tensor]:
 
 
 def attention(kernel: ModuleType) -> tuple[Tensor, Tensor]:
-    query, key, value = torch.randn(2, 4, 3, 32).half(), torch.randn(2, 2, 600, 32).half(), torch.randn(2, 2, 600, 32).half()
+    query, key, value = (
+        torch.randn(2, 4, 3, 32).half(),
+        torch.randn(2, 2, 600, 32).half(),
+        torch.randn(2, 2, 600, 32).half(),
+    )
     last = torch.tensor([[500, 501, 502], [7, 8, 9]], dtype=torch.int32)
     inputs = (query, key, value, (last - 300).clamp(min=0), last, 0.2)
     return kernel.launch(*inputs), attention_reference.attention(*inputs)
@@ -54,7 +58,11 @@ def rejection(kernel: ModuleType) -> tuple[Tensor, Tensor]:
     return got.double(), torch.stack([verdict.accepted, verdict.next_ids]).double()
 
 
-OPS = {"w4a16": (w4a16, w4a16_kernel), "attention": (attention, attention_kernel), "rejection": (rejection, rejection_kernel)}
+OPS = {
+    "w4a16": (w4a16, w4a16_kernel),
+    "attention": (attention, attention_kernel),
+    "rejection": (rejection, rejection_kernel),
+}
 BREAKS = {
     ("w4a16", "wrong nibble"): (">> 4 * (i % 4) & 15", ">> 4 * ((i + 1) % 4) & 15"),
     ("w4a16", "wrong half of a word"): ("tl.join(by_c[c], by_c[c] >> 16)", "tl.join(by_c[c] >> 16, by_c[c])"),
@@ -62,7 +70,10 @@ BREAKS = {
     ("w4a16", "missing mask of the bias' columns"): ("n < N * has_bias", "n < 0"),
     ("w4a16", "no block is the last"): ("== splits - 1", "== splits"),
     ("w4a16", "a split too few"): ("tl.range(splits,", "tl.range(splits - 1,"),
-    ("attention", "missing mask"): ("(slot[None, :] >= first[:, None]) & (slot[None, :] <= last[:, None])", "slot[None, :] >= 0"),
+    ("attention", "missing mask"): (
+        "(slot[None, :] >= first[:, None]) & (slot[None, :] <= last[:, None])",
+        "slot[None, :] >= 0",
+    ),
     ("attention", "no rescaling"): ("acc * kept[:, None])", "acc)"),
     ("attention", "no block is the last"): ('sem="acq_rel") == count - 1', 'sem="acq_rel") == count'),
     ("rejection", "accepts what it should reject"): ("u * q.to(tl.float64) < p.to", "u * q.to(tl.float64) > p.to"),

@@ -44,7 +44,9 @@ def test_on_another_device_pytorch_does_the_work(missing: str, monkeypatch: pyte
 
 def test_missing_triton_is_said_once_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configuration, "find_spec", lambda name: None)
-    with pytest.warns(UserWarning, match=r"Triton is not installed \(on Linux: pip install 'specdec-lossless\[kernels\]'\)"):
+    with pytest.warns(
+        UserWarning, match=r"Triton is not installed \(on Linux: pip install 'specdec-lossless\[kernels\]'\)"
+    ):
         assert not runs_on(CUDA)
     assert not runs_on(CUDA)
 

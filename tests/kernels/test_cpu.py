@@ -73,7 +73,10 @@ def test_weights_in_one_call_give_what_each_gives_alone(scale_dtype: torch.dtype
 
 def test_weights_that_cannot_share_a_call_are_refused() -> None:
     packed, scales = zip(
-        *(cpu.pack(w.codes(), w.scale, w.zero) for w in (random_weight(8, 64, g, False, torch.float32) for g in (32, 64))),
+        *(
+            cpu.pack(w.codes(), w.scale, w.zero)
+            for w in (random_weight(8, 64, g, False, torch.float32) for g in (32, 64))
+        ),
         strict=True,
     )
     with pytest.raises(RuntimeError, match="weights of one kind"):

@@ -23,7 +23,9 @@ def launched(code: str) -> list[dict]:
     """Run launches in a process of its own, without the interpreter: -> name, signature and divisible arguments of each."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", PRELUDE + code], env=environment, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + code], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -123,6 +125,8 @@ kernel.launch(*arguments(1, 16, 50257, False))
 kernel.launch(*arguments(3, 1, 1, True))
 """)
     wide = configuration(False, True)
-    for got, shipped in zip(results, (configuration(True, True), wide, wide, configuration(False, False)), strict=False):
+    for got, shipped in zip(
+        results, (configuration(True, True), wide, wide, configuration(False, False)), strict=False
+    ):
         check(got, shipped)
     assert len(results) == 5  # the last one, of one id, has a constant for V, and compiles

@@ -1,4 +1,4 @@
-"""The rejection kernel against specdec.verification on the CPU, which is its definition: the same verdicts, id for id.
+"""The rejection kernel against specdec.core.verification on the CPU, which is its definition: the same verdicts, id for id.
 
 Every input is drawn anew, every output holds garbage before a launch, and after each launch the counters must be zeros again.
 """
@@ -20,8 +20,8 @@ from specdec_kernels import rejection
 from specdec_kernels.configuration import interpreting
 from specdec_kernels.rejection import kernel
 
-from specdec import verification
-from specdec.interfaces import Draft, Verdict
+from specdec.core import verification
+from specdec.core.steps import Draft, Verdict
 
 LAST = 1 - 2**-53  # the largest uniform
 SIZES = [1, 5, 33, 4096, 5000, 9001]
@@ -207,7 +207,9 @@ def test_a_row_alone_is_what_it_is_in_a_batch(fused: Verify, one_hot: bool) -> N
     together = fused(Draft(draft.ids, probs, draft.lengths), p, uniforms)
     for row in range(len(p)):
         at = [row]
-        alone = fused(Draft(draft.ids[at], None if probs is None else probs[at], draft.lengths[at]), p[at], uniforms[at])
+        alone = fused(
+            Draft(draft.ids[at], None if probs is None else probs[at], draft.lengths[at]), p[at], uniforms[at]
+        )
         assert_same(alone, Verdict(together.accepted[at], together.next_ids[at]))
 
 
@@ -260,7 +262,9 @@ def test_nan_neither_hangs_nor_spreads(fused: Verify) -> None:
     assert verdict.accepted[[1, 3]].tolist() == [0, 0]
     assert verdict.next_ids[2] < 100
     assert ((verdict.next_ids >= 0) & (verdict.next_ids < 5000)).all()
-    assert_same(Verdict(verdict.accepted[:1], verdict.next_ids[:1]), Verdict(expected.accepted[:1], expected.next_ids[:1]))
+    assert_same(
+        Verdict(verdict.accepted[:1], verdict.next_ids[:1]), Verdict(expected.accepted[:1], expected.next_ids[:1])
+    )
 
 
 @pytest.mark.parametrize("one_hot", [False, True], ids=["probs", "one-hot"])
@@ -326,18 +330,38 @@ BAD = [
         torch.full((3, 5), 0.2),
         r"target_probs is \[3, 5\] and draft_ids \[2, 2\]; pass \[B, K\+1, V\] and \[B, K\]",
     ),
-    ("target_probs", GOOD["target_probs"].double(), r"target_probs is torch.float64 \[2, 3, 5\]; pass torch.float32 \[2, 3, 5\]"),
-    ("target_probs", torch.full((2, 4, 5), 0.2), r"target_probs is torch.float32 \[2, 4, 5\]; pass torch.float32 \[2, 3, 5\]"),
+    (
+        "target_probs",
+        GOOD["target_probs"].double(),
+        r"target_probs is torch.float64 \[2, 3, 5\]; pass torch.float32 \[2, 3, 5\]",
+    ),
+    (
+        "target_probs",
+        torch.full((2, 4, 5), 0.2),
+        r"target_probs is torch.float32 \[2, 4, 5\]; pass torch.float32 \[2, 3, 5\]",
+    ),
     (
         "target_probs",
         torch.full((2, 5, 3), 0.2).transpose(1, 2),
         r"target_probs has strides .*; pass target_probs.contiguous\(\)",
     ),
     ("draft_ids", torch.zeros(2, dtype=torch.int64), r"draft_ids \[2\]; pass"),
-    ("draft_ids", torch.zeros(2, 2, dtype=torch.int32), r"draft_ids is torch.int32 \[2, 2\]; pass torch.int64 \[2, 2\]"),
-    ("draft_ids", torch.zeros(2, 4, dtype=torch.int64)[:, ::2], r"draft_ids has strides \(4, 2\); pass draft_ids.contiguous\(\)"),
+    (
+        "draft_ids",
+        torch.zeros(2, 2, dtype=torch.int32),
+        r"draft_ids is torch.int32 \[2, 2\]; pass torch.int64 \[2, 2\]",
+    ),
+    (
+        "draft_ids",
+        torch.zeros(2, 4, dtype=torch.int64)[:, ::2],
+        r"draft_ids has strides \(4, 2\); pass draft_ids.contiguous\(\)",
+    ),
     ("draft_probs", GOOD["draft_probs"].half(), r"draft_probs is torch.float16 .*; pass torch.float32 \[2, 2, 5\]"),
-    ("draft_probs", torch.full((2, 2, 6), 0.2), r"draft_probs is torch.float32 \[2, 2, 6\]; pass torch.float32 \[2, 2, 5\]"),
+    (
+        "draft_probs",
+        torch.full((2, 2, 6), 0.2),
+        r"draft_probs is torch.float32 \[2, 2, 6\]; pass torch.float32 \[2, 2, 5\]",
+    ),
     ("lengths", torch.ones(2, dtype=torch.int32), r"lengths is torch.int32 \[2\]; pass torch.int64 \[2\]"),
     ("lengths", torch.ones(3, dtype=torch.int64), r"lengths is torch.int64 \[3\]; pass torch.int64 \[2\]"),
     ("uniforms", GOOD["uniforms"].float(), r"uniforms is torch.float32 \[2, 3\]; pass torch.float64 \[2, 3\]"),
@@ -356,7 +380,9 @@ def test_wrong_arguments_are_refused(name: str, value: Tensor, message: str) -> 
 def test_a_vocabulary_that_the_kernel_does_not_take_is_refused(vocab_size: int) -> None:
     ids = torch.zeros(1, 0, dtype=torch.int64)
     with pytest.raises(ValueError, match=rf"target_probs has {vocab_size} ids; the kernel takes 1 to 1048576"):
-        rejection.verify(torch.zeros(1, 1, vocab_size), ids, None, ids[:, :1].sum(1), torch.zeros(1, 1, dtype=torch.float64))
+        rejection.verify(
+            torch.zeros(1, 1, vocab_size), ids, None, ids[:, :1].sum(1), torch.zeros(1, 1, dtype=torch.float64)
+        )
 
 
 def test_a_cpu_tensor_is_refused_where_nothing_interprets(monkeypatch: pytest.MonkeyPatch) -> None:

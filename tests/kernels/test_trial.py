@@ -75,7 +75,9 @@ def test_the_matmul_passes_its_trial_and_a_wrong_one_does_not(kind: str, monkeyp
     form = (kind, 64, torch.float16, torch.float16, DEVICE)
     assert w4a16._try(*form) < 1e-3
     launch = kernel.launch
-    monkeypatch.setattr(kernel, "launch", lambda x, weight, bias: launch(x, weight, bias) * (1.05 if len(x) > 16 else 1))
+    monkeypatch.setattr(
+        kernel, "launch", lambda x, weight, bias: launch(x, weight, bias) * (1.05 if len(x) > 16 else 1)
+    )
     assert w4a16._try(*form) > 1e-2
 
 

@@ -19,7 +19,15 @@ from specdec_kernels.w4a16.layout import E2M1, TILE, PackedWeight, prepack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # N, K, group size: whole blocks and odd ends, groups of every kind, one and several splits
-SHAPES = [(128, 256, 128), (130, 512, 256), (70, 384, 64), (33, 160, 32), (20, 200, 200), (300, 1280, 128), (257, 1152, 32)]
+SHAPES = [
+    (128, 256, 128),
+    (130, 512, 256),
+    (70, 384, 64),
+    (33, 160, 32),
+    (20, 200, 200),
+    (300, 1280, 128),
+    (257, 1152, 32),
+]
 KINDS = ("symmetric", "asymmetric", "e2m1")
 
 
@@ -79,7 +87,11 @@ def test_what_is_packed_is_the_weight(shape: tuple[int, int, int], kind: str) ->
             return
         weight, expected = random_weight(rows, columns, group_size, kind, scale_dtype)
         assert weight.tiles.is_contiguous()
-        assert weight.tiles.shape == (-(-columns // 128), -(-rows // layout.block_n(group_size)) * layout.block_n(group_size), 16)
+        assert weight.tiles.shape == (
+            -(-columns // 128),
+            -(-rows // layout.block_n(group_size)) * layout.block_n(group_size),
+            16,
+        )
         assert reference.dequantize(weight).cpu().equal(expected)
         part = weight.rows(rows // 3, rows // 2)
         assert part.codes().equal(weight.codes()[rows // 3 : rows // 2])

@@ -71,7 +71,9 @@ def _try(dtype: torch.dtype, dim: int, value_dim: int, device: torch.device) -> 
 
     generator = torch.Generator().manual_seed(0)  # of its own: a user's seed is for what they sample
     query = torch.rand(2, 4, 6, dim, generator=generator).to(device, dtype)
-    key, value = (torch.rand(2, 2, 700, size, generator=generator).sub(0.5).to(device, dtype) for size in (dim, value_dim))
+    key, value = (
+        torch.rand(2, 2, 700, size, generator=generator).sub(0.5).to(device, dtype) for size in (dim, value_dim)
+    )
     last = torch.arange(690, 696, dtype=torch.int32, device=device).repeat(2, 1)
     last[1] -= 300
     first = torch.zeros_like(last)

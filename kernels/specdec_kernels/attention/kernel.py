@@ -56,9 +56,13 @@ def _added_up(
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
-    for index in tl.range(begin, end, num_stages=3):  # stages: parts are fetched ahead, else each waits for the one before
+    for index in tl.range(
+        begin, end, num_stages=3
+    ):  # stages: parts are fetched ahead, else each waits for the one before
         at = (base + index) * rows
-        part_max = tl.load(max_ptr + at + row, mask=is_row, other=float("-inf"), cache_modifier=".cg")  # L2: others wrote it
+        part_max = tl.load(
+            max_ptr + at + row, mask=is_row, other=float("-inf"), cache_modifier=".cg"
+        )  # L2: others wrote it
         part_total = tl.load(sum_ptr + at + row, mask=is_row, other=0.0, cache_modifier=".cg")
         part_acc = tl.load(acc_ptr + at * DV + offset, mask=mask, other=0.0, cache_modifier=".cg")
         larger = tl.maximum(maximum, part_max)
@@ -169,7 +173,9 @@ def _attention_kernel(
     _store_part(max_ptr, sum_ptr, acc_ptr, base + chunk, rows, row, value_dim, maximum, total, acc, DV)
     if not _is_last(counter + group, end - begin):
         return
-    maximum, total, acc = _added_up(max_ptr, sum_ptr, acc_ptr, base, begin, end, rows, row, value_dim, DV, BLOCK_DV, ROWS)
+    maximum, total, acc = _added_up(
+        max_ptr, sum_ptr, acc_ptr, base, begin, end, rows, row, value_dim, DV, BLOCK_DV, ROWS
+    )
 
     begin = low_chunk // GROUP
     end = high_chunk // GROUP + 1
@@ -178,7 +184,9 @@ def _attention_kernel(
         _store_part(max_ptr, sum_ptr, acc_ptr, base + group, rows, row, value_dim, maximum, total, acc, DV)
         if not _is_last(counter + groups, end - begin):
             return
-        maximum, total, acc = _added_up(max_ptr, sum_ptr, acc_ptr, base, begin, end, rows, row, value_dim, DV, BLOCK_DV, ROWS)
+        maximum, total, acc = _added_up(
+            max_ptr, sum_ptr, acc_ptr, base, begin, end, rows, row, value_dim, DV, BLOCK_DV, ROWS
+        )
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # a row that sees nothing: zeros
     out_ptr += (b * width * kv_heads + kv_head) * heads_per_key * DV
     query = (row.to(tl.uint32) // heads_per_key.to(tl.uint32)).to(tl.int32)  # anew: kept until here, it spills
@@ -226,7 +234,9 @@ def launch(query: Tensor, key: Tensor, value: Tensor, first: Tensor, last: Tenso
     row_blocks, chunks = triton.cdiv(rows, ROWS), triton.cdiv(length, CHUNK)
     groups = triton.cdiv(chunks, GROUP)
     scratch = pairs * (chunks + groups) * rows
-    acc, maximum, total = (torch.empty(scratch * size, dtype=torch.float32, device=query.device) for size in (value_dim, 1, 1))
+    acc, maximum, total = (
+        torch.empty(scratch * size, dtype=torch.float32, device=query.device) for size in (value_dim, 1, 1)
+    )
     kind = configuration(query.dtype, dim, value_dim)
     with torch.cuda.device_of(query):
         kind.kernel[row_blocks, chunks, pairs](

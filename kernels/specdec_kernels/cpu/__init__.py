@@ -131,7 +131,9 @@ def cache_folder() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specdec"
     except RuntimeError as error:  # of a user without an entry and without $HOME
-        raise OSError(f"there is no home folder to keep compiled code in ({error}); set SPECDEC_CACHE to a folder") from error
+        raise OSError(
+            f"there is no home folder to keep compiled code in ({error}); set SPECDEC_CACHE to a folder"
+        ) from error
 
 
 def make_cache_folder() -> Path:
@@ -206,7 +208,9 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Ten
 
 def unpack(packed: Tensor) -> Tensor:
     """packed [N'/64, K/8, 64] -> codes 0 … 15, uint8 [N', K]."""
-    pairs = packed.view(torch.uint8).unflatten(-1, (BLOCK, -1)).transpose(1, 2).flatten(2).flatten(0, 1)  # two codes a byte
+    pairs = (
+        packed.view(torch.uint8).unflatten(-1, (BLOCK, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
+    )  # two codes a byte
     return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2)
 
 

@@ -1,4 +1,4 @@
-"""Rejection sampling of a batch of drafts: one launch, no host synchronization. Its oracle is specdec/verification.py."""
+"""Rejection sampling of a batch of drafts: one launch, no host synchronization. Its oracle is specdec/core/verification.py."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def _try(device: torch.device) -> float:
     target_ids = torch.tensor([[7, 4000, 2999], [1, 2, 3], [4999, 5, 6]], device=device)
     target_probs = torch.zeros(3, 3, 5008, device=device).scatter_(2, target_ids[..., None], 1.0)
     draft_ids = torch.tensor([[7, 4000], [1, 9], [8, 5]], device=device)
-    lengths, uniforms = torch.tensor([2, 2, 0], device=device), torch.full((3, 3), 0.5, dtype=torch.float64, device=device)
+    lengths, uniforms = (
+        torch.tensor([2, 2, 0], device=device),
+        torch.full((3, 3), 0.5, dtype=torch.float64, device=device),
+    )
     expected = torch.tensor([[2, 1, 0], [2999, 2, 4999]])
     results = [
         torch.stack(kernel.launch(target_probs, draft_ids, draft_probs, lengths, uniforms)).cpu()
@@ -49,7 +52,9 @@ def _try(device: torch.device) -> float:
     return max((result != expected).double().mean().item() for result in results)
 
 
-def _check(target_probs: Tensor, draft_ids: Tensor, draft_probs: Tensor | None, lengths: Tensor, uniforms: Tensor) -> None:
+def _check(
+    target_probs: Tensor, draft_ids: Tensor, draft_probs: Tensor | None, lengths: Tensor, uniforms: Tensor
+) -> None:
     if target_probs.ndim != 3 or draft_ids.ndim != 2:
         raise ValueError(
             f"target_probs is {list(target_probs.shape)} and draft_ids {list(draft_ids.shape)}; pass [B, K+1, V] and [B, K]"
@@ -75,7 +80,9 @@ def _check(target_probs: Tensor, draft_ids: Tensor, draft_probs: Tensor | None, 
             raise ValueError(f"{name} has strides {tensor.stride()}; pass {name}.contiguous()")
     if not 0 < vocab_size <= MAX_VOCAB_SIZE:
         raise ValueError(
-            f"target_probs has {vocab_size} ids; the kernel takes 1 to {MAX_VOCAB_SIZE}, specdec.verification any number"
+            f"target_probs has {vocab_size} ids; the kernel takes 1 to {MAX_VOCAB_SIZE}, specdec.core.verification any number"
         )
     if device.type != "cuda" and not interpreting():
-        raise ValueError(f"target_probs is on {device}; the kernel runs on CUDA devices, specdec.verification everywhere")
+        raise ValueError(
+            f"target_probs is on {device}; the kernel runs on CUDA devices, specdec.core.verification everywhere"
+        )

@@ -76,7 +76,11 @@ def _rejection_kernel(
         drafted = tl.load(ids_ptr + q_first + i, mask=judged, other=0)
         known = judged & (drafted >= 0) & (drafted < vocab)  # another id has no p, so it is rejected
         p = tl.load(p_ptr + (p_first + i) * vocab + drafted, mask=known, other=0.0)
-        q = tl.load(q_ptr + (q_first + i) * vocab + drafted, mask=known, other=0.0) if DENSE else tl.full([IDS], 1.0, tl.float32)
+        q = (
+            tl.load(q_ptr + (q_first + i) * vocab + drafted, mask=known, other=0.0)
+            if DENSE
+            else tl.full([IDS], 1.0, tl.float32)
+        )
         u = tl.load(uniforms_ptr + i, mask=judged, other=0.0)
         passed = u * q.to(tl.float64) < p.to(tl.float64)
         accepted = tl.minimum(accepted, tl.min(tl.where(judged & ~passed, i, num_ids)))

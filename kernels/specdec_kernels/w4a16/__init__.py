@@ -70,7 +70,9 @@ def _try(kind: Kind, group_size: int, scale_dtype: torch.dtype, dtype: torch.dty
     generator = torch.Generator().manual_seed(0)  # of its own: a user's seed is for what they sample
     weight = _random_weight(kind, group_size, scale_dtype, device, generator)
     inputs = [torch.rand(rows, weight.in_features, generator=generator).sub(0.5).to(device, dtype) for rows in (3, 20)]
-    return max(trial.relative_error(kernel.launch(x, weight, None), reference.matmul(x.float(), weight)) for x in inputs)
+    return max(
+        trial.relative_error(kernel.launch(x, weight, None), reference.matmul(x.float(), weight)) for x in inputs
+    )
 
 
 def _random_weight(

@@ -37,7 +37,10 @@ def nibbles(dtype: torch.dtype, addends: int) -> str:
             lines.append(f"shr.u32 codes, {word}, 8;")
         mask, multiplier = (0x000F, "low") if k % 2 == 0 else (0x00F0, "high")
         addend = f"${10 + 2 * (i * addends // 8)}" if addends else "eight"
-        lines += [f"and.b32 x, {word if k < 2 else 'codes'}, {_pair(mask)};", f"fma.rn.{kind} ${i}, x, {multiplier}, {addend};"]
+        lines += [
+            f"and.b32 x, {word if k < 2 else 'codes'}, {_pair(mask)};",
+            f"fma.rn.{kind} ${i}, x, {multiplier}, {addend};",
+        ]
     return _block(lines)
 
 

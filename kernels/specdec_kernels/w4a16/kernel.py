@@ -136,7 +136,13 @@ def _scale(words, tile, g: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr
 
 @triton.jit
 def _nibbles(
-    codes, words, DTYPE: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, SCALE_BF16: tl.constexpr, ASM: tl.constexpr
+    codes,
+    words,
+    DTYPE: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCALE_BF16: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Codes int32 [16, BN] and a tile's scale words -> for each dot [16, BN], (code - zero) times the dtype's unit."""
     if ASM:
@@ -248,7 +254,14 @@ def _configuration(dtype: str, kind: Kind, group_size: int, scale: str, block_m:
         name=f"{dtype}-{kind}-{group_size}-{scale}-m{block_m}",
         kernel=w4a16_kernel,
         signature=signature | {"partial_ptr": "*fp32", "factor": "fp32"},
-        constants={"KIND": kind, "GROUP": group_size, "SCALE_BF16": scale == "bf16", "BM": block_m, "BN": block, "ASM": True},
+        constants={
+            "KIND": kind,
+            "GROUP": group_size,
+            "SCALE_BF16": scale == "bf16",
+            "BM": block_m,
+            "BN": block,
+            "ASM": True,
+        },
         divisible=(*pointers, "N", "K", "tile_stride", "scale_stride"),
         weights_per_pass=TILE * block,
         ordered=True,

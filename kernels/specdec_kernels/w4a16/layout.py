@@ -33,7 +33,12 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 E2M1_GROUP = 32
 E2M1_SPAN = 120  # powers of two between a weight's largest and smallest scale: so far every product is exact
 E2M1_UNIT = 126  # bfloat16's sign at bit 15 and three bits from 6 on: the code's value times 2^-126
-SPREAD = ((15, 6), (12, 3), (14, 9), (13, 0))  # code k of a half-word: the bit of its sign, the lowest bit of its magnitude
+SPREAD = (
+    (15, 6),
+    (12, 3),
+    (14, 9),
+    (13, 0),
+)  # code k of a half-word: the bit of its sign, the lowest bit of its magnitude
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,9 @@ def block_n(group_size: int) -> int:
     return 128 if group_size >= TILE else 256
 
 
-def prepack(codes: Tensor, scale: Tensor, zero: Tensor | None = None, codebook: Tensor | None = None) -> PackedWeight | None:
+def prepack(
+    codes: Tensor, scale: Tensor, zero: Tensor | None = None, codebook: Tensor | None = None
+) -> PackedWeight | None:
     """Codes uint8 [N, K], scale [N, K/G], zero uint8 [N, K/G], codebook [16] -> the packed weight, None where there is no kernel.
 
     There is one for groups of 32, 64, a multiple of 128, or the whole row, with float16 or bfloat16 scales; and for the E2M1
@@ -138,7 +145,9 @@ def _form(weight: PackedWeight) -> tuple[object, ...]:
 def pack_tiles(codes: Tensor, block: int) -> Tensor:
     """Codes 0 … 15, uint8 [N, K] -> tiles int32 [T, N', 16], N' a multiple of block; what is filled up is 0."""
     codes = F.pad(codes, (0, -codes.shape[1] % TILE, 0, -codes.shape[0] % block))
-    codes = codes.view(len(codes), -1, 2, 4, 8, 2).permute(1, 0, 4, 2, 5, 3)  # [N', T, c, i, a, h] -> [T, N', a, c, h, i]
+    codes = codes.view(len(codes), -1, 2, 4, 8, 2).permute(
+        1, 0, 4, 2, 5, 3
+    )  # [N', T, c, i, a, h] -> [T, N', a, c, h, i]
     tiles = torch.zeros(codes.shape[:4], dtype=torch.int32, device=codes.device)
     for h in range(2):
         for i in range(4):

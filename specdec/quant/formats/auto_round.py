@@ -18,7 +18,9 @@ PACKINGS = {
 
 
 def scheme(values: Mapping[str, Any]) -> Scheme:
-    settings = Settings("this auto-round checkpoint", {"sym": True, **values}, "transformers with the auto-round package")
+    settings = Settings(
+        "this auto-round checkpoint", {"sym": True, **values}, "transformers with the auto-round package"
+    )
     packing = PACKINGS[settings.one_of("packing_format", *PACKINGS)]
     extra = settings.table("extra_config").values
     overrides = [_override(settings, name, packing) for name in sorted(extra, key=_is_pattern)]

@@ -14,7 +14,9 @@ SUFFIXES = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_po
 
 
 def scheme(values: Mapping[str, Any]) -> Scheme:
-    settings = Settings("this compressed-tensors checkpoint", values, "transformers with the compressed-tensors package")
+    settings = Settings(
+        "this compressed-tensors checkpoint", values, "transformers with the compressed-tensors package"
+    )
     settings.one_of("format", "pack-quantized")
     settings.one_of("kv_cache_scheme", None, {})
     settings.table("sparsity_config").one_of("format", "dense")

@@ -52,7 +52,9 @@ class Settings:
         """A setting that has settings of its own; an empty one where it is not set."""
         value = self.values.get(name)
         if not isinstance(value, Mapping | None):
-            raise ValueError(f"{self.subject} has {name}={value!r}, but it must be an object with names; is config.json whole?")
+            raise ValueError(
+                f"{self.subject} has {name}={value!r}, but it must be an object with names; is config.json whole?"
+            )
         return Settings(f"{name} of {self.subject}", value or {}, self.other_reader)
 
     def changed_by(self, table: Settings) -> Settings:
@@ -64,7 +66,9 @@ class Settings:
         try:
             return re.compile(text)
         except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"{self.subject} has {text!r}, which is no regular expression ({error}); correct it") from error
+            raise ValueError(
+                f"{self.subject} has {text!r}, which is no regular expression ({error}); correct it"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -79,15 +83,23 @@ class Layer:
         value = self.tensors.get(suffix)
         if value is None:
             raise ValueError(f"there is no {self.name}{suffix} beside {self.name}{min(self.tensors)}; {AGAIN}")
-        fits = value.ndim == len(shape) and all(want in (None, got) for want, got in zip(shape, value.shape, strict=True))
+        fits = value.ndim == len(shape) and all(
+            want in (None, got) for want, got in zip(shape, value.shape, strict=True)
+        )
         if not fits or value.numel() == 0 or value.dtype not in dtypes:
-            expected = f"{' or '.join(map(str, dtypes))} [{', '.join('any' if size is None else str(size) for size in shape)}]"
-            raise ValueError(f"{self.name}{suffix} is {value.dtype} {list(value.shape)}, but must be {expected}; {AGAIN}")
+            expected = (
+                f"{' or '.join(map(str, dtypes))} [{', '.join('any' if size is None else str(size) for size in shape)}]"
+            )
+            raise ValueError(
+                f"{self.name}{suffix} is {value.dtype} {list(value.shape)}, but must be {expected}; {AGAIN}"
+            )
         return value
 
     def groups(self, scheme: Scheme, suffix: str, columns: int, dim: int) -> int:
         """How many groups the scales at `suffix` have along `dim`, as the scheme has it for so many columns."""
-        counts = {1 if size == -1 else columns // size for size in scheme.group_sizes if size == -1 or columns % size == 0}
+        counts = {
+            1 if size == -1 else columns // size for size in scheme.group_sizes if size == -1 or columns % size == 0
+        }
         if not counts or columns % 2:
             raise ValueError(
                 f"{self.name} has {columns} input columns, which group_size={scheme.group_sizes[0]} does not divide; a last group"

@@ -1,0 +1,151 @@
+"""`specdec demo` and `specdec generate`: one prompt, completed by transformers, by our plain loop and speculatively."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+import specdec
+from specdec.drafters.resolve import resolve_drafter
+from specdec.runtime.loading import load, load_tokenizer
+from specdec.utils.text import pieces
+
+ROUNDS = 3
+STYLES = {"accepted": "green", "recovered": "bold red", "bonus": "bold blue underline", "plain": ""}
+MARKS = {"accepted": ("", ""), "recovered": ("⟨", "⟩"), "bonus": ("⟦", "⟧"), "plain": ("", "")}
+
+
+def run(options: argparse.Namespace) -> int:
+    """Complete one prompt three ways, in interleaved rounds, and print what came of it; 1 where greedy output differs."""
+    dtype = options.dtype or ("float32" if options.device == "cpu" or options.command == "demo" else "auto")
+    stderr = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+        task = progress.add_task(f"loading {options.model}", total=None)
+        model: Any = load(options.model, dtype, options.device)
+        tokenizer = load_tokenizer(options.model)
+        drafter: Any = options.draft
+        if drafter not in ("prompt_lookup", "none"):
+            progress.update(task, description=f"loading {options.draft}")
+            drafter = load(options.draft, dtype, options.device)
+        drafter = resolve_drafter(drafter, model)
+        inputs = tokenizer(options.prompt, return_tensors="pt").to(options.device)
+        if inputs["input_ids"].shape[1] == 0:
+            raise ValueError("the prompt is empty; pass some text with --prompt")
+        call: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": options.temperature > 0}
+        if options.temperature > 0:
+            call["temperature"] = options.temperature
+        if tokenizer.pad_token_id is not None:
+            call["pad_token_id"] = tokenizer.pad_token_id
+
+        engines: dict[str, Callable[[], Any]] = {
+            "transformers generate()": lambda: specdec.enable(
+                model
+            ),  # the stock loop; what is known of the pair is kept
+            "specdec, plain loop": lambda: specdec.enable(model, "none"),
+            "specdec, speculative": lambda: specdec.enable(model, drafter, num_draft_tokens=options.num_draft_tokens),
+        }
+        texts: dict[str, Tensor] = {}
+        rates: dict[str, list[float]] = {name: [] for name in engines}
+        for round_index in range(ROUNDS + 1):  # the first warms up
+            for name, prepare in engines.items():
+                progress.update(
+                    task, description=f"{name}, round {round_index} of {ROUNDS}" if round_index else f"warm-up: {name}"
+                )
+                prepare()
+                torch.manual_seed(options.seed)
+                started = time.perf_counter()
+                texts[name] = model.generate(**inputs, **call)[0, inputs["input_ids"].shape[1] :]
+                rates[name].append(len(texts[name]) / (time.perf_counter() - started))
+
+    stats = specdec.last_stats(model)
+    assert stats is not None
+    stock, plain, speculative = texts.values()
+    identical = torch.equal(plain, speculative) and torch.equal(stock, speculative)
+    tokens_per_second = {name: statistics.median(values[1:]) for name, values in rates.items()}
+    baseline = tokens_per_second["specdec, plain loop"]
+    report = {
+        "model": options.model,
+        "draft": options.draft,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": options.device,
+        "num_draft_tokens": options.num_draft_tokens,
+        "choice": None if stats.choice is None else str(stats.choice),
+        "temperature": options.temperature,
+        "prompt": options.prompt,
+        "text": tokenizer.decode(speculative, skip_special_tokens=True),
+        "tokens": len(speculative),
+        "tokens_per_second": {name: round(rate, 1) for name, rate in tokens_per_second.items()},
+        "speedup": round(tokens_per_second["specdec, speculative"] / baseline, 3),
+        "mean_acceptance_length": stats.mean_acceptance_length,
+        "tokens_per_step": stats.tokens_per_step,
+        "draft_acceptance_rate": stats.draft_acceptance_rate,
+        "expected_acceptance": stats.expected_acceptance,
+        "acceptance_histogram": stats.acceptance_histogram,
+        "identical": identical if options.temperature == 0 else None,
+    }
+    if options.json:
+        print(json.dumps(report))
+    else:
+        origins = [origin for step in stats.per_row[0].steps for origin in step.origins()]
+        show(report, pieces(tokenizer, speculative.tolist()), origins, Console())
+    return 1 if report["identical"] is False else 0
+
+
+def show(report: dict[str, Any], pieces: list[str], origins: list[str], console: Console) -> None:
+    """Print the text by origin, the table, and the verdict."""
+    plain_text = console.no_color or console.color_system is None
+
+    def marked(text: str, origin: str) -> Text:
+        if not plain_text:
+            return Text(text, style=STYLES[origin])
+        before, after = MARKS[origin]  # around the visible part, so that line breaks and indents stay where they are
+        core = text.strip()
+        start = text.find(core) if core else 0
+        return Text(f"{text[:start]}{before}{core}{after}{text[start + len(core) :]}")
+
+    generated = (marked(piece, origin) for piece, origin in zip(pieces, origins, strict=True))
+    console.print(Text.assemble(Text(report["prompt"], style="dim"), *generated), soft_wrap=True)
+    console.print()
+    counts = [
+        Text.assemble(marked(name, name), f" {origins.count(name)}  {meaning}")
+        for name, meaning in (
+            ("accepted", "the draft's, kept"),
+            ("recovered", "the target's, after a rejection"),
+            ("bonus", "the target's, after a draft kept whole"),
+        )
+    ]
+    for line in counts:
+        console.print(line)
+    console.print()
+
+    table = Table(
+        title=f"{report['tokens']} tokens, K={report['num_draft_tokens']}, {report['dtype']} on {report['device']}"
+    )
+    table.add_column("median of 3 interleaved rounds")
+    table.add_column("tokens/s", justify="right")
+    table.add_column("× plain loop", justify="right")
+    baseline = report["tokens_per_second"]["specdec, plain loop"]
+    for name, rate in report["tokens_per_second"].items():
+        table.add_row(name, f"{rate:.1f}", f"{rate / baseline:.2f}")
+    console.print(table)
+    console.print(f"speedup: {report['speedup']:.2f}×")
+    if report["choice"]:
+        console.print(report["choice"])
+    length, rate = report["mean_acceptance_length"], report["draft_acceptance_rate"]
+    console.print(f"mean acceptance length: {'nothing was drafted' if length is None else f'{length:.2f}'}")
+    console.print(f"tokens per step, steps without a draft included: {report['tokens_per_step']:.2f}")
+    console.print(f"draft acceptance rate: {'nothing was drafted' if rate is None else f'{rate:.1%}'}")
+    verdict = {True: "yes", False: "no", None: "not compared, the text is sampled"}[report["identical"]]
+    console.print(f"identical: {verdict}", style={True: "bold green", False: "bold red", None: ""}[report["identical"]])

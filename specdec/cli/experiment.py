@@ -1,0 +1,145 @@
+"""`specdec experiment` and scripts/experiment.py: hydra composes a config, each run leaves records and a report."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from accelerate.utils import broadcast_object_list
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.experimental.callback import Callback
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from rich.console import Console
+
+import specdec
+from specdec.cli.report import write
+from specdec.experiments.config import ExperimentConfig
+from specdec.experiments.records import Run
+from specdec.experiments.report.labels import read_runs
+from specdec.experiments.report.page import page, summary_table
+from specdec.experiments.run import processes, run
+from specdec.utils import embedded
+
+PACKAGE = Path(specdec.__file__).parent
+LAUNCHER_EXTRAS = {"joblib": "joblib", "submitit": "slurm", "ray": "ray"}
+
+
+class PromptsFailed(Exception):
+    """A run is whole, but some of its prompts have an error in place of a record."""
+
+
+def conf_dir() -> Path:
+    """Where the configs lie: inside the installed package, or beside it in a checkout."""
+    inside = PACKAGE / "conf"
+    return inside if inside.is_dir() else PACKAGE.parent / "conf"
+
+
+def main(arguments: list[str]) -> int:
+    """Run hydra on overrides and flags (`-m`, `--cfg job`, …); the exit code: 0, 1 where prompts failed, 2 for bad input."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us as they are, not as a printed trace
+    sys.argv = [sys.argv[0], *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_task)()
+    except KeyboardInterrupt:
+        return 130
+    except PromptsFailed as error:
+        print(f"specdec: {error}", file=sys.stderr)
+        return 1
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError, OSError) as error:
+        print(f"specdec: {_in_words(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build(config: DictConfig) -> ExperimentConfig:
+    """The experiment of a composed config, its values held to the dataclasses that its `_target_`s name."""
+    _check(config)
+    experiment: ExperimentConfig = instantiate(config, _convert_="object")
+    return experiment
+
+
+def _check(node: DictConfig) -> None:
+    """A node whose `_target_` is a dataclass has that for its schema: values are converted to its types, or refused."""
+    for value in node.values():
+        if isinstance(value, DictConfig):
+            _check(value)
+    target = get_object(node["_target_"]) if "_target_" in node else None
+    if is_dataclass(target):
+        plain = {
+            str(name): value for name, value in node.items() if name != "_target_" and not isinstance(value, DictConfig)
+        }
+        checked: Any = OmegaConf.merge(OmegaConf.structured(target), plain)
+        for name in plain:
+            node[name] = checked[name]
+
+
+def _task(config: DictConfig) -> None:
+    """One run, as hydra or one of its launchers calls it."""
+    is_main = processes().is_main_process
+    values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    experiment = build(config)
+    experiment.folder = Path(HydraConfig.get().runtime.output_dir)
+    done = run(experiment, values, Console(stderr=True, quiet=not is_main, markup=False, highlight=False))
+    if not is_main:  # an error of its own would have the launcher end the main process before its report is written
+        return
+    if done.records:
+        _report([done], experiment.folder)
+    if done.failures:
+        first = done.failures[0]
+        raise PromptsFailed(
+            f"{len(done.failures)} of {len(done.failures) + len(done.records)} calls failed, the first on {first.prompt_id!r}:"
+            f" {first.error}"
+        )
+
+
+class SweepReport(Callback):
+    """One page for all runs of a sweep."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if not processes().is_main_process:
+            return
+        folder = Path(config.hydra.sweep.dir)
+        try:
+            _report(read_runs([folder]), folder)
+        except ValueError as error:  # other workloads, or failed prompts: the runs' own reports stand
+            print(f"no report of the whole sweep: {error}", file=sys.stderr)
+
+
+def _report(done: list[Run], folder: Path) -> None:
+    file, console = folder / "report.html", Console()
+    write(file, page(done))
+    console.print(summary_table(done))
+    console.print(f"report: {file}", soft_wrap=True)
+
+
+def _run_stamp() -> str:
+    """When the main process named the run's folder; the others take its word."""
+    processes()
+    stamp = [time.strftime("%Y-%m-%d_%H-%M-%S")]
+    broadcast_object_list(stamp)
+    return stamp[0]
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, ValueError):
+        return str(error.__cause__)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} is no override: {str(error).partition(chr(10))[0]}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} has no value; give it one on the command line: {error.full_key}=…"
+    for plugin, extra in LAUNCHER_EXTRAS.items():
+        if f"hydra/launcher/{plugin}" in str(error):
+            return f'hydra\'s {plugin} launcher is not installed; pip install "specdec-lossless[{extra}]"'
+    return str(error)
+
+
+OmegaConf.register_new_resolver("run_stamp", _run_stamp, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("embedded", lambda name: str(getattr(embedded, name.upper())), replace=True)

@@ -1,0 +1,149 @@
+"""`specdec report`: what runs came to, as a page, Markdown or JSON; with --fail-if a gate for CI."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from specdec.experiments.records import Run
+from specdec.experiments.report import page as report
+from specdec.experiments.report.figures import METRICS, Estimate, compare
+from specdec.experiments.report.labels import labels, read_runs
+from specdec.experiments.report.plots import interval, number
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a metric's change must not be: below or above a limit, absolute or in per cent of the first run's value."""
+
+    text: str
+    metric: str
+    is_below: bool
+    limit: float
+    is_relative: bool
+
+
+@dataclass(frozen=True)
+class Check:
+    """A condition's outcome, from the first run to another one."""
+
+    condition: str
+    run: str
+    before: float
+    after: float
+    change: Estimate
+    fails: bool
+    told: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a run's folder, or a sweep's; several are compared to the first one"
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="default: report.html in the first run's folder; else stdout"
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="tables for a pull request or a job's summary")
+    form.add_argument("--json", action="store_true", help="all figures as one JSON object")
+    parser.add_argument(
+        "--fail-if",
+        action="append",
+        default=[],
+        metavar="EXPR",
+        help="exit with 1 where a metric changed so from the first run: 'mean_acceptance_length<-5%%' is relative,"
+        " 'draft_acceptance_rate<-0.02' absolute (two points); repeatable. Metrics: " + ", ".join(METRICS),
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Report runs; 1 where a condition of --fail-if is met. Nothing is written where the runs can't be reported or compared."""
+    conditions = [_condition(text) for text in options.fail_if]
+    runs = read_runs([Path(path) for path in options.runs])
+    checks = _checks(runs, conditions)
+    if options.json:
+        text = (
+            json.dumps(report.as_json(runs) | {"checks": [asdict(check) for check in checks]}, ensure_ascii=False)
+            + "\n"
+        )
+    elif options.markdown:
+        text = report.markdown(runs) + "".join(f"- {check.told}\n" for check in checks)
+    else:
+        text = report.page(runs)
+    output = Path(options.output) if options.output else None
+    if output is None and not (options.json or options.markdown):
+        output = Path(options.runs[0]) / "report.html"
+        output = output if output.parent.is_dir() else runs[0].folder / "report.html"
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        write(output, text)
+        Console().print(report.summary_table(runs))
+        print(f"written: {output}")
+    if output is not None or options.json:
+        for check in checks:
+            print(check.told, file=sys.stderr if output is None else sys.stdout)
+    return 1 if any(check.fails for check in checks) else 0
+
+
+def _condition(text: str) -> Condition:
+    found = re.fullmatch(r"\s*(\w+)\s*([<>])\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*(%?)\s*", text)
+    if found is None:
+        raise ValueError(f"--fail-if {text!r} is not NAME<NUMBER or NAME>NUMBER, as in 'mean_acceptance_length<-5%'")
+    name, sign, limit, per_cent = found.groups()
+    if name not in METRICS:
+        raise ValueError(f"--fail-if {text!r}: there is no metric {name!r}; known are {', '.join(METRICS)}")
+    return Condition(text.strip(), name, sign == "<", float(limit), bool(per_cent))
+
+
+def _checks(runs: Sequence[Run], conditions: Sequence[Condition]) -> list[Check]:
+    if conditions and len(runs) < 2:
+        raise ValueError("--fail-if compares runs: name two, the one to hold against first")
+    names = labels(runs)
+    changes = (
+        [(name, compare(runs[0], other)) for name, other in zip(names[1:], runs[1:], strict=True)] if conditions else []
+    )
+    checks = []
+    for condition in conditions:
+        metric = METRICS[condition.metric]
+        for name, differences in changes:
+            difference = differences[condition.metric]
+            if difference.before is None or difference.after is None:
+                which = names[0] if difference.before is None else name
+                raise ValueError(f"--fail-if {condition.text!r}: {metric.label} has no value in the run {which!r}")
+            change = difference.relative if condition.is_relative else difference.change
+            if change.value is None:
+                raise ValueError(
+                    f"--fail-if {condition.text!r}: {metric.label} was 0, of which there are no per cent; leave % out"
+                )
+            fails = change.value < condition.limit if condition.is_below else change.value > condition.limit
+            unit, scale = ("", 1.0) if condition.is_relative else (metric.unit, difference.before)
+            moved, between = number(change.value, unit, scale), interval(change, unit, scale)
+            told = f"{number(difference.before, metric.unit)} → {number(difference.after, metric.unit)}, change {moved}"
+            told += "\u00a0%" * condition.is_relative + (f" ({between})" if between else "")
+            verdict = "fails" if fails else "holds"
+            told = f"{condition.text} [{name}]: {told}: {verdict}"
+            checks.append(Check(condition.text, name, difference.before, difference.after, change, fails, told))
+    return checks
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"{path.parent} is no folder, so {path.name} cannot be written there; make it first, or name another -o"
+        )
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

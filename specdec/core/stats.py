@@ -1,0 +1,183 @@
+"""What a call did: counters and the acceptance metrics made of them, with vLLM's names; docs/figures.md defines each one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from specdec.core.steps import RowStep, StepResult
+from specdec.core.timing import StepTimes, Timing
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How a call with num_draft_tokens="auto" chose K.
+
+    steps_by_k[k]: steps of the batch that asked for k ids.
+    times: the profile's seconds of a step's parts, by K.
+    acceptance: the estimate for the rows that were last at work, on average.
+    predicted_speedup, measured_speedup: tokens a row over the seconds of the steps, against one token a plain step.
+    profile_s: seconds that the profile took; None where an earlier call had made it.
+    """
+
+    steps_by_k: list[int]
+    times: StepTimes
+    acceptance: float
+    predicted_speedup: float | None
+    measured_speedup: float | None
+    profile_s: float | None
+
+    def __str__(self) -> str:
+        """In one line: "K=3 in 84 % of steps, 0 in 2 %; predicted 1.84×, measured 1.79×"."""
+        total = sum(self.steps_by_k)
+        if self.predicted_speedup is None or self.measured_speedup is None:
+            return "no step"
+        shares = sorted(((count / total, k) for k, count in enumerate(self.steps_by_k) if count), reverse=True)
+        first, *rest = (f"{k} in {100 * share:.0f} %" for share, k in shares)
+        told = ", ".join([f"K={first} of steps", *rest])
+        return f"{told}; predicted {self.predicted_speedup:.2f}×, measured {self.measured_speedup:.2f}×"
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Sums over row-steps. A step drafted where at least one draft id counts; one that did not emits one id, the target's own.
+
+    num_steps, num_emitted_tokens: over all steps. num_spec_steps, num_spec_emitted_tokens: over those that drafted.
+    num_tried_draft_tokens: draft ids with all before them accepted. overlap: sum(min(p, q)), summed over those.
+    """
+
+    num_steps: int = 0
+    num_emitted_tokens: int = 0
+    num_spec_steps: int = 0
+    num_spec_emitted_tokens: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_draft_tokens: int = 0
+    num_tried_draft_tokens: int = 0
+    overlap: float = 0
+
+    @classmethod
+    def of(cls, steps: Sequence[RowStep]) -> Counts:
+        drafting = [step for step in steps if step.drafted]
+        return cls(
+            num_steps=len(steps),
+            num_emitted_tokens=sum(step.emitted for step in steps),
+            num_spec_steps=len(drafting),
+            num_spec_emitted_tokens=sum(step.emitted for step in drafting),
+            num_draft_tokens=sum(step.drafted for step in drafting),
+            num_accepted_draft_tokens=sum(step.accepted for step in drafting),
+            num_tried_draft_tokens=sum(len(step.overlap) for step in drafting),
+            overlap=sum(sum(step.overlap) for step in drafting),
+        )
+
+    def ratio(self, name: str) -> float | None:
+        """One of RATIOS; None where nothing was counted."""
+        part, whole = RATIOS[name]
+        return _ratio(getattr(self, part), getattr(self, whole))
+
+
+RATIOS = {  # figures that are one sum over another one: of Stats, and of a run's records
+    "mean_acceptance_length": ("num_spec_emitted_tokens", "num_spec_steps"),
+    "tokens_per_step": ("num_emitted_tokens", "num_steps"),
+    "draft_acceptance_rate": ("num_accepted_draft_tokens", "num_draft_tokens"),
+    "expected_acceptance": ("overlap", "num_tried_draft_tokens"),
+}
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counts of one call and the metrics made of them, as docs/figures.md defines them.
+
+    A row-step is one verifying forward for one unfinished row. A row's last step counts only up to its stop. Ratios are None
+    where nothing was drafted; tokens_per_step is None where no step was made.
+
+    num_steps: row-steps. num_spec_steps: those that drafted.
+    num_draft_tokens, num_accepted_draft_tokens: draft ids proposed, and kept. num_emitted_tokens: ids written, by all steps.
+    num_target_forwards: forwards of the target for the whole batch, the prompt's apart.
+    acceptance_histogram[i]: steps that drafted and accepted exactly i draft ids, 0 … K.
+    mean_acceptance_length (tau): ids emitted by the steps that drafted / those steps.
+    tokens_per_step: emitted ids / steps, those without a draft included.
+    draft_acceptance_rate: accepted / drafted.
+    acceptance_per_position[i]: steps that accepted a draft id at i / steps that drafted.
+    conditional_acceptance_per_position[i]: the same / steps that drafted i with all before it accepted.
+    expected_acceptance (alpha): mean of sum(min(p, q)) over those positions; from the distributions, not from coin flips.
+    timing: seconds of the call by part, where enable(..., timing=True) asked for it.
+    choice: how K was chosen, where num_draft_tokens is "auto".
+    steps: in a row's own figures, what each of its steps did.
+    per_row: the same for each row; empty in a row's own.
+    """
+
+    num_steps: int = 0
+    num_spec_steps: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_draft_tokens: int = 0
+    num_emitted_tokens: int = 0
+    num_target_forwards: int = 0
+    acceptance_histogram: list[int] = field(default_factory=list)
+    mean_acceptance_length: float | None = None
+    tokens_per_step: float | None = None
+    draft_acceptance_rate: float | None = None
+    acceptance_per_position: list[float | None] = field(default_factory=list)
+    conditional_acceptance_per_position: list[float | None] = field(default_factory=list)
+    expected_acceptance: float | None = None
+    timing: Timing | None = None
+    choice: Choice | None = None
+    steps: list[RowStep] = field(default_factory=list)
+    per_row: list[Stats] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, steps: Sequence[RowStep], num_draft_tokens: int, num_target_forwards: int) -> Stats:
+        """Of row-steps that drafted at most num_draft_tokens ids each; all but timing, choice, steps and per_row."""
+        counts = Counts.of(steps)
+        histogram = acceptance_histogram(steps, num_draft_tokens)
+        accepted_at = [sum(histogram[position + 1 :]) for position in range(num_draft_tokens)]
+        tried_at = [sum(len(step.overlap) > position for step in steps) for position in range(num_draft_tokens)]
+        return cls(
+            num_steps=counts.num_steps,
+            num_spec_steps=counts.num_spec_steps,
+            num_draft_tokens=counts.num_draft_tokens,
+            num_accepted_draft_tokens=counts.num_accepted_draft_tokens,
+            num_emitted_tokens=counts.num_emitted_tokens,
+            num_target_forwards=num_target_forwards,
+            acceptance_histogram=histogram,
+            acceptance_per_position=[_ratio(count, counts.num_spec_steps) for count in accepted_at],
+            conditional_acceptance_per_position=[_ratio(*at) for at in zip(accepted_at, tried_at, strict=True)],
+            mean_acceptance_length=counts.ratio("mean_acceptance_length"),
+            tokens_per_step=counts.ratio("tokens_per_step"),
+            draft_acceptance_rate=counts.ratio("draft_acceptance_rate"),
+            expected_acceptance=counts.ratio("expected_acceptance"),
+        )
+
+
+class StatsCounter:
+    """Collects outcomes; `stats()` turns them into Stats at any time."""
+
+    def __init__(self, batch_size: int, num_draft_tokens: int) -> None:
+        self.num_draft_tokens = num_draft_tokens
+        self.num_forwards = 0
+        self.rows: list[list[RowStep]] = [[] for _ in range(batch_size)]
+
+    def add(self, outcome: StepResult) -> None:
+        """Count one step."""
+        self.num_forwards += 1
+        for row, step in zip(self.rows, outcome.steps, strict=True):
+            if step is not None:
+                row.append(step)
+
+    def stats(self) -> Stats:
+        """The whole batch, with each row's own figures in `per_row`."""
+        stats = Stats.of([step for row in self.rows for step in row], self.num_draft_tokens, self.num_forwards)
+        stats.per_row = [Stats.of(row, self.num_draft_tokens, len(row)) for row in self.rows]
+        for of_row, row in zip(stats.per_row, self.rows, strict=True):
+            of_row.steps = list(row)
+        return stats
+
+
+def acceptance_histogram(steps: Sequence[RowStep], num_draft_tokens: int) -> list[int]:
+    """How many of the steps that drafted accepted exactly 0 … num_draft_tokens ids."""
+    counted = Counter(step.accepted for step in steps if step.drafted)
+    return [counted[length] for length in range(num_draft_tokens + 1)]
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None

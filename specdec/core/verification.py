@@ -1,0 +1,114 @@
+"""Rejection sampling: keep the longest prefix of a draft that leaves the target's distribution unchanged.
+
+Leviathan et al., Fast Inference from Transformers via Speculative Decoding (2023), and Chen et al., Accelerating Large Language
+Model Decoding with Speculative Sampling (2023). Pure functions of tensors: the randomness comes in as uniforms. On a CUDA device
+specdec_kernels.rejection does all of verify() in one launch; what stands here is its definition.
+
+    p  target probability        q  draft probability        u  uniform in [0, 1)
+    draft id x at position i is accepted      when u < p(x) / q(x), so never where p(x) = 0
+    recovered id, after the first rejection   drawn from normalize(max(p - q, 0))
+    bonus id, after full acceptance           drawn from p at the position behind the draft
+"""
+
+from __future__ import annotations
+
+import torch
+from specdec_kernels import rejection
+from torch import Tensor
+
+from specdec.core.sampling import Sampling, draw, uniforms
+from specdec.core.steps import Draft, Verdict
+
+
+def verify_draft(draft: Draft, scores: Tensor, sampling: Sampling) -> tuple[Verdict, Tensor, Tensor]:
+    """Verify a draft against the target's processed scores [B, K+1, V].
+
+    -> the verdict, sum(min(p, q)) [B, K], and the rows [B] where a distribution is NaN: NaN spreads to the largest score, and to
+    every probability.
+    """
+    if sampling.do_sample:
+        probs = sampling.probs(scores)
+        verdict = verify(draft, probs, uniforms(*scores.shape[:2], device=scores.device))
+        shared, is_nan = overlap(draft, probs), probs[..., 0].isnan()
+    else:
+        best, target_ids = scores.max(-1)  # one-hot distributions, held as ids
+        verdict = verify_greedy(draft, target_ids)
+        shared, is_nan = overlap_greedy(draft, target_ids), best.isnan()
+    return Verdict(verdict.accepted, verdict.next_ids.clamp(0, scores.shape[-1] - 1)), shared, is_nan.any(1)
+
+
+def verify(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Verdict:
+    """Accept or reject a batch of drafts.
+
+    target_probs: [B, K+1, V] float32, the target's distribution at each draft position and behind the last.
+    uniforms: [B, K+1] float64 in [0, 1), one for each draft id and one for the recovered or bonus id.
+    """
+    if _takes_kernel(target_probs):
+        return _verify_in_kernel(draft, target_probs, uniforms)
+    num_ids = draft.ids.shape[1]
+    ids = draft.ids[..., None]
+    p = target_probs[:, :num_ids].gather(-1, ids)[..., 0]
+    q = torch.ones_like(p) if draft.probs is None else draft.probs.gather(-1, ids)[..., 0]
+    accepted = _leading(uniforms[:, :num_ids] * q < p, draft.lengths)
+
+    rows = torch.arange(len(accepted), device=accepted.device)
+    next_probs = target_probs[rows, accepted]
+    if num_ids:
+        at = accepted.clamp(max=num_ids - 1)
+        q_next = one_hot(draft.ids[rows, at], target_probs.shape[-1]) if draft.probs is None else draft.probs[rows, at]
+        rejected = (accepted < draft.lengths)[:, None]
+        next_probs = torch.where(rejected, residual(next_probs, q_next), next_probs)
+    return Verdict(accepted, draw(next_probs, uniforms[:, num_ids]))
+
+
+def verify_greedy(draft: Draft, target_ids: Tensor) -> Verdict:
+    """The same rule where the target is one-hot at target_ids [B, K+1]: p is 0 or 1, whatever q was."""
+    num_ids = draft.ids.shape[1]
+    accepted = _leading(draft.ids == target_ids[:, :num_ids], draft.lengths)
+    return Verdict(accepted, target_ids.gather(1, accepted[:, None])[:, 0])
+
+
+def residual(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
+    """Weights of the recovered id, max(0, p - q), not normalized: [..., V], [..., V] -> [..., V].
+
+    Falls back to p where p == q in floating point, since no mass is left there.
+    """
+    excess = (target_probs - draft_probs).clamp(min=0)
+    return torch.where((excess > 0).any(-1, keepdim=True), excess, target_probs)
+
+
+def overlap(draft: Draft, target_probs: Tensor) -> Tensor:
+    """sum(min(p, q)) at each draft position, the chance that its id is accepted: [B, K]. Equals 1 - TV(p, q)."""
+    p = target_probs[:, : draft.ids.shape[1]]
+    if draft.probs is None:
+        return p.gather(-1, draft.ids[..., None])[..., 0]
+    return torch.minimum(p, draft.probs).sum(-1)
+
+
+def overlap_greedy(draft: Draft, target_ids: Tensor) -> Tensor:
+    """The same where the target is one-hot at target_ids [B, K+1]."""
+    target_ids = target_ids[:, : draft.ids.shape[1]]
+    if draft.probs is None:
+        return (draft.ids == target_ids).float()
+    return draft.probs.gather(-1, target_ids[..., None])[..., 0]
+
+
+def one_hot(ids: Tensor, vocab_size: int) -> Tensor:
+    """[...] int64 -> [..., V] float32, all mass on the id."""
+    return torch.zeros(*ids.shape, vocab_size, device=ids.device).scatter_(-1, ids[..., None], 1.0)
+
+
+def _leading(accept: Tensor, lengths: Tensor) -> Tensor:
+    """How many are accepted before the first rejection, among those offered: [B, K] bool, [B] -> [B] int64."""
+    offered = torch.arange(accept.shape[1], device=accept.device) < lengths[:, None]
+    return (accept & offered).long().cumprod(1).sum(1)
+
+
+def _takes_kernel(target_probs: Tensor) -> bool:
+    return target_probs.shape[-1] <= rejection.MAX_VOCAB_SIZE and rejection.works_on(target_probs.device)
+
+
+def _verify_in_kernel(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Verdict:
+    probs = None if draft.probs is None else draft.probs.contiguous()
+    ids, lengths = draft.ids.contiguous(), draft.lengths.contiguous()
+    return Verdict(*rejection.verify(target_probs.contiguous(), ids, probs, lengths, uniforms.contiguous()))

@@ -1,0 +1,15 @@
+"""The embedded pair: a small target, its draft and held-out prompts, so that everything runs with no download."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+ASSETS = Path(__file__).parents[1] / "assets"
+TARGET = ASSETS / "target"
+DRAFT = ASSETS / "draft"
+
+
+def prompts() -> list[dict[str, str]]:
+    """Cuts from held-out modules of the standard library: dicts with `id`, `task`, `prompt`."""
+    return [json.loads(line) for line in (ASSETS / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]

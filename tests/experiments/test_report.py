@@ -1,0 +1,688 @@
+"""The report: true words in every case, a page that a browser shows to everyone, and a gate that a script can trust."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from specdec.cli import report as command
+from specdec.core.stats import Choice
+from specdec.core.steps import RowStep
+from specdec.core.timing import StepTimes
+from specdec.experiments.records import FORMAT, PLAIN, SPECULATIVE, Failure, Header, Run, Skipped, read_run
+from specdec.experiments.report import page as report
+from specdec.experiments.report.figures import METRICS, compare, figures
+from specdec.experiments.report.labels import labels, read_runs
+from tests.helpers.synthetic_runs import PROVENANCE, config, synthetic_run, write_run
+
+SAMPLED = {"sampling__temperature": 1.0}
+DEMO = synthetic_run()
+WITHOUT_BASELINE = synthetic_run(prompts=3, baseline=False)
+SECTIONS = ("Acceptance", "By task", "Which K", "Where the time goes", "One text, token by token", "Provenance")
+
+
+def sentence(run: Run) -> str:
+    return re.search(r'<p class="lead">(.*?)</p>', report.page([run]), re.DOTALL)[1]  # type: ignore[index]
+
+
+def speculative(speed: float) -> Run:
+    """DEMO with the drafter's calls at another speed."""
+    records = [
+        replace(record, seconds=replace(record.seconds, total_s=record.seconds.total_s / speed))
+        if record.engine == SPECULATIVE
+        else record
+        for record in DEMO.records
+    ]
+    return replace(DEMO, records=records)
+
+
+def without_a_draft(run: Run) -> Run:
+    """K = 0 in all steps, as "auto" may choose."""
+    return replace(
+        run, records=[replace(record, steps=[RowStep(0, 0, 0, 1, []) for _ in record.ids]) for record in run.records]
+    )
+
+
+def test_a_page_needs_nothing_else_and_is_the_same_each_time() -> None:
+    text = report.page([DEMO])
+    assert text == report.page([DEMO])
+    assert len(text.encode()) < 600_000
+    assert "http" not in re.sub(r"http-equiv", "", text)
+    assert not re.search(r'(src|href)="(?!#|data:,)', text)
+    for title in SECTIONS:
+        assert re.search(rf"<h2>{title}</h2>", text), title
+    identifiers = re.findall(r' id="([^"]+)"', text)
+    assert len(identifiers) == len(set(identifiers))
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(identifiers)
+    assert "&lt;b&gt;&amp;amp;&lt;/b&gt;" in text  # the prompt is shown, not obeyed
+
+
+def test_charts_say_their_figures() -> None:
+    text, told = report.page([DEMO]), figures(DEMO)
+    alts = re.findall(r'role="img" aria-label="([^"]+)"', text)
+    assert len(alts) == text.count("<svg") == 6
+    first = told.positions[0].conditional
+    assert first.value is not None
+    assert first.low is not None
+    wanted = f"Acceptance by draft position. position 1: conditional: kept, where all before it were {100 * first.value:.1f}\u00a0%"
+    assert alts[0].startswith(f"{wanted} ({100 * first.low:.1f} to ")
+    for title in (
+        "Accepted tokens per draft",
+        "Acceptance along the output",
+        "Mean acceptance length by K",
+        "Speedup by K",
+    ):
+        assert any(alt.startswith(title) for alt in alts), title
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (
+            DEMO,
+            r"With a draft model guessing up to 4 tokens ahead, .* wrote 24 texts of up to 64 tokens 1\.8\d times as fast",
+        ),
+        (DEMO, r"\(95 % interval 1\.\d\d to 1\.\d\d\), and every text is the same, token for token"),
+        (DEMO, r"of the guesses were kept, so a step of the target gave 3\.\d\d tokens where it gives 1"),
+        (speculative(0.4), r"0\.7\d times as fast as on its own, which is slower \(95 %"),
+        (speculative(0.54), r"neither clearly faster nor slower than on its own: (0\.9|1\.0)\d times"),
+        (WITHOUT_BASELINE, r"tokens a second; plain decoding was not run beside it, so a speedup is not known\."),
+        (synthetic_run(prompts=1), r"1 text of .* \(one prompt gives no interval\), and the text is the same"),
+        (synthetic_run(prompts=3, **SAMPLED), r"; texts are sampled, so they are not compared one by one\."),
+        (
+            replace(DEMO, records=[r for r in DEMO.records if r.engine == PLAIN]),
+            r"nothing was drafted, so nothing was accepted",
+        ),
+        (
+            replace(DEMO, records=[*DEMO.records[:-1], replace(DEMO.records[-1], ids=[1])]),
+            r", but 1 of 24 texts differ\.",
+        ),
+        (
+            replace(
+                DEMO,
+                header=Header(PROVENANCE, config(drafter={"_target_": "specdec.drafters.prompt_lookup.PromptLookup"})),
+            ),
+            r"With prompt lookup guessing",
+        ),
+        (without_a_draft(DEMO), r"With a draft model, the target model wrote .* It never had a guess to offer\."),
+    ],
+)
+def test_the_first_sentence_says_what_came_of_it(run: Run, said: str) -> None:
+    assert re.search(said, sentence(run)), sentence(run)
+
+
+def suggestion(run: Run) -> str:
+    return re.search(r'<p class="say">(.*?)</p>', report.page([run]), re.DOTALL)[1]  # type: ignore[index]
+
+
+def slow_drafts(run: Run, factor: float) -> Run:
+    assert run.costs is not None
+    return replace(run, costs=replace(run.costs, draft_s=[factor * seconds for seconds in run.costs.draft_s]))
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (DEMO, "K=4, which this run used, is predicted to be fastest"),
+        (DEMO, "K=4 is the largest that this run drafted"),
+        (slow_drafts(DEMO, 3), r"K=\d is predicted to be fastest: .* For this run&#39;s own K=4 it is \d.\d\d×, where"),
+        (slow_drafts(DEMO, 3), "Within that error and the intervals, .* may do as well"),
+        (slow_drafts(DEMO, 9), "No K pays here: the best, K=1, is predicted to reach 0"),
+        (synthetic_run(k=2, chances=(0.99,), spread=0.0), "ahead of every other K by more than that error"),
+        (synthetic_run(prompts=1), "One prompt cannot tell how sure that is"),
+        (replace(DEMO, costs=None), "Step times were not measured, so a speedup cannot be predicted"),
+    ],
+)
+def test_what_k_the_figures_suggest(run: Run, said: str) -> None:
+    assert re.search(said, suggestion(run)), suggestion(run)
+
+
+def test_a_k_that_chose_itself_is_told_from_all_calls() -> None:
+    run = synthetic_run(prompts=4, k=8)
+    times = StepTimes([0.0] * 9, [1.0] * 9, [0.0] * 9)
+    first = Choice([1, 0, 3, 0, 0, 0, 0, 0, 0], times, 0.8, 2.0, 1.9, 1.25)
+    second = Choice([0, 0, 0, 12, 0, 0, 0, 0, 0], times, 0.4, 1.0, 1.1, None)
+    run.header.config["num_draft_tokens"] = "auto"
+    one, other, same, none = (record.call for record in run.of(SPECULATIVE))
+    choices = {one: first, other: second, same: first, none: None}
+    run.records = [
+        record
+        if record.engine == PLAIN
+        else replace(
+            record, choice=choices[record.call], call=one if record.call == same else record.call
+        )  # two rows of a call
+        for record in run.records
+    ]
+    line = "K chose itself: K=3 in 75 % of steps, 2 in 19 %, 0 in 6 %; predicted 1.25×, measured 1.30×, both against plain steps."
+    assert line in report.page([run])
+    assert line in report.markdown([run])
+    assert "up to 8 tokens ahead" in report.page([run])
+    choice = report.as_json([run])["runs"][0]["choice"]
+    assert choice["steps_by_k"] == [1, 0, 3, 12, 0, 0, 0, 0, 0]
+    assert choice["acceptance"] == pytest.approx(0.5)
+    never = replace(run, costs=None)
+    never.records = [replace(record, choice=None) for record in run.records]
+    assert "chose itself" not in report.page([never])
+    assert "which this run used" not in report.page([run]), "no one K is this run's own"
+    assert "measured, this run" not in report.page([run])
+
+
+def test_caveats_and_what_was_left_out_are_said() -> None:
+    run = replace(
+        DEMO,
+        torn=True,
+        header=Header(PROVENANCE | {"dirty": True, "processes": 2}, config(workload={"limit": 30})),
+        skipped=[Skipped(f"long-{n}", "task a", 0, 0, "too long") for n in range(3)],
+        failures=[Failure("bad", "task a", 0, 0, SPECULATIVE, "RuntimeError: no")],
+    )
+    text = report.page([run])
+    for said in (
+        "interrupted: 24 prompts of at most 30 and 48 records are here",
+        "the commit alone does not repeat this run",
+        "2 processes ran at once",
+        "1 call failed",
+        "3 prompts skipped: “too long”",
+        "1 call failed, speculative: “RuntimeError: no”",
+    ):
+        assert said in text
+    late = replace(DEMO.records[3], seconds=replace(DEMO.records[3].seconds, prefill_s=2.0, total_s=2.5))
+    assert "1 call took more than 3 times what calls of that length" in report.page(
+        [replace(DEMO, records=[*DEMO.records[:3], late, *DEMO.records[4:]])]
+    )
+    calm = report.page([DEMO])
+    assert 'class="caveat"' not in calm
+    assert "<h2>Left out</h2>" not in calm
+
+
+FORMAT_1 = Path(__file__).parents[1] / "data" / "run-format-1"
+
+
+def test_a_run_of_record_format_1_is_reported_by_today_s_definitions_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its reports said 2.67 then: 1 + 10 accepted ids / 6 steps, two of them without a draft, one that ends on a draft id."""
+    note = "This run was recorded in format 1, whose counts include steps without a draft"
+    (old,) = read_runs([FORMAT_1])
+    assert figures(old).metrics["mean_acceptance_length"].value == 13 / 4
+    assert figures(old).metrics["tokens_per_step"].value == 15 / 6
+    assert note in report.page([old])
+    assert f"> {note}" in report.markdown([old])
+    values = report.as_json([old])["runs"][0]
+    assert (values["record_format"], values["metrics"]["mean_acceptance_length"]["value"]) == (1, 13 / 4)
+    assert [caveat.startswith(note) for caveat in values["caveats"]] == [True]
+    assert command.run(parsed(str(FORMAT_1), "-o", str(tmp_path / "page.html"))) == 0
+    assert "recorded in format 1; the figures are made of its steps" in " ".join(capsys.readouterr().out.split())
+
+    new = read_run(write_run(replace(old, header=replace(old.header, version=FORMAT)), tmp_path / "new"))
+    assert note not in report.page([new])
+    assert report.summary_table([new]).caption is None
+    assert all(change.change.value == 0 for change in compare(old, new).values() if change.change.value is not None)
+    both = report.markdown([old, new])
+    assert "Runs of an older record format are compared by today's definitions" in both
+    assert both.count(note) == 1
+    paths = [str(FORMAT_1), str(tmp_path / "new")]
+    assert (
+        command.run(
+            parsed(*paths, "--markdown", "--fail-if", "mean_acceptance_length<0", "--fail-if", "tokens_per_step<0")
+        )
+        == 0
+    )
+
+
+def test_memory_is_set_beside_its_prediction() -> None:
+    text = report.page([DEMO])
+    assert re.search(r"measured against predicted</th>\s*<td>\+3\.6\u00a0%", text)
+    assert "target KV cache" in text
+
+
+def test_a_run_is_called_by_what_it_differs_in() -> None:
+    lookup = {"_target_": "specdec.drafters.prompt_lookup.PromptLookup", "max_ngram": 3}
+    runs = [synthetic_run(prompts=2, k=k) for k in (1, 2)]
+    assert labels(runs) == ["K=1", "K=2"]
+    assert labels([runs[0], synthetic_run(prompts=2, k=1, drafter=lookup)]) == [
+        "drafter models/draft", "drafter prompt lookup",
+    ]  # fmt: skip
+    assert labels([runs[0], synthetic_run(prompts=2, k=1, sampling__temperature=0.5)]) == [
+        "T=0.0", "T=0.5",
+    ]  # fmt: skip
+    named = [synthetic_run(prompts=2, name=name, folder=f"runs/{name}") for name in ("before", "after")]
+    assert labels(named) == ["before", "after"]
+    same = [synthetic_run(prompts=2, folder=f"runs/{name}") for name in ("before", "after")]
+    assert labels(same) == ["synthetic (before)", "synthetic (after)"]
+    assert labels(runs[:1]) == ["synthetic"]
+
+
+def test_runs_of_other_k_are_points_beside_the_prediction() -> None:
+    runs = [synthetic_run(prompts=6, k=k, seed=k) for k in (4, 2)]
+    text = report.page(runs)
+    told = figures(runs[1]).metrics["mean_acceptance_length"].value
+    assert told is not None
+    alt = re.search(r'aria-label="(Mean acceptance length by K[^"]+)"', text)[1]  # type: ignore[index]
+    assert re.search(rf"K 2: predicted [\d.]+ \([^)]+\), measured {told:.2f}", alt), alt
+    assert "measured, other runs" in text
+    assert re.search(r"Of the runs here, K=4 was fastest: 1\.\d\d× \(", text)
+    assert "measured, other runs" not in report.page([runs[0], synthetic_run(prompts=6, k=2, batch_size=2)])
+
+
+def test_the_comparison_marks_what_is_clear() -> None:
+    runs = [synthetic_run(speed=1.0), synthetic_run(speed=0.5, seed=1)]
+    text = report.page(runs)
+    assert "2 runs compared" in text
+    assert '<span class="mark worse">▼ worse</span>' in text
+    assert "compare speedups, not times" in text
+    assert text.count('<details class="run"') == 2
+    assert text.count('<details class="run" open>') == 1
+    assert "Fastest over plain decoding is synthetic" in text
+    assert 'class="mark' not in report.page([DEMO, DEMO])
+    assert "Fastest" not in report.page([WITHOUT_BASELINE, WITHOUT_BASELINE])
+    of_k = report.markdown([synthetic_run(k=2), synthetic_run(k=4)])
+    assert re.search(r"mean acceptance length \| .* differs \|", of_k)  # longer drafts, not better ones
+
+
+def test_markdown_and_json_hold_the_figures() -> None:
+    runs = [synthetic_run(prompts=6, k=k, seed=k) for k in (4, 2)]
+    text, values = report.markdown(runs), report.as_json(runs)
+    json.dumps(values, allow_nan=False)
+    told = figures(runs[0])
+    length = told.metrics["mean_acceptance_length"]
+    assert f"| mean acceptance length | {length.value:.2f} | {length.low:.2f} to {length.high:.2f} |" in text
+    assert "| task a | 2 |" in text
+    assert "K=4, which this run used" in text
+    first = values["runs"][0]
+    assert first["metrics"]["mean_acceptance_length"] == {"value": length.value, "low": length.low, "high": length.high}
+    assert first["tasks"]["task a"]["prompts"] == 2
+    assert first["positions"][3]["position"] == 4
+    assert values["differences"][0]["metrics"]["mean_acceptance_length"]["before"] == length.value
+
+
+def test_markdown_and_json_need_no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("matplotlib", "jinja2"):
+        monkeypatch.setitem(sys.modules, name, None)
+    report.markdown([DEMO])
+    report.as_json([DEMO])
+
+
+@pytest.mark.parametrize("name", ["matplotlib", "jinja2"])
+def test_a_page_names_the_extra_that_is_missing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=rf'{name}; pip install "specdec-lossless\[experiments\]"'):
+        report.page([DEMO])
+
+
+@pytest.mark.parametrize("runs", [[DEMO], [DEMO, speculative(0.5)], [WITHOUT_BASELINE]])
+def test_the_summary_fits_80_columns(runs: list[Run]) -> None:
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(report.summary_table(runs))
+    text = console.export_text()
+    assert "…" not in text
+    assert "3." in text
+
+
+def test_the_summary_counts_what_was_left_out() -> None:
+    run = replace(
+        DEMO, skipped=[Skipped("long", "t", 0, 0, "too long")], failures=[Failure("a", "t", 0, 0, PLAIN, "no")] * 2
+    )
+    assert report.summary_table([run]).caption == "1 prompt skipped and 2 calls failed; the report says why"
+    assert report.summary_table([DEMO]).caption is None
+
+
+# The command
+
+
+def parsed(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, one with a worse drafter, and a sweep."""
+    base = tmp_path_factory.mktemp("runs")
+    write_run(synthetic_run(prompts=6), base / "good")
+    write_run(synthetic_run(prompts=6, chances=(0.7, 0.5)), base / "bad")
+    write_run(synthetic_run(prompts=5), base / "fewer")
+    write_run(synthetic_run(prompts=6, baseline=False), base / "no-baseline")
+    for number in (10, 9):
+        write_run(synthetic_run(prompts=2, k=number), base / "sweep" / str(number))
+    (base / "sweep" / "multirun.yaml").touch()
+    return base
+
+
+def test_the_page_lies_in_the_run_s_folder(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.run(parsed(str(folders / "good"))) == 0
+    page = folders / "good" / "report.html"
+    out = capsys.readouterr().out
+    assert f"written: {page}" in out
+    assert "mean acceptance length" in out
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert sorted(path.name for path in page.parent.iterdir()) == ["records.jsonl", "report.html"]
+
+
+def test_a_sweep_s_folder_is_its_runs_in_order(folders: Path) -> None:
+    runs = read_runs([folders / "sweep"])
+    assert [run.header.config["num_draft_tokens"] for run in runs] == [9, 10]
+    assert command.run(parsed(str(folders / "sweep"))) == 0
+    assert "2 runs compared" in (folders / "sweep" / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="holds no records"):
+        read_runs([folders / "nowhere"])
+
+
+def test_markdown_and_json_go_to_stdout_or_a_file(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.run(parsed(str(folders / "good"), "--markdown")) == 0
+    assert capsys.readouterr().out.startswith("# synthetic\n")
+    assert command.run(parsed(str(folders / "good"), "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["checks"] == []
+    assert command.run(parsed(str(folders / "good"), "--json", "-o", str(tmp_path / "figures.json"))) == 0
+    assert json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))["runs"]
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+
+
+def test_what_cannot_be_compared_or_written_leaves_nothing(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be compared: 6 against 5"):
+        command.run(parsed(str(folders / "good"), str(folders / "fewer"), "-o", str(tmp_path / "page.html")))
+    with pytest.raises(ValueError, match="cannot be compared"):
+        report.summary_table(read_runs([folders / "good", folders / "fewer"]))
+    with pytest.raises(ValueError, match="is no folder"):
+        command.run(parsed(str(folders / "good"), "-o", str(tmp_path / "missing" / "page.html")))
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        command.run(parsed(str(folders / "good"), "-o", str(tmp_path / "taken")))
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize(
+    ("runs", "condition", "code"),
+    [
+        (("good", "bad"), "mean_acceptance_length<-5%", 1),
+        (("good", "bad"), "mean_acceptance_length < -60%", 0),
+        (("bad", "good"), "mean_acceptance_length<-5%", 0),
+        (("bad", "good"), "mean_acceptance_length>5%", 1),
+        (("good", "bad"), "draft_acceptance_rate<-0.02", 1),
+        (("good", "bad"), "draft_acceptance_rate<-.9", 0),
+        (("good", "bad"), "token_ms>+0.1", 1),
+        (("good", "bad"), "token_ms>50", 0),
+        (("good", "good"), "tokens_per_s<0", 0),
+    ],
+)
+def test_the_gate(
+    runs: tuple[str, str], condition: str, code: int, folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(folders / name) for name in runs]
+    assert command.run(parsed(*paths, "--markdown", "--fail-if", condition, "--fail-if", "tokens_per_s>900%")) == code
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        rf"- {re.escape(condition)} \[.*\]: .* → .*, change .* \(.* to .*\): {'fails' if code else 'holds'}", first
+    ), first
+    assert second.endswith(": holds")
+
+
+def test_the_gate_s_checks_stand_in_json_and_beside_it(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [str(folders / name) for name in ("good", "bad")]
+    assert command.run(parsed(*paths, "--json", "--fail-if", "mean_acceptance_length<-5%")) == 1
+    out, err = capsys.readouterr()
+    check = json.loads(out)["checks"][0]
+    assert check["fails"] is True
+    assert check["change"]["high"] < 0
+    assert err == check["told"] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("runs", "condition", "said"),
+    [
+        (("good",), "speedup<-5%", "compares runs: name two"),
+        (("good", "bad"), "speed<-5%", "no metric 'speed'; known are speedup, tokens_per_s"),
+        (("good", "bad"), "speedup=-5%", "is not NAME<NUMBER"),
+        (("good", "bad"), "speedup<fast", "is not NAME<NUMBER"),
+        (("good", "no-baseline"), "speedup<-5%", "has no value in the run"),
+        (("no-baseline", "good"), "speedup<-5%", "has no value in the run"),
+    ],
+)
+def test_a_gate_that_cannot_be_judged_is_refused(
+    runs: tuple[str, ...], condition: str, said: str, folders: Path
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        command.run(parsed(*(str(folders / name) for name in runs), "--markdown", "--fail-if", condition))
+
+
+def test_there_are_no_per_cent_of_0(tmp_path: Path) -> None:
+    records = [r if r.engine == SPECULATIVE else replace(r, ids=[0]) for r in synthetic_run(prompts=3).records]
+    different = write_run(replace(synthetic_run(prompts=3), records=records), tmp_path / "different")
+    same = write_run(synthetic_run(prompts=3), tmp_path / "same")
+    with pytest.raises(ValueError, match="was 0, of which there are no per cent; leave % out"):
+        command.run(parsed(str(different), str(same), "--markdown", "--fail-if", "identical<-5%"))
+    assert command.run(parsed(str(different), str(same), "--markdown", "--fail-if", "identical<0")) == 0
+    assert command.run(parsed(str(same), str(different), "--markdown", "--fail-if", "identical<0")) == 1
+
+
+def test_help_and_the_page_of_figures_name_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    out = capsys.readouterr().out
+    page = (Path(__file__).parents[2] / "docs" / "figures.md").read_text(encoding="utf-8")
+    for name in METRICS:
+        assert name in out
+        assert f"`{name}`" in page
+
+
+# The page in a browser
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMEDRIVER = shutil.which("chromedriver")
+ARGUMENTS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+CONTRAST = """
+const shade = text => text.match(/[\\d.]+/g).map(Number);
+const behind = node => {
+  for (; node; node = node.parentElement) {
+    const colour = shade(getComputedStyle(node).backgroundColor);
+    if (colour.length < 4 || colour[3] > 0) return colour;
+  }
+  return [255, 255, 255];
+};
+const linear = part => part <= .04045 ? part / 12.92 : ((part + .055) / 1.055) ** 2.4;
+const light = colour => {
+  const [r, g, b] = colour.slice(0, 3).map(part => linear(part / 255));
+  return .2126 * r + .7152 * g + .0722 * b;
+};
+return [...document.querySelectorAll(arguments[0])].map(node => {
+  const style = getComputedStyle(node);
+  const [a, b] = [light(shade(node.closest("svg") ? style.fill : style.color)), light(behind(node))].sort((x, y) => y - x);
+  return [(a + .05) / (b + .05), node.textContent.trim().slice(0, 40)];
+});
+"""
+OVERLAPS = """
+const found = [];
+for (const svg of document.querySelectorAll("svg")) {
+  const boxes = [...svg.querySelectorAll("text")].map(text => [text.getBoundingClientRect(), text.textContent]);
+  boxes.forEach(([a, first], index) => boxes.slice(index + 1).forEach(([b, second]) => {
+    const [x, y] = [a.left < b.right - 1 && b.left < a.right - 1, a.top + 2 < b.bottom - 2 && b.top + 2 < a.bottom - 2];
+    if (x && y) found.push([first, second]);
+  }));
+}
+return found;
+"""
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    webdriver = pytest.importorskip(
+        "selenium.webdriver", reason="the page is looked at with selenium: pip install selenium"
+    )
+    if not (CHROMIUM and CHROMEDRIVER):
+        pytest.skip("the page is looked at with chromium and chromedriver, which are not here")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in (*ARGUMENTS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    made = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
+    yield made
+    made.quit()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Addresses of pages: a run, one of a single prompt and a long draft, and a comparison."""
+    folder = tmp_path_factory.mktemp("pages")
+    made = {
+        "one": [synthetic_run(prompts=30, tasks=11, **SAMPLED)],
+        "long": [synthetic_run(prompts=1, k=16, chances=(0.6,))],
+        "several": [synthetic_run(prompts=8, k=k, seed=k) for k in (1, 2, 4, 3)],
+    }
+    for name, runs in made.items():
+        (folder / f"{name}.html").write_text(report.page(runs), encoding="utf-8")
+    return {name: (folder / f"{name}.html").as_uri() for name in made}
+
+
+def look(driver: Any, address: str, width: int = 1280, scheme: str = "light") -> None:
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    driver.get(address)
+
+
+@pytest.mark.parametrize("name", ["one", "long", "several"])
+def test_the_page_shows_without_errors_or_requests(name: str, driver: Any, pages: dict[str, str]) -> None:
+    look(driver, pages[name])
+    assert driver.get_log("browser") == []
+    assert driver.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)") == []
+    driver.execute_script("for (const one of document.querySelectorAll('details')) one.open = true")
+    boxes = driver.execute_script(
+        "return [...document.querySelectorAll('svg')].map(svg => svg.getBoundingClientRect()).map(box => [box.width, box.height])"
+    )
+    assert boxes
+    assert all(width > 200 and height > 60 for width, height in boxes)
+    assert driver.execute_script(OVERLAPS) == []
+
+
+@pytest.mark.parametrize("name", ["one", "long", "several"])
+def test_a_phone_scrolls_one_way(name: str, driver: Any, pages: dict[str, str]) -> None:
+    look(driver, pages[name], width=390)
+    driver.execute_script("for (const one of document.querySelectorAll('details')) one.open = true")
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
+    smallest = driver.execute_script(
+        "return Math.min(...[...document.querySelectorAll('svg text')].map(text => text.getBoundingClientRect().height))"
+    )
+    assert smallest >= 10
+    assert driver.execute_script(OVERLAPS) == []
+
+
+def test_both_schemes_can_be_read(driver: Any, pages: dict[str, str]) -> None:
+    shades = []
+    for scheme in ("light", "dark"):
+        look(driver, pages["several"], scheme=scheme)
+        shades.append(driver.execute_script("return getComputedStyle(document.body).backgroundColor"))
+        read = driver.execute_script(
+            CONTRAST,
+            "p, dt, dd, h1, h2, h3, .card span, th, td, small, .mark, .legend li, .sample span, svg text, summary",
+        )
+        assert len(read) > 200
+        assert min(read)[0] >= 4.5, (scheme, min(read))
+    assert shades[0] != shades[1]
+
+
+def tasks_in_order(driver: Any, column: int) -> list[str]:
+    script = (
+        "return [...document.querySelector('.tasks').tBodies[0].rows].map(row => row.cells[arguments[0]].dataset.value)"
+    )
+    return list(driver.execute_script(script, column))
+
+
+def sort_by_click(driver: Any, button: Any) -> None:
+    button.click()
+
+
+def sort_by_key(driver: Any, button: Any) -> None:
+    driver.execute_script("arguments[0].focus()", button)
+    driver.switch_to.active_element.send_keys("\ue007")  # Enter
+
+
+@pytest.mark.parametrize("press", [sort_by_click, sort_by_key])
+def test_tasks_are_sorted_by_click_and_by_keyboard(
+    press: Callable[..., None], driver: Any, pages: dict[str, str]
+) -> None:
+    look(driver, pages["one"])
+    headers = driver.find_elements("css selector", ".tasks thead th")
+    buttons = driver.find_elements("css selector", ".tasks thead button")
+    assert tasks_in_order(driver, 0) == sorted(tasks_in_order(driver, 0))
+    for reverse, said in ((True, "descending"), (False, "ascending")):
+        press(driver, buttons[3])
+        values = [float(value) for value in tasks_in_order(driver, 3)]
+        assert values == sorted(values, reverse=reverse)
+        assert len(set(values)) > 5
+        assert [header.get_attribute("aria-sort") for header in headers] == [None, None, None, said, None, None]
+    press(driver, buttons[0])
+    assert tasks_in_order(driver, 0) == sorted(tasks_in_order(driver, 0))
+    last = driver.execute_script(
+        "return document.querySelector('.tasks').rows[document.querySelector('.tasks').rows.length - 1]"
+    )
+    assert last.text.startswith("all")
+
+
+def test_a_token_shows_both_distributions_to_pointer_and_keyboard(driver: Any, pages: dict[str, str]) -> None:
+    action_chains = pytest.importorskip("selenium.webdriver").ActionChains
+    look(driver, pages["one"])
+    tokens, odds = driver.find_elements("css selector", ".sample [data-odds]"), driver.find_element("id", "odds")
+    assert not odds.is_displayed()
+    action_chains(driver).move_to_element(tokens[2]).perform()
+    assert odds.is_displayed()
+    assert [line for line in odds.text.splitlines() if line in ("target", "draft")] == ["target", "draft"]
+    assert "recovered" in odds.text
+    assert "guess" in odds.text
+    assert "70.0 %" in odds.text
+    widths = driver.execute_script("return [...arguments[0].querySelectorAll('b')].map(bar => bar.offsetWidth)", odds)
+    assert widths[0] > widths[1] > 0
+    action_chains(driver).move_to_element(driver.find_element("tag name", "h1")).perform()
+    assert not odds.is_displayed()
+
+    assert [token.get_attribute("tabindex") for token in tokens].count("0") == 1  # one stop, then arrows
+    driver.execute_script("arguments[0].focus()", tokens[0])
+    assert odds.is_displayed()
+    before = odds.text
+    tokens[0].send_keys("\ue014")  # right
+    assert driver.switch_to.active_element == tokens[1]
+    assert odds.text != before
+    tokens[1].send_keys("\ue010")  # end
+    assert driver.switch_to.active_element == tokens[-1]
+    tokens[-1].send_keys("\ue00c")  # escape
+    assert not odds.is_displayed()
+    driver.execute_script("arguments[0].focus()", tokens[7])
+    assert "draft: no guess here" in odds.text  # a bonus
+
+
+def test_it_prints_light_and_whole(driver: Any, pages: dict[str, str]) -> None:
+    look(driver, pages["several"], scheme="dark")
+    before = driver.execute_script("return document.querySelectorAll('details[open]').length")
+    printed = driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})
+    pdf = base64.b64decode(printed["data"])
+    assert pdf.startswith(b"%PDF")
+    assert len(pdf) > 50_000
+    assert driver.execute_script("return document.querySelectorAll('details[open]').length") == before
+    driver.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"media": "print", "features": [{"name": "prefers-color-scheme", "value": "dark"}]},
+    )
+    driver.execute_script("dispatchEvent(new Event('beforeprint'))")
+    assert driver.execute_script("return document.querySelectorAll('details:not([open])').length") == 0
+    assert driver.execute_script(CONTRAST, "p, td, th, .card span, svg text") != []
+    assert min(driver.execute_script(CONTRAST, "p, td, th, .card .value, svg text"))[0] >= 4.5
+    kept = driver.execute_script("return getComputedStyle(document.querySelector('figure')).breakInside")
+    assert kept == "avoid"
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})

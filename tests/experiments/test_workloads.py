@@ -1,0 +1,154 @@
+"""Prompts from files: every kind of file, template, turns, limits, order; and what is wrong is said by file and line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specdec.experiments.workloads import Dataset, Prompt, Stdlib
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+def jsonl(path: Path, *rows: Any) -> str:
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
+    return str(path)
+
+
+ROWS = [
+    {"id": "q1", "task": "chat", "prompt": ["Hello?", "And now?"]},
+    {"id": "q2", "task": "code", "prompt": "def f():", "reference": ["x"]},
+    {"id": "q3", "task": "code", "prompt": "é\u2028"},
+]
+PROMPTS = [
+    Prompt("q1", "chat", ("Hello?", "And now?")),
+    Prompt("q2", "code", ("def f():",)),
+    Prompt("q3", "code", ("é\u2028",)),
+]
+
+
+def test_jsonl_with_turns_and_texts_beside_each_other(tmp_path: Path) -> None:
+    assert Dataset(jsonl(tmp_path / "a.jsonl", *ROWS)).prompts() == PROMPTS
+
+
+def test_json_and_parquet(tmp_path: Path) -> None:
+    import datasets
+
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(ROWS))
+    assert Dataset(str(path)).prompts() == PROMPTS
+    datasets.Dataset.from_list([{"id": "q", "task": "t", "prompt": "x"}]).to_parquet(tmp_path / "a.parquet")
+    assert Dataset(str(tmp_path / "a.parquet")).prompts() == [Prompt("q", "t", ("x",))]
+
+
+def test_each_line_of_a_text_is_a_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one\n\n  \ntwo\n")
+    assert Dataset(str(path)).prompts() == [Prompt("a/1", "a", ("one",)), Prompt("a/2", "a", ("two",))]
+
+
+def test_template_and_columns(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"q": "1+1?", "key": 7, "hint": "add"})
+    workload = Dataset(path, prompt="q", id="key", template="{hint}: {q}\nAnswer:")
+    assert workload.prompts() == [Prompt("7", "a", ("add: 1+1?\nAnswer:",))]
+    path = jsonl(tmp_path / "b.jsonl", ROWS[0])
+    assert Dataset(path, template="Q: {prompt}").prompts()[0].turns == ("Q: Hello?", "Q: And now?")
+
+
+def test_limit_and_order(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", *({"prompt": str(n)} for n in range(20)))
+    every = Dataset(path).prompts()
+    assert Dataset(path, limit=3).prompts() == every[:3]
+    shuffled = Dataset(path, shuffle_seed=1).prompts()
+    assert shuffled != every
+    assert sorted(shuffled, key=lambda p: p.id) == sorted(every, key=lambda p: p.id)
+    assert Dataset(path, shuffle_seed=1, limit=5).prompts() == shuffled[:5]
+    assert Dataset(path, shuffle_seed=2).prompts() != shuffled
+
+
+def test_the_standard_library_is_built_in() -> None:
+    every = Stdlib().prompts()
+    assert len(every) == len({prompt.id for prompt in every}) == 216
+    assert {prompt.task for prompt in every} >= {"queue", "argparse"}
+    assert Stdlib(limit=2).prompts() == every[:2]
+
+
+BAD: dict[str, tuple[list[Any], dict[str, Any], str]] = {
+    "malformed line": ([{"prompt": "a"}, '{"prompt": oops}'], {}, r"a\.jsonl, line 2 is no JSON"),
+    "no object": ([{"prompt": "a"}, "[1]"], {}, r"a\.jsonl, line 2 is no JSON object"),
+    "no prompts": ([], {}, "holds no prompt, so there is nothing to run"),
+    "blank lines alone": ([" ", ""], {}, "holds no prompt, so there is nothing to run"),
+    "another column": ([{"question": "a"}], {}, r"row 1 has no 'prompt', only question; say which .* workload.prompt="),
+    "an empty prompt": (
+        [{"prompt": "a"}, {"prompt": " "}],
+        {},
+        "row 2: a prompt is a text, or a list of texts, and not empty",
+    ),
+    "a number": ([{"prompt": 3}], {}, "row 1: a prompt is a text"),
+    "an empty turn": ([{"prompt": ["a", ""]}], {}, "row 1: a prompt is a text"),
+    "no turns": ([{"prompt": []}], {}, "row 1: a prompt is a text"),
+    "one id twice": (
+        [{"id": "x", "prompt": "a"}, {"id": "x", "prompt": "b"}],
+        {},
+        "row 2: a second prompt has the id 'x'",
+    ),
+    "template": ([{"prompt": "a"}], {"template": "{wish}"}, "the template wants 'wish', which is not among prompt"),
+    "limit": ([{"prompt": "a"}], {"limit": 0}, "workload.limit=0 must be 1 or more"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_is_said(tmp_path: Path, name: str) -> None:
+    rows, options, words = BAD[name]
+    with pytest.raises(ValueError, match=words):
+        Dataset(jsonl(tmp_path / "a.jsonl", *rows), **options).prompts()
+
+
+def test_a_missing_file_and_another_kind_of_file_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none\.jsonl' is no file; name a \.json, \.jsonl, \.parquet, \.txt file"):
+        Dataset(str(tmp_path / "none.jsonl")).prompts()
+    with pytest.raises(ValueError, match=r"is no file; name a"):
+        Dataset(str(tmp_path)).prompts()
+    other = tmp_path / "a.csv"
+    other.write_text("prompt\nx\n")
+    with pytest.raises(ValueError, match=r"ends in '\.csv'; prompts are read from"):
+        Dataset(str(other)).prompts()
+
+
+def test_a_set_that_is_neither_here_nor_on_the_hub_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def gone(*_: Any, **__: Any) -> Any:
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'no/such' doesn't exist on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", gone)
+    with pytest.raises(ValueError, match=r"workload\.path='no/such' is no file here, and no set of that id was loaded"):
+        Dataset("no/such").prompts()
+
+
+def test_a_set_on_the_hub_is_asked_for_by_name_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[Any] = []
+
+    def load(path: str, name: str | None, split: str) -> list[dict[str, Any]]:
+        asked.append((path, name, split))
+        return [{"question": "1+1?"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    prompts = Dataset(
+        "openai/gsm8k", "main", "test", prompt="question", template="Question: {question}\nAnswer:"
+    ).prompts()
+    assert asked == [("openai/gsm8k", "main", "test")]
+    assert prompts == [Prompt("gsm8k/1", "gsm8k", ("Question: 1+1?\nAnswer:",))]

@@ -1,0 +1,142 @@
+"""Greedy output is the stock generate()'s, id for id: every family, weights, drafter, K, batch and stop."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import specdec
+from specdec.draft_length.adaptive import MAX_DRAFT_TOKENS
+from tests.helpers.draft_length import erratic_k
+from tests.helpers.drafters import AlwaysRight, AlwaysWrong, Empty, Random, Uneven
+from tests.helpers.families import FAMILIES, REFUSED, WEIGHTS, family, make_model, prompts
+
+pytestmark = pytest.mark.usefixtures("either_way")
+NEW_TOKENS = 17  # no multiple of any K + 1 below
+
+
+@cache
+def perturbed(model_type: str) -> PreTrainedModel:
+    """A draft that agrees with its target now and then: the target with a little noise."""
+    draft = copy.deepcopy(family(model_type))
+    torch.manual_seed(1)
+    for parameter in draft.parameters():
+        parameter.data += 0.03 * torch.randn_like(parameter)
+    return draft
+
+
+NUM_DRAFT_TOKENS: tuple[int | str, ...] = (1, 2, 5, 8, "auto")  # with "auto" times jump, and K from step to step
+BATCHES = (1, 4)
+STOPS = (False, True)
+
+
+class Case(NamedTuple):
+    family: str
+    weights: str
+    drafter: str
+    num_draft_tokens: int | str
+    batch_size: int
+    has_eos: bool
+
+
+# The list every lossless test runs over: a new drafter joins it.
+DRAFTERS: dict[str, Callable[[Case], Any]] = {
+    "none": lambda case: "none",
+    "model": lambda case: perturbed(case.family),
+    "prompt_lookup": lambda case: "prompt_lookup",
+    "always_right": lambda case: AlwaysRight(family(case.family, case.weights)),
+    "always_wrong": lambda case: AlwaysWrong(family(case.family, case.weights)),
+    "random": lambda case: Random(seed=most(case)),
+    "uneven": lambda case: Uneven(seed=most(case)),
+    "empty": lambda case: Empty(width=most(case)),
+}
+
+
+def most(case: Case) -> int:
+    return case.num_draft_tokens if isinstance(case.num_draft_tokens, int) else MAX_DRAFT_TOKENS
+
+
+FULL = [Case(*values) for values in itertools.product(FAMILIES, WEIGHTS, DRAFTERS, NUM_DRAFT_TOKENS, BATCHES, STOPS)]
+
+
+def covering() -> list[Case]:
+    """Every family and weights with every drafter; the other values are dealt out, so that all pairs meet (tested below)."""
+    return [
+        Case(
+            model_type,
+            weights,
+            drafter,
+            NUM_DRAFT_TOKENS[(f + d + w) % 5],
+            BATCHES[(f + d // 2 + f // 4 + w) % 2],
+            STOPS[(d // 4 + f // 2 + f) % 2],
+        )
+        for (f, model_type), (w, weights), (d, drafter) in itertools.product(
+            enumerate(FAMILIES), enumerate(WEIGHTS), enumerate(DRAFTERS)
+        )
+    ]
+
+
+@cache
+def plain_text(model_type: str, weights: str, batch_size: int, eos_token_id: int | None) -> Tensor:
+    """Stock greedy output, computed before the model is ever enabled."""
+    return family(model_type, weights).generate(
+        **prompts(batch_size), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=eos_token_id
+    )
+
+
+def check_identical(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = family(case.family, case.weights)
+    eos_token_id = None
+    if case.has_eos:  # an id that the model does write, in the middle of some row
+        eos_token_id = int(plain_text(case.family, case.weights, case.batch_size, None)[-1, 11 + 6])
+    expected = plain_text(case.family, case.weights, case.batch_size, eos_token_id)
+    erratic_k(monkeypatch, seed=len(case.family))
+    specdec.enable(model, DRAFTERS[case.drafter](case), num_draft_tokens=case.num_draft_tokens)
+    try:
+        got = model.generate(
+            **prompts(case.batch_size), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=eos_token_id
+        )
+        stats = specdec.last_stats(model)
+    finally:
+        specdec.disable(model)
+    assert got.tolist() == expected.tolist()
+    assert stats is not None, "the stock loop served the call"
+    if case.drafter == "always_right" and not case.has_eos:
+        assert stats.draft_acceptance_rate == 1.0
+    if case.drafter == "always_wrong":
+        assert stats.num_accepted_draft_tokens == 0
+
+
+@pytest.mark.parametrize("case", covering(), ids=lambda case: "-".join(map(str, case)))
+def test_greedy_text_is_the_plain_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_identical(case, monkeypatch)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", FULL, ids=lambda case: "-".join(map(str, case)))
+def test_greedy_text_is_the_plain_one_in_the_full_product(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_identical(case, monkeypatch)
+
+
+def test_the_selection_covers_every_pair_of_values() -> None:
+    selected = covering()
+    assert len(FAMILIES) >= 20
+    for first, second in itertools.combinations(range(len(Case._fields)), 2):
+        assert {(c[first], c[second]) for c in selected} == {(c[first], c[second]) for c in FULL}, (first, second)
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_a_family_that_cannot_run_is_refused_and_left_as_it_was(model_type: str) -> None:
+    model = make_model(model_type, **REFUSED[model_type])
+    stock = type(model)
+    with pytest.raises(ValueError, match="cannot decode speculatively"):
+        specdec.enable(model, "prompt_lookup")
+    assert type(model) is stock

@@ -1,0 +1,116 @@
+"""Checkpoints damaged at random: they load, or an error of the kinds that callers expect says what is wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from specdec.quant.checkpoints import load_quantized
+from tests.helpers.checkpoint_writers import Case, edit_config, write
+
+ONE_LAYER: dict[str, Any] = {"num_hidden_layers": 1}
+CASES = {
+    "gptq": Case(
+        "gptq", act_order=True, layers={"down_proj": {"bits": 8}}, settings={"dynamic": {"+:.*down_proj": {"bits": 8}}},
+        values=ONE_LAYER,
+    ),
+    "gptq-experts": Case("gptq", "mixtral", symmetric=False, values=ONE_LAYER | {"num_local_experts": 2}),
+    "awq": Case("awq", "starcoder2", symmetric=False, scaled="mlp.act", values=ONE_LAYER),
+    "auto-round": Case(
+        "auto-round", version="gptq_v2", symmetric=False, skip=("k_proj",), settings={"extra_config": {".*k_proj": {"bits": 16}}},
+        values=ONE_LAYER,
+    ),
+    "compressed-tensors": Case("compressed-tensors", symmetric=False, act_order=True, values=ONE_LAYER),
+    "mxfp4": Case("mxfp4", "gpt_oss", values=ONE_LAYER),
+}  # fmt: skip
+ROUNDS = 24
+VALUES = [None, True, False, -1, 0, 3, 4, 4.0, 1e30, "4", "", "*", [], [4], {}, {"a": [1]}, {"a": {"bits": 4}}]
+DTYPES = [
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int32,
+    torch.int64,
+    torch.float8_e4m3fn,
+    torch.bfloat16,
+    torch.float64,
+]
+
+
+def damage_settings(settings: dict[str, Any], chance: random.Random) -> None:
+    """Remove or replace a setting, at any depth."""
+    places = [(settings, key) for key in settings]
+    for table, key in places:
+        if isinstance(table[key], dict):
+            places += [(table[key], below) for below in table[key]]
+    table, key = chance.choice(places)
+    if chance.random() < 0.2:
+        del table[key]
+    else:
+        table[key] = chance.choice(VALUES)
+
+
+def damage_tensors(tensors: dict[str, Tensor], chance: random.Random) -> None:
+    """Remove a tensor, or give it another name, shape, dtype or content."""
+    name = chance.choice(sorted(tensors))
+    value = tensors.pop(name)
+    kind = chance.choice(["gone", "renamed", "flat", "deeper", "shorter", "empty", "scalar", "dtype", "bits"])
+    if kind == "renamed":
+        name = chance.choice(
+            [name.replace("model.", "", 1), name.rpartition(".")[0] + ".scales", "x" + name, name.rpartition(".")[2]]
+        )
+    elif kind == "flat":
+        value = value.flatten()
+    elif kind == "deeper":
+        value = value[None]
+    elif kind == "shorter":
+        value = value[: len(value) // 2]
+    elif kind == "empty":
+        value = value[:0]
+    elif kind == "scalar":
+        value = value.flatten()[0]
+    elif kind == "dtype":
+        value = value.float().to(chance.choice(DTYPES))
+    elif kind == "bits":
+        generator = torch.Generator().manual_seed(chance.randrange(1000))
+        value = (
+            torch.randint(256, (value.nbytes,), dtype=torch.uint8, generator=generator)
+            .view(value.dtype)
+            .view(value.shape)
+        )
+    if kind != "gone":
+        tensors[name] = value.contiguous()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_damage_is_named(name: str, tmp_path: Path) -> None:
+    chance = random.Random(name)
+    folder = tmp_path / "checkpoint"
+    write(folder, CASES[name])
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    tensors = load_file(folder / "model.safetensors")
+    refused = []
+    for _ in range(ROUNDS):
+        damaged_settings, damaged_tensors = copy.deepcopy(settings), dict(tensors)
+        if chance.random() < 0.5:
+            damage_settings(damaged_settings, chance)
+        else:
+            damage_tensors(damaged_tensors, chance)
+        edit_config(folder, quantization_config=damaged_settings)
+        save_file(damaged_tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                load_quantized(folder)
+            except (ValueError, TypeError, OSError, ImportError) as error:
+                refused.append(str(error))
+    assert len(refused) > ROUNDS // 3

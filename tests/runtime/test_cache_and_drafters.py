@@ -1,0 +1,315 @@
+"""A draft model's cache stays right after any history; the ragged cache equals no cache; prompt lookup equals a plain search."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from copy import deepcopy
+from itertools import cycle, product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import specdec
+from specdec.core.sampling import Sampling
+from specdec.core.sequences import Sequences
+from specdec.core.speculative import step
+from specdec.core.steps import Draft, StepResult
+from specdec.drafters.model import ModelDrafter
+from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.runtime.kv_cache.ragged import grown_capacity
+from specdec.runtime.runner import ModelRunner
+from tests.helpers.drafters import AlwaysRight
+from tests.helpers.families import FAMILIES, VOCAB_SIZE, family, make_model, prompts
+
+K = 4
+CACHE_FAMILIES = [
+    "llama",
+    "gpt2",
+    "mistral",
+    "gemma2",
+    "mpt",
+]  # rotary, learned, sliding, eager with two masks, no position_ids
+
+schedules = st.lists(st.integers(0, K), min_size=1, max_size=6).filter(any)  # K of each step
+
+
+class Watched:
+    """A ModelDrafter, each of whose proposals is compared with the plain draft model on the committed ids, without a cache."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.drafter = ModelDrafter(model, VOCAB_SIZE)
+        self.plain = AlwaysRight(model)
+        self.num_compared = self.num_accepted = 0
+
+    def begin(self, sequences: Sequences, sampling: Sampling) -> None:
+        self.drafter.begin(sequences, sampling)
+
+    def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
+        draft = self.drafter.propose(sequences, limit)
+        for row, length in enumerate(draft.lengths.tolist()):
+            if draft.probs is None:
+                want = self.plain.propose(sequences, draft.lengths).ids
+                assert draft.ids[row, :length].tolist() == want[row, :length].tolist()
+            elif length:
+                text = torch.cat([sequences.ids[row, : sequences.lengths[row]], draft.ids[row, :length]])
+                logits = self.plain.model(input_ids=text[None], use_cache=False).logits[0, -length - 1 : -1]
+                torch.testing.assert_close(draft.probs[row, :length], logits.softmax(-1), rtol=1e-3, atol=1e-5)
+            self.num_compared += length
+        return draft
+
+    def observe(self, outcome: StepResult) -> None:
+        self.drafter.observe(outcome)
+        self.num_accepted += int(outcome.accepted.sum())
+
+
+def relative(model_type: str, noise: float) -> PreTrainedModel:
+    """The family's model with other weights, the less so the smaller the noise."""
+    model = deepcopy(family(model_type))
+    torch.manual_seed(5)
+    for parameter in model.parameters():
+        parameter.data += noise * torch.randn_like(parameter)
+    return model
+
+
+@torch.no_grad()
+def run(
+    target: PreTrainedModel, drafter: Watched, schedule: list[int], batch_size: int = 3, do_sample: bool = False,
+    length: int = 40, stop_ids: Tensor | None = None,
+) -> Sequences:  # fmt: skip
+    """Steps with K from the schedule, over and over, until all rows have finished."""
+    batch = prompts(batch_size) if batch_size > 1 else {k: v[1:] for k, v in prompts(2).items()}  # a prompt of one id
+    lengths = batch["attention_mask"].sum(1)
+    sequences = Sequences(batch["input_ids"], lengths, max_length=11 + length, num_draft_tokens=K, stop_ids=stop_ids)
+    sampling, runner = Sampling(do_sample=do_sample), ModelRunner(target)
+    torch.manual_seed(0)
+    runner.begin(len(lengths))
+    drafter.begin(sequences, sampling)
+    runner.prefill(sequences.ids, lengths - 2)
+    scheduled = cycle(schedule)
+    while not sequences.finished.all():
+        step(runner, drafter, sequences, sampling, next(scheduled))
+    return sequences
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("noise", [0.0, 0.03, 0.5])
+def test_the_draft_cache_is_right_after_acceptance_and_rejection(
+    noise: float, batch_size: int, do_sample: bool
+) -> None:
+    drafter = Watched(relative("llama", noise))
+    run(family("llama"), drafter, [K], batch_size, do_sample)
+    share = drafter.num_accepted / drafter.num_compared
+    assert {0.0: share == 1, 0.03: 0 < share < 1, 0.5: share < 0.5}[noise]
+
+
+@pytest.mark.parametrize("model_type", CACHE_FAMILIES)
+def test_the_draft_cache_is_right_in_every_kind_of_attention(model_type: str) -> None:
+    run(family(model_type), drafter := Watched(relative(model_type, 0.03)), [K])
+    assert drafter.num_compared > 20
+
+
+@given(schedules, st.sampled_from([0, 0.03]), st.booleans(), st.sampled_from([9, 99]))
+@settings(max_examples=20, deadline=None)
+def test_the_draft_cache_is_right_after_any_history(
+    schedule: list[int], noise: float, do_sample: bool, stride: int
+) -> None:
+    stop_ids = torch.arange(0, VOCAB_SIZE, stride)  # a stop that is drafted and then rejected is history too
+    run(family("llama"), Watched(relative("llama", noise)), schedule, do_sample=do_sample, length=20, stop_ids=stop_ids)
+
+
+@pytest.mark.parametrize(("schedule", "length"), [([0] * 100 + [K] * 5, 112), ([K, 0, 0, 2, 0, K], 30)])
+@pytest.mark.parametrize(("batch_size", "noise"), [(1, 0.0), (3, 0.0), (3, 0.03)])
+def test_the_draft_cache_is_right_after_steps_without_a_draft(
+    schedule: list[int], length: int, batch_size: int, noise: float
+) -> None:
+    run(family("llama"), drafter := Watched(relative("llama", noise)), schedule, batch_size, length=length)
+    assert drafter.num_compared >= K
+
+
+def test_a_draft_model_goes_through_the_processors_of_the_call() -> None:
+    """Seen from outside: where draft and target are one model, p == q at every position, so nothing is rejected."""
+    model = deepcopy(family("llama"))
+    specdec.enable(model, family("llama"), num_draft_tokens=K)
+    call = {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.8, "no_repeat_ngram_size": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model.generate(**prompts(3), do_sample=True, max_new_tokens=40, **call)
+    assert specdec.last_stats(model).draft_acceptance_rate == 1
+
+
+def test_a_drafter_begins_each_call_afresh() -> None:
+    drafter = Watched(relative("llama", 0.03))
+    for schedule, batch_size in (([K], 3), ([2, 0, K], 1), ([K], 3)):
+        run(family("llama"), drafter, schedule, batch_size, length=12)
+
+
+def test_a_draft_model_begins_where_it_is_first_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that drafts nothing does not pay for a draft model."""
+    drafter = Watched(relative("llama", 0.03))
+    begun: list[ModelRunner] = []
+    stock = ModelRunner.begin
+    monkeypatch.setattr(ModelRunner, "begin", lambda self, *args: begun.append(self) or stock(self, *args))
+    run(family("llama"), drafter, [0], 2, length=6)
+    assert drafter.drafter.runner not in begun
+    run(family("llama"), drafter, [0, 0, K], 2, length=12)
+    assert begun.count(drafter.drafter.runner) == 1
+
+
+def test_a_draft_model_with_a_smaller_context_stops_drafting_there() -> None:
+    small = make_model("gpt2", **FAMILIES["gpt2"] | {"n_positions": 24})
+    small.transformer.h.load_state_dict(family("gpt2").transformer.h.state_dict())
+    offered: list[tuple[int, int]] = []
+
+    class Recorded(Watched):
+        def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
+            draft = super().propose(sequences, limit)
+            offered.extend(zip(sequences.lengths.tolist(), draft.lengths.tolist(), strict=True))
+            return draft
+
+    assert run(family("gpt2"), Recorded(small), [K], length=30).lengths.max() > 24
+    assert max(length + count for length, count in offered if count) == 24
+
+
+@pytest.mark.parametrize("draft_vocab_size", [VOCAB_SIZE - 7, VOCAB_SIZE + 7])
+@torch.no_grad()
+def test_ids_outside_either_vocabulary_are_never_drafted(draft_vocab_size: int) -> None:
+    model = make_model("llama", **FAMILIES["llama"] | {"vocab_size": draft_vocab_size})
+    batch = prompts(3)
+    sequences = Sequences(batch["input_ids"], batch["attention_mask"].sum(1), max_length=40, num_draft_tokens=K)
+    for do_sample in (False, True):
+        drafter = ModelDrafter(model, VOCAB_SIZE)
+        drafter.begin(sequences, Sampling(do_sample=do_sample))
+        draft = drafter.propose(sequences, sequences.ask(K))
+        assert draft.ids.max() < min(draft_vocab_size, VOCAB_SIZE)
+        if draft.probs is not None:
+            assert (draft.probs[..., draft_vocab_size:] == 0).all()
+
+
+@pytest.mark.parametrize("model_type", CACHE_FAMILIES)
+@torch.no_grad()
+def test_ragged_logits_equal_those_of_each_row_alone_with_garbage_in_rejected_slots(model_type: str) -> None:
+    model, generator = family(model_type), torch.Generator().manual_seed(0)
+    ids = torch.randint(VOCAB_SIZE, (3, 40), generator=generator)
+    lengths = torch.tensor([1, 9, 17])
+    runner = ModelRunner(model)
+    runner.begin(3)
+    runner.prefill(ids, lengths - 2)
+    for width, kept in ((4, [3, 0, 2]), (6, [0, 5, 1]), (1, [0, 0, 0]), (3, [2, 1, 0]), (2, [0, 0, 0]), (4, [3, 3, 3])):
+        columns = torch.arange(width)
+        positions = lengths[:, None] - 1 + columns
+        garbage = torch.randint(VOCAB_SIZE, (3, width), generator=generator)
+        window = torch.where(columns <= torch.tensor(kept)[:, None], ids.gather(1, positions), garbage)
+        logits = runner.forward(window, positions)
+        for row, count in enumerate(kept):
+            want = model(input_ids=ids[[row], : lengths[row] + count], use_cache=False).logits[0, -count - 1 :]
+            torch.testing.assert_close(logits[row, : count + 1], want, rtol=1e-3, atol=1e-3)
+        lengths += torch.tensor(kept) + 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@torch.no_grad()
+def test_a_window_that_comes_back_to_its_first_position_leaves_the_cache_right(batch_size: int) -> None:
+    model, runner = family("llama"), ModelRunner(family("llama"))
+    ids = torch.randint(VOCAB_SIZE, (batch_size, 12), generator=torch.Generator().manual_seed(0))
+    runner.prefill(ids, torch.full((batch_size,), 6))
+    for positions in ([7, 8, 7, 7], [9, 9, 9], [10, 11]):
+        window = torch.tensor(positions).expand(batch_size, -1)
+        want = model(input_ids=ids, use_cache=False).logits[:, positions]
+        torch.testing.assert_close(runner.forward(ids.gather(1, window), window), want, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_growing_cache_keeps_its_content() -> None:
+    model, runner = family("llama"), ModelRunner(family("llama"))
+    ids = torch.randint(VOCAB_SIZE, (2, 1400), generator=torch.Generator().manual_seed(0))
+    want = model(input_ids=ids, use_cache=False).logits
+    for last, width in (
+        ([200, 250], 251),
+        ([254, 300], 54),
+        ([300, 520], 220),
+        ([1100, 1395], 875),
+    ):  # over 256, 512, 1024 slots
+        got = runner.feed(ids, torch.tensor(last), width)
+        torch.testing.assert_close(got[:, 0], want[torch.arange(2), last], rtol=1e-3, atol=1e-3)
+
+
+def test_a_calls_buffers_end_where_its_texts_can() -> None:
+    runner = ModelRunner(family("llama"))
+    ids = torch.randint(VOCAB_SIZE, (2, 700), generator=torch.Generator().manual_seed(0))
+    runner.begin(2, 600)
+    for last, slots in (
+        ([90, 100], 256),
+        ([255, 255], 256),
+        ([256, 200], 512),
+        ([511, 511], 512),
+        ([512, 9], 600),
+        ([599, 9], 600),
+    ):
+        runner.feed(ids, torch.tensor(last), 4)
+        assert runner.cache.layers[0].keys.shape[2] == slots
+    assert grown_capacity(600, 640, 600) == 640  # a text that goes on all the same is not cut
+
+
+def test_a_cache_is_freed_as_soon_as_it_is_let_go() -> None:
+    runner = ModelRunner(family("llama"))
+    runner.begin(1)
+    runner.feed(torch.zeros(1, 8, dtype=torch.int64), torch.tensor([5]), 4)
+    keys = weakref.ref(runner.cache.layers[0].keys)
+    gc.disable()
+    try:
+        runner.begin(0)
+        assert keys() is None
+    finally:
+        gc.enable()
+
+
+def naive_lookup(text: list[int], max_ngram: int, limit: int) -> list[int]:
+    """What followed the most recent earlier occurrence of the longest n-gram that ends the text."""
+    for n in range(min(max_ngram, len(text) - 1), 0, -1):
+        for start in range(len(text) - n - 1, -1, -1):
+            if text[start : start + n] == text[-n:]:
+                return text[start + n : start + n + limit]
+    return []
+
+
+def assert_lookup_is_the_naive_one(texts: list[list[int]], max_ngram: int, num_draft_tokens: int = K) -> None:
+    width = max(map(len, texts))
+    prompt = torch.tensor([[0] * (width - len(text)) + text for text in texts])
+    sequences = Sequences(prompt, torch.tensor([len(text) for text in texts]), max_length=width + 3, num_draft_tokens=K)
+    sequences.stage(
+        torch.ones(len(texts), K + 1, dtype=torch.int64)
+    )  # stale ids behind the text are none of its business
+    limit = sequences.ask(num_draft_tokens)
+    drafter = PromptLookup(max_ngram)
+    drafter.begin(sequences, Sampling())
+    draft = drafter.propose(sequences, limit)
+    assert draft.probs is None
+    got = [draft.ids[row, :length].tolist() for row, length in enumerate(draft.lengths.tolist())]
+    assert got == [naive_lookup(text, max_ngram, int(limit[row])) for row, text in enumerate(texts)]
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_size=1, max_size=4),
+    st.integers(1, 5),
+    st.integers(1, K),
+)
+@settings(deadline=None)
+def test_prompt_lookup_proposes_what_followed_the_most_recent_longest_ngram(
+    texts: list[list[int]], n: int, k: int
+) -> None:
+    assert_lookup_is_the_naive_one(texts, max_ngram=n, num_draft_tokens=k)
+
+
+@pytest.mark.parametrize("max_ngram", [1, 2, 3, 9])
+def test_prompt_lookup_is_right_on_every_short_text_of_two_ids(max_ngram: int) -> None:
+    assert_lookup_is_the_naive_one([list(ids) for n in range(1, 8) for ids in product(range(2), repeat=n)], max_ngram)
+
+
+def test_prompt_lookup_needs_an_ngram_of_one_or_more() -> None:
+    with pytest.raises(ValueError, match="max_ngram=0 must be at least 1"):
+        PromptLookup(0)

@@ -1,0 +1,685 @@
+"""Compiled forwards: the same logits, the same texts, and plain eager decoding where there is nothing to be compiled with."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import os
+import pwd
+import random
+import resource
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from specdec_kernels import cpu
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+import specdec
+from specdec.runtime import cpu_compile as compiled
+from specdec.runtime.identity import Identity
+from specdec.runtime.runner import ModelRunner
+from specdec.utils import embedded
+from tests.conftest import ROOT
+from tests.generation import test_distribution, test_lossless
+from tests.helpers.checkpoint_writers import Case, write
+from tests.helpers.families import FAMILIES, family, make_model, prompts
+from tests.helpers.plain import CALLS, WIDTH, continuation, pair
+from tests.runtime import test_identity
+
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
+COMPILED_FAMILIES = ("llama", "gemma3_text")
+CASES = [
+    case
+    for case in test_lossless.covering()
+    if case.family in COMPILED_FAMILIES and case.weights in ("float32", "int4_kernel")
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_warning() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="specdec runs without")
+        yield
+
+
+def state_of(model: PreTrainedModel) -> Any:
+    return model.__dict__["_specdec_state"]
+
+
+def is_compiled(model: PreTrainedModel) -> bool:
+    state = state_of(model)
+    return all(part.runner.compiled is not None for part in state.parts(state.drafter))
+
+
+@cache
+def family_on_kernels(model_type: str, weights: str) -> tuple[PreTrainedModel, dict[Any, Tensor]]:
+    """A test model of its own, whose 4-bit layers are on the CPU's kernels; and its plain texts."""
+    return family.__wrapped__(model_type, weights), {}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_greedy_text_is_the_plain_one(case: test_lossless.Case) -> None:
+    model, texts = family_on_kernels(case.family, case.weights)
+    call = prompts(case.batch_size) | {"max_new_tokens": test_lossless.NEW_TOKENS, "do_sample": False}
+    specdec.disable(model)
+    if case.batch_size not in texts:
+        texts[case.batch_size] = model.generate(**call, eos_token_id=None)
+    eos_token_id = int(texts[case.batch_size][-1, 11 + 6]) if case.has_eos else None
+    expected = model.generate(**call, eos_token_id=eos_token_id)
+    specdec.enable(
+        model, test_lossless.DRAFTERS[case.drafter](case), num_draft_tokens=case.num_draft_tokens, compile=True
+    )
+    assert is_compiled(model)
+    assert model.generate(**call, eos_token_id=eos_token_id).tolist() == expected.tolist()
+    assert specdec.last_stats(model) is not None
+
+
+@pytest.mark.parametrize("kind", ["model", "prompt_lookup"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("name", CALLS)
+def test_any_call_gives_plain_text(name: str, batch_size: int, kind: str) -> None:
+    model, draft = pair("llama")
+    call = CALLS[name](continuation("llama", batch_size))
+    inputs = prompts(batch_size)
+    specdec.disable(model)
+    call = {"max_new_tokens": 18, "do_sample": False} | call
+    want = model.generate(**inputs, **copy.copy(call))
+    specdec.enable(model, draft if kind == "model" else kind, num_draft_tokens=3, compile=True)
+    assert is_compiled(model)
+    got = model.generate(**inputs, **call)
+    specdec.disable(model)
+    assert got[:, WIDTH:].tolist() == want[:, WIDTH:].tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_compiled_draft_is_the_draft_that_it_was(batch_size: int) -> None:
+    """No text tells whether a draft reads its inputs rightly; how often it is accepted does."""
+    model, _ = pair("llama")
+    rates = []
+    for draft in (copy.deepcopy(model), pair("llama")[1]):
+        for compile in (False, True):
+            specdec.enable(model, draft, num_draft_tokens=5, compile=compile)
+            assert is_compiled(model) == compile
+            model.generate(**prompts(batch_size), max_new_tokens=40, do_sample=False)
+            rates.append(specdec.last_stats(model).draft_acceptance_rate)
+    specdec.disable(model)
+    assert rates[:2] == [1.0, 1.0]
+    assert rates[2] == rates[3] < 1.0
+
+
+@pytest.mark.parametrize("drafter", ["model", "prompt_lookup", "random", "none"])
+def test_sampled_texts_have_the_targets_distribution(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    enable = specdec.enable
+
+    def enable_compiled(model: PreTrainedModel, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        enable(model, *args, **kwargs, compile=True)
+        assert is_compiled(model)
+        return model
+
+    monkeypatch.setattr(specdec, "enable", enable_compiled)
+    make = test_distribution.DRAFTERS.get(drafter, lambda model: drafter)
+    [p] = test_distribution.sampled_p_values(make(test_distribution.tiny_model(0)), "temperature")
+    assert p > test_distribution.SIGNIFICANCE
+
+
+@cache
+def embedded_pair(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]:
+    target, draft = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=dtype) for path in (embedded.TARGET, embedded.DRAFT)
+    )
+    return target, draft
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+def test_logits_of_a_4_bit_target_keep_their_bits(dtype: torch.dtype) -> None:
+    target, _ = embedded_pair(dtype)
+    assert_logits_keep_their_bits(
+        target, (1, 2, 6, 9), [200], [70], [1], [200, 1, 33]
+    )  # wide prompts go the compiled way too
+
+
+def test_activation_order_and_experts_keep_their_bits(tmp_path: Path) -> None:
+    """Orders of columns are parameters of the layers; a router's sums and its softmax are PyTorch's."""
+    case = Case(
+        "gptq", "mixtral", act_order=True, symmetric=False, values={"num_hidden_layers": 1, "num_local_experts": 12}
+    )
+    write(tmp_path / "checkpoint", case)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "specdec keeps in full precision")
+        model = specdec.load_quantized(tmp_path / "checkpoint", dtype=torch.float32)
+    assert_logits_keep_their_bits(model, (1, 6), [70], [70, 1, 33])
+
+
+def assert_logits_keep_their_bits(model: PreTrainedModel, widths: Sequence[int], *batches: list[int]) -> None:
+    """Behind prompts of these lengths, with a rejected window before the one that counts."""
+    runner = ModelRunner(model)
+    compiled.prepare([compiled.Part("target", runner, exact=True)], True)
+    forward = runner.compiled
+    assert forward is not None
+    ids = torch.randint(runner.vocab_size, (3, max(batches[-1]) + 10), generator=torch.Generator().manual_seed(0))
+    for lengths in batches:
+        last = torch.tensor(lengths)
+        for width in widths:
+            got = []
+            for runner.compiled in (None, forward):
+                runner.begin(len(lengths), ids.shape[1])
+                runner.prefill(ids[: len(lengths)], last - 1)
+                positions = last[:, None] - 1 + torch.arange(width)
+                rejected = runner.forward(ids[: len(lengths)].flip(1).gather(1, positions), positions)
+                got.append((rejected, runner.forward(ids[: len(lengths)].gather(1, positions), positions)))
+            assert got[0][0].equal(got[1][0])
+            assert got[0][1].equal(got[1][1])
+
+
+@pytest.mark.parametrize("num_draft_tokens", [2, 5])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_embedded_pair_writes_the_targets_own_text_beyond_the_first_buffers(
+    batch_size: int, num_draft_tokens: int
+) -> None:
+    target, draft = embedded_pair(torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(embedded.TARGET, padding_side="left")
+    texts = [p["prompt"] for p in embedded.prompts()[3 :: len(embedded.prompts()) // 4]][:batch_size]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=220)
+    call = {"max_new_tokens": 160, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    specdec.disable(target)
+    expected = target.generate(**inputs, **call)
+    assert expected.shape[1] > 256
+    specdec.enable(target, draft, num_draft_tokens=num_draft_tokens, compile=True)
+    assert is_compiled(target)
+    got = target.generate(**inputs, **call)
+    stats = specdec.last_stats(target)
+    specdec.disable(target)
+    assert got.tolist() == expected.tolist()
+    assert stats.num_accepted_draft_tokens > 0
+
+
+@pytest.fixture
+def small() -> PreTrainedModel:
+    """A model that no other test has compiled."""
+    return make_model("llama", 3, **FAMILIES["llama"] | {"intermediate_size": 32, "num_hidden_layers": 1})
+
+
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache that holds the kernels and nothing else."""
+    kernels = cpu.built_at()
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    cpu.built_at().write_bytes(kernels.read_bytes())
+    return tmp_path
+
+
+def packages(cache: Path) -> int:
+    """How many there are; nothing unfinished may lie beside them."""
+    assert {path.suffix for path in cache.iterdir()} <= {".so", ".pt2", ""}
+    assert len(list(cache.glob("*.so"))) == 1
+    return len(list(cache.glob("*.pt2")))
+
+
+def text_of(model: PreTrainedModel) -> list[list[int]]:
+    output: Tensor = model.generate(**prompts(4), max_new_tokens=9, do_sample=False)
+    return output.tolist()
+
+
+def test_auto_takes_what_is_on_disk_and_compiles_nothing(
+    small: PreTrainedModel, own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logging.enable_progress_bar()  # another test may have turned it off
+    want = text_of(small)
+    specdec.enable(small, "prompt_lookup")
+    assert not is_compiled(small)
+    assert packages(own_cache) == 0
+    capsys.readouterr()
+    specdec.enable(small, "prompt_lookup", compile=True)
+    assert is_compiled(small)
+    assert packages(own_cache) == 1
+    assert "compiling the target" in capsys.readouterr().err
+    specdec.enable(small, "prompt_lookup", compile=True)
+    assert "compiling" not in capsys.readouterr().err
+    specdec.enable(small, "prompt_lookup", compile=False)
+    assert not is_compiled(small)
+    specdec.enable(small, "prompt_lookup")
+    assert is_compiled(small)
+    assert text_of(small) == want
+    specdec.enable(make_model("llama", 3, **FAMILIES["llama"] | {"num_hidden_layers": 1}), "prompt_lookup")
+    assert packages(own_cache) == 1
+
+
+def test_a_broken_package_is_left_out_and_named(small: PreTrainedModel, own_cache: Path) -> None:
+    want = text_of(small)
+    specdec.enable(small, "prompt_lookup", compile=True)
+    (package,) = own_cache.glob("*.pt2")
+    package.write_bytes(b"torn")
+    compiled._KEPT.clear()  # as in another process
+    with pytest.warns(UserWarning, match="the target runs eagerly: .* does not load"):
+        specdec.enable(small, "prompt_lookup")
+    assert not is_compiled(small)
+    assert text_of(small) == want
+
+
+def test_a_compiler_that_fails_leaves_the_model_eager_and_says_why(
+    small: PreTrainedModel, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("g++: not today\nand a long story")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fails)
+    want = text_of(small)
+    with pytest.warns(
+        UserWarning, match=r"the target could not be compiled: RuntimeError: g\+\+: not today$"
+    ) as warned:
+        specdec.enable(small, "prompt_lookup", compile=True)
+    assert len(warned) == 1
+    assert not is_compiled(small)
+    assert text_of(small) == want
+    assert packages(own_cache) == 0
+    monkeypatch.setattr(compiled, "_trace", None)  # it is not tried again
+    with pytest.warns(UserWarning, match="g\\+\\+: not today$"):
+        specdec.enable(small, "prompt_lookup", compile=True)
+
+
+def test_without_a_compiler_the_model_is_eager_and_says_why(
+    small: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpu, "_IS_LOADED", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    want = text_of(small)
+    with pytest.warns(
+        UserWarning, match=r"the kernels could not be built: RuntimeError: no C\+\+ compiler was found"
+    ) as warned:
+        specdec.enable(small, "prompt_lookup", compile=True)
+    assert len(warned) == 1
+    assert not is_compiled(small)
+    assert text_of(small) == want
+
+
+def test_a_forward_that_came_out_wrong_is_not_used(
+    small: PreTrainedModel, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = compiled._keep
+
+    def wrong(node: Any, *kept: bool) -> None:
+        if node.target == torch.ops.aten.cos.default:
+            node.target = torch.ops.aten.sin.default
+        keep(node, *kept)
+
+    monkeypatch.setattr(compiled, "_keep", wrong)
+    with pytest.warns(UserWarning, match="came out of the compiler with other logits"):
+        specdec.enable(small, "prompt_lookup", compile=True)
+    assert not is_compiled(small)
+    assert packages(own_cache) == 0
+
+
+def test_a_4_bit_target_that_lost_its_bits_is_not_used(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what keeps means PyTorch's, logits move by rounding: nothing to a dense model, a text's end to a 4-bit one."""
+    model, _ = family_on_kernels("llama", "int4_kernel")
+    monkeypatch.setattr(compiled, "_keep", lambda node, *kept: None)
+    with pytest.warns(UserWarning, match="came out of the compiler with other logits"):
+        specdec.enable(model, "prompt_lookup", compile=True)
+    assert not is_compiled(model)
+    assert packages(own_cache) == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: make_model("llama", 3, **FAMILIES["llama"]).double(), "its dtype is torch.float64"),
+        (lambda: make_model("gemma2", 3, **FAMILIES["gemma2"]), r"its attention \(eager\)"),
+        (lambda: make_model("mpt", 3, **FAMILIES["mpt"]), "its forward takes no positions"),
+    ],
+)
+def test_what_cannot_be_compiled_is_named(model: Any, reason: str, own_cache: Path) -> None:
+    model = model()
+    want = text_of(model)
+    with pytest.warns(UserWarning, match=f"the target cannot be compiled: {reason}"):
+        specdec.enable(model, "prompt_lookup", compile=True)
+    assert text_of(model) == want
+
+
+def test_a_bad_value_is_refused(small: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="compile='yes' must be True, False or 'auto'"):
+        specdec.enable(small, "prompt_lookup", compile="yes")
+
+
+def test_weights_may_be_written_to_replaced_and_cast(small: PreTrainedModel) -> None:
+    specdec.enable(small, "prompt_lookup", compile=True)
+    before = text_of(small)
+    other = make_model("llama", 4, **FAMILIES["llama"] | {"intermediate_size": 32, "num_hidden_layers": 1})
+    for change in (
+        lambda: small.load_state_dict(other.state_dict()),
+        lambda: small.lm_head.__setattr__("weight", torch.nn.Parameter(small.lm_head.weight.flip(0).clone())),
+    ):
+        change()
+        got = text_of(small)
+        assert is_compiled(small)
+        specdec.disable(small)
+        assert got == text_of(small) != before
+        before = got
+        specdec.enable(small, "prompt_lookup", compile=True)
+    small.double()
+    text = text_of(small)
+    assert state_of(small).target.compiled is None
+    specdec.disable(small)
+    assert text == text_of(small)
+
+
+def test_a_4_bit_target_may_be_loaded_anew() -> None:
+    model, _ = family_on_kernels("llama", "int4_kernel")
+    model = copy.deepcopy(model)
+    specdec.enable(model, "prompt_lookup", compile=True)
+    want = text_of(model)
+    model.load_state_dict(copy.deepcopy(model.state_dict()))  # in the canonical layout
+    assert text_of(model) == want
+    assert is_compiled(model)
+
+
+def test_an_assistant_of_a_call_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, draft = pair("llama")
+    specdec.disable(model)
+    want = text_of(model)
+    specdec.enable(model, compile=True)
+    ran = []
+    call = compiled.CompiledForward.__call__
+
+    def watched(self: Any, *args: Any) -> Tensor:
+        ran.append(self.model())
+        return call(self, *args)
+
+    monkeypatch.setattr(compiled.CompiledForward, "__call__", watched)
+    got = model.generate(**prompts(4), max_new_tokens=9, do_sample=False, assistant_model=draft, num_assistant_tokens=3)
+    specdec.disable(model)
+    assert got.tolist() == want
+    assert {id(one) for one in ran} == {id(model), id(draft)}
+
+
+def plain_text(model: PreTrainedModel) -> list[list[int]]:
+    """Of a fresh copy, which was never compiled."""
+    return text_of(copy.deepcopy(model))
+
+
+@pytest.fixture
+def shared() -> Iterator[PreTrainedModel]:
+    """A copy of a model whose package lies in the tests' cache, enabled with it."""
+    model = copy.deepcopy(pair("llama")[0])
+    specdec.disable(model)
+    specdec.enable(model, "prompt_lookup", num_draft_tokens=3, compile=True)
+    assert is_compiled(model)
+    yield model
+    specdec.disable(model)
+
+
+REVERSIBLE = {
+    name: make for name, (make, _) in (test_identity.CHANGES | test_identity.QUIET).items() if name != "one layer less"
+}
+
+
+def write_weights(model: PreTrainedModel, generator: random.Random) -> None:
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.roll(generator.randrange(1, 100), 0))
+
+
+def replace_weights(model: PreTrainedModel, generator: random.Random) -> None:
+    weight = model.lm_head.weight.detach().roll(generator.randrange(1, 100), 0)
+    model.lm_head.weight = torch.nn.Parameter(weight.clone())
+
+
+@pytest.mark.filterwarnings("ignore:the target runs eagerly", "ignore:specdec leaves this call to the stock loop")
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_is_done_to_a_compiled_model_its_text_is_its_own(shared: PreTrainedModel, seed: int) -> None:
+    """Changes are made and taken back in any order; where none is left the compiled forward runs again."""
+    generator = random.Random(seed)
+    active: dict[str, ExitStack] = {}
+    modes = set()
+    for step in range(24):
+        kind = generator.choice(["change", "undo", "undo", "weights"]) if step else "weights"
+        if kind == "weights":
+            generator.choice([write_weights, replace_weights])(shared, generator)
+        elif kind == "undo" and active:
+            active.pop(generator.choice(sorted(active))).close()
+        elif left := sorted(REVERSIBLE.keys() - active.keys()):
+            name = generator.choice(left)
+            active[name] = ExitStack()
+            active[name].enter_context(REVERSIBLE[name](shared))
+        assert text_of(shared) == plain_text(shared), active.keys()
+        ran_compiled = is_compiled(shared) and specdec.last_stats(shared) is not None  # hooks bring the stock loop
+        assert ran_compiled == (not active)
+        modes.add(ran_compiled)
+    while active:
+        active.pop(generator.choice(sorted(active))).close()
+    assert text_of(shared) == plain_text(shared)
+    assert is_compiled(shared)
+    assert modes == {True, False}
+
+
+@pytest.mark.parametrize("name", test_identity.CHANGES)
+def test_a_change_changes_the_text_and_is_named_once(shared: PreTrainedModel, name: str) -> None:
+    make, words = test_identity.CHANGES[name]
+    before = text_of(shared)
+    with warnings.catch_warnings(record=True) as caught, make(shared):
+        warnings.simplefilter("always")
+        texts = [text_of(shared) for _ in range(2)]
+        assert texts == [plain_text(shared)] * 2
+    every = [str(warning.message) for warning in caught]
+    said = [one for one in every if one.startswith(("the target", "specdec"))]
+    if "hook" in name:  # it is not even tried: plain decoding shows a hook one position a forward
+        assert [one.partition(": ")[2].startswith("a hook on") for one in said] == [True] * 2, said
+    else:
+        assert [one.startswith(f"the target runs eagerly: {words}") for one in said] == [True], said
+    assert texts[0] != before == text_of(shared)
+    assert is_compiled(shared)
+
+
+def test_nothing_is_compiled_while_a_hook_is_on(shared: PreTrainedModel) -> None:
+    folder = cpu.cache_folder()
+    packages_before, clean = set(folder.iterdir()), text_of(shared)
+    handle = shared.model.norm.register_forward_hook(test_identity.double_output)
+    with pytest.warns(UserWarning, match="the target cannot be compiled: a forward hook is on model.norm$") as warned:
+        specdec.enable(shared, "prompt_lookup", compile=True)
+    assert len(warned) == 1
+    assert text_of(shared) == plain_text(shared) != clean
+    handle.remove()
+    assert text_of(shared) == clean
+    assert not is_compiled(shared)
+    specdec.enable(shared, "prompt_lookup", compile=True)
+    assert is_compiled(shared)
+    assert text_of(shared) == clean
+    assert set(folder.iterdir()) == packages_before
+
+
+def test_a_sdpa_of_the_users_own_is_not_passed_by(shared: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def uniform(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+        return compiled.sdpa_attention_forward(module, 0 * query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(compiled.ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", uniform)
+    with pytest.warns(UserWarning, match="the target runs eagerly: transformers' sdpa attention was replaced"):
+        assert text_of(shared) == plain_text(shared)
+    with pytest.warns(UserWarning, match="the target cannot be compiled: transformers' sdpa attention was replaced"):
+        specdec.enable(shared, "prompt_lookup", compile=True)
+    assert text_of(shared) == plain_text(shared)
+
+
+def test_a_call_under_autocast_is_eager(shared: PreTrainedModel, small: PreTrainedModel, own_cache: Path) -> None:
+    clean = text_of(shared)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.warns(UserWarning, match=r"the target runs eagerly: torch\.autocast is on"):
+            assert text_of(shared) == plain_text(shared)
+        assert not is_compiled(shared)
+        with pytest.warns(UserWarning, match=r"nothing is compiled under torch\.autocast"):
+            compiled.prepare([compiled.Part("target", ModelRunner(small), exact=True)], True)
+    assert text_of(shared) == clean
+    assert is_compiled(shared)
+    assert packages(own_cache) == 0
+
+
+def test_a_model_that_was_compiled_can_be_let_go() -> None:
+    model = copy.deepcopy(pair("llama")[0])
+    specdec.enable(model, "prompt_lookup", compile=True)
+    assert is_compiled(model)
+    text_of(model)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.fixture
+def filled_cache(shared: PreTrainedModel, own_cache: Path) -> Path:
+    """The shared model's package, in a cache of the test's own: -> its path."""
+    own = package_of(shared)
+    assert own.parent == own_cache
+    own.write_bytes((ROOT / "build" / "test-cache" / own.name).read_bytes())
+    specdec.disable(shared)
+    compiled._KEPT.clear()
+    specdec.enable(shared, "prompt_lookup")
+    assert is_compiled(shared), "a folder above has a sticky bit, as /tmp"
+    return own
+
+
+def package_of(model: PreTrainedModel) -> Path:
+    return compiled._package(compiled.Part("target", ModelRunner(model), exact=True), Identity(model))
+
+
+def only_warning(model: PreTrainedModel, words: str, **enable: Any) -> None:
+    """Enabling warns once, of this; the model runs eagerly and writes its own text."""
+    specdec.disable(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        specdec.enable(model, "prompt_lookup", **enable)
+        text = text_of(model)
+    said = [str(warning.message) for warning in caught]
+    assert [words in one for one in said] == [True], said
+    assert not is_compiled(model)
+    assert text == plain_text(model)
+
+
+def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a path another user's."""
+    if os.geteuid() == 0:
+        os.chown(path, 12345, -1)
+    else:
+        another = os.geteuid() + 1
+        monkeypatch.setattr(os, "geteuid", lambda: another)
+
+
+@pytest.mark.parametrize("which", ["package", "folder"])
+@pytest.mark.parametrize("mode", [0o720, 0o702])
+def test_what_others_could_have_written_is_not_loaded(
+    shared: PreTrainedModel, filled_cache: Path, which: str, mode: int
+) -> None:
+    path = filled_cache if which == "package" else filled_cache.parent
+    path.chmod(mode)
+    only_warning(shared, f"the target runs eagerly: other users may write to {path}; chmod go-w it")
+    path.chmod(0o700)
+    specdec.enable(shared, "prompt_lookup")
+    assert is_compiled(shared)
+
+
+@pytest.mark.parametrize("compile", ["auto", True])
+@pytest.mark.parametrize("which", ["library", "folder"])
+def test_kernels_that_others_could_have_written_are_not_loaded(
+    small: PreTrainedModel, own_cache: Path, which: str, compile: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = cpu.built_at() if which == "library" else own_cache
+    path.chmod(0o722)
+    monkeypatch.setattr(cpu, "_IS_LOADED", None)
+    only_warning(small, f"specdec's CPU kernels are left out: other users may write to {path}", compile=compile)
+    assert packages(own_cache) == 0
+
+
+@pytest.mark.parametrize("which", ["package", "folder"])
+def test_what_another_user_owns_is_not_loaded(
+    shared: PreTrainedModel, filled_cache: Path, which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_away(filled_cache if which == "package" else filled_cache.parent, monkeypatch)
+    only_warning(shared, "belongs to another user; remove it, or set SPECDEC_CACHE to a folder of your own")
+
+
+def test_a_link_is_followed_to_what_is_loaded(
+    shared: PreTrainedModel, filled_cache: Path, tmp_path_factory: Any
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    target = elsewhere / filled_cache.name
+    filled_cache.rename(target)
+    filled_cache.symlink_to(target)
+    elsewhere.chmod(0o777)
+    only_warning(shared, f"other users may write to {elsewhere}")
+
+
+def no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def nobody(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("SPECDEC_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+
+
+def a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "file"))
+
+
+def below_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    a_file(monkeypatch, tmp_path)
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "file" / "folder"))
+
+
+def read_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "locked"))
+    if os.geteuid() == 0:  # who may write everywhere
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+
+
+@pytest.mark.parametrize("spoil", [no_home, a_file, below_a_file, read_only])
+@pytest.mark.parametrize("is_built", [True, False])
+def test_a_cache_that_cannot_be_used_leaves_the_model_eager(
+    small: PreTrainedModel, is_built: bool, spoil: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if not is_built:
+        monkeypatch.setattr(cpu, "_IS_LOADED", None)
+    spoil(monkeypatch, tmp_path)
+    only_warning(small, "specdec runs without a compiler's help: the cache folder cannot be used: ", compile=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        specdec.enable(small, "prompt_lookup", compile="auto")
+    assert text_of(small) == plain_text(small)
+
+
+def test_a_full_disk_leaves_nothing_behind_and_the_model_eager(
+    small: PreTrainedModel, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the package, as it is written; a compiler that finds the disk full fails as any other."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def compiles(program: Any, *, package_path: io.BytesIO, inductor_configs: Any) -> None:
+        package_path.write(bytes(1 << 16))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, before[1]))
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compiles)
+    try:
+        only_warning(small, "the target could not be compiled: OSError: [Errno 27] File too large", compile=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert packages(own_cache) == 0
+
+
+def test_a_folder_is_made_for_its_owner_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "a" / "b"))
+    mask = os.umask(0)
+    try:
+        assert cpu.make_cache_folder() == tmp_path / "a" / "b"
+    finally:
+        os.umask(mask)
+    assert [(tmp_path / place).stat().st_mode & 0o777 for place in ("a", "a/b")] == [0o700, 0o700]

@@ -1,0 +1,396 @@
+"""Static steps: recorded, replayed over the same memory, heard of a step late; and what becomes of them when the world changes.
+
+Texts are held to plain ones by the other lossless tests, which run both ways; here, that it is what they ran.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import specdec
+from specdec.core import speculative
+from specdec.draft_length.profiler import drafted_ids
+from specdec.runtime import cuda_graphs as graphs
+from tests.helpers.families import FAMILIES, make_model, prompts
+from tests.helpers.plain import pair, stop_at
+from tests.helpers.recording import MADE, Log, OnCpu, recorded
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _recorded() -> Iterator[None]:
+    with recorded():
+        yield
+
+
+@pytest.fixture
+def model() -> Iterator[PreTrainedModel]:
+    model = copy.deepcopy(pair("llama")[0])
+    yield model
+    specdec.disable(model)
+
+
+@cache
+def noisy() -> PreTrainedModel:
+    return pair("llama")[1]
+
+
+def text_of(model: PreTrainedModel, batch_size: int = 4, **call: Any) -> list[list[int]]:
+    call = {"max_new_tokens": 30, "do_sample": False} | call
+    output: Tensor = model.generate(**prompts(batch_size), **call)
+    return output.tolist()
+
+
+def plain_text(model: PreTrainedModel, batch_size: int = 4, **call: Any) -> list[list[int]]:
+    model = copy.deepcopy(model)
+    specdec.disable(model)
+    return text_of(model, batch_size, **call)
+
+
+def replays() -> int:
+    return sum(part.num_replays for part in MADE)
+
+
+def graphs_of(model: PreTrainedModel) -> graphs.Graphs | None:
+    return model.__dict__["_specdec_state"].target.graphs
+
+
+def slots_of(model: PreTrainedModel) -> int:
+    buffers = model.__dict__["_specdec_state"].target.cache.buffers()
+    return buffers[0].shape[2] if buffers else 0
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "top_k": 9, "temperature": 0.8},
+    "with a stop": {"eos_token_id": 40},
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("kind", ["model", "prompt_lookup", "none"])
+def test_no_step_asks_the_device_and_the_host_reads_once(
+    model: PreTrainedModel, kind: str, batch_size: int, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replays included: a recorded part's operators run where its replay does."""
+    logs: list[Log] = []
+    read: list[Tensor] = []
+    stock_step, stock_read = speculative.step, Tensor.tolist
+
+    def step(*args: Any) -> Any:
+        before = len(read)
+        with Log() as log:
+            outcome = stock_step(*args)
+        assert len(read) == before, "a step reads a tensor on the host"
+        logs.append(log)
+        return outcome
+
+    def tolist(tensor: Tensor) -> Any:
+        read.append(tensor)
+        return stock_read(tensor)
+
+    monkeypatch.setattr(speculative, "step", step)
+    specdec.enable(model, noisy() if kind == "model" else kind, num_draft_tokens=3)
+    for _ in range(3):
+        text_of(model, batch_size, **CALLS[call])
+    logs.clear()
+    heard = len(MADE), replays()
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "tolist", tolist)
+        text = model.generate(**prompts(batch_size), max_new_tokens=30, **CALLS[call])
+    del text
+    assert [log.asked for log in logs] == [[]] * len(logs)
+    assert sum(len(log.calls) for log in logs) > 100
+    of_steps = [tensor for tensor in read if tensor.ndim == 2 and tensor.shape[1] in (6, 9)]  # what an Outcome tells
+    assert len(of_steps) == specdec.last_stats(model).num_target_forwards == len(logs) - 1, "one step was thrown away"
+    assert (len(MADE), replays() > heard[1]) == (heard[0], True), "an equal call records nothing"
+
+
+def test_the_log_notices_what_asks() -> None:
+    x = torch.arange(4)
+    for asks in (
+        lambda: int(x.max()),
+        lambda: bool((x > 2).any()),
+        lambda: x[x > 2],
+        lambda: x.nonzero(),
+        lambda: x.unique(),
+    ):
+        with Log() as log:
+            asks()
+        assert log.asked
+    with pytest.raises(AssertionError, match="reads a tensor"):
+        OnCpu([]).record(lambda: x.tolist())
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("k", [1, 4])
+def test_a_step_that_is_heard_of_late_counts_as_if_it_were_not(model: PreTrainedModel, k: int, batch_size: int) -> None:
+    found = []
+    for compile in (False, True):
+        specdec.enable(model, noisy(), num_draft_tokens=k, compile=compile)
+        for _ in range(3):
+            text_of(model, batch_size, eos_token_id=[40, 41])
+        found.append(specdec.last_stats(model))
+    assert found[0] == found[1]
+    assert replays()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_buffers_grow_and_nothing_is_cut(batch_size: int) -> None:
+    model = make_model("llama", **FAMILIES["llama"] | {"max_position_embeddings": 4096})
+    call = {"max_new_tokens": 1200}
+    want = plain_text(model, batch_size, **call)
+    specdec.enable(model, copy.deepcopy(model), num_draft_tokens=8)
+    text_of(model, batch_size)
+    assert slots_of(model) == 256
+    assert text_of(model, batch_size, **call) == want
+    assert slots_of(model) >= 1211
+    before = len(MADE), slots_of(model)
+    assert text_of(model, batch_size, max_new_tokens=300) == [row[:311] for row in want]
+    assert (len(MADE), slots_of(model)) == before, "a shorter call takes what is there"
+    assert text_of(model, 4 - batch_size, **call) == plain_text(model, 4 - batch_size, **call), "another batch"
+
+
+def test_a_step_looks_no_further_than_the_bucket_of_its_texts(model: PreTrainedModel) -> None:
+    specdec.enable(model, noisy(), num_draft_tokens=3)
+    text_of(model, max_length=120, max_new_tokens=None)
+    assert slots_of(model) == min(256, model.config.max_position_embeddings)
+
+
+def test_the_same_seed_gives_the_same_text_recorded_or_replayed(model: PreTrainedModel) -> None:
+    specdec.enable(model, noisy(), num_draft_tokens=3)
+    texts = []
+    for _ in range(4):
+        torch.manual_seed(7)
+        texts.append(text_of(model, do_sample=True))
+    assert replays()
+    assert texts == texts[:1] * 4
+
+
+def test_calls_under_inference_mode_and_others_share_recordings(model: PreTrainedModel) -> None:
+    specdec.enable(model, noisy(), num_draft_tokens=3)
+    want = plain_text(model, eos_token_id=40)
+    for turn in range(6):
+        with torch.inference_mode(turn % 2 == 0):
+            assert text_of(model, eos_token_id=40) == want
+    assert replays()
+
+
+def test_auto_asks_for_what_the_profile_has_recorded(model: PreTrainedModel) -> None:
+    specdec.enable(model, noisy())
+    for _ in range(3):
+        assert text_of(model) == plain_text(model)
+        choice = specdec.last_stats(model).choice
+        asked = {k for k, count in enumerate(choice.steps_by_k) if count}
+        assert asked <= {0, *drafted_ids(len(choice.steps_by_k) - 1)}
+        assert sum(choice.steps_by_k) == specdec.last_stats(model).num_target_forwards
+
+
+def test_a_calls_own_draft_model_is_recorded_and_kept(model: PreTrainedModel) -> None:
+    specdec.enable(model, num_draft_tokens=3)
+    other = copy.deepcopy(model)
+    specdec.disable(other)
+    want = plain_text(model)
+    for draft in (noisy(), noisy(), noisy(), other, other, noisy()):
+        assert text_of(model, assistant_model=draft) == want
+        assert (specdec.last_stats(model).draft_acceptance_rate == 1.0) == (draft is other)
+    before = len(MADE), replays()
+    assert text_of(model, assistant_model=noisy()) == want
+    assert (len(MADE), replays() > before[1]) == (before[0], True)
+    held = weakref.ref(model.__dict__["_specdec_state"].assistant)
+    text_of(model, assistant_model=other)
+    gc.collect()
+    assert held() is None, "a draft model that is no longer used is let go"
+
+
+def only_warning(action: Callable[[], Any], words: str) -> Any:
+    """What it gives; it must warn once, of this."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = action()
+    assert [words in str(warning.message) for warning in caught] == [True], caught
+    return result
+
+
+@pytest.mark.parametrize("after", range(5))
+def test_no_memory_left_while_recording_frees_what_was_taken_and_goes_on(
+    model: PreTrainedModel, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """after: so many recordings; the first two are enable's trials."""
+    want = plain_text(model)
+    stock_record, living = OnCpu.record, weakref.WeakSet[OnCpu]()
+
+    def record(self: OnCpu, function: Callable[[], Any]) -> Any:
+        if len(MADE) > after:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        living.add(self)
+        return stock_record(self, function)
+
+    monkeypatch.setattr(OnCpu, "record", record)
+
+    def run() -> list[list[list[int]]]:
+        specdec.enable(model, noisy(), num_draft_tokens=3)
+        return [text_of(model) for _ in range(3)]
+
+    texts = only_warning(
+        run, "without CUDA graphs, and slower: recording one failed (OutOfMemoryError: CUDA out of memory"
+    )
+    assert texts == [want] * 3
+    assert len(MADE) == after + 1, "it is tried once"
+    MADE.clear()
+    gc.collect()
+    assert not living
+    assert slots_of(model) == 0, "caches are freed with the call again"
+
+
+def test_a_device_that_replays_wrongly_is_found_out(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OnCpu, "replay", lambda self: None)
+    words = "without CUDA graphs, and slower: of the target, a replay gave other logits"
+    only_warning(lambda: specdec.enable(model, noisy(), num_draft_tokens=3), words)
+    assert text_of(model) == plain_text(model)
+
+
+def test_a_model_that_asks_its_device_runs_as_it_is(model: PreTrainedModel) -> None:
+    layer = model.model.layers[0]
+    stock = layer.forward
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert hidden.isfinite().all()
+        return stock(hidden, *args, **kwargs)
+
+    layer.forward = forward
+    only_warning(
+        lambda: specdec.enable(model, noisy(), num_draft_tokens=3), "recording one failed (AssertionError: a recorded"
+    )
+    assert len(text_of(model)[0]) == 11 + 30
+    assert replays() == 0
+
+
+def test_a_model_with_hooks_is_left_to_the_stock_loop_and_replayed_again_behind_it(model: PreTrainedModel) -> None:
+    want = plain_text(model)
+    specdec.enable(model, noisy(), num_draft_tokens=3)
+    text_of(model)
+    called: list[int] = []
+    handle = model.lm_head.register_forward_hook(lambda *args: called.append(1))
+    before = replays()
+    with pytest.warns(UserWarning, match="a hook on lm_head would see several positions a forward"):
+        assert text_of(model) == want
+    assert len(called) == len(want[0]) - 11, "once for each token, as in plain decoding"
+    assert specdec.last_stats(model) is None
+    assert replays() == before
+    handle.remove()
+    assert [text_of(model) for _ in range(3)] == [want] * 3
+    assert replays() > before
+
+
+def test_a_model_on_another_device_than_it_was_enabled_on_is_not_replayed(model: PreTrainedModel) -> None:
+    """A recording of one device does nothing to tensors on another."""
+    specdec.enable(model, noisy(), num_draft_tokens=3)
+    tried = replays()
+    graphs_of(model).device = torch.device("cuda")
+    assert [text_of(model) for _ in range(3)] == [plain_text(model)] * 3
+    assert replays() == tried
+
+
+def replace_a_weight(model: PreTrainedModel) -> None:
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.flip(0).clone())
+
+
+def write_a_weight(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
+
+
+def change_a_setting(model: PreTrainedModel) -> None:
+    model.model.norm.variance_epsilon = 3.0
+    model.model.layers[0].self_attn.scaling *= 0.3
+
+
+@pytest.mark.parametrize("change", [replace_a_weight, write_a_weight, change_a_setting, lambda model: model.double()])
+@pytest.mark.parametrize("who", ["target", "draft"])
+def test_what_is_changed_between_calls_counts(model: PreTrainedModel, who: str, change: Callable[..., Any]) -> None:
+    draft = copy.deepcopy(model)
+    specdec.enable(model, draft, num_draft_tokens=3)
+    for _ in range(3):
+        text_of(model)
+    assert replays()
+    change(model if who == "target" else draft)
+    for _ in range(3):
+        assert text_of(model) == plain_text(model)
+        assert (specdec.last_stats(model).draft_acceptance_rate < 1) == (change.__name__ != "<lambda>")
+
+
+def test_a_call_that_fails_leaves_nothing_behind(model: PreTrainedModel) -> None:
+    def fail(ids: Tensor) -> bool:
+        if ids.shape[1] > 20:
+            raise KeyError("of the caller")
+        return False
+
+    want = plain_text(model)
+    specdec.enable(model, noisy(), num_draft_tokens=3)
+    text_of(model)
+    assert slots_of(model) > 0
+    with pytest.raises(KeyError, match="of the caller"):
+        text_of(model, **stop_at(fail))
+    assert slots_of(model) == 0
+    assert [text_of(model) for _ in range(3)] == [want] * 3
+
+
+def test_disable_frees_all(model: PreTrainedModel) -> None:
+    specdec.enable(model, noisy(), num_draft_tokens=3)
+    for _ in range(3):
+        text_of(model)
+    MADE.clear()
+    alive = weakref.ref(graphs_of(model))
+    specdec.disable(model)
+    gc.collect()
+    assert alive() is None
+
+
+def test_compile_false_records_nothing(model: PreTrainedModel) -> None:
+    specdec.enable(model, noisy(), num_draft_tokens=3, compile=False)
+    assert text_of(model) == plain_text(model)
+    assert graphs_of(model) is None
+    assert not MADE
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("kind", ["model", "prompt_lookup", "none"])
+def test_a_gpu_writes_the_same_texts_with_graphs_and_waits_for_nothing(
+    model: PreTrainedModel, kind: str, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock_step = speculative.step
+
+    def step(*args: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return stock_step(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    model, draft = model.cuda(), copy.deepcopy(noisy()).cuda()
+    batch = {name: tensor.cuda() for name, tensor in prompts(batch_size).items()}
+    texts = []
+    for compile in (False, True):
+        specdec.enable(model, draft if kind == "model" else kind, num_draft_tokens=3, compile=compile)
+        for turn in range(4):
+            if compile and turn == 3:
+                monkeypatch.setattr(speculative, "step", step)
+            texts.append(model.generate(**batch, max_new_tokens=60, do_sample=False).tolist())
+    assert graphs_of(model).failure is None
+    assert texts == texts[:1] * 8
