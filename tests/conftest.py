@@ -25,12 +25,12 @@ def _cold_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_IS_LOADED", False)
 
 
-@pytest.fixture(params=["directly", "recorded"])
+@pytest.fixture(params=["eager", "recorded"])
 def either_way(request: pytest.FixtureRequest) -> Iterator[None]:
     """The steps of what is enabled run as they are, and then as they run on a CUDA device: recorded, heard of a step late."""
     from tests.helpers.recording import recorded
 
-    if request.param == "directly":
+    if request.param == "eager":
         yield
         return
     with recorded():

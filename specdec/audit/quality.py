@@ -56,7 +56,8 @@ def compare(original: PreTrainedModel, quantized: PreTrainedModel, texts: Iterab
         for positions in torch.arange(ids.shape[1])[None].split(MAX_WINDOW, dim=1):
             window = ids.gather(1, positions)
             before, after = (
-                runner.forward(window.to(runner.model.device), positions.to(runner.model.device))[0]
+                runner.forward(window.to(runner.model.device), positions.to(runner.model.device))
+                .logits[0]
                 .cpu()
                 .log_softmax(-1)
                 for runner in runners

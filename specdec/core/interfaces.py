@@ -10,7 +10,7 @@ from torch import Tensor
 from specdec.core.sampling import Sampling
 from specdec.core.sequences import Sequences
 from specdec.core.stats import Choice
-from specdec.core.steps import Draft, RowStep, StepResult
+from specdec.core.steps import Draft, RowStep, StepResult, TargetOutput
 
 Run = Callable[..., Any]  # run(key, function, *inputs): function(*inputs), tensors or None
 
@@ -30,14 +30,14 @@ class Target(Protocol):
     def begin(self, batch_size: int, max_slots: int) -> None:
         """A call starts: an empty cache for so many rows, whose texts come to at most max_slots positions."""
 
-    def prefill(self, ids: Tensor, last: Tensor) -> Tensor | None:
+    def prefill(self, ids: Tensor, last: Tensor) -> TargetOutput | None:
         """Fill the cache for positions 0 … last [B] of ids [B, L]."""
 
     def reserve(self, slots: int) -> None:
         """A step begins, behind which no row is longer."""
 
-    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Run ids [B, W] at positions [B, W] against the cache: -> logits [B, W, V] float32."""
+    def forward(self, ids: Tensor, positions: Tensor) -> TargetOutput:
+        """Run ids [B, W] at positions [B, W] against the cache: -> logits [B, W, V] float32, features."""
 
 
 @runtime_checkable
@@ -50,7 +50,7 @@ class Drafter(Protocol):
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
         """Propose at most limit [B] ids for each row; 0 for a row that has finished or is one id from its end.
 
-        sequences.asked is what no limit exceeds; the host knows it without waiting for the device. Not called for a step that
+        sequences.num_requested is what no limit exceeds; the host knows it without waiting for the device. Not called for a step that
         drafts nothing; what comes of that, `observe` sees.
         """
 
@@ -62,7 +62,7 @@ class DraftLengthPolicy(Protocol):
     """Says how many ids the next step drafts. It may be asked again before it has heard of the step before."""
 
     @property
-    def most(self) -> int:
+    def max_draft_tokens(self) -> int:
         """The largest number that next() may give."""
 
     def next(self) -> int:

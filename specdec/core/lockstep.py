@@ -19,7 +19,7 @@ from torch import Tensor
 
 from specdec.core.sampling import Sampling
 from specdec.core.sequences import Sequences
-from specdec.core.steps import BROKEN_DRAFT, NAN_DRAFT, NAN_TARGET, Draft, pack_host_summary
+from specdec.core.steps import Draft, find_faults, pack_host_summary
 from specdec.core.verification import overlap_greedy, verify_draft
 
 
@@ -72,7 +72,7 @@ class Lockstep:
         is_broken: Tensor,
         logits: Tensor,
     ) -> tuple[Tensor, ...]:
-        """As speculative.commit, position by position: process, verify, append, ask the criteria."""
+        """As speculative.verify_and_commit, position by position: process, verify, append, ask the criteria."""
         offered, drafts = lengths.tolist(), ids.tolist()
         going = live = self.unfinished.tolist()
         emitted, accepted = [0] * len(live), [0] * len(live)
@@ -104,9 +104,7 @@ class Lockstep:
         sequences.append(torch.stack(chosen, dim=1), is_over)
         counts = torch.tensor([emitted, accepted, live], device=ids.device)
         drafted = torch.minimum(lengths, counts[0])  # the positions that were verified
-        faults = counts[2] * (BROKEN_DRAFT * is_broken + NAN_TARGET * has_nan)
-        if probs is not None:
-            faults = faults + counts[2] * NAN_DRAFT * probs[..., 0].isnan().any(1)
+        faults = counts[2] * find_faults(is_broken, has_nan, probs)
         ends = torch.full_like(drafted, is_over)
         summary = pack_host_summary(limit, drafted, counts[1], counts[0], ends, faults, overlap)
         return counts[1], chosen[-1], counts[2].bool(), counts[0], drafted, counts[1], overlap, summary, processed

@@ -37,14 +37,14 @@ class Prefixes(Protocol):
 class Sampling:
     """The distribution of one call. Target and drafter share it, so p and q went through the same processors.
 
-    form: equal for calls whose processors do the same to scores, as far as they can be looked into.
+    cache_key: equal for calls whose processors do the same to scores, as far as they can be looked into.
     """
 
     def __init__(self, processors: Sequence[Processor] = (), *, do_sample: bool = False) -> None:
         self.do_sample = do_sample
         self.processors = list(processors)
         self.needs_prefix = any(processor.needs_prefix for processor in processors)
-        self.form = (do_sample, *map(_form, processors))
+        self.cache_key = (do_sample, *map(_cache_key, processors))
 
     def scores(
         self,
@@ -131,7 +131,7 @@ def uniforms(*shape: int, device: torch.device) -> Tensor:
     return torch.rand(*shape, dtype=torch.float64, device=device)
 
 
-def _form(processor: Processor) -> object:
+def _cache_key(processor: Processor) -> object:
     """The function's kind and settings where those are plain values, else the function itself."""
     function = processor.function
     settings = getattr(function, "__dict__", {})

@@ -47,11 +47,11 @@ class Sequences:
         self.lengths = prompt_lengths.clone()
         self.end = max_length - self.padding
         self.finished = self.lengths >= self.end
-        self.spare = num_draft_tokens + 1  # columns that one step may write behind the longest row
+        self.max_draft_tokens = num_draft_tokens
         columns = torch.arange(width, device=prompt.device) + self.padding[:, None]
         self.ids = prompt.gather(1, columns.clamp(max=width - 1))
 
-        self.asked = 0  # ids that the step in progress may draft for a row
+        self.num_requested = 0  # ids that the step in progress may draft for a row
         self._paddings: list[int] = self.padding.tolist()
         self._known: list[int] = prompt_lengths.tolist()  # lengths, as far as the host has heard
         self._live = [width < max_length] * len(self._known)
@@ -88,9 +88,9 @@ class Sequences:
         return not any(self._live)
 
     @property
-    def room(self) -> int:
+    def remaining_tokens(self) -> int:
         """No row may draft more ids than this."""
-        rows = [length for length, live in zip(self._rooms(), self._live, strict=True) if live]
+        rows = [length for length, live in zip(self._remaining(), self._live, strict=True) if live]
         return max(rows, default=0)
 
     @property
@@ -117,10 +117,10 @@ class Sequences:
         if self.stop_ids is not None:
             self.stop_ids = static_buffer("stop_ids", self.stop_ids)
 
-    def ask(self, num_draft_tokens: int) -> Tensor:
+    def begin_step(self, num_draft_tokens: int) -> Tensor:
         """A step begins, which may draft so many ids for a row: -> its limit [B]."""
         self._reserve()
-        self.asked = num_draft_tokens
+        self.num_requested = num_draft_tokens
         self._in_flight.append(num_draft_tokens + 1)
         return self.limit(num_draft_tokens)
 
@@ -141,7 +141,7 @@ class Sequences:
             room = torch.minimum(room, self.context - self.lengths)
         return room.clamp(0, num_draft_tokens).masked_fill(self.finished, 0)
 
-    def _rooms(self) -> list[int]:
+    def _remaining(self) -> list[int]:
         """Of each row, as the host knows its length."""
         context = self.max_length if self.context is None else self.context
         rows = zip(self._known, self._paddings, strict=True)
@@ -194,7 +194,7 @@ class Sequences:
     def _reserve(self) -> None:
         """Make room for one more step; by doubling, since max_length may be far beyond what a text comes to."""
         padded = max(length + padding for length, padding in zip(self._known, self._paddings, strict=True))
-        needed = min(padded + sum(self._in_flight), self.max_length) + self.spare
+        needed = min(padded + sum(self._in_flight), self.max_length) + self.max_draft_tokens + 1
         width = self.ids.shape[1]
         if needed > width:
             self.ids = self._hold("ids", F.pad(self.ids, (0, max(needed, 2 * width) - width)))

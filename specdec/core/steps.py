@@ -29,35 +29,6 @@ class Draft:
         zeros = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return cls(zeros.new_zeros(batch_size, 0), None, zeros)
 
-    def check(self, batch: int, num_draft_tokens: int, vocab_size: int, drafter: object) -> None:
-        """Raise ValueError where shapes or dtypes break the protocol. What it holds is looked at on its device: see `within`."""
-        name = type(drafter).__name__
-        if (
-            not isinstance(self.ids, Tensor)
-            or self.ids.ndim != 2
-            or self.ids.shape[0] != batch
-            or self.ids.dtype != torch.int64
-        ):
-            raise ValueError(f"{name}.propose returned ids {_describe(self.ids)}; it must return int64 [{batch}, K]")
-        num_ids = self.ids.shape[1]
-        if num_ids > num_draft_tokens:
-            raise ValueError(
-                f"{name}.propose returned {num_ids} ids a row; this call asked for at most {num_draft_tokens}"
-            )
-        if not isinstance(self.lengths, Tensor) or self.lengths.shape != (batch,) or self.lengths.dtype != torch.int64:
-            raise ValueError(
-                f"{name}.propose returned lengths {_describe(self.lengths)}; it must return int64 [{batch}]"
-            )
-        if self.probs is not None and (
-            not isinstance(self.probs, Tensor)
-            or self.probs.shape != (batch, num_ids, vocab_size)
-            or self.probs.dtype != torch.float32
-        ):
-            raise ValueError(
-                f"{name}.propose returned probs {_describe(self.probs)}; it must return float32"
-                f" {[batch, num_ids, vocab_size]}, the distributions the ids were drawn from, or None where they are one-hot"
-            )
-
     def within(self, limit: Tensor, vocab_size: int) -> tuple[Draft, Tensor]:
         """The draft with its lengths within limit [B] and its ids within the vocabulary, and the rows [B] where they were not.
 
@@ -81,6 +52,39 @@ class Draft:
         )
 
 
+def check_draft(draft: object, drafter: object, batch_size: int, max_draft_tokens: int, vocab_size: int) -> None:
+    """Raise ValueError where types, shapes or dtypes break the drafter's protocol; values are checked by `Draft.within`."""
+    name = f"{type(drafter).__name__}.propose"
+    if not isinstance(draft, Draft):
+        raise ValueError(f"{name} returned a {type(draft).__name__}; it must return a Draft")
+    ids, lengths, probs = draft.ids, draft.lengths, draft.probs
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[0] != batch_size or ids.dtype != torch.int64:
+        raise ValueError(f"{name} returned ids {_describe(ids)}; it must return int64 [{batch_size}, K]")
+    num_ids = ids.shape[1]
+    if num_ids > max_draft_tokens:
+        raise ValueError(f"{name} returned {num_ids} ids a row; this call asked for at most {max_draft_tokens}")
+    if not isinstance(lengths, Tensor) or lengths.shape != (batch_size,) or lengths.dtype != torch.int64:
+        raise ValueError(f"{name} returned lengths {_describe(lengths)}; it must return int64 [{batch_size}]")
+    shape = (batch_size, num_ids, vocab_size)
+    if probs is not None and (not isinstance(probs, Tensor) or probs.shape != shape or probs.dtype != torch.float32):
+        raise ValueError(
+            f"{name} returned probs {_describe(probs)}; it must return float32 {list(shape)}, the distributions the ids were"
+            " drawn from, or None where they are one-hot"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TargetOutput:
+    """What a target's forward returns for a window of W positions.
+
+    logits: [B, W, V] float32.
+    features: hidden states that the drafter asked for, each [B, W, H]; None where it asked for none.
+    """
+
+    logits: Tensor
+    features: tuple[Tensor, ...] | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What the target made of a draft.
@@ -97,12 +101,12 @@ class Verdict:
 class RowStep:
     """What one step did to one row.
 
-    asked: how many ids the drafter was asked for: K, or fewer where the row had no room for so many.
+    requested: how many ids the drafter was requested for: K, or fewer where the row had no room for so many.
     drafted, accepted, emitted: as they count; on the row's last step only up to its stop.
     overlap: sum(min(p, q)) at each position that was drafted with all before it accepted.
     """
 
-    asked: int
+    requested: int
     drafted: int
     accepted: int
     emitted: int
@@ -116,10 +120,10 @@ class RowStep:
     def chances(self) -> list[float | None]:
         """The chance that a draft id would be accepted at each emitted one's position.
 
-        Where ids were drafted it is their sum(min(p, q)). None at an id behind as many accepted ones as were asked for: there was
-        no draft to compare with. 0 where the drafter offered less than it was asked for.
+        Where ids were drafted it is their sum(min(p, q)). None at an id behind as many accepted ones as were requested for: there was
+        no draft to compare with. 0 where the drafter offered less than it was requested for.
         """
-        own = None if self.drafted == self.asked else 0.0
+        own = None if self.drafted == self.requested else 0.0
         return [*self.overlap, own][: self.emitted]
 
 
@@ -131,13 +135,13 @@ class StepResult:
     """One committed step. Rows that had finished before it have live = False and zeros everywhere.
 
     drafter: the class of what proposed. draft, verdict: as proposed and as judged, before any stop.
-    asked: [B] int64, the limit that the drafter was given.
+    requested: [B] int64, the limit that the drafter was given.
     logits, scores: [B, K+1, V] float32, the target's, before and after the call's processors.
     live: [B] bool, the row took part.
     emitted: [B] int64, ids committed for the row: accepted + 1, or fewer where a stop fell.
     drafted, accepted: [B] int64, the counts for the statistics; on a row's last step only up to its stop.
     overlap: [B, K] float32, sum(min(p, q)) at each draft position.
-    told: [B, 6 + K] float32, what the host is told: asked, drafted, accepted, emitted, whether the row ends, faults, overlap.
+    told: [B, 6 + K] float32, what the host is told: requested, drafted, accepted, emitted, whether the row ends, faults, overlap.
 
     All are the device's, and where steps are recorded they hold until the next one begins. `send` begins the one copy to the
     host, which `steps` and `ends` wait for.
@@ -146,7 +150,7 @@ class StepResult:
     drafter: str
     draft: Draft
     verdict: Verdict
-    asked: Tensor
+    requested: Tensor
     logits: Tensor
     live: Tensor
     emitted: Tensor
@@ -187,19 +191,19 @@ class StepResult:
             arrived.synchronize()
         steps: list[RowStep | None] = []
         ends = []
-        for asked, drafted, accepted, emitted, last, faults, *overlap in host.tolist():
+        for requested, drafted, accepted, emitted, last, faults, *overlap in host.tolist():
             if faults:
                 raise ValueError(self._complaint(int(faults)))
             tried = int(min(drafted, accepted + 1))
             steps.append(
-                RowStep(int(asked), int(drafted), int(accepted), int(emitted), overlap[:tried]) if emitted else None
+                RowStep(int(requested), int(drafted), int(accepted), int(emitted), overlap[:tried]) if emitted else None
             )
             ends.append(bool(last))
         return steps, ends
 
     def _complaint(self, faults: int) -> str:
         if faults & BROKEN_DRAFT:
-            return f"{self.drafter}.{self.draft.explain(self.asked, self.logits.shape[-1])}"
+            return f"{self.drafter}.{self.draft.explain(self.requested, self.logits.shape[-1])}"
         who = "target" if faults & NAN_TARGET else "draft model"
         return (
             f"the {who} returned NaN logits (or its processors excluded every token), so nothing can be sampled;"
@@ -207,11 +211,20 @@ class StepResult:
         )
 
 
+def find_faults(is_broken: Tensor, is_nan: Tensor, draft_probs: Tensor | None) -> Tensor:
+    """What went wrong in each row's step, as a sum of BROKEN_DRAFT, NAN_DRAFT and NAN_TARGET: [B] int64.
+
+    is_broken: [B] bool, see Draft.within. is_nan: [B] bool, the target's distribution. draft_probs: [B, K, V] or None.
+    """
+    faults = BROKEN_DRAFT * is_broken + NAN_TARGET * is_nan
+    return faults if draft_probs is None else faults + NAN_DRAFT * draft_probs[..., 0].isnan().any(1)
+
+
 def pack_host_summary(
-    asked: Tensor, drafted: Tensor, accepted: Tensor, emitted: Tensor, ends: Tensor, faults: Tensor, overlap: Tensor
+    requested: Tensor, drafted: Tensor, accepted: Tensor, emitted: Tensor, ends: Tensor, faults: Tensor, overlap: Tensor
 ) -> Tensor:
     """StepResult.told: columns [B] and the overlap [B, K] -> [B, 6 + K] float32, exact for integers below 2^24."""
-    counts = torch.stack([asked, drafted, accepted, emitted, ends, faults], dim=1).float()
+    counts = torch.stack([requested, drafted, accepted, emitted, ends, faults], dim=1).float()
     return torch.cat([counts, overlap], dim=1)
 
 

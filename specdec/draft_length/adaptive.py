@@ -54,10 +54,10 @@ FIRST_PROBE, LAST_PROBE = 8, 256  # plain steps between probes: at first, and wh
 class ConstantK:
     """The same K in every step."""
 
-    most: int
+    max_draft_tokens: int
 
     def next(self) -> int:
-        return self.most
+        return self.max_draft_tokens
 
     def observe(self, steps: Sequence[RowStep | None]) -> None:
         pass
@@ -210,11 +210,11 @@ class AdaptiveK:
         self.all_rooms = tuple(rooms)
         self.unread = unread
         self.is_new = is_new
-        self.among = range(self.most + 1) if among is None else among
+        self.among = range(self.max_draft_tokens + 1) if among is None else among
         self.live = list(range(len(self.rooms)))
         self.rows = [_Mean(0.0, 0.0) for _ in self.rooms]
         self.shown = SHOWN * len(self.rooms)  # draft ids that still speak for other calls
-        self.steps_by_k = [0] * (self.most + 1)
+        self.steps_by_k = [0] * (self.max_draft_tokens + 1)
         self.asked: deque[_Asked] = deque()  # steps under way
         self.heard = 0.0  # when, of the last one
         self.is_drafting = False  # by the last decision
@@ -223,7 +223,7 @@ class AdaptiveK:
         self.predicted_s = self.predicted_plain_s = self.spent_s = self.plain_s = 0.0
 
     @property
-    def most(self) -> int:
+    def max_draft_tokens(self) -> int:
         return len(self.known.step_s) - 1
 
     def acceptance(self, row: int) -> float:
@@ -237,7 +237,7 @@ class AdaptiveK:
             self.asked.append(_AT_REST)
             return 0
         self._account_for_rest()
-        rows = [acceptance_lengths(self.acceptance(row), self.rooms[row], self.most) for row in self.live]
+        rows = [acceptance_lengths(self.acceptance(row), self.rooms[row], self.max_draft_tokens) for row in self.live]
         kept = min(max(known.kept.value, 1 - SPIKE), 1 + SPIKE)
         k = self._fastest([[1 + (length - 1) * kept for length in lengths] for lengths in rows])
         self.is_drafting, self.is_resting = k > 0, k == 0
@@ -354,7 +354,7 @@ class AdaptiveK:
         )
 
     def _lengths_at(self, acceptance: float) -> list[list[float]]:
-        return [acceptance_lengths(acceptance, self.rooms[row], self.most) for row in self.live]
+        return [acceptance_lengths(acceptance, self.rooms[row], self.max_draft_tokens) for row in self.live]
 
     def _fastest(self, rows: Sequence[Sequence[float]]) -> int:
         """The K that ends the call soonest, for these acceptance lengths of the rows at work.

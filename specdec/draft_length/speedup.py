@@ -88,7 +88,7 @@ def replay(
     chances = [at_bonus if chance is None else chance for chance in acceptance_along(steps)]
     positions = accumulate((step.emitted for step in steps), initial=0)
     without_draft = {
-        position for position, step in zip(positions, steps, strict=False) if step.asked and not step.drafted
+        position for position, step in zip(positions, steps, strict=False) if step.requested and not step.drafted
     }
     length = len(chances)
     starts = [0.0] * (length + 1)  # expected number of steps that start at a position

@@ -16,7 +16,7 @@ class SynchronizedPolicy:
     def __init__(self, ranks: Ranks, auto: AdaptiveK | None, most: int) -> None:
         self.ranks = ranks
         self.auto = auto
-        self.most = most
+        self.max_draft_tokens = most
 
     def next(self) -> int:
         return self.ranks.first(self.auto.next() if self.auto else 0)

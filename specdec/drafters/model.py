@@ -40,7 +40,9 @@ class ModelDrafter:
 
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
         context = self.runner.context
-        num_ids = sequences.asked if context is None else min(sequences.asked, context - sequences.shortest)
+        num_ids = (
+            sequences.num_requested if context is None else min(sequences.num_requested, context - sequences.shortest)
+        )
         if num_ids <= 0:
             return Draft.empty(sequences.batch_size, sequences.device)
         if not self.has_begun:
@@ -51,7 +53,7 @@ class ModelDrafter:
         draft = partial(self._draft, sequences, width, num_ids)
         if width > LEAST_UNREAD or self.sampling.needs_prefix:
             return Draft(*draft(limit))
-        return Draft(*self.runner.run((self, num_ids, self.sampling.form), draft, limit))
+        return Draft(*self.runner.run((self, num_ids, self.sampling.cache_key), draft, limit))
 
     def observe(self, outcome: StepResult) -> None:
         if outcome.draft.ids.shape[1] == 0:
@@ -65,8 +67,9 @@ class ModelDrafter:
         if self.runner.context is not None:
             limit = torch.minimum(limit, (self.runner.context - sequences.lengths).clamp(min=0))
             last = last.clamp(max=self.runner.context - 1)
-        logits = self.runner.feed(self._known(sequences.ids), last, width)
-        assert logits is not None  # width is at least 2
+        output = self.runner.feed(self._known(sequences.ids), last, width)
+        assert output is not None  # width is at least 2
+        logits = output.logits
 
         last_ids = sequences.ids.gather(1, last[:, None])
         steps = torch.arange(num_ids, device=limit.device)
@@ -80,7 +83,7 @@ class ModelDrafter:
             if index:
                 at = slice(index, index + 1)
                 next_ids = self._known(torch.where(offered[:, at], ids[-1], last_ids))
-                logits = self.runner.forward(next_ids, positions[:, at])
+                logits = self.runner.forward(next_ids, positions[:, at]).logits
             next_ids, next_probs = self._choose(logits, sequences, index, limit)
             ids.append(next_ids)
             probs.append(next_probs)

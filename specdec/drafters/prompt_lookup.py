@@ -25,7 +25,7 @@ class PromptLookup:
         pass
 
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
-        num_ids = sequences.asked
+        num_ids = sequences.num_requested
         if num_ids == 0:
             return Draft.empty(sequences.batch_size, sequences.device)
         lengths = sequences.lengths[:, None]

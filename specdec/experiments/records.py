@@ -24,7 +24,7 @@ from specdec.core.stats import Choice
 from specdec.core.steps import RowStep
 from specdec.core.timing import StepTimes
 
-FORMAT = 2
+FORMAT = 3
 COUNTS = (  # of a record of format 1, by other definitions than today's; they are made of its steps, as they were then
     "num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens", "num_emitted_tokens", "acceptance_histogram",
 )  # fmt: skip
@@ -348,7 +348,9 @@ def _built(kind: Any, values: dict[str, Any], version: int) -> Line:
         if version == 1:
             counts = {name: values.pop(name) for name in COUNTS}
             asked = len(counts["acceptance_histogram"]) - 1  # of the oldest records, which name one K for all steps
-            values["steps"] = [{"asked": asked} | step for step in values["steps"]]
+            values["steps"] = [{"requested": step.pop("asked", asked)} | step for step in values["steps"]]
+        if version == 2:
+            values["steps"] = [{"requested": step.pop("asked")} | step for step in values["steps"]]
         values["steps"] = [RowStep(**step) for step in values["steps"]]
         values["seconds"] = Seconds(**values["seconds"])
         if values.get("choice"):

@@ -25,7 +25,7 @@ from specdec.draft_length.profiler import drafted_ids, profile
 from specdec.draft_length.synchronized import SynchronizedPolicy
 from specdec.drafters.none import NoDrafter
 from specdec.generation.callbacks import KnownCriteria, has_eos, known_processors, need_lockstep
-from specdec.generation.state import CALLS, LEARNED, State, parts_of, runner_of
+from specdec.generation.state import CALLS, COST_MODELS, State, members_of, runner_of
 from specdec.runtime.cuda_graphs import Graphs
 from specdec.runtime.runner import ModelRunner, cache_argument
 from specdec.runtime.tensor_parallel import Ranks
@@ -48,7 +48,7 @@ def decode(
 ) -> Any:
     """Decode input_ids [B, P], left-padded, rows already repeated for num_return_sequences: -> what generate() returns."""
     clock = StepTimer(target.model.device) if state.timing else None
-    ranks = Ranks(*(part.runner.model for part in parts_of(target, drafter)))
+    ranks = Ranks(*(member.runner.model for member in members_of(target, drafter)))
     sampling = Sampling(known_processors(logits_processor), do_sample=bool(generation_config.do_sample))
     lockstep = None
     if need_lockstep(logits_processor, stopping_criteria, len(input_ids)) or (
@@ -68,7 +68,7 @@ def decode(
         waits = sequences.stop is not None or sampling.needs_prefix or state.timing or streamer is not None or lockstep
         max_in_flight = 0 if waits or generation_config.output_scores or generation_config.output_logits else 1
 
-    counter = StatsCounter(sequences.batch_size, policy.most)
+    counter = StatsCounter(sequences.batch_size, policy.max_draft_tokens)
     collected = _Collected(lockstep, generation_config, len(input_ids))
     mark = clock.mark if clock else no_mark
     steps = speculate(
@@ -262,13 +262,13 @@ def _pace(
         return ConstantK(num_draft_tokens)
     if isinstance(drafter, NoDrafter):
         return ConstantK(0)
-    of_target = LEARNED.setdefault(target.model, weakref.WeakKeyDictionary())
+    of_target = COST_MODELS.setdefault(target.model, weakref.WeakKeyDictionary())
     try:
         runner = runner_of(drafter)
         learned = of_target.setdefault(drafter if runner is None else runner.model, {})
     except TypeError:  # it cannot be hashed, or not be referred to weakly
-        learned = state.learned_of_own
-    compiled = [part.runner.compiled is not None for part in parts_of(target, drafter)]
+        learned = state.own_cost_models
+    compiled = [member.runner.compiled is not None for member in members_of(target, drafter)]
     kind = (
         sequences.device,
         sequences.batch_size,

@@ -35,7 +35,7 @@ from specdec.drafters.resolve import (
 )
 from specdec.generation.call import decode, max_draft_tokens
 from specdec.generation.routing import BEFORE_INPUTS, WITH_INPUTS, Request, user_hook, why_stock
-from specdec.generation.state import CALLS, Call, State, Trials, parts_of, runner_of, take_drafter
+from specdec.generation.state import CALLS, Call, State, Trials, members_of, runner_of, take_drafter
 from specdec.runtime.cpu_compile import Compile, prepare
 from specdec.runtime.cuda_graphs import RECORDINGS, Graphs
 from specdec.runtime.identity import Identity
@@ -90,7 +90,7 @@ def enable(
             raise ValueError(f"{stock.__name__} cannot decode speculatively: {support.reason}")
         resolved = None if drafter is None else resolve_drafter(drafter, enabled)
         state = State(enabled, resolved, num_draft_tokens, compile, timing)
-        prepare(state.parts(state.drafter), compile, _graphs_for(enabled, compile))
+        prepare(state.members(state.drafter), compile, _graphs_for(enabled, compile))
         if user_hook(enabled) is None:
             state.target_trials.remember(state.target, support, _identity_of(state.target))
     if (runner := runner_of(resolved)) is not None:
@@ -115,7 +115,7 @@ def _graphs_for(model: PreTrainedModel, compile: Compile) -> Graphs | None:
 def decoding_of(model: PreTrainedModel) -> str:
     """How the steps of an enabled model run: "compiled", on a CPU; "recorded", as CUDA graphs; else "eager"."""
     state: State = unwrapped(model).__dict__[_STATE]
-    runners = [part.runner for part in state.parts(state.drafter)]
+    runners = [member.runner for member in state.members(state.drafter)]
     if all(runner.compiled is not None for runner in runners):
         return "compiled"
     is_recorded = all(runner.graphs is not None and runner.graphs.failure is None for runner in runners)
@@ -317,7 +317,7 @@ def _assistant_drafter(state: State, target: ModelRunner, assistant: PreTrainedM
             return state.assistant
         state.assistant.runner.begin(0)  # and its recordings go
     drafter = ModelDrafter(assistant, target.vocab_size)
-    prepare(parts_of(target, drafter)[1:], state.compile, target.graphs)
+    prepare(members_of(target, drafter)[1:], state.compile, target.graphs)
     if is_own:
         state.assistant = None if target.graphs is None else drafter
     return drafter

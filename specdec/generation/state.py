@@ -24,7 +24,7 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.generation.routing import Request, user_hook
 from specdec.runtime.attention.select import implementation_of
-from specdec.runtime.cpu_compile import Compile, Part
+from specdec.runtime.cpu_compile import Compile, PairMember
 from specdec.runtime.cuda_graphs import Graphs, why_not_recorded
 from specdec.runtime.identity import Identity
 from specdec.runtime.runner import ModelRunner
@@ -34,8 +34,8 @@ STATELESS_DRAFTERS = (NoDrafter, PromptLookup)  # any number of calls may share 
 TRIED = 4  # states of a model whose trials are remembered
 
 # What steps take and drafts are worth, by target, drafter and kind of call; it outlives disable().
-LEARNED: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], PairCostModel]]]
-LEARNED = weakref.WeakKeyDictionary()
+COST_MODELS: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], PairCostModel]]]
+COST_MODELS = weakref.WeakKeyDictionary()
 
 _LOCK = threading.Lock()
 _DRAFTERS_IN_USE: set[int] = set()  # ids of drafters and of the runners of their models, which their calls keep alive
@@ -80,11 +80,11 @@ def runner_of(drafter: Drafter | None) -> ModelRunner | None:
     return runner if isinstance(runner, ModelRunner) else None
 
 
-def parts_of(target: ModelRunner, drafter: Drafter | None) -> list[Part]:
+def members_of(target: ModelRunner, drafter: Drafter | None) -> list[PairMember]:
     """The models that a call with this drafter runs."""
     runner = runner_of(drafter)
-    parts = [Part("target", target, exact=True)]
-    return parts if runner is None else [*parts, Part("draft", runner, exact=False)]
+    parts = [PairMember("target", target, exact=True)]
+    return parts if runner is None else [*parts, PairMember("draft", runner, exact=False)]
 
 
 class Trials:
@@ -116,7 +116,7 @@ class Trials:
 
 
 def _mode_of(model: PreTrainedModel) -> Any:
-    """What decides how a model computes, and is no part of it or changes while a forward runs."""
+    """What decides how a model computes, and is no member of it or changes while a forward runs."""
     return implementation_of(model.config.get_text_config(decoder=True)), autocast_of(model.device)
 
 
@@ -159,7 +159,9 @@ class State:
         self.target = ModelRunner(model)
         self.is_busy = False  # target serves a call
         self.assistant: ModelDrafter | None = None  # of the last call that brought one, where graphs are recorded of it
-        self.learned_of_own: dict[tuple[Any, ...], PairCostModel] = {}  # of a drafter that can be no key of LEARNED
+        self.own_cost_models: dict[
+            tuple[Any, ...], PairCostModel
+        ] = {}  # of a drafter that can be no key of COST_MODELS
         self.last_stats: Stats | None = None
         self.target_trials = Trials()
         self.draft_trials: weakref.WeakKeyDictionary[PreTrainedModel, Trials] = weakref.WeakKeyDictionary()
@@ -177,8 +179,8 @@ class State:
         """Whether the model's own runner records its steps."""
         return self.target.graphs is not None and self.target.graphs.failure is None
 
-    def parts(self, drafter: Drafter | None) -> list[Part]:
-        return parts_of(self.target, drafter)
+    def members(self, drafter: Drafter | None) -> list[PairMember]:
+        return members_of(self.target, drafter)
 
     def why_stock(self, target: ModelRunner, length: int) -> str | None:
         """Why no call of the model, as it is now, can be served whose longest text has `length` positions.
@@ -214,17 +216,17 @@ class State:
 
     def graphs(self, target: ModelRunner, drafter: Drafter) -> Graphs | None:
         """What a call of these records its steps in, None where it does not."""
-        graphs, parts = target.graphs, parts_of(target, drafter)
+        graphs, parts = target.graphs, members_of(target, drafter)
         if graphs is None or graphs.failure is not None:
             return None
-        models = [part.runner.model for part in parts]
+        models = [member.runner.model for member in parts]
         graphs.is_on = all(
-            part.runner.graphs is graphs and model.device == graphs.device and why_not_recorded(model) is None
-            for part, model in zip(parts, models, strict=True)
+            member.runner.graphs is graphs and model.device == graphs.device and why_not_recorded(model) is None
+            for member, model in zip(parts, models, strict=True)
         )
         if not graphs.renew(models):
-            for part in parts:
-                part.runner.begin(0)
+            for member in parts:
+                member.runner.begin(0)
         return graphs if graphs.is_on else None
 
     def give_back(self, target: ModelRunner, drafter: Drafter | None, keep: bool) -> None:
@@ -233,8 +235,8 @@ class State:
         if not keep or graphs is None or graphs.failure is not None:
             if graphs is not None:
                 graphs.close()
-            for part in parts_of(target, drafter):
-                part.runner.begin(0)
+            for member in members_of(target, drafter):
+                member.runner.begin(0)
             if target is self.target:
                 self.assistant = None
         with _LOCK:
@@ -262,7 +264,7 @@ def take_drafter(drafter: Drafter, target: ModelRunner) -> Drafter | None:
 
 def _ids_of(drafter: Drafter | None) -> set[int]:
     """Of a drafter and of the runner of its model: two drafters may share one."""
-    return {id(part) for part in (drafter, runner_of(drafter)) if part is not None}
+    return {id(member) for member in (drafter, runner_of(drafter)) if member is not None}
 
 
 def _check_draft(model: PreTrainedModel) -> Support:

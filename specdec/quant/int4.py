@@ -27,7 +27,7 @@ from specdec.quant.cuda import CudaKernel, FusedLinearGroup
 GROUP_SIZES = (16, 32, 64, 128, 256, -1)  # columns that share a scale; -1: the whole row (per channel)
 SYMMETRIC_ZERO = 8
 TILE_WEIGHTS = 1 << 21  # in full precision at any one time
-PARTS = ("weight", "weight_scale", "weight_zero", "weight_perm", "weight_codebook")
+WEIGHT_TENSORS = ("weight", "weight_scale", "weight_zero", "weight_perm", "weight_codebook")
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -161,7 +161,9 @@ class Int4Linear(nn.Module):
         self.kernel: Kernel | None = None  # the layout that `weight` is in: this kernel's, or the canonical one
         self.has_looked = False  # for a kernel, on this device
         self.siblings: FusedLinearGroup | None = None  # layers that take the same input; a copy of a layer has none
-        for name, value in zip(PARTS, (int4.weight, int4.scale, int4.zero, int4.perm, int4.codebook), strict=True):
+        for name, value in zip(
+            WEIGHT_TENSORS, (int4.weight, int4.scale, int4.zero, int4.perm, int4.codebook), strict=True
+        ):
             self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self.register_buffer("kernel_scale", None, persistent=False)

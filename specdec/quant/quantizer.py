@@ -30,7 +30,7 @@ from specdec.quant.activations import SCALE, ScaledActivation, is_activation
 from specdec.quant.batch_invariant import make_batch_invariant
 from specdec.quant.cuda import FusedLinearGroup
 from specdec.quant.experts import PROJECTIONS, Int4Experts
-from specdec.quant.int4 import CAST, GROUP_SIZES, PARTS, Int4Linear, Int4Tensor
+from specdec.quant.int4 import CAST, GROUP_SIZES, WEIGHT_TENSORS, Int4Linear, Int4Tensor
 from specdec.quant.rounding import round_to_nearest
 
 METHOD = "specdec_int4"
@@ -324,7 +324,7 @@ def place_parts(model: Any, tensors: Mapping[str, Tensor], left_out: Iterable[st
         module, _, part = name.rpartition(".")
         if part == f"{PROJECTIONS[0]}_scale":
             experts.add(module)
-        elif part in PARTS[1:]:
+        elif part in WEIGHT_TENSORS[1:]:
             layers.add(module)
         elif part == SCALE:
             activations.add(module)
@@ -396,7 +396,7 @@ def check_activation_scale(model: Any, name: str, scale: Tensor) -> None:
 
 def _empty_layer(module: str, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Int4Tensor:
     """The shapes and dtypes of a layer's parts, on meta; raises where they are not those of a weight [rows, columns]."""
-    found = {part: tensors.get(f"{module}.{part}") for part in PARTS}
+    found = {part: tensors.get(f"{module}.{part}") for part in WEIGHT_TENSORS}
     scale = found["weight_scale"]
     groups = 0 if scale is None or scale.ndim != 2 else scale.shape[1]
     if scale is None:
@@ -565,7 +565,7 @@ def _rounded(name: str, weight: Tensor, config: Int4Config) -> Int4Tensor:
 def named_parts(module: str, int4: Int4Tensor) -> dict[str, Tensor]:
     """The parts of a 4-bit weight under the names that Int4Linear gives them."""
     values = (int4.weight, int4.scale, int4.zero, int4.perm, int4.codebook)
-    return {f"{module}.{part}": value for part, value in zip(PARTS, values, strict=True) if value is not None}
+    return {f"{module}.{part}": value for part, value in zip(WEIGHT_TENSORS, values, strict=True) if value is not None}
 
 
 def _meta_tensors(files: Iterable[str]) -> dict[str, Tensor]:

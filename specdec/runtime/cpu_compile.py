@@ -56,7 +56,7 @@ SIZES = (3, 5)  # rows and columns of the example that is traced; left open, as 
 
 
 @dataclass(frozen=True)
-class Part:
+class PairMember:
     """A model to be compiled. exact: its logits decide a text, so they keep their bits; a draft's may be rounded otherwise."""
 
     name: str
@@ -70,9 +70,9 @@ class CompiledForward:
     any_width: a window of more than MAX_WINDOW positions comes out as it does eagerly, and sooner: the model is in 4 bits.
     """
 
-    def __init__(self, part: Part, package: Path, identity: Identity) -> None:
-        model = part.runner.model
-        self.name = part.name
+    def __init__(self, member: PairMember, package: Path, identity: Identity) -> None:
+        model = member.runner.model
+        self.name = member.name
         self.identity = identity  # of the model as the package was made of it
         self.warned: set[str] = set()  # reasons for eager calls
         self.model = weakref.ref(model)  # which keeps this; see _KEPT
@@ -144,32 +144,32 @@ def _let_go() -> None:
             forward.loaded = None
 
 
-def prepare(parts: Sequence[Part], compile: Compile, graphs: Graphs | None = None) -> None:
+def prepare(parts: Sequence[PairMember], compile: Compile, graphs: Graphs | None = None) -> None:
     """Give each runner its compiled forward, or take it away.
 
     True: what is not on disk yet is compiled, with a progress bar; what cannot be is left eager, with one warning that says why.
     "auto": what an earlier process has left on disk is used. False: eager. graphs: where there are some, steps are recorded in
     them instead; for all parts or for none.
     """
-    for part in parts:
-        part.runner.compiled = part.runner.graphs = None
+    for member in parts:
+        member.runner.compiled = member.runner.graphs = None
     if compile is False:
         return
     if graphs is not None:
         _record(parts, graphs)
         return
-    if any(part.runner.model.device.type != "cpu" for part in parts):
+    if any(member.runner.model.device.type != "cpu" for member in parts):
         return
     if compile is True and (failures := _build(parts)):
         warnings.warn(f"specdec runs without a compiler's help: {'; '.join(failures)}", stacklevel=3)
     if not cpu.load():
         return
-    for part in parts:
-        if _why_not_compiled(part.runner) is not None:
+    for member in parts:
+        if _why_not_compiled(member.runner) is not None:
             continue
-        identity = Identity(part.runner.model)
+        identity = Identity(member.runner.model)
         try:
-            package = _package(part, identity)
+            package = _package(member, identity)
             if not package.exists():
                 continue
         except OSError:  # no cache folder, or one that cannot be read: nothing was compiled there
@@ -177,40 +177,40 @@ def prepare(parts: Sequence[Part], compile: Compile, graphs: Graphs | None = Non
         try:
             reason = cpu.untrusted(package)
             if reason is None:
-                part.runner.compiled = _load(part, package, identity)
+                member.runner.compiled = _load(member, package, identity)
         except Exception as error:  # a package may be torn, or the disk that it is unpacked to full
             reason = f"{package} does not load ({_said(error)}); delete it"
         if reason is not None:
-            warnings.warn(f"the {part.name} runs eagerly: {reason}", stacklevel=3)
+            warnings.warn(f"the {member.name} runs eagerly: {reason}", stacklevel=3)
 
 
-def _load(part: Part, package: Path, identity: Identity) -> CompiledForward:
-    kept = _KEPT.setdefault(part.runner.model, {})
+def _load(member: PairMember, package: Path, identity: Identity) -> CompiledForward:
+    kept = _KEPT.setdefault(member.runner.model, {})
     forward = kept.get(package)
     if forward is None:
-        forward = kept[package] = CompiledForward(part, package.resolve(), identity)
+        forward = kept[package] = CompiledForward(member, package.resolve(), identity)
     forward.identity, forward.warned = identity, set()
     return forward
 
 
-def _record(parts: Sequence[Part], graphs: Graphs) -> None:
+def _record(parts: Sequence[PairMember], graphs: Graphs) -> None:
     """Let the runners record what they do, where a trial of each comes out right; else say why not."""
-    for part in parts:
-        enter_layouts(part.runner.model)
-        reason = MASKS_BY_SLOT if part.runner.masks_by_slot else why_not_recorded(part.runner.model)
+    for member in parts:
+        enter_layouts(member.runner.model)
+        reason = MASKS_BY_SLOT if member.runner.masks_by_slot else why_not_recorded(member.runner.model)
         if reason is None:
-            part.runner.graphs = graphs
-            reason = _trial(part.runner, graphs)
+            member.runner.graphs = graphs
+            reason = _trial(member.runner, graphs)
         if reason is not None:
             if graphs.failure is None:  # which was said when it came
                 graphs.failure = reason
                 warnings.warn(
-                    f"specdec runs without CUDA graphs, and slower: of the {part.name}, {reason}", stacklevel=4
+                    f"specdec runs without CUDA graphs, and slower: of the {member.name}, {reason}", stacklevel=4
                 )
             break
     if graphs.failure is not None:
-        for part in parts:
-            part.runner.graphs = None
+        for member in parts:
+            member.runner.graphs = None
 
 
 @torch.no_grad()
@@ -224,13 +224,17 @@ def _trial(runner: ModelRunner, graphs: Graphs) -> str | None:
         runner.begin(2, 16)
         runner.prefill(ids, last - 1)
         runner.reserve(16)
+
+        def logits_of(ids: Tensor, positions: Tensor) -> Tensor:
+            return runner.forward(ids, positions).logits
+
         eager = ModelRunner(runner.model)
         eager.prefill(ids, last - 1)
         for _ in range(4):  # as it is, recorded, replayed, replayed
             positions = last[:, None] + torch.arange(2, device=last.device)
             window = ids.gather(1, positions)
-            got = graphs.run((runner, "trial"), runner.forward, window, positions).clone()
-            want = eager.forward(window, positions)
+            got = graphs.run((runner, "trial"), logits_of, window, positions).clone()
+            want = eager.forward(window, positions).logits
             error = max(error, ((got - want).norm() / (want - want.mean()).norm().clamp(min=1e-30)).item())
             last = last + 1
     except (
@@ -270,7 +274,7 @@ def _why_not_our_attention(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _build(parts: Sequence[Part]) -> list[str]:
+def _build(parts: Sequence[PairMember]) -> list[str]:
     """Compile what is missing on disk: -> what failed, and why. Compilers fail in their own ways; the models run without."""
     try:
         if cpu.load() and not any(map(_is_missing, parts)):
@@ -284,53 +288,56 @@ def _build(parts: Sequence[Part]) -> list[str]:
         return [] if cpu.was_warned_of(error) else [f"the cache folder cannot be used: {_said(error)}"]
 
 
-def _build_missing(parts: Sequence[Part]) -> list[str]:
+def _build_missing(parts: Sequence[PairMember]) -> list[str]:
     with tqdm(total=1 + 2 * len(parts), desc="compiling the kernels for this CPU", bar_format=BAR) as bar:
         try:
             cpu.build()
         except Exception as error:
             return [] if cpu.was_warned_of(error) else [f"the kernels could not be built: {_said(error)}"]
         bar.update()
-        for part in filter(_is_missing, parts):
-            bar.set_description(f"compiling the {part.name} for this CPU")
-            identity = Identity(part.runner.model)
-            package = _package(part, identity)
+        for member in filter(_is_missing, parts):
+            bar.set_description(f"compiling the {member.name} for this CPU")
+            identity = Identity(member.runner.model)
+            package = _package(member, identity)
             try:
-                _compile(part, package, identity, bar.update)
+                _compile(member, package, identity, bar.update)
             except Exception as error:
                 _FAILED[package] = _said(error)
             finally:
-                part.runner.begin(0)
+                member.runner.begin(0)
     return _failures(parts)
 
 
-def _failures(parts: Sequence[Part]) -> list[str]:
+def _failures(parts: Sequence[PairMember]) -> list[str]:
     failures = []
-    for part in parts:
-        if (reason := _why_not_compiled(part.runner)) is not None:
-            failures.append(f"the {part.name} cannot be compiled: {reason}")
-        elif (reason := _FAILED.get(_package(part, Identity(part.runner.model)))) is not None:
-            failures.append(f"the {part.name} could not be compiled: {reason}")
+    for member in parts:
+        if (reason := _why_not_compiled(member.runner)) is not None:
+            failures.append(f"the {member.name} cannot be compiled: {reason}")
+        elif (reason := _FAILED.get(_package(member, Identity(member.runner.model)))) is not None:
+            failures.append(f"the {member.name} could not be compiled: {reason}")
     return failures
 
 
-def _is_missing(part: Part) -> bool:
+def _is_missing(member: PairMember) -> bool:
     """Whether a model can be compiled and nobody has tried."""
-    if _why_not_compiled(part.runner) is not None:
+    if _why_not_compiled(member.runner) is not None:
         return False
-    package = _package(part, Identity(part.runner.model))
+    package = _package(member, Identity(member.runner.model))
     return package not in _FAILED and not package.exists()
 
 
 _FAILED: dict[Path, str] = {}  # of this process, and why: it is not tried again
 
 
-def _compile(part: Part, package: Path, identity: Identity, advance: Callable[[], Any]) -> None:
+def _compile(member: PairMember, package: Path, identity: Identity, advance: Callable[[], Any]) -> None:
     from torch._inductor.utils import fresh_cache  # which takes a second to import
 
-    program, shapes = _trace(part)
+    program, shapes = _trace(member)
     advance()
-    settings = SETTINGS | {"emulate_precision_casts": part.exact, "aot_inductor.metadata": {SHAPES: json.dumps(shapes)}}
+    settings = SETTINGS | {
+        "emulate_precision_casts": member.exact,
+        "aot_inductor.metadata": {SHAPES: json.dumps(shapes)},
+    }
     content = io.BytesIO()  # torch's writer of files ends the process where a disk is full
     unfinished = package.with_suffix(f".{os.getpid()}.pt2")
     try:
@@ -339,7 +346,7 @@ def _compile(part: Part, package: Path, identity: Identity, advance: Callable[[]
             torch._inductor.aoti_compile_and_package(program, package_path=content, inductor_configs=settings)
         with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(content.getbuffer())
-        _check(part, unfinished, identity)
+        _check(member, unfinished, identity)
         unfinished.replace(package)  # whole and tried, or not there
     finally:
         unfinished.unlink(missing_ok=True)
@@ -359,13 +366,15 @@ SETTINGS = {
 }
 
 
-def _package(part: Part, identity: Identity) -> Path:
+def _package(member: PairMember, identity: Identity) -> Path:
     """Where a model's compiled forward lies. Its name tells all that it depends on, but for the weights' values."""
     sources = [
         Path(path).read_text(encoding="utf-8") for path in (__file__, *(module.__file__ or "" for module in SOURCES))
     ]
     versions = cpu.built_at().name, transformers.__version__
-    return cpu.cache_folder() / f"forward-{cpu.fingerprint(*versions, *sources, identity.digest, str(part.exact))}.pt2"
+    return (
+        cpu.cache_folder() / f"forward-{cpu.fingerprint(*versions, *sources, identity.digest, str(member.exact))}.pt2"
+    )
 
 
 class _Traced(nn.Module):
@@ -382,12 +391,12 @@ class _Traced(nn.Module):
 
 
 @torch.no_grad()
-def _trace(part: Part) -> tuple[Any, list[list[int]]]:
+def _trace(member: PairMember) -> tuple[Any, list[list[int]]]:
     """The forward as an exported program, with all that must keep its bits as operators no compiler looks into.
 
     And of each buffer of the cache, [B, H, S, D], the heads and the width.
     """
-    runner = part.runner
+    runner = member.runner
     batch, width = SIZES
     runner.begin(batch)
     ids = torch.ones(batch, 2 * width, dtype=torch.int64)
@@ -408,17 +417,17 @@ def _trace(part: Part) -> tuple[Any, list[list[int]]]:
             dynamic_shapes=shapes,
             strict=False,
         )
-    keeps_bits = _keeps_bits(part)
+    keeps_bits = _keeps_bits(member)
     for node in program.graph.nodes:
-        _keep(node, part.exact, keeps_bits)
+        _keep(node, member.exact, keeps_bits)
     _join(program.graph)
     program.graph_module.recompile()
     return program, [[buffer.shape[1], buffer.shape[3]] for buffer in buffers]
 
 
-def _keeps_bits(part: Part) -> bool:
+def _keeps_bits(member: PairMember) -> bool:
     """Whether the compiled logits must be the eager ones bit for bit: a 4-bit target's."""
-    return part.exact and is_4bit(part.runner.model)
+    return member.exact and is_4bit(member.runner.model)
 
 
 def _keep(node: Any, exact: bool, keeps_bits: bool) -> None:
@@ -473,12 +482,12 @@ def _join(graph: Any) -> None:
 
 
 @torch.no_grad()
-def _check(part: Part, package: Path, identity: Identity) -> None:
+def _check(member: PairMember, package: Path, identity: Identity) -> None:
     """Raise where the compiled forward computes something else than the eager one, on a ragged batch and on one row."""
-    runner = part.runner
-    compiled = CompiledForward(part, package, identity)
+    runner = member.runner
+    compiled = CompiledForward(member, package, identity)
     generator = torch.Generator().manual_seed(0)
-    tolerance = 0.0 if _keeps_bits(part) else PROBE_TOLERANCE[precision_of(runner.model)]
+    tolerance = 0.0 if _keeps_bits(member) else PROBE_TOLERANCE[precision_of(runner.model)]
     for lengths in ([9], [9, 4, 7]):
         last = torch.tensor(lengths)
         ids = torch.randint(runner.vocab_size, (len(lengths), 16), generator=generator)
@@ -486,11 +495,11 @@ def _check(part: Part, package: Path, identity: Identity) -> None:
         window = ids.gather(1, positions)
         runner.begin(len(lengths))
         runner.prefill(ids, last - 1)
-        eager = runner.forward(window, positions)
+        eager = runner.forward(window, positions).logits
         if not compiled.renew():
             raise RuntimeError("the model changed while it was compiled")
         runner.compiled = compiled
-        got = runner.forward(window, positions)
+        got = runner.forward(window, positions).logits
         runner.compiled = None
         error = ((got - eager).norm() / (eager - eager.mean()).norm().clamp(min=1e-30)).item()
         if not error <= tolerance:

@@ -271,7 +271,7 @@ def _ragged(runner: ModelRunner, ids: Tensor, wrong: Tensor) -> list[tuple[Tenso
     windows = []
     for columns in ([[2, 3, 4], [0, 1, 2]], [[5, 6, 5], [3, 3, 3]], [[7], [4]]):
         positions = (first + torch.tensor(columns, device=ids.device)).clamp(max=last)
-        windows.append((positions, runner.forward(ids.gather(1, positions), positions)))
+        windows.append((positions, runner.forward(ids.gather(1, positions), positions).logits))
     return windows
 
 

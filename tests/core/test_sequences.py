@@ -59,7 +59,7 @@ def make_step(moves: list[Move]) -> tuple[Draft, Verdict]:
 
 
 def commit(sequences: Sequences, *moves: Move) -> tuple[list[int], list[bool]]:
-    sequences.ask(K)
+    sequences.begin_step(K)
     emitted, stopped = sequences.commit(*make_step(list(moves)))
     return emitted.tolist(), stopped.tolist()
 
@@ -117,7 +117,7 @@ def test_commit_does_what_a_plain_loop_does_row_by_row(data: st.DataObject) -> N
     )  # fmt: skip
     rows = [PlainRow(text, max_length, stop_ids, stops) for text in prompt.tolist()]
     while not all(row.finished for row in rows):
-        limit = sequences.ask(K).tolist()
+        limit = sequences.begin_step(K).tolist()
         assert limit == [0 if row.finished else min(K, max_length - len(row.text) - 1) for row in rows]
         moves = data.draw(batches_of_moves(limit))
         was_finished = [row.finished for row in rows]

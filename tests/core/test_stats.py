@@ -20,7 +20,7 @@ from specdec.core.sampling import Sampling
 from specdec.core.sequences import Sequences
 from specdec.core.speculative import speculate
 from specdec.core.stats import Stats, StatsCounter
-from specdec.core.steps import Draft, RowStep, StepResult
+from specdec.core.steps import Draft, RowStep, StepResult, TargetOutput
 from specdec.draft_length.adaptive import ConstantK
 from specdec.drafters.none import NoDrafter
 from specdec.runtime.runner import ModelRunner
@@ -50,8 +50,8 @@ class Bigram:
     def prefill(self, ids: Tensor, last: Tensor) -> None:
         pass
 
-    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        return self.table[ids]
+    def forward(self, ids: Tensor, positions: Tensor) -> TargetOutput:
+        return TargetOutput(self.table[ids])
 
 
 @dataclass
@@ -169,7 +169,7 @@ def test_stats_are_what_the_steps_did(call: tuple) -> None:
             tried = [i for i in range(step.drafted) if step.accepted >= i]
             assert noted.overlap == step.outcome.overlap[row, tried].tolist()
             assert noted.origins() == origins(step)
-            assert noted.asked == int(step.outcome.asked[row])
+            assert noted.requested == int(step.outcome.requested[row])
     assert stats.steps == []
 
 
@@ -344,8 +344,8 @@ class Coins:
 
     reserve = prefill = observe = begin
 
-    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        return self.p.log().expand(*ids.shape, V)
+    def forward(self, ids: Tensor, positions: Tensor) -> TargetOutput:
+        return TargetOutput(self.p.log().expand(*ids.shape, V))
 
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
         shape = len(limit), int(limit.max())

@@ -16,7 +16,7 @@ import specdec
 from specdec.core.sampling import Processor, Sampling
 from specdec.core.sequences import Sequences
 from specdec.core.stats import Choice
-from specdec.core.steps import RowStep
+from specdec.core.steps import RowStep, TargetOutput
 from specdec.core.timing import StepTimes
 from specdec.draft_length import adaptive
 from specdec.draft_length import profiler as profiling
@@ -235,7 +235,7 @@ def test_steps_that_find_the_caches_cold_are_not_taken_for_the_rule(
         k = auto.next()
         run = run + 1 if asked and (k > 0) == (asked[-1] > 0) else 1
         now += CHEAP[k] * (1 + (cold - 1) / run if run < (DRAFT_RUN if k else PLAIN_RUN) else 1.0)
-        auto.observe([RowStep(asked=k, drafted=k, accepted=k, emitted=k + 1, overlap=[1.0] * k)])
+        auto.observe([RowStep(requested=k, drafted=k, accepted=k, emitted=k + 1, overlap=[1.0] * k)])
         asked.append(k)
     assert asked.count(0) > 10
     for k, seconds in enumerate(CHEAP):
@@ -516,11 +516,11 @@ class Watched:
     def prefill(self, ids: torch.Tensor, last: torch.Tensor) -> None:
         pass
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> TargetOutput:
         assert int(positions.max()) < self.max_slots
         self.widths.append(ids.shape[1])
         time.sleep(self.seconds)
-        return torch.zeros(*ids.shape, VOCAB_SIZE)
+        return TargetOutput(torch.zeros(*ids.shape, VOCAB_SIZE))
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def test_predicted_speed_is_made_of_the_step_times_and_the_prompt() -> None:
     told, tokens, rest = figures(run), 6 * 64, VERIFY_S + OTHER_S
     steps = [step for record in run.of(SPECULATIVE) for step in record.steps]
     last = [
-        step.overlap[-1] for step in steps if len(step.overlap) == step.asked > 0
+        step.overlap[-1] for step in steps if len(step.overlap) == step.requested > 0
     ]  # stands in behind a draft kept whole
     for guess in told.what_if:
         k, length = guess.num_draft_tokens, guess.mean_acceptance_length.value

@@ -490,7 +490,7 @@ def test_the_caches_of_idle_calls_are_freed(model: PreTrainedModel, kind: str, i
             in_threads(*(partial(text_of, model, job) for job in jobs))
         state = state_of(model)
         drafter = state.assistant if kind == "assistant" else state.drafter
-        runners = [part.runner for part in state.parts(drafter)]
+        runners = [member.runner for member in state.members(drafter)]
         kept = {id(buffer) for runner in runners for buffer in runner.cache.buffers()}
         assert len(kept) == (0 if not is_recorded else 4 * len(runners))
         del drafter, runners, state

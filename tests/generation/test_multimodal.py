@@ -15,7 +15,7 @@ import specdec
 from tests.generation.test_routing import assert_served, count_trials, served
 from tests.helpers.families import CONTEXT, VOCAB_SIZE, prompts
 
-PICTURE = 100  # the id that stands for a part of a picture
+PICTURE = 100  # the id that stands for a member of a picture
 BEGIN, END, VIDEO = 97, 98, 99
 TEXT_IDS = 97  # ids below are text
 

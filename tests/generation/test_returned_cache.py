@@ -37,7 +37,7 @@ FAMILIES = (
 DRAFTERS = ("model", "prompt_lookup", "none")
 NUM_DRAFT_TOKENS = (3, "auto")
 BATCHES = (1, 4)
-WAYS = ("directly", "recorded", "lockstep")
+WAYS = ("eager", "recorded", "lockstep")
 
 
 class Case(NamedTuple):
@@ -195,7 +195,7 @@ def test_rows_that_end_in_one_step_at_different_places() -> None:
 def test_the_cache_of_a_compiled_call() -> None:
     model, draft = pair("llama")
     try:
-        assert_a_conversation_goes_on(model, draft, Case("llama", "model", 3, 4, "directly"), compile=True)
+        assert_a_conversation_goes_on(model, draft, Case("llama", "model", 3, 4, "eager"), compile=True)
     finally:
         specdec.disable(model)
 

@@ -64,7 +64,7 @@ def outcome(model: PreTrainedModel, call: dict[str, Any]) -> tuple[Any, list[str
 def served(model: Any, call: dict[str, Any], exact: bool = True) -> str | None:
     """Compare a call of an enabled model to plain generate(): -> the reason of the stock loop, None for our loop.
 
-    An error that both raise is a reason too. exact=False: 16-bit logits are rounded, so texts may part at a near tie.
+    An error that both raise is a reason too. exact=False: 16-bit logits are rounded, so texts may member at a near tie.
     """
     with stock_class(model):
         want, _ = outcome(model, call)

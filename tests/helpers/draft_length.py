@@ -73,7 +73,7 @@ class World:
 def erratic_k(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Profiles and clocks of chance, believed at once: K changes from step to step, 0 included, in each run alike."""
     coins = random.Random(seed)
-    monkeypatch.setattr("specdec.generation.call.LEARNED", weakref.WeakKeyDictionary())
+    monkeypatch.setattr("specdec.generation.call.COST_MODELS", weakref.WeakKeyDictionary())
     times = iter(lambda: coins.uniform(0, 1e3), None)
     monkeypatch.setattr(adaptive, "perf_counter", lambda: next(times))
     monkeypatch.setattr(

@@ -381,7 +381,7 @@ def ragged_logits(model: PreTrainedModel) -> list[Tensor]:
     logits = []
     for width, kept in ((4, [3, 0, 2]), (1, [1, 1, 1]), (6, [0, 5, 1])):
         positions = lengths[:, None] - 1 + torch.arange(width)
-        logits.append(runner.forward(ids.gather(1, positions), positions))
+        logits.append(runner.forward(ids.gather(1, positions), positions).logits)
         lengths = lengths + torch.tensor(kept)
     return logits
 
@@ -535,7 +535,7 @@ def test_threads_share_a_model(fused: list[tuple[int, ...]]) -> None:
 
     def forward(ours: bool) -> Tensor:
         if ours:
-            return ModelRunner(model).forward(ids, torch.arange(11).expand(4, -1))
+            return ModelRunner(model).forward(ids, torch.arange(11).expand(4, -1)).logits
         with torch.no_grad():
             return model(ids).logits
 

@@ -184,7 +184,7 @@ def test_ids_outside_either_vocabulary_are_never_drafted(draft_vocab_size: int) 
     for do_sample in (False, True):
         drafter = ModelDrafter(model, VOCAB_SIZE)
         drafter.begin(sequences, Sampling(do_sample=do_sample))
-        draft = drafter.propose(sequences, sequences.ask(K))
+        draft = drafter.propose(sequences, sequences.begin_step(K))
         assert draft.ids.max() < min(draft_vocab_size, VOCAB_SIZE)
         if draft.probs is not None:
             assert (draft.probs[..., draft_vocab_size:] == 0).all()
@@ -204,7 +204,7 @@ def test_ragged_logits_equal_those_of_each_row_alone_with_garbage_in_rejected_sl
         positions = lengths[:, None] - 1 + columns
         garbage = torch.randint(VOCAB_SIZE, (3, width), generator=generator)
         window = torch.where(columns <= torch.tensor(kept)[:, None], ids.gather(1, positions), garbage)
-        logits = runner.forward(window, positions)
+        logits = runner.forward(window, positions).logits
         for row, count in enumerate(kept):
             want = model(input_ids=ids[[row], : lengths[row] + count], use_cache=False).logits[0, -count - 1 :]
             torch.testing.assert_close(logits[row, : count + 1], want, rtol=1e-3, atol=1e-3)
@@ -220,7 +220,7 @@ def test_a_window_that_comes_back_to_its_first_position_leaves_the_cache_right(b
     for positions in ([7, 8, 7, 7], [9, 9, 9], [10, 11]):
         window = torch.tensor(positions).expand(batch_size, -1)
         want = model(input_ids=ids, use_cache=False).logits[:, positions]
-        torch.testing.assert_close(runner.forward(ids.gather(1, window), window), want, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(runner.forward(ids.gather(1, window), window).logits, want, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
@@ -235,7 +235,8 @@ def test_a_growing_cache_keeps_its_content() -> None:
         ([1100, 1395], 875),
     ):  # over 256, 512, 1024 slots
         got = runner.feed(ids, torch.tensor(last), width)
-        torch.testing.assert_close(got[:, 0], want[torch.arange(2), last], rtol=1e-3, atol=1e-3)
+        assert got is not None
+        torch.testing.assert_close(got.logits[:, 0], want[torch.arange(2), last], rtol=1e-3, atol=1e-3)
 
 
 def test_a_calls_buffers_end_where_its_texts_can() -> None:
@@ -284,7 +285,7 @@ def assert_lookup_is_the_naive_one(texts: list[list[int]], max_ngram: int, num_d
     sequences.stage(
         torch.ones(len(texts), K + 1, dtype=torch.int64)
     )  # stale ids behind the text are none of its business
-    limit = sequences.ask(num_draft_tokens)
+    limit = sequences.begin_step(num_draft_tokens)
     drafter = PromptLookup(max_ngram)
     drafter.begin(sequences, Sampling())
     draft = drafter.propose(sequences, limit)

@@ -58,7 +58,7 @@ def state_of(model: PreTrainedModel) -> Any:
 
 def is_compiled(model: PreTrainedModel) -> bool:
     state = state_of(model)
-    return all(part.runner.compiled is not None for part in state.parts(state.drafter))
+    return all(member.runner.compiled is not None for member in state.members(state.drafter))
 
 
 @cache
@@ -163,7 +163,7 @@ def test_activation_order_and_experts_keep_their_bits(tmp_path: Path) -> None:
 def assert_logits_keep_their_bits(model: PreTrainedModel, widths: Sequence[int], *batches: list[int]) -> None:
     """Behind prompts of these lengths, with a rejected window before the one that counts."""
     runner = ModelRunner(model)
-    compiled.prepare([compiled.Part("target", runner, exact=True)], True)
+    compiled.prepare([compiled.PairMember("target", runner, exact=True)], True)
     forward = runner.compiled
     assert forward is not None
     ids = torch.randint(runner.vocab_size, (3, max(batches[-1]) + 10), generator=torch.Generator().manual_seed(0))
@@ -175,8 +175,8 @@ def assert_logits_keep_their_bits(model: PreTrainedModel, widths: Sequence[int],
                 runner.begin(len(lengths), ids.shape[1])
                 runner.prefill(ids[: len(lengths)], last - 1)
                 positions = last[:, None] - 1 + torch.arange(width)
-                rejected = runner.forward(ids[: len(lengths)].flip(1).gather(1, positions), positions)
-                got.append((rejected, runner.forward(ids[: len(lengths)].gather(1, positions), positions)))
+                rejected = runner.forward(ids[: len(lengths)].flip(1).gather(1, positions), positions).logits
+                got.append((rejected, runner.forward(ids[: len(lengths)].gather(1, positions), positions).logits))
             assert got[0][0].equal(got[1][0])
             assert got[0][1].equal(got[1][1])
 
@@ -516,7 +516,7 @@ def test_a_call_under_autocast_is_eager(shared: PreTrainedModel, small: PreTrain
             assert text_of(shared) == plain_text(shared)
         assert not is_compiled(shared)
         with pytest.warns(UserWarning, match=r"nothing is compiled under torch\.autocast"):
-            compiled.prepare([compiled.Part("target", ModelRunner(small), exact=True)], True)
+            compiled.prepare([compiled.PairMember("target", ModelRunner(small), exact=True)], True)
     assert text_of(shared) == clean
     assert is_compiled(shared)
     assert packages(own_cache) == 0
@@ -547,7 +547,7 @@ def filled_cache(shared: PreTrainedModel, own_cache: Path) -> Path:
 
 
 def package_of(model: PreTrainedModel) -> Path:
-    return compiled._package(compiled.Part("target", ModelRunner(model), exact=True), Identity(model))
+    return compiled._package(compiled.PairMember("target", ModelRunner(model), exact=True), Identity(model))
 
 
 def only_warning(model: PreTrainedModel, words: str, **enable: Any) -> None:

@@ -60,7 +60,7 @@ def plain_text(model: PreTrainedModel, batch_size: int = 4, **call: Any) -> list
 
 
 def replays() -> int:
-    return sum(part.num_replays for part in MADE)
+    return sum(member.num_replays for member in MADE)
 
 
 def graphs_of(model: PreTrainedModel) -> graphs.Graphs | None:
@@ -85,7 +85,7 @@ CALLS: dict[str, dict[str, Any]] = {
 def test_no_step_asks_the_device_and_the_host_reads_once(
     model: PreTrainedModel, kind: str, batch_size: int, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Replays included: a recorded part's operators run where its replay does."""
+    """Replays included: a recorded member's operators run where its replay does."""
     logs: list[Log] = []
     read: list[Tensor] = []
     stock_step, stock_read = speculative.step, Tensor.tolist

@@ -27,7 +27,7 @@ from specdec.draft_length import profiler as profiling
 from specdec.generation import call as served
 from specdec.runtime import cpu_compile as compiled
 from specdec.runtime import tensor_parallel as ranks
-from specdec.runtime.cpu_compile import Part
+from specdec.runtime.cpu_compile import PairMember
 from specdec.runtime.runner import ModelRunner
 from specdec.runtime.tensor_parallel import Ranks
 from tests.helpers.draft_length import erratic_k
@@ -51,7 +51,7 @@ def own_clock(patch: pytest.MonkeyPatch, rank: int) -> None:
     for module in (clock, profiling):
         patch.setattr(module, "time", types.SimpleNamespace(perf_counter=perf_counter))
     patch.setattr(adaptive, "perf_counter", perf_counter)
-    patch.setattr(served, "LEARNED", weakref.WeakKeyDictionary())
+    patch.setattr(served, "COST_MODELS", weakref.WeakKeyDictionary())
 
 
 class Pair:
@@ -109,7 +109,7 @@ def one_rank_has_a_profile(pair: Pair, rank: int, patch: pytest.MonkeyPatch) -> 
         own_clock(patch, rank)
         pair.calls()
         if rank == forgetful:
-            served.LEARNED.clear()
+            served.COST_MODELS.clear()
         found += pair.calls()
     return found
 
@@ -160,7 +160,7 @@ def whole_models(pair: Pair, rank: int, patch: pytest.MonkeyPatch, folder: Path)
 def compiling_is_left(pair: Pair, rank: int, patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """A package that was compiled of the whole model has the same name, and would not fit."""
     assert "several processes" in (compiled._why_not_compiled(ModelRunner(pair.target)) or "")
-    assert not compiled._is_missing(Part("target", ModelRunner(pair.target), exact=True))
+    assert not compiled._is_missing(PairMember("target", ModelRunner(pair.target), exact=True))
     return []
 
 
@@ -195,7 +195,7 @@ def run_ranks(folder: Path) -> None:
         "target": make_model("llama", **FAMILIES["llama"]),
         "draft": make_model("llama", **FAMILIES["llama"]),
     }
-    for parameter in models["draft"].parameters():  # right for the most part
+    for parameter in models["draft"].parameters():  # right for the most member
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     for name, model in models.items():
         model.save_pretrained(folder / name)

@@ -169,7 +169,9 @@ def figures(run: Run) -> Figures:
             for task, ids in sorted(tasks.items())
         },
         positions=_positions(speculative),
-        histogram=acceptance_histogram(steps, max((step.asked for step in steps), default=0)) if speculative else [],
+        histogram=acceptance_histogram(steps, max((step.requested for step in steps), default=0))
+        if speculative
+        else [],
         what_if=_what_if(run, speculative),
         time_ms={engine: _time_ms(run.of(engine)) for engine in (SPECULATIVE, PLAIN) if run.of(engine)},
         along=_along(speculative),
@@ -334,7 +336,7 @@ def _what_if(run: Run, records: Sequence[Record]) -> list[WhatIf]:
     if not records:
         return []
     drafted_most = max((step.drafted for record in records for step in record.steps), default=0)
-    last = [step.overlap[-1] for record in records for step in record.steps if len(step.overlap) == step.asked > 0]
+    last = [step.overlap[-1] for record in records for step in record.steps if len(step.overlap) == step.requested > 0]
     at_bonus = sum(last) / len(last) if last else 0.0
     most = run.header.config["sampling"].get("max_new_tokens")
     groups = _by_prompt(records)

@@ -10,7 +10,7 @@ from typing import Any
 
 from specdec.core.stats import Choice
 from specdec.drafters.resolve import AUTO
-from specdec.experiments.records import FORMAT, SPECULATIVE, Run, files_of, read_run
+from specdec.experiments.records import SPECULATIVE, Run, files_of, read_run
 from specdec.experiments.report.figures import COLUMN, Difference, Figures, check_comparable, compare, figures, tally
 from specdec.experiments.report.plots import Measured
 
@@ -148,7 +148,7 @@ def is_interrupted(run: Run) -> bool:
 
 
 def is_of_older_format(run: Run) -> bool:
-    return run.header.version < FORMAT
+    return run.header.version == 1
 
 
 def _numbered(folder: Path) -> tuple[int, str]:
