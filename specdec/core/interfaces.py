@@ -1,4 +1,4 @@
-"""The protocols of the loop: a target, a drafter, a policy of the draft length. Shapes as in steps.py."""
+"""The protocols of the decoding loop. Shapes: B rows, K draft ids, W = K + 1 window columns, V vocabulary size."""
 
 from __future__ import annotations
 
@@ -12,64 +12,68 @@ from specdec.core.sequences import Sequences
 from specdec.core.stats import Choice
 from specdec.core.steps import Draft, RowStep, StepResult, TargetOutput
 
-Run = Callable[..., Any]  # run(key, function, *inputs): function(*inputs), tensors or None
+Run = Callable[..., Any]  # run(key, function, *inputs) -> function(*inputs), eagerly or as a recorded graph
 
 
 def run_eager(key: Any, function: Callable[..., Any], *inputs: Tensor | None) -> Any:
-    """The plain way to run a part of a step; a recorder's is the other."""
+    """Call function(*inputs): the `Run` of calls that record nothing."""
     return function(*inputs)
 
 
 class Target(Protocol):
-    """The model whose distribution counts, with its own KV cache."""
+    """The model whose distribution is sampled from, with its own KV cache.
+
+    The cache is ragged: the entry for position i of a row lies in slot i of that row, and a later forward overwrites
+    it.
+    """
 
     @property
     def vocab_size(self) -> int:
         """V, the width of the logits."""
 
     def begin(self, batch_size: int, max_slots: int) -> None:
-        """A call starts: an empty cache for so many rows, whose texts come to at most max_slots positions."""
+        """Start a call with an empty KV cache for batch_size rows of at most max_slots positions."""
 
     def prefill(self, ids: Tensor, last: Tensor) -> TargetOutput | None:
-        """Fill the cache for positions 0 … last [B] of ids [B, L]."""
+        """Compute the KV entries of positions 0 … last [B] int64 of ids [B, L] int64: -> logits [B, 1, V] at `last`."""
 
     def reserve(self, slots: int) -> None:
-        """A step begins, behind which no row is longer."""
+        """Make room for `slots` positions a row, the longest that a row can be after the step that begins."""
 
     def forward(self, ids: Tensor, positions: Tensor) -> TargetOutput:
-        """Run ids [B, W] at positions [B, W] against the cache: -> logits [B, W, V] float32, features."""
+        """Run ids [B, W] int64 at positions [B, W] int64 over the KV cache: -> logits [B, W, V] float32, features."""
 
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Anything that proposes. It may change the speed of generation and nothing else."""
+    """Proposes draft ids. A drafter changes the speed of generation and nothing else."""
 
     def begin(self, sequences: Sequences, sampling: Sampling) -> None:
-        """A call starts: forget the last one; `sampling` holds the processors this call asked for."""
+        """Start a call: drop the state of the last one. `sampling` holds the call's processors."""
 
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
-        """Propose at most limit [B] ids for each row; 0 for a row that has finished or is one id from its end.
+        """Propose at most limit [B] int64 ids for each row; 0 for rows that have finished or need one more id only.
 
-        sequences.num_requested is what no limit exceeds; the host knows it without waiting for the device. Not called for a step that
-        drafts nothing; what comes of that, `observe` sees.
+        `sequences.num_requested` is an upper bound of all limits that is known without waiting for the device. A step
+        with K = 0 does not call propose; `observe` is called all the same.
         """
 
-    def observe(self, outcome: StepResult) -> None:
-        """See what became of the last proposal; `sequences` now holds the committed ids."""
+    def observe(self, result: StepResult) -> None:
+        """Receive the result of the step; `sequences` already holds its committed ids."""
 
 
 class DraftLengthPolicy(Protocol):
-    """Says how many ids the next step drafts. It may be asked again before it has heard of the step before."""
+    """Chooses K, how many ids the next step drafts. `next` may be called before the previous step is observed."""
 
     @property
     def max_draft_tokens(self) -> int:
-        """The largest number that next() may give."""
+        """The largest K that next() returns."""
 
     def next(self) -> int:
-        """K of the step that begins now."""
+        """K of the step that begins."""
 
     def observe(self, steps: Sequence[RowStep | None]) -> None:
-        """See what the oldest step not heard of did to each row; None for one that had finished."""
+        """Receive what the oldest unobserved step did to each row; None for a row that had finished before it."""
 
     def end(self) -> Choice | None:
-        """The call has ended: what was chosen, for the statistics; None where nothing was."""
+        """End the call: -> how K was chosen, for the statistics; None where it was constant."""

@@ -1,13 +1,14 @@
 """Verification position by position, for callbacks that must be called exactly as plain decoding calls them.
 
-A grammar's matcher, a budget that counts its calls, a criterion of the whole batch or one that reads scores: what such a callback
-does with its arguments is its own business. So it is called once for each committed position, in order, with the full batch
-[B, L] and the processed scores [B, V]. All rows advance together: the window is walked position by position, and the walk ends
-where the first row leaves its draft. Rejection sampling at one position is complete in itself, so cutting all rows at the first
-divergence leaves each row's distribution as it is; the price is that a step commits no more ids than its shortest row accepts.
+A callback of unknown kind (a grammar's matcher, a budget that counts calls, a criterion of the whole batch or of the
+scores) is called once for each committed position, in order, with the full batch [B, L] and the processed scores [B,
+V]. All rows
+advance together: positions of the window are verified one by one until the first row rejects its draft id. Rejection
+sampling at one position is complete in itself, so cutting all rows at the first rejection leaves each row's
+distribution as it is; a step commits no more ids than its shortest acceptance. Drafts go through the known processors
+alone.
 
-Rows that have ended go on as plain decoding lets them: with padding where the call has an EOS id, fed to the target like any
-other id, else with ids of their own.
+Rows that have ended go on as in plain decoding: with padding where the call has an EOS id, else with ids of their own.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from specdec.core.verification import overlap_greedy, verify_draft
 
 
 class Lockstep:
-    """The callbacks of one call, and what plain decoding's loop keeps for them.
+    """The callbacks of one call and the state that plain decoding's loop keeps for them.
 
-    input_ids: [B, L] int64, the padded text so far, on the device that the caller's ids came from; the prompt at first.
+    input_ids: [B, L] int64, the padded text so far, on the device of the caller's ids.
     process: all processors, (input_ids [B, L], scores [B, V] float32) -> scores [B, V].
     has_ended: all criteria, (input_ids [B, L], scores or None) -> bool [B].
-    emit: called with each position's ids [B] behind the criteria, as a streamer is; None where nobody reads them.
-    pad_token_id: what rows that have ended go on with; None: with what they choose.
-    scores, logits: for each position [B, V], processed and raw; None where they are not kept.
+    emit: called with the ids [B] of each position after the criteria, as a streamer is; None without a streamer.
+    pad_token_id: the id that rows which have ended go on with; None: they go on with their own.
+    scores, logits: one [B, V] for each position, processed and raw; None where the call does not return them.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Lockstep:
         self.unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     def extend(self, draft: Draft) -> Draft:
-        """The draft, with padding as the draft of rows that go on with it."""
+        """Set the draft of rows that have ended to padding."""
         if self.pad_token_id is None:
             return draft
         padded = ~self.unfinished.to(draft.ids.device)
@@ -72,9 +73,9 @@ class Lockstep:
         is_broken: Tensor,
         logits: Tensor,
     ) -> tuple[Tensor, ...]:
-        """As speculative.verify_and_commit, position by position: process, verify, append, ask the criteria."""
-        offered, drafts = lengths.tolist(), ids.tolist()
-        going = live = self.unfinished.tolist()
+        """speculative.verify_and_commit, position by position: process, verify, append, call the criteria."""
+        num_drafted, draft_ids = lengths.tolist(), ids.tolist()
+        unfinished = live = self.unfinished.tolist()
         emitted, accepted = [0] * len(live), [0] * len(live)
         overlap = torch.zeros(ids.shape, device=ids.device)
         has_nan = torch.zeros(len(live), dtype=torch.bool, device=ids.device)
@@ -88,19 +89,20 @@ class Lockstep:
             has_nan |= is_nan
             self._append(next_ids)
 
-            is_kept = [
+            is_accepted = [
                 column < count and row[column] == token
-                for count, row, token in zip(offered, drafts, next_ids.tolist(), strict=True)
+                for count, row, token in zip(num_drafted, draft_ids, next_ids.tolist(), strict=True)
             ]
-            emitted = [count + is_going for count, is_going in zip(emitted, going, strict=True)]
+            emitted = [count + is_unfinished for count, is_unfinished in zip(emitted, unfinished, strict=True)]
             accepted = [
-                count + (kept and is_going) for count, kept, is_going in zip(accepted, is_kept, going, strict=True)
+                count + (is_same and is_unfinished)
+                for count, is_same, is_unfinished in zip(accepted, is_accepted, unfinished, strict=True)
             ]
-            going = self.unfinished.tolist()
-            if not all(is_kept) or not any(going):
+            unfinished = self.unfinished.tolist()
+            if not all(is_accepted) or not any(unfinished):
                 break
 
-        is_over = not any(going)
+        is_over = not any(unfinished)
         sequences.append(torch.stack(chosen, dim=1), is_over)
         counts = torch.tensor([emitted, accepted, live], device=ids.device)
         drafted = torch.minimum(lengths, counts[0])  # the positions that were verified
@@ -110,7 +112,7 @@ class Lockstep:
         return counts[1], chosen[-1], counts[2].bool(), counts[0], drafted, counts[1], overlap, summary, processed
 
     def _processed(self, logits: Tensor) -> Tensor:
-        """All processors, at the position behind the text: [B, V] -> [B, V]."""
+        """Apply all processors at the position after the text: [B, V] -> [B, V]."""
         raw = logits.to(self.input_ids.device, copy=True)
         scores = self.process(self.input_ids, raw)
         if self.scores is not None:
@@ -120,19 +122,18 @@ class Lockstep:
         return scores
 
     def _verified(self, draft: Draft, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Verify one position: a draft of one id a row, of none in the window's last column, against scores [B, 1, V].
+        """Verify one position against scores [B, 1, V]; the draft has one id a row, none in the window's last column.
 
-        -> the ids [B] that stand there, sum(min(p, q)) [B, 1 or 0], where scores are NaN [B].
+        -> the ids [B] of this position, sum(min(p, q)) [B, 1 or 0], the rows [B] whose scores are NaN.
         """
         if self.sampling.do_sample:
             width = draft.ids.shape[1]
-            verdict, overlap, is_nan = verify_draft(
-                draft, scores.expand(-1, width + 1, -1), self.sampling
-            )  # a bonus id is not used
+            both = scores.expand(-1, width + 1, -1)  # the bonus id is not used
+            verdict, overlap, is_nan = verify_draft(draft, both, self.sampling)
             next_ids = (
                 torch.where(verdict.accepted > 0, draft.ids[:, 0], verdict.next_ids) if width else verdict.next_ids
             )
-        else:  # the largest score, whatever the draft is
+        else:  # the target's argmax, whatever the draft is
             best, target_ids = scores.max(-1)
             next_ids, overlap, is_nan = target_ids[:, 0], overlap_greedy(draft, target_ids), best[:, 0].isnan()
         if self.pad_token_id is not None:
@@ -140,7 +141,7 @@ class Lockstep:
         return next_ids, overlap, is_nan
 
     def _append(self, ids: Tensor) -> None:
-        """As plain decoding's loop does with ids [B]: append them, ask the criteria, hand them to the streamer."""
+        """Append ids [B], call the criteria, then the streamer, in the order of plain decoding."""
         ids = ids.to(self.input_ids.device)
         self.input_ids = torch.cat([self.input_ids, ids[:, None]], dim=1)
         self.unfinished = self.unfinished & ~self.has_ended(self.input_ids, self.scores)

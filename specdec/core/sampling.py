@@ -14,7 +14,8 @@ from torch import Tensor
 class Processor:
     """One stateless logits processor: function(input_ids [B, L], scores [B, V]) -> scores [B, V].
 
-    needs_prefix: False where the scores alone decide (temperature, top-k, top-p, …), so all positions go through at once.
+    needs_prefix: False where the result depends on the scores alone (temperature, top-k, top-p, …), so one call
+    processes all positions.
     """
 
     function: Callable[..., Tensor]
@@ -22,22 +23,22 @@ class Processor:
 
 
 class Prefixes(Protocol):
-    """The texts that processors look at (`Sequences` is one)."""
+    """The texts that processors read; `Sequences` provides them."""
 
     stop_ids: Tensor | None  # [S] int64, ids that end a row
 
     @property
     def padded_lengths(self) -> Tensor:
-        """[B] int64: what plain decoding would call input_ids.shape[1] if it stood where the row stands."""
+        """[B] int64: input_ids.shape[1] of plain decoding at the row's length."""
 
     def padded(self, width: int) -> Tensor:
-        """[B, width] int64: each row's left-padded prompt and its ids so far, cut or filled to one width."""
+        """[B, width] int64: each row's left-padded prompt and ids, cut or filled to one width."""
 
 
 class Sampling:
-    """The distribution of one call. Target and drafter share it, so p and q went through the same processors.
+    """The distribution of one call. Target and drafter share it, so p and q pass through the same processors.
 
-    cache_key: equal for calls whose processors do the same to scores, as far as they can be looked into.
+    cache_key: equal for calls whose processors are of the same classes with the same plain settings.
     """
 
     def __init__(self, processors: Sequence[Processor] = (), *, do_sample: bool = False) -> None:
@@ -55,10 +56,10 @@ class Sampling:
         used: Tensor | None = None,
         draft_ids: Tensor | None = None,
     ) -> Tensor:
-        """Process logits [B, W, V] float32 -> [B, W, V]; column w of a row follows its committed ids and skip + w further ones.
+        """Process logits [B, W, V] float32 -> [B, W, V]; column w follows a row's committed ids and skip + w further ones.
 
         used: [B] int64, the number of columns of each row that count, W where None; the others may stay unprocessed.
-        draft_ids: [B, W - 1] int64, the further ids, where a window of several columns follows a draft.
+        draft_ids: [B, W - 1] int64, the further ids, where the window follows a draft.
         """
         if not self.processors:
             return logits
@@ -73,10 +74,10 @@ class Sampling:
     def _by_prefix(
         self, logits: Tensor, prefixes: Prefixes, skip: int, used: Tensor | None, draft_ids: Tensor | None
     ) -> Tensor:
-        """Process once for every distinct prefix length, always with the full batch: some processors keep per-row state.
+        """Process once for each distinct prefix length, always with the full batch: some processors keep state per row.
 
-        Rows of another length take part with a prefix cut or filled to fit, and their result is dropped. Behind a draft id that
-        ends the row, or that the target does not choose, no processor is called: plain decoding never gets there.
+        Rows of another length take part with a prefix cut or filled to fit, and their result is dropped. No processor
+        is called beyond a draft id that ends the row or that the target cannot choose, as in plain decoding.
         """
         num_columns = logits.shape[1]
         first = prefixes.padded_lengths + skip
@@ -123,7 +124,7 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     total = cdf[..., -1:]
     below_total = torch.nextafter(total, torch.zeros_like(total))
     ids = torch.searchsorted(cdf, torch.minimum(uniforms[..., None] * total, below_total), right=True)[..., 0]
-    return ids.clamp(max=probs.shape[-1] - 1)  # beyond only where probs are NaN, which is told by and by
+    return ids.clamp(max=probs.shape[-1] - 1)  # V only where probs are NaN, which is reported with the step's result
 
 
 def uniforms(*shape: int, device: torch.device) -> Tensor:
@@ -132,12 +133,16 @@ def uniforms(*shape: int, device: torch.device) -> Tensor:
 
 
 def _cache_key(processor: Processor) -> object:
-    """The function's kind and settings where those are plain values, else the function itself."""
+    """The function's class and settings where those are plain values, else the function itself."""
     function = processor.function
     settings = getattr(function, "__dict__", {})
-    if isinstance(function, type) or not settings or not all(isinstance(value, PLAIN) for value in settings.values()):
+    if (
+        isinstance(function, type)
+        or not settings
+        or not all(isinstance(value, PLAIN_TYPES) for value in settings.values())
+    ):
         return function
     return type(function), *sorted(settings.items())
 
 
-PLAIN = (bool, int, float, str, type(None))
+PLAIN_TYPES = (bool, int, float, str, type(None))

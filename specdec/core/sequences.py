@@ -1,4 +1,4 @@
-"""The committed ids of a batch: where each row stands, where it must end, what stops it."""
+"""The committed ids of a batch: the length of each row, where it must end, what stops it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from torch import Tensor
 
 from specdec.core.steps import Draft, StepResult, Verdict
 
-COLUMNS = 1024  # of ids that are kept from call to call, or a multiple
+BUFFER_COLUMNS = 1024  # pinned ids have a multiple of so many columns, so that calls of similar length share them
 
 
 class Sequences:
-    """B rows of ids, compact: column == position, no padding inside. Beyond a row's length its columns are stale.
+    """B rows of ids, compact: column == position, no padding inside. Columns at and beyond a row's length are stale.
 
-    ids: [B, L] int64. lengths (n): [B] int64, committed ids. end: [B] int64, the row's own length limit. finished: [B] bool.
-    Those are the device's. The host goes by bounds (asked, room, shortest, longest), so that a step can begin before it has
-    heard of the one before: `ask` begins a step, `learn` tells the host what became of the oldest one it has not heard of.
+    On the device: ids [B, L] int64; lengths (n) [B] int64, committed ids; end [B] int64, the length at which the row
+    ends; finished [B] bool.
+
+    The host only holds bounds (num_requested, remaining_tokens, shortest, longest), so a step can begin before the
+    results
+    of earlier ones are read: `begin_step` starts a step, `retire` applies the result of the oldest one in flight.
     """
 
     def __init__(
@@ -34,30 +37,27 @@ class Sequences:
         stop: Callable[[Tensor], bool] | None = None,
         in_lockstep: bool = False,
     ) -> None:
-        """prompt: [B, P] int64, left-padded; prompt_lengths: [B] int64, at least 1 each; max_length: of the padded text, > P.
+        """Admit a prompt to every row.
 
-        context: no id is drafted at or behind this position. num_draft_tokens: the most that a step may stage.
-        stop_ids: [S] int64, ids that end a row. stop: decides on a left-padded text [1, L] after each committed id.
-        in_lockstep: all rows advance by the same number of ids and end with the batch; see specdec/core/lockstep.py.
+        prompt: [B, P] int64, left-padded. prompt_lengths: [B] int64, 1 or more each. max_length: of the padded text.
+        context: no id is drafted at or beyond this position. num_draft_tokens: the most draft ids of a step.
+        stop_ids: [S] int64, ids that end a row. stop: called with a left-padded text [1, L] after each committed id.
+        in_lockstep: all rows advance by the same number of ids and end together; see lockstep.py.
         """
-        width = prompt.shape[1]
-        self.prompt, self.max_length, self.context = prompt, max_length, context
+        batch_size, self.prompt_width = prompt.shape
+        self.max_length, self.context, self.max_draft_tokens = max_length, context, num_draft_tokens
         self.stop_ids, self.stop, self.in_lockstep = stop_ids, stop, in_lockstep
-        self.padding = width - prompt_lengths
-        self.lengths = prompt_lengths.clone()
-        self.end = max_length - self.padding
-        self.finished = self.lengths >= self.end
-        self.max_draft_tokens = num_draft_tokens
-        columns = torch.arange(width, device=prompt.device) + self.padding[:, None]
-        self.ids = prompt.gather(1, columns.clamp(max=width - 1))
+        self.prompt, self.ids = torch.empty_like(prompt), torch.zeros_like(prompt)
+        self.padding, self.lengths, self.end = (torch.zeros_like(prompt_lengths) for _ in range(3))
+        self.finished = torch.zeros_like(prompt_lengths, dtype=torch.bool)
 
-        self.num_requested = 0  # ids that the step in progress may draft for a row
-        self._paddings: list[int] = self.padding.tolist()
-        self._known: list[int] = prompt_lengths.tolist()  # lengths, as far as the host has heard
-        self._live = [width < max_length] * len(self._known)
-        self._in_flight: deque[int] = deque()  # ids that each step it has not heard of may have committed
-        self._hold: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
-        self._reserve()
+        self.num_requested = 0  # draft ids that the step in progress may request for a row
+        self._paddings, self._lengths = [0] * batch_size, [0] * batch_size  # as the host knows them
+        self._is_live = [False] * batch_size
+        self._in_flight: deque[int] = deque()  # ids that each unread step may have committed
+        self._static_buffer: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
+        self._place(slice(0, batch_size), prompt, prompt_lengths)
+        self._reserve_columns()
 
     @property
     def device(self) -> torch.device:
@@ -69,105 +69,126 @@ class Sequences:
 
     @property
     def padded_lengths(self) -> Tensor:
-        """[B] int64: lengths, with the prompt's left padding counted as plain decoding counts it."""
+        """[B] int64: lengths plus the prompt's left padding, as plain decoding counts them."""
         return self.lengths + self.padding
-
-    def padded(self, width: int) -> Tensor:
-        """[B, width] int64: left-padded prompt, then ids; columns behind a row's staged ids are stale."""
-        columns = torch.arange(width, device=self.device) - self.padding[:, None]
-        ids = self.ids.gather(1, columns.clamp(min=0))
-        prompt_width = min(width, self.prompt.shape[1])
-        ids[:, :prompt_width] = torch.where(
-            columns[:, :prompt_width] < 0, self.prompt[:, :prompt_width], ids[:, :prompt_width]
-        )
-        return ids
 
     @property
     def is_done(self) -> bool:
-        """Whether all rows have finished, as far as the host has heard."""
-        return not any(self._live)
+        """Whether all rows have finished, by the results read so far."""
+        return not any(self._is_live)
 
     @property
     def remaining_tokens(self) -> int:
-        """No row may draft more ids than this."""
-        rows = [length for length, live in zip(self._remaining(), self._live, strict=True) if live]
-        return max(rows, default=0)
+        """Upper bound of the draft ids that any row may still take."""
+        context = self.max_length if self.context is None else self.context
+        rows = zip(self._lengths, self._paddings, self._is_live, strict=True)
+        ends = ((min(self.max_length - padding - 1, context), length) for length, padding, live in rows if live)
+        return max((end - length for end, length in ends if end > length), default=0)
 
     @property
     def shortest(self) -> int:
-        """No row that goes on has fewer committed ids."""
-        return min((length for length, live in zip(self._known, self._live, strict=True) if live), default=0)
+        """Lower bound of the committed ids of a live row."""
+        return min((length for length, live in zip(self._lengths, self._is_live, strict=True) if live), default=0)
 
     @property
     def longest(self) -> int:
-        """No row has more committed ids, the step in progress included."""
-        return min(max(self._known) + sum(self._in_flight), self.length_limit)
+        """Upper bound of the committed ids of any row, the step in progress included."""
+        return min(max(self._lengths) + sum(self._in_flight), self.length_limit)
 
     @property
     def length_limit(self) -> int:
-        """No row will ever have more committed ids."""
+        """Upper bound of the committed ids of any row at the end of the call."""
         return self.max_length - min(self._paddings)
 
+    def padded(self, width: int) -> Tensor:
+        """[B, width] int64: the left-padded prompt, then the ids; columns beyond a row's staged ids are stale."""
+        columns = torch.arange(width, device=self.device) - self.padding[:, None]
+        ids = self.ids.gather(1, columns.clamp(min=0))
+        prompt_width = min(width, self.prompt_width)
+        is_padding = columns[:, :prompt_width] < 0
+        ids[:, :prompt_width] = torch.where(is_padding, self.prompt[:, :prompt_width], ids[:, :prompt_width])
+        return ids
+
     def pin_buffers(self, static_buffer: Callable[[str, Tensor], Tensor]) -> None:
-        """Before the first step: keep what steps read and write in the tensors that hold(name, content) gives."""
-        self._hold = static_buffer
-        self.ids = F.pad(self.ids, (0, -self.ids.shape[1] % COLUMNS))
+        """Before the first step: move what steps read and write into the buffers of static_buffer(name, content)."""
+        self._static_buffer = static_buffer
+        self.ids = F.pad(self.ids, (0, -self.ids.shape[1] % BUFFER_COLUMNS))
         self.ids, self.lengths = static_buffer("ids", self.ids), static_buffer("lengths", self.lengths)
         self.end, self.finished = static_buffer("end", self.end), static_buffer("finished", self.finished)
         if self.stop_ids is not None:
             self.stop_ids = static_buffer("stop_ids", self.stop_ids)
 
+    def admit(self, row: int, prompt: Tensor) -> None:
+        """Start a new text in a released or finished row: prompt [P'] int64, of at most the batch's prompt width.
+
+        The row may take as many new ids as every other row; the target and the drafter must prefill it before the next
+        step. Raises ValueError for a prompt that is empty or too wide, or a row that is live; RuntimeError with steps
+        in flight.
+        """
+        self._check_idle("admit")
+        if not 1 <= len(prompt) <= self.prompt_width:
+            raise ValueError(
+                f"a prompt of {len(prompt)} ids does not fit rows whose prompts have 1 to {self.prompt_width}"
+            )
+        if self._is_live[row]:
+            raise ValueError(f"row {row} is live; release it before another prompt is admitted")
+        padded = F.pad(prompt[None], (self.prompt_width - len(prompt), 0))
+        self._place(slice(row, row + 1), padded, self.lengths.new_tensor([len(prompt)]))
+        self._reserve_columns()
+
+    def release(self, row: int) -> Tensor:
+        """End a row, whether it has finished or not: -> its committed ids [n] int64, prompt included.
+
+        Raises RuntimeError with steps in flight.
+        """
+        self._check_idle("release")
+        self.finished[row] = True
+        self._is_live[row] = False
+        return self.ids[row, : self._lengths[row]].clone()
+
     def begin_step(self, num_draft_tokens: int) -> Tensor:
-        """A step begins, which may draft so many ids for a row: -> its limit [B]."""
-        self._reserve()
+        """Start a step of at most num_draft_tokens draft ids a row: -> the limit of each row, see `limit`."""
+        self._reserve_columns()
         self.num_requested = num_draft_tokens
         self._in_flight.append(num_draft_tokens + 1)
         return self.limit(num_draft_tokens)
 
-    def retire(self, outcome: StepResult) -> None:
-        """What the oldest step that the host had not heard of did to each row."""
+    def retire(self, result: StepResult) -> None:
+        """Apply the result of the oldest step in flight to the host's bounds."""
         self._in_flight.popleft()
-        counts = [0 if step is None else step.emitted for step in outcome.steps]
+        counts = [0 if step is None else step.emitted for step in result.steps]
         if self.in_lockstep:
             counts = [max(counts)] * len(counts)
-        for row, (count, ends) in enumerate(zip(counts, outcome.ends, strict=True)):
-            self._known[row] += count
-            self._live[row] &= not ends
+        for row, (count, ends) in enumerate(zip(counts, result.ends, strict=True)):
+            self._lengths[row] += count
+            self._is_live[row] &= not ends
 
     def limit(self, num_draft_tokens: int) -> Tensor:
-        """How many ids may be drafted for each row: [B] int64, 0 where finished. One slot before `end` is the target's own."""
-        room = self.end - self.lengths - 1
+        """The most ids to draft for each row: [B] int64, 0 where finished. The id before `end` is the target's own."""
+        remaining = self.end - self.lengths - 1
         if self.context is not None:
-            room = torch.minimum(room, self.context - self.lengths)
-        return room.clamp(0, num_draft_tokens).masked_fill(self.finished, 0)
-
-    def _remaining(self) -> list[int]:
-        """Of each row, as the host knows its length."""
-        context = self.max_length if self.context is None else self.context
-        rows = zip(self._known, self._paddings, strict=True)
-        return [max(min(self.max_length - padding - length - 1, context - length), 0) for length, padding in rows]
+            remaining = torch.minimum(remaining, self.context - self.lengths)
+        return remaining.clamp(0, num_draft_tokens).masked_fill(self.finished, 0)
 
     def stops_at(self, ids: Tensor) -> Tensor:
-        """Whether an id ends its row: [...] int64 -> [...] bool. Not by isin, which may sort, and wait for the device."""
-        return (
-            torch.zeros_like(ids, dtype=torch.bool)
-            if self.stop_ids is None
-            else (ids[..., None] == self.stop_ids).any(-1)
-        )
+        """Whether an id ends its row: [...] int64 -> [...] bool. torch.isin may sort, which waits for the device."""
+        if self.stop_ids is None:
+            return torch.zeros_like(ids, dtype=torch.bool)
+        return (ids[..., None] == self.stop_ids).any(-1)
 
     def stage(self, ids: Tensor, skip: int = 0) -> None:
-        """Write ids [B, W] behind the committed ones and `skip` staged ones, where they are stale until committed."""
+        """Write ids [B, W] after the committed ids and `skip` staged ones; they are stale until committed."""
         columns = self.lengths[:, None] + skip + torch.arange(ids.shape[1], device=self.device)
         self.ids.scatter_(1, columns, ids)
 
     def append(self, ids: Tensor, is_over: bool) -> None:
-        """Append ids [B, n] int64 to every row, of a batch in lockstep; is_over: the whole batch ends with them."""
+        """Commit ids [B, n] int64 to every row of a batch in lockstep; is_over: the whole batch ends with them."""
         self.stage(ids)
         self.lengths += ids.shape[1]
         self.finished |= is_over
 
     def commit(self, draft: Draft, verdict: Verdict) -> tuple[Tensor, Tensor]:
-        """Append each row's accepted ids and its next id, cut at its first stop: -> emitted [B] int64, stopped [B] bool.
+        """Append each row's accepted ids and next id, cut at its first stop: -> emitted [B] int64, stopped [B] bool.
 
         A row that had finished emits nothing. `stopped` rows have just finished.
         """
@@ -191,22 +212,37 @@ class Sequences:
         self.finished |= stopped
         return emitted, stopped
 
-    def _reserve(self) -> None:
-        """Make room for one more step; by doubling, since max_length may be far beyond what a text comes to."""
-        padded = max(length + padding for length, padding in zip(self._known, self._paddings, strict=True))
+    def _place(self, rows: slice, prompt: Tensor, prompt_lengths: Tensor) -> None:
+        """Write left-padded prompts [b, P] into rows and set all that is kept of these rows."""
+        padding = self.prompt_width - prompt_lengths
+        columns = torch.arange(self.prompt_width, device=prompt.device) + padding[:, None]
+        self.ids[rows, : self.prompt_width] = prompt.gather(1, columns.clamp(max=self.prompt_width - 1))
+        self.prompt[rows], self.padding[rows], self.lengths[rows] = prompt, padding, prompt_lengths
+        self.end[rows] = self.max_length - padding
+        self.finished[rows] = self.prompt_width >= self.max_length
+        self._paddings[rows], self._lengths[rows] = padding.tolist(), prompt_lengths.tolist()
+        self._is_live[rows] = [self.prompt_width < self.max_length] * len(prompt)
+
+    def _reserve_columns(self) -> None:
+        """Widen `ids` for one more step; by doubling, since most texts end far before max_length."""
+        padded = max(length + padding for length, padding in zip(self._lengths, self._paddings, strict=True))
         needed = min(padded + sum(self._in_flight), self.max_length) + self.max_draft_tokens + 1
         width = self.ids.shape[1]
         if needed > width:
-            self.ids = self._hold("ids", F.pad(self.ids, (0, max(needed, 2 * width) - width)))
+            self.ids = self._static_buffer("ids", F.pad(self.ids, (0, max(needed, 2 * width) - width)))
 
     def _apply_stop(self, stop: Callable[[Tensor], bool], emitted: Tensor, stopped: Tensor) -> None:
-        """Judge the row alone after each of its new ids, in order, as plain decoding would; cut where it says so."""
+        """Call `stop` for each row after each of its new ids, in order, as plain decoding does; cut where it is true."""
         starts = self.padded_lengths.tolist()
         counts = emitted.tolist()
         text = self.padded(max(start + count for start, count in zip(starts, counts, strict=True)))
         for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
-            for taken in range(1, count + 1):
-                if stop(text[row : row + 1, : start + taken]):
-                    emitted[row] = taken
+            for num_kept in range(1, count + 1):
+                if stop(text[row : row + 1, : start + num_kept]):
+                    emitted[row] = num_kept
                     stopped[row] = True
                     break
+
+    def _check_idle(self, what: str) -> None:
+        if self._in_flight:
+            raise RuntimeError(f"{what}() with {len(self._in_flight)} steps in flight; retire their results first")

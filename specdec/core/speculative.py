@@ -73,7 +73,7 @@ def step(
     mark: Mark = no_mark,
     lockstep: Lockstep | None = None,
 ) -> StepResult:
-    """One target forward for every row, which commits up to num_draft_tokens draft ids and one id of the target's own."""
+    """One target forward for every row; commits up to num_draft_tokens draft ids and one id of the target's own."""
     mark("other")
     limit = sequences.begin_step(num_draft_tokens)
     target.reserve(sequences.longest)
@@ -106,7 +106,7 @@ def step(
 def score_draft(
     target: Target, sequences: Sequences, ids: Tensor, lengths: Tensor, limit: Tensor
 ) -> tuple[Tensor, ...]:
-    """Run the target over a draft, ids [B, K]: -> the draft's ids and lengths as `Draft.within` has them, is_broken, logits."""
+    """Run the target over draft ids [B, K]: -> ids and lengths as `Draft.within` returns them, is_broken, logits."""
     draft, is_broken = Draft(ids, None, lengths).within(limit, target.vocab_size)
     sequences.stage(draft.ids)
     positions = window_positions(sequences.lengths, draft)
@@ -117,7 +117,8 @@ def score_draft(
 def window_positions(lengths: Tensor, draft: Draft) -> Tensor:
     """Positions n-1 … n+K-1 of the verification window: [B, K+1] int64.
 
-    A column beyond a row's draft repeats position n-1: the same id, so the same KV entry in the same slot, within any context.
+    A column beyond a row's draft repeats position n-1: the same id, so the same KV entry in the same slot, within any
+    context.
     """
     columns = torch.arange(draft.ids.shape[1] + 1, device=lengths.device)
     return lengths[:, None] - 1 + torch.where(columns <= draft.lengths[:, None], columns, 0)
@@ -133,7 +134,7 @@ def verify_and_commit(
     is_broken: Tensor,
     logits: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Verify a draft and append what is kept: -> accepted, next_ids, then StepResult's fields from `live` to `scores`."""
+    """Verify a draft, append what is kept: -> accepted, next_ids, then StepResult's fields from `live` to `scores`."""
     draft = Draft(ids, probs, lengths)
     used = torch.where(sequences.finished, 0, lengths + 1)
     scores = sampling.scores(logits, sequences, used=used, draft_ids=ids)

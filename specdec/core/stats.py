@@ -1,4 +1,4 @@
-"""What a call did: counters and the acceptance metrics made of them, with vLLM's names; docs/figures.md defines each one."""
+"""Counters of a call and the acceptance metrics made of them, by vLLM's names; docs/figures.md defines each."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from specdec.core.timing import StepTimes, Timing
 class Choice:
     """How a call with num_draft_tokens="auto" chose K.
 
-    steps_by_k[k]: steps of the batch that asked for k ids.
-    times: the profile's seconds of a step's parts, by K.
-    acceptance: the estimate for the rows that were last at work, on average.
-    predicted_speedup, measured_speedup: tokens a row over the seconds of the steps, against one token a plain step.
-    profile_s: seconds that the profile took; None where an earlier call had made it.
+    steps_by_k[k]: steps of the batch that requested k draft ids.
+    times: seconds of a step's parts by K, as profiled before the first call.
+    acceptance: mean estimate of the acceptance rate over the rows that finished last.
+    predicted_speedup, measured_speedup: tokens per row and second, over those of plain steps.
+    profile_s: seconds that profiling took; None where an earlier call did it.
     """
 
     steps_by_k: list[int]
@@ -35,16 +35,17 @@ class Choice:
             return "no step"
         shares = sorted(((count / total, k) for k, count in enumerate(self.steps_by_k) if count), reverse=True)
         first, *rest = (f"{k} in {100 * share:.0f} %" for share, k in shares)
-        told = ", ".join([f"K={first} of steps", *rest])
-        return f"{told}; predicted {self.predicted_speedup:.2f}×, measured {self.measured_speedup:.2f}×"
+        summary = ", ".join([f"K={first} of steps", *rest])
+        return f"{summary}; predicted {self.predicted_speedup:.2f}×, measured {self.measured_speedup:.2f}×"
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Sums over row-steps. A step drafted where at least one draft id counts; one that did not emits one id, the target's own.
+    """Sums over row-steps. A step that drafts has at least one draft id that counts; any other emits one id.
 
-    num_steps, num_emitted_tokens: over all steps. num_spec_steps, num_spec_emitted_tokens: over those that drafted.
-    num_tried_draft_tokens: draft ids with all before them accepted. overlap: sum(min(p, q)), summed over those.
+    num_steps, num_emitted_tokens: over all steps. num_spec_steps, num_spec_emitted_tokens: over steps that draft.
+    num_tried_draft_tokens: draft ids whose preceding draft ids were all accepted. overlap: sum of sum(min(p, q)) over
+    them.
     """
 
     num_steps: int = 0
@@ -76,7 +77,7 @@ class Counts:
         return _ratio(getattr(self, part), getattr(self, whole))
 
 
-RATIOS = {  # figures that are one sum over another one: of Stats, and of a run's records
+RATIOS = {  # figures that are one sum over another: of Stats and of the records of an experiment
     "mean_acceptance_length": ("num_spec_emitted_tokens", "num_spec_steps"),
     "tokens_per_step": ("num_emitted_tokens", "num_steps"),
     "draft_acceptance_rate": ("num_accepted_draft_tokens", "num_draft_tokens"),
@@ -88,23 +89,25 @@ RATIOS = {  # figures that are one sum over another one: of Stats, and of a run'
 class Stats:
     """Counts of one call and the metrics made of them, as docs/figures.md defines them.
 
-    A row-step is one verifying forward for one unfinished row. A row's last step counts only up to its stop. Ratios are None
-    where nothing was drafted; tokens_per_step is None where no step was made.
+    A row-step is one target forward for one unfinished row. A row's last step counts up to its stop. A step drafts
+    where at least one draft id counts. Ratios are None where nothing was drafted, tokens_per_step where no step was
+    made.
 
-    num_steps: row-steps. num_spec_steps: those that drafted.
-    num_draft_tokens, num_accepted_draft_tokens: draft ids proposed, and kept. num_emitted_tokens: ids written, by all steps.
-    num_target_forwards: forwards of the target for the whole batch, the prompt's apart.
-    acceptance_histogram[i]: steps that drafted and accepted exactly i draft ids, 0 … K.
-    mean_acceptance_length (tau): ids emitted by the steps that drafted / those steps.
-    tokens_per_step: emitted ids / steps, those without a draft included.
-    draft_acceptance_rate: accepted / drafted.
-    acceptance_per_position[i]: steps that accepted a draft id at i / steps that drafted.
-    conditional_acceptance_per_position[i]: the same / steps that drafted i with all before it accepted.
-    expected_acceptance (alpha): mean of sum(min(p, q)) over those positions; from the distributions, not from coin flips.
-    timing: seconds of the call by part, where enable(..., timing=True) asked for it.
-    choice: how K was chosen, where num_draft_tokens is "auto".
-    steps: in a row's own figures, what each of its steps did.
-    per_row: the same for each row; empty in a row's own.
+    num_steps: row-steps. num_spec_steps: row-steps that draft.
+    num_draft_tokens, num_accepted_draft_tokens: draft ids proposed and accepted.
+    num_emitted_tokens: ids committed by all steps.
+    num_target_forwards: forwards of the target for the whole batch, prefill excluded.
+    acceptance_histogram[i]: steps that draft and accept exactly i draft ids, i = 0 … K.
+    mean_acceptance_length (tau): ids emitted by steps that draft / num_spec_steps.
+    tokens_per_step: num_emitted_tokens / num_steps.
+    draft_acceptance_rate: num_accepted_draft_tokens / num_draft_tokens.
+    acceptance_per_position[i]: steps that accept a draft id at position i / num_spec_steps.
+    conditional_acceptance_per_position[i]: the same / steps that draft position i and accept all positions before it.
+    expected_acceptance (alpha): mean of sum(min(p, q)) over those positions, so free of sampling noise.
+    timing: seconds of the call by part; None without enable(..., timing=True).
+    choice: how K was chosen; None where num_draft_tokens is a number.
+    steps: in the figures of one row, what each step did; empty in those of the batch.
+    per_row: the figures of each row; empty in those of one row.
     """
 
     num_steps: int = 0
@@ -127,11 +130,11 @@ class Stats:
 
     @classmethod
     def of(cls, steps: Sequence[RowStep], num_draft_tokens: int, num_target_forwards: int) -> Stats:
-        """Of row-steps that drafted at most num_draft_tokens ids each; all but timing, choice, steps and per_row."""
+        """Stats of row-steps of at most num_draft_tokens draft ids, without timing, choice, steps and per_row."""
         counts = Counts.of(steps)
         histogram = acceptance_histogram(steps, num_draft_tokens)
-        accepted_at = [sum(histogram[position + 1 :]) for position in range(num_draft_tokens)]
-        tried_at = [sum(len(step.overlap) > position for step in steps) for position in range(num_draft_tokens)]
+        num_accepted_at = [sum(histogram[position + 1 :]) for position in range(num_draft_tokens)]
+        num_tested_at = [sum(len(step.overlap) > position for step in steps) for position in range(num_draft_tokens)]
         return cls(
             num_steps=counts.num_steps,
             num_spec_steps=counts.num_spec_steps,
@@ -140,8 +143,10 @@ class Stats:
             num_emitted_tokens=counts.num_emitted_tokens,
             num_target_forwards=num_target_forwards,
             acceptance_histogram=histogram,
-            acceptance_per_position=[_ratio(count, counts.num_spec_steps) for count in accepted_at],
-            conditional_acceptance_per_position=[_ratio(*at) for at in zip(accepted_at, tried_at, strict=True)],
+            acceptance_per_position=[_ratio(count, counts.num_spec_steps) for count in num_accepted_at],
+            conditional_acceptance_per_position=[
+                _ratio(*at) for at in zip(num_accepted_at, num_tested_at, strict=True)
+            ],
             mean_acceptance_length=counts.ratio("mean_acceptance_length"),
             tokens_per_step=counts.ratio("tokens_per_step"),
             draft_acceptance_rate=counts.ratio("draft_acceptance_rate"),
@@ -150,17 +155,17 @@ class Stats:
 
 
 class StatsCounter:
-    """Collects outcomes; `stats()` turns them into Stats at any time."""
+    """Collects step results; `stats()` makes Stats of them at any time."""
 
     def __init__(self, batch_size: int, num_draft_tokens: int) -> None:
         self.num_draft_tokens = num_draft_tokens
         self.num_forwards = 0
         self.rows: list[list[RowStep]] = [[] for _ in range(batch_size)]
 
-    def add(self, outcome: StepResult) -> None:
+    def add(self, result: StepResult) -> None:
         """Count one step."""
         self.num_forwards += 1
-        for row, step in zip(self.rows, outcome.steps, strict=True):
+        for row, step in zip(self.rows, result.steps, strict=True):
             if step is not None:
                 row.append(step)
 
@@ -168,13 +173,13 @@ class StatsCounter:
         """The whole batch, with each row's own figures in `per_row`."""
         stats = Stats.of([step for row in self.rows for step in row], self.num_draft_tokens, self.num_forwards)
         stats.per_row = [Stats.of(row, self.num_draft_tokens, len(row)) for row in self.rows]
-        for of_row, row in zip(stats.per_row, self.rows, strict=True):
-            of_row.steps = list(row)
+        for row_stats, row in zip(stats.per_row, self.rows, strict=True):
+            row_stats.steps = list(row)
         return stats
 
 
 def acceptance_histogram(steps: Sequence[RowStep], num_draft_tokens: int) -> list[int]:
-    """How many of the steps that drafted accepted exactly 0 … num_draft_tokens ids."""
+    """The number of steps that draft and accept exactly i draft ids, for i = 0 … num_draft_tokens."""
     counted = Counter(step.accepted for step in steps if step.drafted)
     return [counted[length] for length in range(num_draft_tokens + 1)]
 

@@ -1,4 +1,4 @@
-"""What passes through one step. Shapes: B rows, K draft ids, W = K + 1 window columns, V ids in the vocabulary."""
+"""The data of one step. Shapes: B rows, K draft ids, W = K + 1 window columns, V vocabulary size."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 class Draft:
     """The ids a drafter proposes in one step.
 
-    ids: [B, K] int64, proposed to stand at positions n … n+K-1 of each row.
-    probs: [B, K, V] float32, exactly the distributions `ids` were drawn from, over the target's vocabulary; None where each
-        is one-hot (greedy, n-gram).
-    lengths: [B] int64, how many of the K a row really offers, at most its limit.
+    ids: [B, K] int64, proposed for positions n … n+K-1 of each row.
+    probs: [B, K, V] float32, exactly the distributions that `ids` were drawn from, over the target's vocabulary; None
+        where each is one-hot (greedy drafts, n-grams).
+    lengths: [B] int64, how many of the K ids count for each row, at most its limit.
     """
 
     ids: Tensor
@@ -30,9 +30,9 @@ class Draft:
         return cls(zeros.new_zeros(batch_size, 0), None, zeros)
 
     def within(self, limit: Tensor, vocab_size: int) -> tuple[Draft, Tensor]:
-        """The draft with its lengths within limit [B] and its ids within the vocabulary, and the rows [B] where they were not.
+        """Clamp lengths to limit [B] and ids to the vocabulary: -> the draft, the rows [B] bool where that changed it.
 
-        So that a device, which no one asks before the step is over, never sees what it cannot do.
+        So the device never indexes out of bounds, and the error is raised when the host reads the step's result.
         """
         num_ids = self.ids.shape[1]
         lengths = torch.minimum(self.lengths.clamp(0, num_ids), limit)
@@ -40,20 +40,20 @@ class Draft:
         return Draft(ids, self.probs, lengths), (lengths != self.lengths) | (ids != self.ids).any(1)
 
     def explain(self, limit: Tensor, vocab_size: int) -> str:
-        """What was wrong with it, where `within` found something."""
+        """The error message for a draft that `within` had to change."""
         if self.ids.numel() and ((self.ids < 0) | (self.ids >= vocab_size)).any():
             return (
-                f"propose returned ids from {self.ids.min().item()} to {self.ids.max().item()}; the target's vocabulary is"
-                f" 0 … {vocab_size - 1}"
+                f"propose returned ids from {self.ids.min().item()} to {self.ids.max().item()}; the target's vocabulary"
+                f" is 0 … {vocab_size - 1}"
             )
         return (
-            f"propose returned lengths {self.lengths.tolist()}; each must lie in 0 … its row's limit {limit.tolist()} and be at"
-            f" most K={self.ids.shape[1]}"
+            f"propose returned lengths {self.lengths.tolist()}; each must lie in 0 … its row's limit {limit.tolist()} and"
+            f" be at most K={self.ids.shape[1]}"
         )
 
 
 def check_draft(draft: object, drafter: object, batch_size: int, max_draft_tokens: int, vocab_size: int) -> None:
-    """Raise ValueError where types, shapes or dtypes break the drafter's protocol; values are checked by `Draft.within`."""
+    """Raise ValueError where types, shapes or dtypes break the drafter's protocol; `Draft.within` checks values."""
     name = f"{type(drafter).__name__}.propose"
     if not isinstance(draft, Draft):
         raise ValueError(f"{name} returned a {type(draft).__name__}; it must return a Draft")
@@ -68,8 +68,8 @@ def check_draft(draft: object, drafter: object, batch_size: int, max_draft_token
     shape = (batch_size, num_ids, vocab_size)
     if probs is not None and (not isinstance(probs, Tensor) or probs.shape != shape or probs.dtype != torch.float32):
         raise ValueError(
-            f"{name} returned probs {_describe(probs)}; it must return float32 {list(shape)}, the distributions the ids were"
-            " drawn from, or None where they are one-hot"
+            f"{name} returned probs {_describe(probs)}; it must return float32 {list(shape)}, the distributions the ids"
+            " were drawn from, or None where they are one-hot"
         )
 
 
@@ -78,7 +78,7 @@ class TargetOutput:
     """What a target's forward returns for a window of W positions.
 
     logits: [B, W, V] float32.
-    features: hidden states that the drafter asked for, each [B, W, H]; None where it asked for none.
+    features: hidden states of the layers that the drafter reads, each [B, W, H]; None where it reads none.
     """
 
     logits: Tensor
@@ -87,9 +87,9 @@ class TargetOutput:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the target made of a draft.
+    """The outcome of verification.
 
-    accepted: [B] int64, how many leading draft ids are kept.
+    accepted: [B] int64, how many leading draft ids are accepted.
     next_ids: [B] int64, the target's own id after them: recovered after a rejection, bonus after full acceptance.
     """
 
@@ -101,9 +101,9 @@ class Verdict:
 class RowStep:
     """What one step did to one row.
 
-    requested: how many ids the drafter was requested for: K, or fewer where the row had no room for so many.
-    drafted, accepted, emitted: as they count; on the row's last step only up to its stop.
-    overlap: sum(min(p, q)) at each position that was drafted with all before it accepted.
+    requested: draft ids that the drafter was asked for: K, or fewer near the end of the row.
+    drafted, accepted, emitted: draft ids proposed and accepted, ids committed; on the row's last step up to its stop.
+    overlap: sum(min(p, q)) at each draft position whose preceding draft ids were all accepted.
     """
 
     requested: int
@@ -113,38 +113,39 @@ class RowStep:
     overlap: list[float]
 
     def origins(self) -> list[str]:
-        """Where each emitted id came from: "accepted", then "recovered" or "bonus"; "plain" where nothing was drafted."""
+        """The origin of each emitted id: "accepted", then "recovered" or "bonus"; "plain" where nothing was drafted."""
         own = "plain" if self.drafted == 0 else "bonus" if self.accepted == self.drafted else "recovered"
         return (["accepted"] * self.accepted + [own])[: self.emitted]
 
     def chances(self) -> list[float | None]:
-        """The chance that a draft id would be accepted at each emitted one's position.
+        """The probability that a draft id is accepted at the position of each emitted id.
 
-        Where ids were drafted it is their sum(min(p, q)). None at an id behind as many accepted ones as were requested for: there was
-        no draft to compare with. 0 where the drafter offered less than it was requested for.
+        sum(min(p, q)) where an id was drafted; 0 where the drafter proposed fewer ids than requested; None at a bonus
+        id, where nothing was requested.
         """
         own = None if self.drafted == self.requested else 0.0
         return [*self.overlap, own][: self.emitted]
 
 
-BROKEN_DRAFT, NAN_DRAFT, NAN_TARGET = 1, 2, 4  # what may be wrong with a row's step; they add up
+BROKEN_DRAFT, NAN_DRAFT, NAN_TARGET = 1, 2, 4  # flags of what went wrong in a row's step
 
 
 @dataclass(frozen=True)
 class StepResult:
     """One committed step. Rows that had finished before it have live = False and zeros everywhere.
 
-    drafter: the class of what proposed. draft, verdict: as proposed and as judged, before any stop.
+    drafter: the name of the drafter's class. draft, verdict: as proposed and verified, before any stop.
     requested: [B] int64, the limit that the drafter was given.
     logits, scores: [B, K+1, V] float32, the target's, before and after the call's processors.
-    live: [B] bool, the row took part.
+    live: [B] bool, whether the row took part.
     emitted: [B] int64, ids committed for the row: accepted + 1, or fewer where a stop fell.
-    drafted, accepted: [B] int64, the counts for the statistics; on a row's last step only up to its stop.
+    drafted, accepted: [B] int64, the counts for the statistics; on a row's last step up to its stop.
     overlap: [B, K] float32, sum(min(p, q)) at each draft position.
-    told: [B, 6 + K] float32, what the host is told: requested, drafted, accepted, emitted, whether the row ends, faults, overlap.
+    host_summary: [B, 6 + K] float32, packed for one copy to the host: requested, drafted, accepted, emitted, whether
+        the row ends, faults, overlap.
 
-    All are the device's, and where steps are recorded they hold until the next one begins. `send` begins the one copy to the
-    host, which `steps` and `ends` wait for.
+    The tensors lie on the device; where steps are recorded as CUDA graphs, the next step overwrites them. `send` starts
+    the copy to the host, and `steps` and `ends` wait for it.
     """
 
     drafter: str
@@ -161,47 +162,46 @@ class StepResult:
     scores: Tensor
 
     def send(self) -> None:
-        """Begin to tell the host, without waiting."""
+        """Start the copy of host_summary to the host without waiting for it."""
         _ = self._sent
 
     @property
     def steps(self) -> list[RowStep | None]:
-        """What the step did to each row; None for one that had finished. ValueError where it went wrong."""
+        """What the step did to each row; None for a row that had finished. Raises ValueError where `faults` says so."""
         return self._read[0]
 
     @property
     def ends(self) -> list[bool]:
-        """Whether it was the row's last step."""
+        """Whether it was each row's last step."""
         return self._read[1]
 
     @cached_property
     def _sent(self) -> tuple[Tensor, torch.cuda.Event | None]:
         on_gpu = self.host_summary.is_cuda
-        host = torch.empty(self.host_summary.shape, dtype=self.host_summary.dtype, pin_memory=on_gpu)
-        host.copy_(self.host_summary, non_blocking=True)
-        arrived = torch.cuda.Event() if on_gpu else None
-        if arrived is not None:
-            arrived.record(torch.cuda.current_stream(self.host_summary.device))
-        return host, arrived
+        host_copy = torch.empty(self.host_summary.shape, dtype=self.host_summary.dtype, pin_memory=on_gpu)
+        host_copy.copy_(self.host_summary, non_blocking=True)
+        copied = torch.cuda.Event() if on_gpu else None
+        if copied is not None:
+            copied.record(torch.cuda.current_stream(self.host_summary.device))
+        return host_copy, copied
 
     @cached_property
     def _read(self) -> tuple[list[RowStep | None], list[bool]]:
-        host, arrived = self._sent
-        if arrived is not None:
-            arrived.synchronize()
+        host_copy, copied = self._sent
+        if copied is not None:
+            copied.synchronize()
         steps: list[RowStep | None] = []
         ends = []
-        for requested, drafted, accepted, emitted, last, faults, *overlap in host.tolist():
+        for requested, drafted, accepted, emitted, last, faults, *overlap in host_copy.tolist():
             if faults:
-                raise ValueError(self._complaint(int(faults)))
-            tried = int(min(drafted, accepted + 1))
-            steps.append(
-                RowStep(int(requested), int(drafted), int(accepted), int(emitted), overlap[:tried]) if emitted else None
-            )
+                raise ValueError(self._error_message(int(faults)))
+            tested = int(min(drafted, accepted + 1))
+            row_step = RowStep(int(requested), int(drafted), int(accepted), int(emitted), overlap[:tested])
+            steps.append(row_step if emitted else None)
             ends.append(bool(last))
         return steps, ends
 
-    def _complaint(self, faults: int) -> str:
+    def _error_message(self, faults: int) -> str:
         if faults & BROKEN_DRAFT:
             return f"{self.drafter}.{self.draft.explain(self.requested, self.logits.shape[-1])}"
         who = "target" if faults & NAN_TARGET else "draft model"
@@ -212,7 +212,7 @@ class StepResult:
 
 
 def find_faults(is_broken: Tensor, is_nan: Tensor, draft_probs: Tensor | None) -> Tensor:
-    """What went wrong in each row's step, as a sum of BROKEN_DRAFT, NAN_DRAFT and NAN_TARGET: [B] int64.
+    """What went wrong in each row's step: [B] int64, a sum of BROKEN_DRAFT, NAN_DRAFT and NAN_TARGET.
 
     is_broken: [B] bool, see Draft.within. is_nan: [B] bool, the target's distribution. draft_probs: [B, K, V] or None.
     """
@@ -223,7 +223,7 @@ def find_faults(is_broken: Tensor, is_nan: Tensor, draft_probs: Tensor | None) -
 def pack_host_summary(
     requested: Tensor, drafted: Tensor, accepted: Tensor, emitted: Tensor, ends: Tensor, faults: Tensor, overlap: Tensor
 ) -> Tensor:
-    """StepResult.told: columns [B] and the overlap [B, K] -> [B, 6 + K] float32, exact for integers below 2^24."""
+    """StepResult.host_summary: columns [B] and overlap [B, K] -> [B, 6 + K] float32, exact for integers below 2^24."""
     counts = torch.stack([requested, drafted, accepted, emitted, ends, faults], dim=1).float()
     return torch.cat([counts, overlap], dim=1)
 

@@ -1,4 +1,4 @@
-"""Where a call's time goes. A mark costs a microsecond: the host's clock on a CPU, an event on a GPU, read at the end."""
+"""Where the time of a call goes. A mark costs about 1 µs: time.perf_counter on a CPU, a CUDA event on a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STEP_PARTS = ("draft", "target", "verification", "other")
 
 @dataclass(frozen=True, slots=True)
 class StepTiming:
-    """Seconds of one step: proposing, the target's forward, verifying with all sampling from the target, the host's rest."""
+    """Seconds of one step: drafting, the target's forward, verification with processors and sampling, all else."""
 
     draft_s: float
     target_s: float
@@ -23,12 +23,12 @@ class StepTiming:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of one call's loop, by part; generate()'s own preparation comes before it.
+    """Seconds of one call's decoding loop, by part. What generate() prepares before the loop is not in it.
 
-    prefill_s: the target reads the prompt. draft_s: proposing; the draft model reads the prompt in the first step.
-    target_s: verifying forwards. verification_s: processors, rejection sampling, drawing, committing. other_s: the host's own.
-    first_token_s: from the loop's start until the first step is verified.
-    steps: the parts of each step; they sum up to the totals, but for what `other_s` holds before the first one.
+    prefill_s: the target's prefill. draft_s: drafting; the draft model's prefill is in the first step.
+    target_s: forwards over verification windows. verification_s: processors, rejection sampling, commit.
+    other_s: all else, on the host. first_token_s: from the start of the loop until the first step is verified.
+    steps: the parts of each step; their sums are the totals, but for the `other_s` before the first step.
     """
 
     prefill_s: float
@@ -44,12 +44,12 @@ class Timing:
         return self.prefill_s + self.draft_s + self.target_s + self.verification_s + self.other_s
 
 
-Mark = Callable[[str], None]  # told the name of each part of a step when it ends
+Mark = Callable[[str], None]  # mark(part) ends the part of a step with this name
 
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Seconds of a step's parts, each a list indexed by the number of drafted ids, 0 … K; the step without a draft is plain."""
+    """Seconds of the parts of a step, each indexed by its number of draft ids 0 … K; index 0 is the plain step."""
 
     draft_s: Sequence[float]
     target_s: Sequence[float]
@@ -61,11 +61,11 @@ class StepTimes:
 
 
 def no_mark(part: str) -> None:
-    """What an untimed call does at the end of a part."""
+    """The `Mark` of a call that is not timed."""
 
 
 class StepTimer:
-    """Each lap(part) ends a part, which began where the one before ended; the first begins here."""
+    """Measures the parts of a call: mark(part) ends a part, which began at the previous mark."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
@@ -74,12 +74,12 @@ class StepTimer:
         self.marks = [self._mark()]
 
     def mark(self, part: str) -> None:
-        """part: "prefill" or one of STEP_PARTS, which come in their order, but for an "other" before the first step."""
+        """End a part: "prefill", or one of STEP_PARTS in their order; an "other" may come before the first step."""
         self.parts.append(part)
         self.marks.append(self._mark())
 
     def timing(self) -> Timing:
-        """All laps so far; waits for the GPU, once."""
+        """The parts marked so far; waits for the GPU once."""
         seconds = self._seconds()
         totals = dict.fromkeys(("prefill", *STEP_PARTS), 0.0)
         for part, spent in zip(self.parts, seconds, strict=True):

@@ -1,8 +1,8 @@
 """Rejection sampling: keep the longest prefix of a draft that leaves the target's distribution unchanged.
 
-Leviathan et al., Fast Inference from Transformers via Speculative Decoding (2023), and Chen et al., Accelerating Large Language
-Model Decoding with Speculative Sampling (2023). Pure functions of tensors: the randomness comes in as uniforms. On a CUDA device
-specdec_kernels.rejection does all of verify() in one launch; what stands here is its definition.
+Leviathan et al., Fast Inference from Transformers via Speculative Decoding (2023), and Chen et al., Accelerating Large
+Language Model Decoding with Speculative Sampling (2023). Pure functions of tensors; random numbers come in as uniforms.
+On a CUDA device specdec_kernels.rejection runs verify() in one launch; this module defines what it computes.
 
     p  target probability        q  draft probability        u  uniform in [0, 1)
     draft id x at position i is accepted      when u < p(x) / q(x), so never where p(x) = 0
@@ -21,10 +21,10 @@ from specdec.core.steps import Draft, Verdict
 
 
 def verify_draft(draft: Draft, scores: Tensor, sampling: Sampling) -> tuple[Verdict, Tensor, Tensor]:
-    """Verify a draft against the target's processed scores [B, K+1, V].
+    """Verify a draft against the target's processed scores [B, K+1, V] float32.
 
-    -> the verdict, sum(min(p, q)) [B, K], and the rows [B] where a distribution is NaN: NaN spreads to the largest score, and to
-    every probability.
+    -> the verdict, sum(min(p, q)) [B, K] float32, and the rows [B] bool whose scores contain NaN: NaN propagates to the
+    largest score and, through softmax, to every probability.
     """
     if sampling.do_sample:
         probs = sampling.probs(scores)
@@ -43,7 +43,7 @@ def verify(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Verdict:
     target_probs: [B, K+1, V] float32, the target's distribution at each draft position and behind the last.
     uniforms: [B, K+1] float64 in [0, 1), one for each draft id and one for the recovered or bonus id.
     """
-    if _takes_kernel(target_probs):
+    if _has_kernel(target_probs):
         return _verify_in_kernel(draft, target_probs, uniforms)
     num_ids = draft.ids.shape[1]
     ids = draft.ids[..., None]
@@ -54,15 +54,16 @@ def verify(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Verdict:
     rows = torch.arange(len(accepted), device=accepted.device)
     next_probs = target_probs[rows, accepted]
     if num_ids:
-        at = accepted.clamp(max=num_ids - 1)
-        q_next = one_hot(draft.ids[rows, at], target_probs.shape[-1]) if draft.probs is None else draft.probs[rows, at]
+        column = accepted.clamp(max=num_ids - 1)  # of the rejected id
+        vocab_size = target_probs.shape[-1]
+        q_next = one_hot(draft.ids[rows, column], vocab_size) if draft.probs is None else draft.probs[rows, column]
         rejected = (accepted < draft.lengths)[:, None]
         next_probs = torch.where(rejected, residual(next_probs, q_next), next_probs)
     return Verdict(accepted, draw(next_probs, uniforms[:, num_ids]))
 
 
 def verify_greedy(draft: Draft, target_ids: Tensor) -> Verdict:
-    """The same rule where the target is one-hot at target_ids [B, K+1]: p is 0 or 1, whatever q was."""
+    """verify() where the target is one-hot at target_ids [B, K+1] int64: p is 0 or 1, so q does not matter."""
     num_ids = draft.ids.shape[1]
     accepted = _leading(draft.ids == target_ids[:, :num_ids], draft.lengths)
     return Verdict(accepted, target_ids.gather(1, accepted[:, None])[:, 0])
@@ -71,7 +72,7 @@ def verify_greedy(draft: Draft, target_ids: Tensor) -> Verdict:
 def residual(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
     """Weights of the recovered id, max(0, p - q), not normalized: [..., V], [..., V] -> [..., V].
 
-    Falls back to p where p == q in floating point, since no mass is left there.
+    Falls back to p where p == q in floating point and no mass is left.
     """
     excess = (target_probs - draft_probs).clamp(min=0)
     return torch.where((excess > 0).any(-1, keepdim=True), excess, target_probs)
@@ -86,7 +87,7 @@ def overlap(draft: Draft, target_probs: Tensor) -> Tensor:
 
 
 def overlap_greedy(draft: Draft, target_ids: Tensor) -> Tensor:
-    """The same where the target is one-hot at target_ids [B, K+1]."""
+    """overlap() where the target is one-hot at target_ids [B, K+1] int64."""
     target_ids = target_ids[:, : draft.ids.shape[1]]
     if draft.probs is None:
         return (draft.ids == target_ids).float()
@@ -99,12 +100,12 @@ def one_hot(ids: Tensor, vocab_size: int) -> Tensor:
 
 
 def _leading(accept: Tensor, lengths: Tensor) -> Tensor:
-    """How many are accepted before the first rejection, among those offered: [B, K] bool, [B] -> [B] int64."""
-    offered = torch.arange(accept.shape[1], device=accept.device) < lengths[:, None]
-    return (accept & offered).long().cumprod(1).sum(1)
+    """Accepted ids before the first rejection, among the first `lengths`: [B, K] bool, [B] int64 -> [B] int64."""
+    is_drafted = torch.arange(accept.shape[1], device=accept.device) < lengths[:, None]
+    return (accept & is_drafted).long().cumprod(1).sum(1)
 
 
-def _takes_kernel(target_probs: Tensor) -> bool:
+def _has_kernel(target_probs: Tensor) -> bool:
     return target_probs.shape[-1] <= rejection.MAX_VOCAB_SIZE and rejection.works_on(target_probs.device)
 
 
