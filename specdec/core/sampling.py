@@ -56,7 +56,7 @@ class Sampling:
         used: Tensor | None = None,
         draft_ids: Tensor | None = None,
     ) -> Tensor:
-        """Process logits [B, W, V] float32 -> [B, W, V]; column w follows a row's committed ids and skip + w further ones.
+        """Process logits [B, W, V] float32 -> [B, W, V]; column w follows the committed ids and skip + w further ones.
 
         used: [B] int64, the number of columns of each row that count, W where None; the others may stay unprocessed.
         draft_ids: [B, W - 1] int64, the further ids, where the window follows a draft.

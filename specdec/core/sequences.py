@@ -232,7 +232,7 @@ class Sequences:
             self.ids = self._static_buffer("ids", F.pad(self.ids, (0, max(needed, 2 * width) - width)))
 
     def _apply_stop(self, stop: Callable[[Tensor], bool], emitted: Tensor, stopped: Tensor) -> None:
-        """Call `stop` for each row after each of its new ids, in order, as plain decoding does; cut where it is true."""
+        """Call `stop` after each new id of each row, in order, as plain decoding does; cut where it is true."""
         starts = self.padded_lengths.tolist()
         counts = emitted.tolist()
         text = self.padded(max(start + count for start, count in zip(starts, counts, strict=True)))

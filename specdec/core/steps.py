@@ -47,8 +47,8 @@ class Draft:
                 f" is 0 … {vocab_size - 1}"
             )
         return (
-            f"propose returned lengths {self.lengths.tolist()}; each must lie in 0 … its row's limit {limit.tolist()} and"
-            f" be at most K={self.ids.shape[1]}"
+            f"propose returned lengths {self.lengths.tolist()}; each must lie in 0 … its row's limit {limit.tolist()}"
+            f" and be at most K={self.ids.shape[1]}"
         )
 
 

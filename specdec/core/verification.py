@@ -7,7 +7,7 @@ On a CUDA device specdec_kernels.rejection runs verify() in one launch; this mod
     p  target probability        q  draft probability        u  uniform in [0, 1)
     draft id x at position i is accepted      when u < p(x) / q(x), so never where p(x) = 0
     recovered id, after the first rejection   drawn from normalize(max(p - q, 0))
-    bonus id, after full acceptance           drawn from p at the position behind the draft
+    bonus id, after full acceptance           drawn from p at the position after the draft
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def verify_draft(draft: Draft, scores: Tensor, sampling: Sampling) -> tuple[Verd
 def verify(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Verdict:
     """Accept or reject a batch of drafts.
 
-    target_probs: [B, K+1, V] float32, the target's distribution at each draft position and behind the last.
+    target_probs: [B, K+1, V] float32, the target's distribution at each draft position and after the last.
     uniforms: [B, K+1] float64 in [0, 1), one for each draft id and one for the recovered or bonus id.
     """
     if _has_kernel(target_probs):

@@ -1,4 +1,4 @@
-"""Callbacks of unknown kind are called as plain decoding calls them: with the same arguments, as often, in the same order."""
+"""Callbacks of unknown kind are called as plain decoding calls them: same arguments, same number, same order."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_plain_decoding_and_ours_call_the_same_in_the_same_order(
 
 
 def test_the_calls_are_no_easy_ones() -> None:
-    """Some rows end, some calls end early, and drafts are accepted now and then: else the test above would show little."""
+    """Some rows end, some calls end early, some drafts are accepted: else the test above shows little."""
     specdec.disable(target())
     lengths = Counter(run(seed, 4, False)[0].sequences.shape[1] - WIDTH for seed in range(24))
     assert len(lengths) > 5
@@ -165,7 +165,7 @@ def test_the_calls_are_no_easy_ones() -> None:
 
 
 def test_with_equal_random_numbers_sampled_calls_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a draft each position takes one random number a row; so does plain decoding, once it draws by inversion."""
+    """Without a draft each position takes one random number a row, as plain decoding does where it draws by inversion."""
 
     def multinomial(probs: Tensor, num_samples: int) -> Tensor:
         return sampling.draw(probs, sampling.uniforms(len(probs), device=probs.device))[:, None]
@@ -215,7 +215,7 @@ def batch_streamer() -> dict[str, Any]:
 
 
 def allowed() -> dict[str, Any]:
-    """A function that knows the text it was asked about last, and accepts no other than one id longer."""
+    """A function that stores the last text it was called with, and accepts only that text with one more id."""
     known: dict[int, list[int]] = {}
 
     def function(row: int, ids: Tensor) -> list[int]:

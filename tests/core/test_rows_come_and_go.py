@@ -53,10 +53,9 @@ def test_an_admitted_prompt_continues_as_it_does_alone(name: str) -> None:
     first, second, third = prompt(1, 7), prompt(2, 4), prompt(3, 6)
     sequences = batch(first, second)
     runner, drafter = ModelRunner(family("llama")), new_drafter(name)
-    steps = 0
-    for _ in speculate(runner, drafter, sequences, Sampling(), ConstantK(K if name != "none" else 0)):
-        steps += 1
-        if steps == 2:
+    policy = ConstantK(0 if name == "none" else K)
+    for index, _ in enumerate(speculate(runner, drafter, sequences, Sampling(), policy)):
+        if index == 1:
             released = sequences.release(0).tolist()
             sequences.admit(0, third)
             runner.prefill(sequences.ids, sequences.lengths - 1)

@@ -1,4 +1,4 @@
-"""Drawing inverts the distribution function; a window of positions is processed as plain decoding would process each."""
+"""Drawing inverts the distribution function; each position of a window is processed as in plain decoding."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ weights = st.lists(st.integers(0, 16), min_size=1, max_size=8).filter(sum)
 def batch_with_draft(seed: int, num_ids: int) -> tuple[Sequences, list[list[int]]]:
     """Four uneven rows, some ids committed, num_ids drafted ones staged; and each row as a plain loop would hold it.
 
-    The padding is random: whoever looks at it must see what the caller passed.
+    The padding is random: a processor that reads it must see what the caller passed.
     """
     generator = torch.Generator().manual_seed(seed)
     prompt, committed, draft = (
@@ -163,7 +163,7 @@ def test_columns_that_count_do_not_depend_on_those_that_do_not(seed: int, used: 
     assert_scores(processors_of_a_call(), seed, width=4, used=torch.tensor(used))
 
 
-def test_the_order_of_the_call_is_kept_whatever_needs_a_prefix() -> None:
+def test_the_order_of_the_call_stays_whatever_needs_a_prefix() -> None:
     first, *_, last = processors = processors_of_a_call()
     assert_scores([last, first, *processors[3:5], processors[1]], seed=5, width=3)
 
@@ -204,7 +204,7 @@ def test_equal_scores_are_won_by_the_first_as_in_stock_decoding() -> None:
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_rows_with_nan_logits_are_told(do_sample: bool) -> None:
+def test_rows_with_nan_logits_are_reported(do_sample: bool) -> None:
     scores = torch.randn(2, 3, V)
     scores[1, 2, 3] = math.nan
     draft = Draft(torch.zeros(2, 2, dtype=torch.int64), None, torch.tensor([2, 2]))
@@ -213,7 +213,7 @@ def test_rows_with_nan_logits_are_told(do_sample: bool) -> None:
     assert 0 <= verdict.next_ids.min() <= verdict.next_ids.max() < V
 
 
-def test_excluding_every_token_is_told_when_sampling() -> None:
+def test_excluding_every_token_is_reported_when_sampling() -> None:
     _, _, is_nan = verify_draft(
         Draft.empty(1, torch.device("cpu")), torch.full((1, 1, V), -math.inf), Sampling(do_sample=True)
     )

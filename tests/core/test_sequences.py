@@ -1,4 +1,4 @@
-"""Committing: each row ends at its own stop, judged on the text that plain decoding would have judged."""
+"""Committing: each row ends at its own stop, checked on the texts that plain decoding checks."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ WIDTH = 5  # of the padded prompts
 PADDING = 9  # an id like any other, and none of the vocabulary, so that it shows wherever it leaks
 
 Text = list[int]
-Move = tuple[Text, int, int, int]  # drafted ids, how many are offered, how many of those accepted, the target's next id
+Move = tuple[Text, int, int, int]  # draft ids, how many count, how many of those are accepted, the target's next id
 
 
 @dataclass
 class PlainRow:
-    """One row as a plain loop holds it: one id after the other, a look at every stop after each."""
+    """One row as a plain loop holds it: one id after the other, every stop checked after each."""
 
     text: Text  # left-padded
     max_length: int
     stop_ids: tuple[int, ...]
     stop: Callable[[Text], bool]
     finished: bool = False
-    judged: list[Text] = field(default_factory=list)
+    checked: list[Text] = field(default_factory=list)
 
     def commit(self, ids: Text) -> int:
         """How many of the ids are taken."""
-        for taken, x in enumerate(ids):
+        for num_taken, x in enumerate(ids):
             if self.finished:
-                return taken
+                return num_taken
             self.text.append(x)
-            self.judged.append(list(self.text))
+            self.checked.append(list(self.text))
             self.finished = x in self.stop_ids or self.stop(self.text) or len(self.text) >= self.max_length
         return len(ids)
 
@@ -101,15 +101,15 @@ def test_commit_does_what_a_plain_loop_does_row_by_row(data: st.DataObject) -> N
     max_length = prompt.shape[1] + data.draw(st.integers(1, 9))
     stop_ids = tuple(data.draw(st.sets(ids_of_v, max_size=1)))
     modulus = data.draw(st.sampled_from([None, 5, 11]))
-    judged: list[list[int]] = []
+    checked: list[list[int]] = []
 
     def stops(text: Text) -> bool:
         return modulus is not None and sum(text) % modulus == 0
 
     def stop(text: torch.Tensor) -> bool:
         assert text.shape[0] == 1
-        judged.append(text[0].tolist())
-        return stops(judged[-1])
+        checked.append(text[0].tolist())
+        return stops(checked[-1])
 
     sequences = Sequences(
         prompt, lengths, max_length=max_length, num_draft_tokens=K,
@@ -121,9 +121,9 @@ def test_commit_does_what_a_plain_loop_does_row_by_row(data: st.DataObject) -> N
         assert limit == [0 if row.finished else min(K, max_length - len(row.text) - 1) for row in rows]
         moves = data.draw(batches_of_moves(limit))
         was_finished = [row.finished for row in rows]
-        judged.clear()
+        checked.clear()
         for row in rows:
-            row.judged.clear()
+            row.checked.clear()
         sequences.stage(make_step(moves)[0].ids)
         emitted, stopped = commit(sequences, *moves)
         assert emitted == [
@@ -132,7 +132,7 @@ def test_commit_does_what_a_plain_loop_does_row_by_row(data: st.DataObject) -> N
         assert stopped == [row.finished and not before for row, before in zip(rows, was_finished, strict=True)]
         assert sequences.finished.tolist() == [row.finished for row in rows]
         assert texts(sequences) == [row.text for row in rows]
-        assert judged == ([text for row in rows for text in row.judged] if modulus else [])
+        assert checked == ([text for row in rows for text in row.checked] if modulus else [])
 
 
 @pytest.mark.parametrize(("accepted", "emitted"), [(0, 1), (1, 2), (2, 2), (3, 2)])
@@ -169,7 +169,7 @@ def test_the_last_slot_before_the_end_is_the_targets_own() -> None:
     assert sequences.limit(0).tolist() == [0, 0]
 
 
-def test_no_id_is_drafted_at_or_behind_the_context_but_the_text_goes_on() -> None:
+def test_no_id_is_drafted_at_or_beyond_the_context_but_the_text_goes_on() -> None:
     sequences = Sequences(*make_prompt([[1], [1, 2, 3, 4]]), max_length=20, num_draft_tokens=K, context=6)
     limits = []
     while not sequences.finished.any():

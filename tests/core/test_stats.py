@@ -1,4 +1,4 @@
-"""The counters: counted once more by hand from what each step did to the texts, and tied to each other by identities."""
+"""The counters: recounted by hand from what each step did to the texts, and tied to each other by identities."""
 
 from __future__ import annotations
 
@@ -59,21 +59,21 @@ class SeenStep:
     """What one step did to one unfinished row, as seen from outside."""
 
     row: int
-    outcome: StepResult
+    result: StepResult
     emitted: int
     last: bool
 
     @property
-    def offered(self) -> int:
-        return int(self.outcome.draft.lengths[self.row])
+    def num_drafted(self) -> int:
+        return int(self.result.draft.lengths[self.row])
 
     @property
     def passed(self) -> int:
-        return int(self.outcome.verdict.accepted[self.row])
+        return int(self.result.verdict.accepted[self.row])
 
     @property
     def drafted(self) -> int:
-        return min(self.offered, self.emitted) if self.last else self.offered
+        return min(self.num_drafted, self.emitted) if self.last else self.num_drafted
 
     @property
     def accepted(self) -> int:
@@ -98,10 +98,10 @@ def run(
     counter = StatsCounter(3, K)
     log: list[SeenStep] = []
     before, finished = sequences.lengths.clone(), sequences.finished.clone()
-    for outcome in speculate(Bigram(seed), drafter, sequences, Sampling(do_sample=do_sample), ConstantK(K)):
-        counter.add(outcome)
+    for result in speculate(Bigram(seed), drafter, sequences, Sampling(do_sample=do_sample), ConstantK(K)):
+        counter.add(result)
         log += [
-            SeenStep(row, outcome, int(sequences.lengths[row] - before[row]), bool(sequences.finished[row]))
+            SeenStep(row, result, int(sequences.lengths[row] - before[row]), bool(sequences.finished[row]))
             for row in range(3)
             if not finished[row]
         ]
@@ -114,8 +114,8 @@ def recount(log: list[SeenStep], num_forwards: int) -> Stats:
     drafting = [step for step in log if step.drafted]
     drafted, accepted = sum(step.drafted for step in log), sum(step.accepted for step in log)
     tried = [[step for step in log if step.drafted > i and step.accepted >= i] for i in range(K)]
-    kept = [sum(step.accepted > i for step in log) for i in range(K)]
-    overlaps = [float(step.outcome.overlap[step.row, i]) for i in range(K) for step in tried[i]]
+    num_accepted_at = [sum(step.accepted > i for step in log) for i in range(K)]
+    overlaps = [float(step.result.overlap[step.row, i]) for i in range(K) for step in tried[i]]
     return Stats(
         num_steps=len(log),
         num_spec_steps=len(drafting),
@@ -127,20 +127,22 @@ def recount(log: list[SeenStep], num_forwards: int) -> Stats:
         mean_acceptance_length=sum(step.emitted for step in drafting) / len(drafting) if drafting else None,
         tokens_per_step=sum(step.emitted for step in log) / len(log),
         draft_acceptance_rate=accepted / drafted if drafted else None,
-        acceptance_per_position=[kept[i] / len(drafting) if drafting else None for i in range(K)],
-        conditional_acceptance_per_position=[kept[i] / len(tried[i]) if tried[i] else None for i in range(K)],
+        acceptance_per_position=[num_accepted_at[i] / len(drafting) if drafting else None for i in range(K)],
+        conditional_acceptance_per_position=[
+            num_accepted_at[i] / len(tried[i]) if tried[i] else None for i in range(K)
+        ],
         expected_acceptance=sum(overlaps) / len(overlaps) if overlaps else None,
     )
 
 
 def origins(step: SeenStep) -> list[str]:
-    """From what was offered and what passed, before any stop."""
-    own = "plain" if not step.offered else "bonus" if step.passed == step.offered else "recovered"
+    """From what was drafted and accepted, before any stop."""
+    own = "plain" if not step.num_drafted else "bonus" if step.passed == step.num_drafted else "recovered"
     return ([*["accepted"] * step.passed, own])[: step.emitted]
 
 
-def outcomes(log: list[SeenStep]) -> list[StepResult]:
-    return list({id(step.outcome): step.outcome for step in log}.values())
+def results(log: list[SeenStep]) -> list[StepResult]:
+    return list({id(step.result): step.result for step in log}.values())
 
 
 def assert_equal(got: Stats, want: Stats) -> None:
@@ -156,7 +158,7 @@ calls = st.tuples(st.integers(0, 2**32), drafters, st.booleans(), st.sampled_fro
 @settings(deadline=None)
 def test_stats_are_what_the_steps_did(call: tuple) -> None:
     stats, log = run(*call)
-    assert_equal(stats, recount(log, len(outcomes(log))))
+    assert_equal(stats, recount(log, len(results(log))))
     assert len(stats.per_row) == 3
     for row, of_row in enumerate(stats.per_row):
         steps = [step for step in log if step.row == row]
@@ -167,9 +169,9 @@ def test_stats_are_what_the_steps_did(call: tuple) -> None:
         ]
         for noted, step in zip(of_row.steps, steps, strict=True):
             tried = [i for i in range(step.drafted) if step.accepted >= i]
-            assert noted.overlap == step.outcome.overlap[row, tried].tolist()
+            assert noted.overlap == step.result.overlap[row, tried].tolist()
             assert noted.origins() == origins(step)
-            assert noted.requested == int(step.outcome.requested[row])
+            assert noted.requested == int(step.result.requested[row])
     assert stats.steps == []
 
 
@@ -198,29 +200,31 @@ def test_counters_hold_together(call: tuple) -> None:
 
 @given(calls)
 @settings(deadline=None)
-def test_an_outcome_of_a_finished_row_is_all_zeros(call: tuple) -> None:
+def test_the_result_of_a_finished_row_is_all_zeros(call: tuple) -> None:
     _, log = run(*call)
-    for step in outcomes(log):
+    for step in results(log):
         for counts in (step.emitted, step.drafted, step.accepted, step.draft.lengths):
             assert (counts[~step.live] == 0).all()
 
 
-def make_outcome(
+def make_result(
     live: list[bool], drafted: list[int], accepted: list[int], emitted: list[int], overlap: list[list[float]]
 ) -> StepResult:
-    """Only what is counted; the rest is not looked at."""
+    """A result with only what is counted."""
     counts = [torch.tensor(values) for values in (emitted, drafted, accepted)]
-    asked, shared, zeros = torch.tensor(drafted), torch.tensor(overlap), torch.zeros(len(live))
-    told = torch.cat([torch.stack([asked, counts[1], counts[2], counts[0], zeros, zeros], dim=1), shared], dim=1)
-    return StepResult("", None, None, asked, None, torch.tensor(live), *counts, shared, told, None)  # type: ignore[arg-type]
+    requested, shared, zeros = torch.tensor(drafted), torch.tensor(overlap), torch.zeros(len(live))
+    host_summary = torch.cat(
+        [torch.stack([requested, counts[1], counts[2], counts[0], zeros, zeros], dim=1), shared], dim=1
+    )
+    return StepResult("", None, None, requested, None, torch.tensor(live), *counts, shared, host_summary, None)  # type: ignore[arg-type]
 
 
 def test_an_example_by_hand() -> None:
     counter = StatsCounter(2, 2)
-    counter.add(make_outcome([True, True], [2, 1], [2, 0], [3, 1], [[0.5, 0.25], [0.125, 9.0]]))
-    counter.add(make_outcome([True, True], [2, 0], [0, 0], [1, 1], [[0.0, 9.0], [9.0, 9.0]]))
+    counter.add(make_result([True, True], [2, 1], [2, 0], [3, 1], [[0.5, 0.25], [0.125, 9.0]]))
+    counter.add(make_result([True, True], [2, 0], [0, 0], [1, 1], [[0.0, 9.0], [9.0, 9.0]]))
     counter.add(
-        make_outcome([False, True], [0, 1], [0, 1], [0, 1], [[9.0, 9.0], [1.0, 9.0]])
+        make_result([False, True], [0, 1], [0, 1], [0, 1], [[9.0, 9.0], [1.0, 9.0]])
     )  # row 1 stops on its draft id
     stats = counter.stats()
     assert stats.num_steps == 5
@@ -264,7 +268,7 @@ def test_expected_acceptance_does_not_depend_on_the_coin_flips() -> None:
     """Where each step drafts one id from the same q against the same p, it is 1 - TV(p, q), whatever was accepted."""
     counter = StatsCounter(1, 1)
     for accepted in (0, 1, 1, 0, 0):
-        counter.add(make_outcome([True], [1], [accepted], [accepted + 1], [[0.3]]))
+        counter.add(make_result([True], [1], [accepted], [accepted + 1], [[0.3]]))
     assert counter.stats().expected_acceptance == pytest.approx(0.3)
     assert counter.stats().draft_acceptance_rate == 2 / 5
 
@@ -309,25 +313,25 @@ CASES = (
 
 @pytest.mark.parametrize("case", CASES)
 def test_figures_of_a_call_are_those_of_its_texts(case: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Emitted ids are counted in the texts, steps in the outcomes; where the formula 1 + accepted / steps says something else."""
-    draft, k, batch, asked = case(monkeypatch)
+    """Emitted ids are counted in the texts, steps in the results; 1 + accepted / steps is another number here."""
+    draft, k, batch, arguments = case(monkeypatch)
     seen: list[StepResult] = []
     add = StatsCounter.add
-    monkeypatch.setattr(StatsCounter, "add", lambda counter, outcome: (seen.append(outcome), add(counter, outcome)))
+    monkeypatch.setattr(StatsCounter, "add", lambda counter, result: (seen.append(result), add(counter, result)))
     model = specdec.enable(target(), draft, num_draft_tokens=k)
     torch.manual_seed(0)
-    texts = model.generate(**prompts(batch), **{"max_new_tokens": 18} | asked)[:, WIDTH:].tolist()
+    texts = model.generate(**prompts(batch), **{"max_new_tokens": 18} | arguments)[:, WIDTH:].tolist()
     stats = specdec.last_stats(model)
-    stops = asked.get("eos_token_id", [])
+    stops = arguments.get("eos_token_id", [])
     stops = stops if isinstance(stops, list) else [stops]
     written = [next((at + 1 for at, token in enumerate(text) if token in stops), len(text)) for text in texts]
     assert [row.num_emitted_tokens for row in stats.per_row] == written
 
-    offered = [outcome.draft.lengths[row].item() for outcome in seen for row in range(batch) if outcome.live[row]]
-    drafting = sum(count > 0 for count in offered)
-    assert (stats.num_steps, stats.num_spec_steps) == (len(offered), drafting)
-    assert stats.tokens_per_step == sum(written) / len(offered)
-    assert stats.mean_acceptance_length == (sum(written) - (len(offered) - drafting)) / drafting
+    num_drafted = [result.draft.lengths[row].item() for result in seen for row in range(batch) if result.live[row]]
+    drafting = sum(count > 0 for count in num_drafted)
+    assert (stats.num_steps, stats.num_spec_steps) == (len(num_drafted), drafting)
+    assert stats.tokens_per_step == sum(written) / len(num_drafted)
+    assert stats.mean_acceptance_length == (sum(written) - (len(num_drafted) - drafting)) / drafting
     assert stats.mean_acceptance_length != 1 + stats.num_accepted_draft_tokens / stats.num_steps, "nothing is shown"
     assert sum(stats.acceptance_histogram) == drafting
     assert stats.acceptance_per_position[0] == (drafting - stats.acceptance_histogram[0]) / drafting
@@ -354,7 +358,7 @@ class Coins:
 
 
 def test_mean_acceptance_length_is_the_expected_number_of_ids_that_a_drafting_step_emits() -> None:
-    """A draft id is accepted and no stop with chance b, so a step emits 1 + b + b^2 + ... + b^K ids, one with a stop included."""
+    """A draft id is accepted and no stop with probability b, so a step emits 1 + b + b^2 + ... + b^K ids."""
     torch.manual_seed(0)
     rows = 3000
     sequences = Sequences(
@@ -362,8 +366,8 @@ def test_mean_acceptance_length_is_the_expected_number_of_ids_that_a_drafting_st
         stop_ids=torch.tensor([0]),
     )  # fmt: skip
     counter, coins = StatsCounter(rows, K), Coins()
-    for outcome in speculate(coins, coins, sequences, Sampling(do_sample=True), ConstantK(K)):
-        counter.add(outcome)
+    for result in speculate(coins, coins, sequences, Sampling(do_sample=True), ConstantK(K)):
+        counter.add(result)
     stats = counter.stats()
     both = torch.minimum(coins.p, coins.q)
     going_on = both[1:].sum().item()
@@ -383,7 +387,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "figures.md").read_text(encoding="u
 
 
 def table(heading: str) -> list[list[str]]:
-    """The cells of the first tables behind a heading of docs/figures.md, header rows left out."""
+    """The cells of the first tables after a heading of docs/figures.md, header rows left out."""
     section = PAGE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     tables = re.findall(r"^\|.*\n\|[-:| ]+\n((?:\|.*\n)+)", section, flags=re.MULTILINE)
     return [[cell.strip() for cell in line.strip("|").split("|")] for rows in tables for line in rows.splitlines()]

@@ -23,7 +23,7 @@ def generate(model: Any, **kwargs: Any) -> tuple[specdec.Stats, float]:
     return stats, seconds
 
 
-def test_no_time_is_measured_unless_asked_for() -> None:
+def test_no_time_is_measured_by_default() -> None:
     model = specdec.enable(family("llama"), "prompt_lookup")
     try:
         stats, _ = generate(model)
@@ -61,7 +61,7 @@ def test_parts_add_up_and_each_is_its_own_work(monkeypatch: pytest.MonkeyPatch) 
     assert timing is not None
     steps = stats.num_target_forwards
     assert len(timing.steps) == steps
-    drafting = timing.steps[:-1]  # the last one has room for no draft, and asks for none
+    drafting = timing.steps[:-1]  # the last step has no position left to draft
     assert timing.draft_s >= len(drafting) * nap
     assert timing.verification_s >= steps * 2 * nap
     assert min(step.draft_s for step in drafting) >= nap
@@ -76,9 +76,9 @@ def test_parts_add_up_and_each_is_its_own_work(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_call_that_ends_in_its_prompt_has_a_timing_too() -> None:
-    clock = StepTimer(torch.device("cpu"))
-    clock.mark("prefill")
-    timing = clock.timing()
+    timer = StepTimer(torch.device("cpu"))
+    timer.mark("prefill")
+    timing = timer.timing()
     assert timing.steps == []
     assert timing.first_token_s == timing.prefill_s == timing.total_s
 
@@ -89,9 +89,9 @@ def test_events_agree_with_the_hosts_clock() -> None:
     device = torch.device("cuda")
     x = torch.randn(4096, 4096, device=device)
     torch.cuda.synchronize()
-    clock, started = StepTimer(device), time.perf_counter()
+    timer, started = StepTimer(device), time.perf_counter()
     for _ in range(20):
         x = x @ x * 1e-4
-    clock.mark("prefill")
-    timing = clock.timing()
+    timer.mark("prefill")
+    timing = timer.timing()
     assert timing.prefill_s == pytest.approx(time.perf_counter() - started, rel=0.2)

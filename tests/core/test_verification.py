@@ -1,7 +1,7 @@
 """The verifier is lossless: proved in exact arithmetic on small vocabularies, without drawing a single sample.
 
-verify() is a step function of its uniforms. Cut [0, 1) where a step may lie, look at both ends of every cell, weigh by width:
-that integrates the randomness out, and what is left must equal the target's distribution as fractions.
+verify() is a step function of its uniforms. Cut [0, 1) where a step may lie, evaluate both ends of every cell, weigh by
+width: that integrates the randomness out, and what is left must equal the target's distribution as fractions.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def cells(steps: list[Fraction]) -> list[tuple[float, float, Fraction]]:
 def emissions(p: Chain, q: Chain, ids: Text, dense: bool, length: int) -> Iterator[tuple[Text, Fraction]]:
     """What verify() emits for one draft, with the exact weight of each cell of its uniforms."""
     before = [ids[:i] for i in range(len(ids) + 1)]
-    behind = [list(p[text]) for text in before]
-    behind += [list(excess(p[text], q[text])) for text in before[:-1]]
+    next_probs = [list(p[text]) for text in before]
+    next_probs += [list(excess(p[text], q[text])) for text in before[:-1]]
     grid = [cells([p[text][x] / q[text][x]]) for text, x in zip(before, ids, strict=False)]
-    grid.append(cells([step for distribution in behind for step in accumulate(distribution)]))
+    grid.append(cells([step for distribution in next_probs for step in accumulate(distribution)]))
     uniforms, weights = [], []
     for corner in product(*grid):
         weight = Fraction(1)
@@ -126,7 +126,7 @@ def test_one_draft_id_is_lossless(pair: tuple[Chain, Chain]) -> None:
 
 @given(chains(3, 2), st.integers(0, 2))
 @settings(max_examples=25, deadline=None)
-def test_two_draft_ids_are_lossless_whatever_part_of_them_is_offered(pair: tuple[Chain, Chain], length: int) -> None:
+def test_two_draft_ids_are_lossless_whatever_part_of_them_counts(pair: tuple[Chain, Chain], length: int) -> None:
     assert_lossless(*pair, num_ids=2, length=length)
 
 
@@ -208,7 +208,7 @@ def test_overlap_is_one_minus_the_total_variation_distance(seed: int) -> None:
 
 @given(st.integers(0, 2**32))
 @settings(deadline=None)
-def test_nothing_behind_a_rows_length_counts(seed: int) -> None:
+def test_nothing_beyond_a_rows_length_counts(seed: int) -> None:
     draft, p, uniforms = random_case(seed)
     verdict = verify(draft, p, uniforms)
     for row, length in enumerate(draft.lengths.tolist()):
@@ -219,7 +219,7 @@ def test_nothing_behind_a_rows_length_counts(seed: int) -> None:
 
 @given(st.integers(0, 2**32))
 @settings(deadline=None)
-def test_everything_offered_is_accepted_where_draft_and_target_agree(seed: int) -> None:
+def test_every_draft_id_is_accepted_where_draft_and_target_agree(seed: int) -> None:
     draft, p, uniforms = random_case(seed)
     for u in (uniforms, torch.full_like(uniforms, 1 - 2**-53)):
         ids = p[:, :3].argmax(-1)
