@@ -160,16 +160,16 @@ def test_a_row_is_the_same_bits_at_any_number_of_rows_and_place(kind: str) -> No
 
 def test_joined_weights_give_each_one_its_own_bits() -> None:
     parts = [random_weight(rows, 1024, 128)[0] for rows in (256, 100, 130)]
-    joined = layout.joined(parts)
-    assert joined is not None
+    concatenated = layout.concatenate(parts)
+    assert concatenated is not None
     x = torch.randn(6, 1024, dtype=torch.float16, device=DEVICE)
-    y, start = launch(x, joined), 0
+    y, start = launch(x, concatenated), 0
     for part in parts:
-        own = joined.rows(start, start + part.out_features)
+        own = concatenated.rows(start, start + part.out_features)
         assert own.codes().equal(part.codes())
         assert launch(x, own).equal(y[:, start : start + part.out_features])
         start += part.tiles.shape[1]
-    assert layout.joined([parts[0], random_weight(128, 1024, 64)[0]]) is None
+    assert layout.concatenate([parts[0], random_weight(128, 1024, 64)[0]]) is None
 
 
 def test_counters_are_left_as_zeros(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ from specdec.planning.footprint import (
 )
 from specdec.planning.peak_memory import LiveStorages, PeakMemory
 from specdec.quant.checkpoints import load_checkpoint
-from specdec.quant.quantizer import is_4bit
+from specdec.quant.layers import is_4bit
 from specdec.runtime.runner import ModelRunner
 from specdec.utils import embedded
 from tests.helpers import checkpoint_writers

@@ -18,9 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 import specdec
 from specdec.quant.checkpoints import load_checkpoint, load_quantized
+from specdec.quant.config import Int4Config
 from specdec.quant.experts import Int4Experts
-from specdec.quant.int4 import Int4Linear, Int4Tensor
-from specdec.quant.quantizer import Int4Config
+from specdec.quant.int4 import Int4Tensor
+from specdec.quant.linear import Int4Linear
 from tests.helpers.checkpoint_writers import Case, edit_config, edit_tensors, quantization_config, random_weight, write
 from tests.helpers.checkpoint_writers import compressed as write_compressed
 from tests.helpers.families import make_model, prompts

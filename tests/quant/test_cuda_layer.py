@@ -13,11 +13,11 @@ pytest.importorskip("triton")
 
 from specdec_kernels import w4a16
 
-from specdec.quant import cuda, int4
+from specdec.quant import cuda, fused_linear, linear
 from specdec.quant.batch_invariant import MAX_WINDOW
 from specdec.quant.cuda import CudaKernel
-from specdec.quant.int4 import Int4Linear
-from specdec.quant.quantizer import link_fused_layers
+from specdec.quant.fused_linear import link_fused_layers
+from specdec.quant.linear import Int4Linear
 from tests.quant.test_int4 import random_tensor
 
 
@@ -31,7 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
         seen.append(x.shape)
         return multiply(x, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(int4, "KERNELS", [CudaKernel])
+    monkeypatch.setattr(linear, "KERNELS", [CudaKernel])
     monkeypatch.setattr(cuda, "runs_on", lambda device: True)
     monkeypatch.setattr(w4a16, "matmul", counted)
     return seen
@@ -127,7 +127,7 @@ def test_siblings_share_a_launch_and_get_what_each_would_alone(symmetric: bool, 
     linked, apart = attention(symmetric=symmetric), attention(symmetric=symmetric)
     canonical = linked.state_dict()
     for one in (apart.q_proj, apart.k_proj, apart.v_proj):
-        one.siblings = None
+        one.group = None
     for width in (1, 6, 1):
         x = torch.randn(2, width, 256, dtype=torch.bfloat16)
         calls.clear()
@@ -189,9 +189,9 @@ def test_layers_that_never_share_an_input_part_and_keep_their_bits(calls: list) 
     linked = attention()
     x = torch.randn(1, 2, 256, dtype=torch.bfloat16)
     together = linked(x)
-    for _ in range(cuda.MISSES + 3):
+    for _ in range(fused_linear.MAX_MISSES + 3):
         own = linked.q_proj(x.clone()), linked.k_proj(x.clone()), linked.v_proj(x.clone())
-    assert linked.q_proj.siblings.fused is None
+    assert linked.q_proj.group.kernel is None
     for mine, before in zip(own, together, strict=True):
         torch.testing.assert_close(mine, before)
 
@@ -202,11 +202,11 @@ def test_layers_of_different_forms_do_not_fuse(calls: list) -> None:
     x = torch.randn(1, 2, 256, dtype=torch.bfloat16)
     odd(x)
     assert len(calls) == 3
-    assert odd.q_proj.siblings.fused is None
+    assert odd.q_proj.group.kernel is None
     permuted = Attention(layer(permuted=True), layer(permuted=True), layer(permuted=True))
     link_fused_layers(permuted)
     permuted(x)
-    assert permuted.q_proj.siblings.fused is None
+    assert permuted.q_proj.group.kernel is None
 
 
 def test_moving_and_loading_part_siblings_and_bring_them_together_again(calls: list) -> None:
@@ -215,7 +215,7 @@ def test_moving_and_loading_part_siblings_and_bring_them_together_again(calls: l
     before, state = linked(x), {name: value.clone() for name, value in linked.state_dict().items()}
     linked.to("cpu")
     assert linked.q_proj.weight.dtype == torch.uint8
-    assert linked.q_proj.siblings.fused is None
+    assert linked.q_proj.group.kernel is None
     calls.clear()
     for mine, own in zip(linked(x), before, strict=True):
         assert mine.equal(own)
@@ -224,7 +224,7 @@ def test_moving_and_loading_part_siblings_and_bring_them_together_again(calls: l
     for mine, own in zip(linked(x), before, strict=True):
         assert mine.equal(own)
     copied = copy.deepcopy(linked)
-    assert copied.q_proj.siblings is None
+    assert copied.q_proj.group is None
     for mine, own in zip(copied(x), before, strict=True):
         torch.testing.assert_close(mine, own)
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from specdec.quant import cpu
 from specdec.quant.batch_invariant import MAX_WINDOW
-from specdec.quant.int4 import Int4Linear, Int4Tensor, pack, unpack
+from specdec.quant.int4 import Int4Tensor, pack, unpack
+from specdec.quant.linear import Int4Linear
 from specdec.quant.rounding import round_to_nearest
 
 needs_op = pytest.mark.skipif(cpu.row_order() is None, reason="this build of torch has no int4 op for its CPU")

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 import specdec
 from specdec import Int4Config
-from specdec.quant.int4 import Int4Linear
+from specdec.quant.linear import Int4Linear
 from specdec.quant.rounding import round_to_nearest
 from tests.helpers.families import FAMILIES, family, make_model, prompts
 

@@ -15,9 +15,9 @@ from torch import Tensor, library
 
 from specdec_kernels import trial
 from specdec_kernels.w4a16 import reference
-from specdec_kernels.w4a16.layout import E2M1, TILE, Kind, PackedWeight, joined, prepack
+from specdec_kernels.w4a16.layout import E2M1, TILE, Kind, PackedWeight, concatenate, prepack
 
-__all__ = ["PackedWeight", "has_kernel", "joined", "matmul", "prepack"]
+__all__ = ["PackedWeight", "has_kernel", "concatenate", "matmul", "prepack"]
 
 MAX_ROWS = 256  # a launch; what splits of K write grows with them, and a row's bits don't depend on them
 

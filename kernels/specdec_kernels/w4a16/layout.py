@@ -121,7 +121,7 @@ def prepack(
     return PackedWeight(tiles, words, kind, group_size, dtype, exponent, splits, rows, in_features)
 
 
-def joined(weights: list[PackedWeight]) -> PackedWeight | None:
+def concatenate(weights: list[PackedWeight]) -> PackedWeight | None:
     """Weights one above the other, each from a whole block on, for one launch; None where they differ in more than their rows."""
     first = weights[0]
     if any(_form(weight) != _form(first) for weight in weights):
