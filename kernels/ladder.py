@@ -1,8 +1,8 @@
-"""The rungs of kernels/README.md, for scripts/check_kernels.py to compile: what each step of the 4-bit matmul's design is worth.
+"""The ladder of kernels/README.md for scripts/check_kernels.py: the 4-bit matmul with other designs and constants.
 
     python scripts/check_kernels.py --op ladder --all --arch 90
 
-The rungs below the shipped ones are over the limit of instructions a weight: that is what they show.
+Configurations before the shipped ones exceed the limit of instructions a weight, which is what they demonstrate.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def naive_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """The same product from a checkpoint's own layout: every word is read by eight threads, every weight converted and scaled."""
+    """The product from GPTQ's layout: every word is read by eight threads, every weight is converted and scaled."""
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
@@ -46,7 +46,7 @@ def naive_kernel(
 SHIPPED = BY_NAME["bf16-symmetric-128-bf16-m16"]
 
 
-def rung(name: str, **constants: int | bool) -> Configuration:
+def variant(name: str, **constants: int | bool) -> Configuration:
     """The shipped kernel with other constants."""
     constants = SHIPPED.constants | constants
     return replace(SHIPPED, op="ladder", name=name, constants=constants, weights_per_pass=128 * constants["BN"])
@@ -64,11 +64,11 @@ CONFIGURATIONS = [
         divisible=(*_POINTERS, "N", "K"),
         weights_per_pass=64 * 128,
     ),
-    rung("2 tiles, eight dots, plain", ASM=False),
-    rung("3 inline asm, BN 64", BN=64),
-    rung("4 BN 128, shipped", BN=128),
-    rung("5 BM 32, shipped from 17 rows on", BM=32),
-    rung("BN 256", BN=256),
-    rung("BN 256, BM 32", BN=256, BM=32),
-    replace(rung("8 warps, BN 256", BN=256), num_warps=8),
+    variant("2 tiles, eight dots, plain", ASM=False),
+    variant("3 inline asm, BN 64", BN=64),
+    variant("4 BN 128, shipped", BN=128),
+    variant("5 BM 32, shipped from 17 rows on", BM=32),
+    variant("BN 256", BN=256),
+    variant("BN 256, BM 32", BN=256, BM=32),
+    replace(variant("8 warps, BN 256", BN=256), num_warps=8),
 ]

@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from specdec.quant.int4 import Int4Linear
+from specdec.quant.linear import Int4Linear
 from specdec.quant.rounding import round_to_nearest
 from specdec.utils.provenance import provenance
 

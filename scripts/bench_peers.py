@@ -43,7 +43,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from specdec.quant.quantizer import Int4Config
+from specdec.quant.config import Int4Config
 from specdec.runtime.loading import load, load_tokenizer
 from specdec.utils import embedded
 from specdec.utils.provenance import provenance

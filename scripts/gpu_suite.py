@@ -59,8 +59,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import specdec
 from specdec.core import verification
 from specdec.core.steps import Draft
-from specdec.quant.int4 import Int4Linear, Int4Tensor, pack, unpack
-from specdec.quant.quantizer import Int4Config
+from specdec.quant.config import Int4Config
+from specdec.quant.int4 import Int4Tensor, pack, unpack
+from specdec.quant.linear import Int4Linear
 from specdec.runtime.loading import load
 from specdec.utils import embedded
 from specdec.utils.provenance import provenance
@@ -473,7 +474,7 @@ def absent(reason: Exception, x: Tensor) -> Tensor:
 def dequantizing(int4: Int4Tensor) -> Int4Linear:
     """What serves prefill: slabs in full precision, one after the other, straight from the canonical codes."""
     layer = Int4Linear(int4).eval()
-    layer.use_kernel, layer.has_looked = False, True
+    layer.use_kernel, layer.has_chosen_kernel = False, True
     return layer
 
 

@@ -32,8 +32,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from specdec.quant.config import Int4Config
 from specdec.quant.int4 import GROUP_SIZES
-from specdec.quant.quantizer import Int4Config, is_4bit, layers_to_quantize, quantize_from
+from specdec.quant.layers import is_4bit, layers_to_quantize
+from specdec.quant.quantizer import quantize_from
 from specdec.runtime.loading import load
 from specdec.utils import embedded
 

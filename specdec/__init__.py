@@ -5,7 +5,8 @@ from specdec.core.stats import Stats
 from specdec.core.steps import Draft, StepResult, Verdict
 from specdec.generation.enable import disable, enable, last_stats
 from specdec.quant.checkpoints import load_quantized
-from specdec.quant.quantizer import Int4Config, quantize
+from specdec.quant.config import Int4Config
+from specdec.quant.quantizer import quantize
 
 __all__ = [
     "Draft",

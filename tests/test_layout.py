@@ -82,7 +82,6 @@ def test_imports_go_down(path: Path) -> None:
             assert LAYERS[package] > LAYERS["generation"], f"{module_name(path)} imports {name}"
 
 
-@pytest.mark.xfail(reason="quant: int4, cpu and cuda", strict=True)
 def test_no_circle() -> None:
     """Of modules, imports for the type checker alone included."""
     files = {f"specdec.{module_name(path)}": path for path in MODULES}

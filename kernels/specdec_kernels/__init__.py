@@ -1,1 +1,1 @@
-"""specdec's Triton kernels. Importing this imports no triton, which exists on Linux only: an op imports it when it launches."""
+"""specdec's kernels. Importing this does not import triton, which exists on Linux only; an op imports it at launch."""

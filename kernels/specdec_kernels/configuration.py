@@ -1,4 +1,4 @@
-"""A kernel as it is launched, and all that a compiler must be told to build the same one without a GPU."""
+"""A kernel's launch configuration: everything needed to compile the same kernel without a GPU."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ ARCHS = (80, 86, 89, 90, 100, 120)  # compute capabilities, times ten, that ever
 
 @dataclass(frozen=True)
 class Configuration:
-    """One shipped form of a kernel: what dispatch launches is what scripts/check_kernels.py compiles.
+    """One shipped variant of a kernel: dispatch launches what scripts/check_kernels.py compiles.
 
     name: unique in its op.
     kernel: the triton.jit function.
     signature: Triton type of every argument that is not a constant ("*fp16", "i32", …), by name.
     constants: value of every constexpr argument, by name.
     divisible: names of the arguments that dispatch guarantees to be multiples of 16 (addresses, sizes, strides).
-    weights_per_pass: 4-bit weights that one block takes in per pass of its main loop; None: the kernel reads none.
-    tensor_cores, wide_loads: the compiled kernel must multiply on tensor cores; must load 128 bits at a time.
-    barriers: most of them in the main loop.
-    ordered: the kernel's blocks meet at a counter, so a barrier must stand between what they wrote and the counter.
+    weights_per_pass: 4-bit weights that one block reads in one iteration of its main loop; None: the kernel reads none.
+    tensor_cores, wide_loads: the compiled kernel must multiply on tensor cores; load 128 bits at a time.
+    barriers: the largest number of them in the main loop.
+    ordered: the kernel's blocks synchronize at a counter, so a barrier must separate their stores from the counter.
     """
 
     op: str
@@ -46,19 +46,19 @@ class Configuration:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What both a launch and a compilation ahead of time are told."""
+        """Compiler options of both a launch and a compilation ahead of time."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
 @functools.cache
 def runs_on(device: torch.device) -> bool:
-    """Whether Triton kernels can be launched on a device. Where they cannot, PyTorch's own operators do the work."""
+    """Whether Triton kernels can be launched on a device; elsewhere PyTorch's own operators are used."""
     return device.type == "cuda" and _can_launch() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache
 def _can_launch() -> bool:
-    if torch.version.hip is not None:  # nobody has tried them on AMD
+    if torch.version.hip is not None:  # the kernels are not tested on AMD
         return False
     missing = ""
     if find_spec("triton") is None:
@@ -66,10 +66,10 @@ def _can_launch() -> bool:
     elif not any(map(shutil.which, (os.environ.get("CC", ""), "clang", "gcc"))):
         missing = "Triton compiles its launcher with gcc or clang, and neither is on the PATH (install one, or set CC)"
     if missing:
-        warnings.warn(f"specdec's kernels are left out, and the speed they give: {missing}", stacklevel=2)
+        warnings.warn(f"specdec's CUDA kernels are not used, which is slower: {missing}", stacklevel=2)
     return not missing
 
 
 def interpreting() -> bool:
-    """True where TRITON_INTERPRET=1 was set before triton's kernels were imported: they run in NumPy, on CPU tensors."""
+    """Whether TRITON_INTERPRET=1 is set. If it was when the kernels were imported, they run in NumPy on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")

@@ -1,7 +1,8 @@
-"""Counters at which the blocks of a launch meet: the last one to come does what is left, in a fixed order, and sets it back to 0.
+"""Counters by which the last block of a launch recognizes that it is the last, to combine the partial results.
 
-A block writes its part, passes a barrier, and adds 1 to its counter with acquire and release order. Whoever reads count - 1 is
-the last, and reads every part. So a result is summed in the same order at every launch, whichever block ends last.
+A block writes its part, passes a barrier, and adds 1 to its counter with acquire and release order. The block that
+reads count - 1 is the last; it reads all parts in a fixed order. So a result is the same at every launch, whichever
+block ends last. The last block resets the counter to 0.
 """
 
 from __future__ import annotations
@@ -11,43 +12,42 @@ import threading
 import torch
 from torch import Tensor
 
-POOL = 1 << 22  # counters a device, 16 MB: those of streams, and of launches in CUDA graphs
-FOR_A_STREAM = 4096
-ALIGNMENT = (
-    4  # counters, 16 bytes: addresses that 16 does not divide would have Triton compile another variant, in a capture
-)
+POOL_SIZE = 1 << 22  # counters of a device, 16 MB, for streams and for launches in CUDA graphs
+STREAM_SIZE = 4096
+ALIGNMENT = 4  # counters, 16 bytes: for an unaligned address Triton would compile another variant, during a capture
 
-_KEPT: dict[tuple[torch.device, int], Tensor] = {}
-_SPARE: dict[torch.device, Tensor] = {}
+_OF_STREAM: dict[tuple[torch.device, int], Tensor] = {}
+_FREE: dict[torch.device, Tensor] = {}  # the rest of each device's pool
 _LOCK = threading.Lock()
 
 
 def counters(count: int, device: torch.device) -> Tensor:
-    """int32 zeros [>= count]; whoever uses them leaves zeros.
+    """int32 zeros [>= count]; a kernel that uses them leaves zeros.
 
-    Launches of one stream come one after the other and share theirs. A launch in a CUDA graph, which may be replayed beside
-    anything, gets its own for good, and no fill that every replay would repeat. All come from one pool, made by the first launch.
+    Launches of one stream run one after the other and share counters. A launch in a CUDA graph, whose replay may run at
+    the same time as anything else, gets counters of its own, without a fill that every replay would repeat. All are
+    part of one pool that the first launch allocates.
     """
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
     with _LOCK:
         if torch.cuda.is_current_stream_capturing():
-            return _taken(count, device)
-        if device not in _SPARE:
-            _SPARE[device] = torch.zeros(POOL, dtype=torch.int32, device=device)
+            return _allocate(count, device)
+        if device not in _FREE:
+            _FREE[device] = torch.zeros(POOL_SIZE, dtype=torch.int32, device=device)
             torch.cuda.synchronize(device)  # before any other stream reads them
         key = (device, torch.cuda.current_stream(device).cuda_stream)
-        kept = _KEPT.get(key)
-        if kept is None or len(kept) < count:
-            kept = _KEPT[key] = _taken(max(count, FOR_A_STREAM), device)
-        return kept
+        shared = _OF_STREAM.get(key)
+        if shared is None or len(shared) < count:
+            shared = _OF_STREAM[key] = _allocate(max(count, STREAM_SIZE), device)
+        return shared
 
 
-def _taken(count: int, device: torch.device) -> Tensor:
-    """Counters that nobody else has; filled anew where the pool has no more."""
+def _allocate(count: int, device: torch.device) -> Tensor:
+    """Counters from the device's pool; a tensor of its own where the pool is empty."""
     count = -(-count // ALIGNMENT) * ALIGNMENT
-    spare = _SPARE.get(device)
-    if spare is None or len(spare) < count:
+    free = _FREE.get(device)
+    if free is None or len(free) < count:
         return torch.zeros(count, dtype=torch.int32, device=device)
-    _SPARE[device] = spare[count:]
-    return spare[:count]
+    _FREE[device] = free[count:]
+    return free[:count]

@@ -1,4 +1,4 @@
-"""A kernel is trusted on a device after a trial there, whatever a compiler, a driver or a new GPU makes of it."""
+"""A trial of each kernel on each device before its first use: a compiler, driver or GPU may compute it wrongly."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ _PASSED: dict[tuple[torch.device, str], bool] = {}
 
 
 def passes(device: torch.device, kernel: str, trial: Callable[[], float]) -> bool:
-    """Whether the named kernel passed its trial on a CUDA device; run once. Said where it did not, and it is not used then.
+    """Whether the named kernel passed its trial on a CUDA device. The trial runs once; a failure gives a warning.
 
-    trial: -> the relative error of a small launch; it may raise whatever compilers and drivers raise.
+    trial: -> the relative error of a small launch; any exception is a failure, except that memory runs out.
     """
     if device.type != "cuda":
         return True
-    known = _PASSED.get((device, kernel))
-    if known is None:
-        if torch.cuda.is_current_stream_capturing():  # a graph can hold no trial; warming up before it runs one
+    has_passed = _PASSED.get((device, kernel))
+    if has_passed is None:
+        if (
+            torch.cuda.is_current_stream_capturing()
+        ):  # a trial cannot run in a graph; the warm-up before the capture runs it
             return True
         try:
-            known = _PASSED[device, kernel] = _run(device, kernel, trial)
-        except torch.OutOfMemoryError:  # says nothing of the kernel; the next time there may be room
+            has_passed = _PASSED[device, kernel] = _run(device, kernel, trial)
+        except torch.OutOfMemoryError:  # not the kernel's fault; tried again at the next use
             return False
-    return known
+    return has_passed
 
 
 def _run(device: torch.device, kernel: str, trial: Callable[[], float]) -> bool:
     try:
         with torch.cuda.device(device), torch.no_grad():
             error = trial()
-        failure = "" if error < 1e-2 else f"its result was wrong by {error:.1e}"  # NaN is wrong
+        failure = "" if error < 1e-2 else f"its result has a relative error of {error:.1e}"  # NaN fails
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -40,7 +42,8 @@ def _run(device: torch.device, kernel: str, trial: Callable[[], float]) -> bool:
     if failure:
         name = torch.cuda.get_device_name(device)
         warnings.warn(
-            f"specdec's kernel {kernel} is not used on {name}: {failure}; PyTorch's operators take its place, which is slower",
+            f"specdec's kernel {kernel} is not used on {name}: {failure}; PyTorch's operators are used"
+            " instead, which is slower",
             stacklevel=3,
         )
     return not failure

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from specdec.audit.quality import Quality, compare
 from specdec.cli.quantize import int4_config, weight_bytes
-from specdec.quant.quantizer import is_4bit, quantize
+from specdec.quant.layers import is_4bit
+from specdec.quant.quantizer import quantize
 from specdec.runtime.loading import load, load_tokenizer
 from specdec.runtime.runner import context_of
 from specdec.utils.provenance import provenance

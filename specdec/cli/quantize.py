@@ -19,7 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoModelForCausalLM
 
 from specdec.quant.checkpoints import config_folder, load_checkpoint, named_errors, read_config
-from specdec.quant.quantizer import Int4Config, layers_to_quantize
+from specdec.quant.config import Int4Config
+from specdec.quant.layers import layers_to_quantize
 from specdec.runtime.loading import read_tokenizer
 
 LOCK = "lock"

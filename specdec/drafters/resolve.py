@@ -16,7 +16,7 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.quant.batch_invariant import MAX_WINDOW
 from specdec.quant.checkpoints import load_checkpoint
-from specdec.quant.quantizer import is_4bit
+from specdec.quant.layers import is_4bit
 from specdec.runtime.loading import check_tokenizer_files
 from specdec.runtime.runner import context_of, widths
 from specdec.runtime.support import unsupported

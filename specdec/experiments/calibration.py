@@ -16,7 +16,7 @@ from specdec.experiments.records import SPECULATIVE, Costs, Memory, RecordFile, 
 from specdec.experiments.workloads import Prompt
 from specdec.planning import footprint as planning
 from specdec.planning.peak_memory import PeakMemory
-from specdec.quant.quantizer import is_4bit
+from specdec.quant.layers import is_4bit
 from specdec.runtime.runner import context_of
 from specdec.utils.text import pieces
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from specdec.draft_length.adaptive import MAX_DRAFT_TOKENS
 from specdec.drafters.resolve import AUTO
-from specdec.quant.quantizer import Int4Config
+from specdec.quant.config import Int4Config
 from specdec.runtime.loading import DTYPES, load
 
 

@@ -38,12 +38,14 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from specdec.planning.peak_memory import LiveStorages
 from specdec.quant.batch_invariant import BLOCK, CUDA_BLOCK, MAX_WINDOW
 from specdec.quant.checkpoints import config_folder, named_errors, read_config, take_settings
+from specdec.quant.config import METHOD, Int4Config
 from specdec.quant.cpu import OP_GROUP_SIZES, CpuKernel, TorchKernel, row_order
 from specdec.quant.experts import PROJECTIONS
 from specdec.quant.formats import scheme_of
 from specdec.quant.formats.layer import Scheme
-from specdec.quant.int4 import TILE_WEIGHTS, Int4Tensor
-from specdec.quant.quantizer import METHOD, Int4Config, layers_to_quantize, linear_layers, shape_of
+from specdec.quant.int4 import Int4Tensor
+from specdec.quant.layers import layers_to_quantize, linear_layers, shape_of
+from specdec.quant.linear import TILE_WEIGHTS
 from specdec.runtime.attention.select import KEYS
 from specdec.runtime.kv_cache.ragged import RaggedCache, attention_kinds, attention_masks, grown_capacity, kept_slots
 from specdec.runtime.runner import PREFILL_CHUNK, PREFILL_MASK, cache_argument, context_of
@@ -401,7 +403,7 @@ def _quantized(skeleton: Any, settings: dict[str, Any] | None, group_size: int, 
     layers, has_kernels = linear_layers(skeleton), device == "cpu" and cpu.load()
     saved_bytes = tile_weights = 0
     for name in names:
-        form = (config.group_size, config.symmetric) if scheme is None else _form(scheme.of(name))
+        form = (config.group_size, config.symmetric) if scheme is None else _form(scheme.for_layer(name))
         if form is not None and should_convert_module(name, [str(pattern).removeprefix("re:") for pattern in ignored]):
             rows, columns = shape_of(layers[name])
             saved_bytes += layers[name].weight.nbytes - _int4_bytes(rows, columns, *form, device, has_kernels)

@@ -1,4 +1,4 @@
-"""Activation functions with a scale behind them, which AWQ moved out of the next linear layer's columns."""
+"""Activation functions whose output is divided by a scale, which AWQ moves out of the next linear layer's columns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SCALE = "activation_scale"  # the parameter's name
+SCALE_NAME = "activation_scale"  # the parameter's name
 
 
 class ScaledActivation(nn.Module):
@@ -24,6 +24,6 @@ class ScaledActivation(nn.Module):
 
 
 def is_activation(module: Any) -> bool:
-    """Whether a module is an activation function of PyTorch's or transformers' that has no parameters."""
-    kind = type(module).__module__
-    return kind in (torch.nn.modules.activation.__name__, "transformers.activations") and not any(module.parameters())
+    """Whether a module is an activation function of PyTorch or transformers without parameters."""
+    is_known = type(module).__module__ in (torch.nn.modules.activation.__name__, "transformers.activations")
+    return is_known and not any(module.parameters())

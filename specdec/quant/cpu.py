@@ -1,25 +1,23 @@
 """4-bit matmuls of a CPU: specdec's own kernel where it has been built (specdec_kernels.cpu), else PyTorch's int4 op.
 
-Ours sums in float32 (of inputs rounded to bfloat16 where the CPU multiplies such), and one read of the weights serves eight rows.
-PyTorch's (torch._weight_int4pack_mm_for_cpu) takes and gives bfloat16; one row takes about a quarter of a bfloat16 linear's time,
-more rows take more, and from some eight on it loses (the cost table of scripts/bench_int4.py has the figures of a machine).
-Neither's result for a row depends on the other rows.
+specdec's kernel sums in float32 (inputs are rounded to bfloat16 where the CPU has bfloat16 products), and one read of
+the weights serves eight rows. PyTorch's op (torch._weight_int4pack_mm_for_cpu) reads and returns bfloat16; one row
+takes about a quarter of a bfloat16 linear layer's time, from about eight rows on the op is the slower one
+(scripts/bench_int4.py measures both). In both, a row's result does not depend on the other rows.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from specdec_kernels import cpu
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from specdec.quant.int4 import Int4Tensor
+from specdec.quant.int4 import SYMMETRIC_ZERO, Int4Tensor
 
-ROWS = 64  # rows are padded to a multiple: then the layout is even
+ROW_BLOCK = 64  # the op's rows are padded to a multiple of it, so that every block has the same layout
 OP_GROUP_SIZES = (256, 128, 64, 32)
 
 
@@ -34,32 +32,26 @@ class CpuKernel:
         self.weight, self.scale = cpu.pack(int4.codes(), int4.scale, int4.zero)
 
     @classmethod
-    def of(cls, int4: Int4Tensor) -> CpuKernel | None:
-        """The kernel for a weight, None where it is not on a CPU or has a codebook, or the kernel has not been built."""
-        if (
-            int4.weight.device.type != "cpu"
-            or int4.codebook is not None
-            or int4.group_size % cpu.WORD
-            or not cpu.load()
-        ):
-            return None
-        return cls(int4)
+    def for_weight(cls, int4: Int4Tensor) -> CpuKernel | None:
+        """The kernel for a weight, None off the CPU, with a codebook, or where the kernel has not been built."""
+        is_supported = int4.weight.device.type == "cpu" and int4.codebook is None and int4.group_size % cpu.WORD == 0
+        return cls(int4) if is_supported and cpu.load() else None
 
     def codes(self, start: int, stop: int) -> Tensor:
         """Codes 0 … 15, uint8 [stop - start, K], of rows start … stop; start is a multiple of 64."""
         return cpu.unpack(self.weight[start // cpu.BLOCK : -(-stop // cpu.BLOCK)])[: stop - start]
 
-    def takes(self, dtype: torch.dtype) -> bool:
-        """All of them, through float32."""
+    def supports(self, dtype: torch.dtype) -> bool:
+        """Every dtype: others are computed in float32."""
         return True
 
     def matmul(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, perm: Tensor | None) -> Tensor:
         """x [..., K] -> x[..., perm] W^T + bias, [..., N] of the same dtype."""
         if perm is not None:
             x = x[..., perm]
-        inner = x if x.dtype in cpu.DTYPES else x.float()
+        inputs = x if x.dtype in cpu.DTYPES else x.float()
         y: Tensor
-        [y] = torch.ops.specdec.int4_linear(inner, [weight], [scale], [self.out_features])
+        [y] = torch.ops.specdec.int4_linear(inputs, [weight], [scale], [self.out_features])
         return y.to(x.dtype) if bias is None else y.to(x.dtype) + bias.to(x.dtype)
 
 
@@ -67,24 +59,25 @@ class TorchKernel:
     """PyTorch's op on one weight [N, K].
 
     weight: uint8 [N', K/2], codes in the op's layout, N' a multiple of 64.
-    scale: bfloat16 [K/G, N', 2], scale and (8 - zero) * scale; G is the weight's group size or a divisor of it that the op has.
+    scale: bfloat16 [K/G, N', 2], scale and (8 - zero) * scale. G: the weight's group size or a divisor of it that the
+    op has.
     """
 
     def __init__(self, int4: Int4Tensor, group_size: int) -> None:
         self.out_features, self.in_features = int4.weight.shape[0], 2 * int4.weight.shape[1]
         self.group_size = group_size
-        padding = -self.out_features % ROWS
+        padding = -self.out_features % ROW_BLOCK
         self.is_padded = padding > 0
         codes = F.pad(int4.codes(), (0, 0, 0, padding)).int()
         self.weight = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
         scale = int4.scale.float()
-        offset = torch.zeros_like(scale) if int4.zero is None else (8 - int4.zero.float()) * scale
-        both = torch.stack((scale, offset), dim=-1).repeat_interleave(int4.group_size // group_size, dim=1)
-        self.scale = F.pad(both, (0, 0, 0, 0, 0, padding)).transpose(0, 1).contiguous().bfloat16()
+        offset = torch.zeros_like(scale) if int4.zero is None else (SYMMETRIC_ZERO - int4.zero.float()) * scale
+        scale_and_offset = torch.stack((scale, offset), dim=-1).repeat_interleave(int4.group_size // group_size, dim=1)
+        self.scale = F.pad(scale_and_offset, (0, 0, 0, 0, 0, padding)).transpose(0, 1).contiguous().bfloat16()
 
     @classmethod
-    def of(cls, int4: Int4Tensor) -> TorchKernel | None:
-        """The kernel for a weight, None where it is not on a CPU, has a codebook, or its groups don't suit the op."""
+    def for_weight(cls, int4: Int4Tensor) -> TorchKernel | None:
+        """The kernel for a weight, None off the CPU, with a codebook, or where the op does not have its group size."""
         if int4.weight.device.type != "cpu" or int4.codebook is not None or row_order() is None:
             return None
         group_size = next((size for size in OP_GROUP_SIZES if int4.group_size % size == 0), None)
@@ -94,12 +87,12 @@ class TorchKernel:
         """Codes 0 … 15, uint8 [stop - start, K], of rows start … stop; start is a multiple of 64."""
         order = row_order()
         assert order is not None
-        packed = self.weight[start : -(-stop // ROWS) * ROWS]
+        packed = self.weight[start : -(-stop // ROW_BLOCK) * ROW_BLOCK]
         nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).view(-1, self.in_features, len(order))
         return nibbles[:, :, order].transpose(1, 2).reshape(-1, self.in_features)[: stop - start]
 
-    def takes(self, dtype: torch.dtype) -> bool:
-        """All of them, rounded to bfloat16."""
+    def supports(self, dtype: torch.dtype) -> bool:
+        """Every dtype: inputs are rounded to bfloat16."""
         return True
 
     def matmul(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, perm: Tensor | None) -> Tensor:
@@ -116,25 +109,26 @@ class TorchKernel:
 
 @functools.cache
 def row_order() -> Tensor | None:
-    """Where the op's layout keeps each row: nibble order[r] of a block, column by column; None where it does otherwise.
+    """The order of rows in the op's layout, column by column: row r of a block is nibble order[r].
 
-    The layout goes by the CPU's vector width and is not documented, so it is read off: each element's own number is packed, digit
-    by digit.
+    None where the op is missing or has another layout.
+
+    The layout depends on the CPU's vector width and is not documented, so it is measured: the index of each element is
+    packed, one hexadecimal digit at a time.
     """
     columns = 32
-    number = torch.arange(ROWS * columns, dtype=torch.int32).view(ROWS, columns)
+    index = torch.arange(ROW_BLOCK * columns, dtype=torch.int32).view(ROW_BLOCK, columns)
     try:
-        digits = [torch._convert_weight_to_int4pack_for_cpu((number >> shift) & 15, 1) for shift in (0, 4, 8)]
+        digits = [torch._convert_weight_to_int4pack_for_cpu((index >> shift) & 15, 1) for shift in (0, 4, 8)]
     except (AttributeError, RuntimeError, NotImplementedError):  # a build without the op
         return None
-    place = sum(torch.stack((d & 15, d >> 4), dim=-1).flatten().int() << 4 * i for i, d in enumerate(digits))
-    assert isinstance(place, Tensor)
+    packed = sum(torch.stack((d & 15, d >> 4), dim=-1).flatten().int() << 4 * i for i, d in enumerate(digits))
+    assert isinstance(packed, Tensor)
+    expected_column = torch.arange(columns).int()[None, :, None]
     for block in (64, 32, 16):
-        row, column = (place // columns).view(-1, columns, block), (place % columns).view(-1, columns, block)
+        row, column = (packed // columns).view(-1, columns, block), (packed % columns).view(-1, columns, block)
         rows = row[0, 0]
-        even = rows + block * torch.arange(ROWS // block)[:, None, None]
-        if row.equal(even.expand_as(row).int()) and column.equal(
-            torch.arange(columns).int()[None, :, None].expand_as(column)
-        ):
+        expected_row = rows + block * torch.arange(ROW_BLOCK // block)[:, None, None]
+        if row.equal(expected_row.expand_as(row).int()) and column.equal(expected_column.expand_as(column)):
             return rows.argsort()
     return None

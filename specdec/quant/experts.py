@@ -1,4 +1,4 @@
-"""Mixture-of-experts weights in four bits: gpt_oss' experts as MXFP4 keeps them."""
+"""Mixture-of-experts weights in four bits: gpt_oss' experts in MXFP4."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
 class Int4Experts(nn.Module):
-    """gpt_oss' experts on 4-bit weights [E, N, K]; in full precision is one expert's matrix at a time, if a token asks for it.
+    """gpt_oss' experts on 4-bit weights [E, N, K], in the place of transformers' GptOssExperts.
 
-    Stands where transformers' GptOssExperts stood: (hidden states [T, D], expert ids [T, k], their weights [T, k]) -> [T, D].
+    (hidden states [T, D], expert ids [T, k], their routing weights [T, k]) -> [T, D]. Only experts that a token is
+    routed to are dequantized, one projection at a time.
     """
 
     def __init__(self, experts: Any, gate_up: Int4Tensor, down: Int4Tensor) -> None:
@@ -41,10 +42,10 @@ class Int4Experts(nn.Module):
             raise ValueError("4-bit experts cannot be trained and have no training mode; call model.eval()")
         output = torch.zeros_like(hidden_states)
         for expert in torch.unique(router_indices).tolist():
-            token, place = torch.where(router_indices == expert)
+            token, choice = torch.where(router_indices == expert)
             gate_up = self._project("gate_up_proj", expert, hidden_states[token])
             down = self._project("down_proj", expert, self.apply_gate(self, gate_up))
-            output.index_add_(0, token, (down * routing_weights[token, place, None]).to(output.dtype))
+            output.index_add_(0, token, (down * routing_weights[token, choice, None]).to(output.dtype))
         return output
 
     def _project(self, projection: str, expert: int, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Round to nearest with a search of the scale: 4 bits without calibration data."""
+"""Round to nearest with a search for the scales: 4 bits without calibration data."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from torch import Tensor
 
 from specdec.quant.int4 import SYMMETRIC_ZERO, Int4Tensor, pack
 
-SHRINKS = torch.linspace(1.0, 0.7, 16)  # of the range that the codes cover; clipping a few weights may serve the others
-CHUNK_WEIGHTS = 1 << 18  # in float32 at any one time, several times over; what a CPU's cache holds
-CUDA_CHUNK_WEIGHTS = 1 << 24  # so that launches don't decide
+SHRINKS = torch.linspace(
+    1.0, 0.7, 16
+)  # factors of the range that the codes cover; clipping a few weights may reduce the error of the others
+CHUNK_WEIGHTS = 1 << 18  # rounded at a time, in several float32 copies that fit a CPU's cache
+CUDA_CHUNK_WEIGHTS = 1 << 24  # enough that launches take no noticeable time
 
 
 def round_to_nearest(weight: Tensor, group_size: int, symmetric: bool) -> Int4Tensor:
     """The 4-bit form of weight [N, K]; group_size G divides K, or is -1 for the whole row.
 
-    Each group takes, out of a grid, the scale with the least sum of |w| (w - w')^2: an error counts by the weight it falls on,
-    much as in llama.cpp's k-quants. Scales are bfloat16, and the search knows. Symmetric codes stand for -8 … 7 times the scale,
-    whose sign gives the eighth step to the side that needs it; asymmetric ones have a zero point.
+    The scale of each group is the one, out of a grid, with the least sum of |w| (w - w')^2: errors are weighted by the
+    magnitude of the weight, as in llama.cpp's k-quants. Candidates are rounded to bfloat16, the dtype of the scales,
+    before they are compared. Symmetric codes represent -8 … 7 times the scale, which is negative where the largest
+    weight is positive; asymmetric ones have a zero point.
     """
     columns = weight.shape[1]
     size = columns if group_size == -1 else group_size
@@ -40,11 +43,12 @@ def _symmetric(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Packed codes [n, K/2], scales [n, K/G], zeros [n, K/G] of groups [n, K/G, G]."""
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     candidates = ((largest * shrink / -8) for shrink in SHRINKS.tolist())
-    both = (sign * scale for scale in candidates for sign in (1, -8 / 7))  # the largest weight at -8, or at 7
-    return _best(groups, ((scale, torch.full_like(scale, SYMMETRIC_ZERO)) for scale in both))
+    signed = (sign * scale for scale in candidates for sign in (1, -8 / 7))  # the largest weight at -8, or at 7
+    return _best(groups, ((scale, torch.full_like(scale, SYMMETRIC_ZERO)) for scale in signed))
 
 
 def _asymmetric(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with a zero point for each group."""
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
 
     def candidate(shrink: float) -> tuple[Tensor, Tensor]:
@@ -55,7 +59,7 @@ def _asymmetric(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _best(groups: Tensor, candidates: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the (scale, zero) candidates, [n, K/G, 1] each, the one with the least weighted error, group by group."""
+    """Round with the best (scale, zero) candidate, [n, K/G, 1] each, of each group: -> as _symmetric."""
     importance = groups.abs()
     least = torch.full_like(groups[..., :1], torch.inf)
     best_scale, best_zero = torch.ones_like(least), torch.zeros_like(least)
@@ -71,5 +75,5 @@ def _best(groups: Tensor, candidates: Iterable[tuple[Tensor, Tensor]]) -> tuple[
 
 
 def _nonzero(scale: Tensor) -> Tensor:
-    """A group of zeros has no scale of its own; any other is kept where bfloat16 can still hold it."""
+    """The scale, 1 for a group of zeros and where bfloat16 could not represent it."""
     return torch.where(scale.abs() < 1e-30, torch.ones_like(scale), scale)

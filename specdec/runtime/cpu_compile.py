@@ -35,9 +35,9 @@ from transformers.utils.logging import tqdm
 
 from specdec.quant import batch_invariant as rows
 from specdec.quant import cpu as int4_on_cpu
-from specdec.quant import int4
+from specdec.quant import int4, linear
 from specdec.quant.batch_invariant import ATTENTION, MAX_WINDOW
-from specdec.quant.quantizer import is_4bit
+from specdec.quant.layers import is_4bit
 from specdec.runtime import runner as models
 from specdec.runtime.attention import select as attention
 from specdec.runtime.cuda_graphs import Graphs, why_not_recorded
@@ -49,7 +49,15 @@ from specdec.runtime.support import PROBE_TOLERANCE, precision_of
 from specdec.runtime.tensor_parallel import tensor_parallel_group
 
 Compile = Literal["auto"] | bool
-SOURCES: tuple[ModuleType, ...] = (cache, attention, models, int4, int4_on_cpu, rows)  # what is traced, with this file
+SOURCES: tuple[ModuleType, ...] = (
+    cache,
+    attention,
+    models,
+    int4,
+    linear,
+    int4_on_cpu,
+    rows,
+)  # what is traced, with this file
 SHAPES = "buffers"  # a package's note of each layer's heads and widths, keys and values in turn
 MASKS_BY_SLOT = "it tells by the number of keys where a query stands"
 SIZES = (3, 5)  # rows and columns of the example that is traced; left open, as the buffers' length is
@@ -84,7 +92,7 @@ class CompiledForward:
         self.weights: list[Tensor] = []  # lent, so they have to be there
         self.places: list[int] = []
         self.columns: dict[tuple[int, bool], Tensor] = {}
-        layers = [module for module in model.modules() if isinstance(module, int4.Int4Linear)]
+        layers = [module for module in model.modules() if isinstance(module, linear.Int4Linear)]
         self.any_width = bool(layers) and all(
             isinstance(x.kernel, int4_on_cpu.CpuKernel) and x.use_kernel for x in layers
         )

@@ -299,7 +299,7 @@ def hooked(model: nn.Module) -> str | None:
 def enter_layouts(model: nn.Module) -> None:
     """Bring 4-bit layers to the kernels that there are now, whether or not they have been called."""
     for module in model.modules():
-        getattr(type(module), "enter_layout", lambda layer: None)(module)
+        getattr(type(module), "choose_kernel", lambda layer: None)(module)
 
 
 def _attributes(state: dict[str, Any]) -> dict[str, Any]:

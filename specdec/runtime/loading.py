@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel
 
 from specdec.quant.checkpoints import load_checkpoint, named_errors, read_json
-from specdec.quant.quantizer import Int4Config
+from specdec.quant.config import Int4Config
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENIZER_FILES = (

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from specdec.quant.batch_invariant import ATTENTION
-from specdec.quant.int4 import Int4Linear
-from specdec.quant.quantizer import METHOD
+from specdec.quant.config import METHOD
+from specdec.quant.linear import Int4Linear
 from specdec.runtime.attention.select import implementation_of
 from specdec.runtime.kv_cache.ragged import attention_kinds
 from specdec.runtime.runner import ModelRunner, context_of, masks_by_slot, widths

@@ -434,7 +434,7 @@ def test_a_model_that_cannot_be_planned_runs_all_the_same(tmp_path: Path, monkey
 
 
 def test_a_target_is_quantized_while_it_loads(tmp_path: Path) -> None:
-    from specdec.quant.quantizer import is_4bit
+    from specdec.quant.layers import is_4bit
 
     original = TargetConfig(str(ROOT / "tests" / "data" / "target"), device="cpu")
     quant = QuantConfig(int4=True, group_size=64, skip_modules=["model.layers.0"])

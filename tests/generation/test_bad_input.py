@@ -74,7 +74,7 @@ def test_num_assistant_tokens_of_a_call_is_checked_alike(given: Any) -> None:
         (
             Path("no/such/folder"),
             ValueError,
-            r"'no/such/folder' is not one of .* it is no folder here and cannot be had",
+            r"'no/such/folder' is not one of .* it is no local folder and cannot be",
         ),
         (PromptLookup, TypeError, r"<class .*PromptLookup'> is none of: a transformers model.* object with begin\(\)"),
         (LlamaForCausalLM, TypeError, r"<class .*LlamaForCausalLM'> is none of: a transformers model"),

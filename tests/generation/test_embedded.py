@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import specdec
-from specdec.quant.int4 import Int4Linear
+from specdec.quant.linear import Int4Linear
 from specdec.utils import embedded
 
 ROOT = Path(__file__).parents[2]

@@ -1,6 +1,6 @@
-"""Tiny quantized checkpoints, written element by element from the formats' descriptions: they share no line with the readers.
+"""Tiny quantized checkpoints, written element by element from the formats' descriptions, without code of the readers.
 
-Codes, scales and zero points are random, so every nibble counts. Each writer returns what its weights stand for.
+Codes, scales and zero points are random, so every nibble matters. `write` returns the weights that they represent.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from tests.helpers.families import make_model
 
 FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
 TINY = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 128, "initializer_range": 0.2, "tie_word_embeddings": False,
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2, "tie_word_embeddings": False,
 }  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": TINY,
@@ -28,12 +28,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": TINY | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "starcoder2": TINY,
     "gpt2": {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 128},
-    "gptj": {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 128, "rotary_dim": 4, "tie_word_embeddings": False},
+    "gptj": {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 128, "rotary_dim": 4,
+             "tie_word_embeddings": False},
     "gemma3": {
-        "text_config": TINY | {"vocab_size": 101, "head_dim": 16, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0},
+        "text_config": TINY | {
+            "vocab_size": 101, "head_dim": 16, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
+        },
         "vision_config": {
-            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
-            "patch_size": 4,
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 8, "patch_size": 4,
         },
         "mm_tokens_per_image": 4, "image_token_index": 100, "boi_token_index": 98, "eoi_token_index": 99,
     },
@@ -45,20 +48,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 LAYERS = ("_proj", ".w1", ".w2", ".w3", ".c_attn", ".c_fc", ".c_proj", ".fc_in", ".fc_out")  # quantized ones
-OUTPUTS = ("c_proj.weight", "fc_out.weight")  # of layers whose inputs are an activation function's outputs
-AUTO_ROUND = {
-    "gptq": "auto_round:auto_gptq",
-    "gptq_v2": "auto_round",
-    "awq": "auto_round:auto_awq",
-}  # by how zero points lie
+OUTPUTS = ("c_proj.weight", "fc_out.weight")  # of layers whose inputs are the outputs of an activation function
+# packing_format by the layout of zero points
+AUTO_ROUND = {"gptq": "auto_round:auto_gptq", "gptq_v2": "auto_round", "awq": "auto_round:auto_awq"}
 
 
 @dataclass
 class Case:
     """One checkpoint to write.
 
-    group_size -1: a whole row. skip: ends of the names of linear layers to leave as they are. layers: what differs for layers,
-    by the ends of their names. scaled: the end of the names of activation functions that get a scale. settings: of the config.
+    group_size: -1 for a whole row. skip: ends of the names of linear layers that are not quantized. layers: fields that
+    differ for layers, by the ends of their names. scaled: the end of the names of activation functions that get a
+    scale. settings: more of the quantization_config. values: of the model's config.
     """
 
     method: str
@@ -76,7 +77,7 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
 
-    def of(self, name: str) -> Case:
+    def for_layer(self, name: str) -> Case:
         """The case of one layer."""
         return replace(self, **next((changes for end, changes in self.layers.items() if name.endswith(end)), {}))
 
@@ -92,7 +93,7 @@ class Weight:
     bits: int = 4
 
     def dense(self) -> Tensor:
-        """What it stands for, in float32; in the scales' dtype it is rounded once more."""
+        """The weight in float32; in the scales' dtype it is rounded once more."""
         return (self.codes - self.zero[:, self.group]).float() * self.scale[:, self.group].float()
 
 
@@ -122,7 +123,7 @@ def signed(value: int) -> int:
 
 
 def words(rows: list[list[int]], bits: int = 4) -> Tensor:
-    """[R][C] codes -> int32 [R, ceil(C * bits / 32)], filled up with zeros."""
+    """[R][C] codes -> int32 [R, ceil(C * bits / 32)], padded with zeros."""
     step = 32 // bits
     return torch.tensor(
         [[word(row[i : i + step], bits) for i in range(0, len(row), step)] for row in rows], dtype=torch.int32
@@ -142,7 +143,7 @@ def gptq(weight: Weight, case: Case) -> dict[str, Tensor]:
 
 def awq(weight: Weight, case: Case) -> dict[str, Tensor]:
     def interleaved(rows: list[list[int]]) -> Tensor:
-        order = [0, 2, 4, 6, 1, 3, 5, 7]  # the columns as they follow in a word, from its lowest nibble
+        order = [0, 2, 4, 6, 1, 3, 5, 7]  # the columns in the order of a word's nibbles, the lowest first
         return words([[row[start + i] for start in range(0, len(row), 8) for i in order] for row in rows])
 
     return {
@@ -168,20 +169,21 @@ def compressed(weight: Weight, case: Case) -> dict[str, Tensor]:
 def quantization_config(case: Case) -> dict[str, Any]:
     if case.method == "gptq":
         return {
-            "quant_method": "gptq", "bits": 4, "group_size": case.group_size, "desc_act": case.act_order, "sym": case.symmetric,
-            "checkpoint_format": case.version, "lm_head": case.head,
+            "quant_method": "gptq", "bits": 4, "group_size": case.group_size, "desc_act": case.act_order,
+            "sym": case.symmetric, "checkpoint_format": case.version, "lm_head": case.head,
         }  # fmt: skip
     if case.method == "awq":
         return {"quant_method": "awq", "bits": 4, "group_size": case.group_size, "version": "gemm", "zero_point": True}
     if case.method == "auto-round":
         return {
-            "quant_method": "auto-round", "bits": 4, "group_size": case.group_size, "sym": case.symmetric, "data_type": "int",
-            "packing_format": AUTO_ROUND[case.version], "autoround_version": "0.9.0", "batch_size": 8, "iters": 200,
+            "quant_method": "auto-round", "bits": 4, "group_size": case.group_size, "sym": case.symmetric,
+            "data_type": "int", "packing_format": AUTO_ROUND[case.version], "autoround_version": "0.9.0", "batch_size": 8, "iters": 200,
         }  # fmt: skip
     if case.method == "mxfp4":
         return {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
     weights = {
-        "num_bits": 4, "type": "int", "symmetric": case.symmetric, "strategy": "channel" if case.group_size == -1 else "group",
+        "num_bits": 4, "type": "int", "symmetric": case.symmetric,
+        "strategy": "channel" if case.group_size == -1 else "group",
         "group_size": None if case.group_size == -1 else case.group_size, "dynamic": False,
         "actorder": "group" if case.act_order else None,
     }  # fmt: skip
@@ -193,7 +195,7 @@ def quantization_config(case: Case) -> dict[str, Any]:
 
 
 def mxfp4(tensors: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """Put blocks and scales where gpt_oss' experts [E, K, N] are; -> what they stand for [E, K, N], by name."""
+    """Replace gpt_oss' experts [E, K, N] by blocks and scales: -> the weights [E, K, N] they represent, by name."""
     dense = {}
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
         experts, columns, rows = tensors.pop(name).shape
@@ -216,16 +218,16 @@ def mxfp4(tensors: dict[str, Tensor], generator: torch.Generator) -> dict[str, T
 
 
 def write(folder: Path, case: Case, seed: int = 0) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """Write the checkpoint into `folder` -> the same model in float32 with the weights that it stands for, and those weights."""
+    """Write a checkpoint into `folder`: -> a float32 model with the same weights, and its dequantized weights."""
     model = make_model(case.model_type, seed, **FAMILIES[case.model_type] | case.values)
     generator = torch.Generator().manual_seed(seed)
     model.generation_config.max_length = 77
-    twin = folder.parent / f"{folder.name}-dense"
-    for place in (folder, twin):
-        model.save_pretrained(place)
+    dense_folder = folder.parent / f"{folder.name}-dense"
+    for path in (folder, dense_folder):
+        model.save_pretrained(path)
     plain = load_file(folder / "model.safetensors")
     tensors, dense, divided = dict(plain), {}, {}
-    is_transposed = case.model_type == "gpt2"  # whose layers hold W [K, N]
+    is_transposed = case.model_type == "gpt2"  # its layers store W [K, N]
     if case.method == "mxfp4":
         dense = mxfp4(tensors, generator)
     else:
@@ -235,21 +237,23 @@ def write(folder: Path, case: Case, seed: int = 0) -> tuple[PreTrainedModel, dic
         for key in plain:
             name = key.removesuffix(".weight")
             if key.endswith(".weight") and name.endswith(ends) and not name.endswith(case.skip or "none"):
-                own = case.of(name)
+                layer_case = case.for_layer(name)
                 shape = tensors.pop(key).shape
-                weight = random_weight(*(shape[::-1] if is_transposed else shape), own, generator)
+                weight = random_weight(*(shape[::-1] if is_transposed else shape), layer_case, generator)
                 dense[key] = weight.dense()
-                tensors |= {f"{name}.{part}": value for part, value in layer_writer(weight, own).items()}
+                tensors |= {f"{name}.{part}": value for part, value in layer_writer(weight, layer_case).items()}
     for name in [name for name, _ in model.named_modules() if case.scaled and name.endswith(case.scaled)]:
-        [behind] = [key for key in dense if key.startswith(name.removesuffix(case.scaled)) and key.endswith(OUTPUTS)]
-        scale = (torch.rand(dense[behind].shape[1], generator=generator) * 1.5 + 0.5).to(case.dtype)
-        tensors[f"{name}.scales"], divided[behind] = scale, dense[behind] / scale.float()
+        [next_layer] = [
+            key for key in dense if key.startswith(name.removesuffix(case.scaled)) and key.endswith(OUTPUTS)
+        ]
+        scale = (torch.rand(dense[next_layer].shape[1], generator=generator) * 1.5 + 0.5).to(case.dtype)
+        tensors[f"{name}.scales"], divided[next_layer] = scale, dense[next_layer] / scale.float()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     edit_config(folder, quantization_config=quantization_config(case) | case.settings)
     weights = {key: value.T.contiguous() if is_transposed else value for key, value in (dense | divided).items()}
-    save_file(plain | weights, twin / "model.safetensors", metadata={"format": "pt"})
+    save_file(plain | weights, dense_folder / "model.safetensors", metadata={"format": "pt"})
     return type(model).from_pretrained(
-        twin, dtype=torch.float32, attn_implementation=model.config._attn_implementation
+        dense_folder, dtype=torch.float32, attn_implementation=model.config._attn_implementation
     ), dense
 
 

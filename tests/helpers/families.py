@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import specdec
-from specdec.quant.int4 import Int4Linear
+from specdec.quant.linear import Int4Linear
 
 VOCAB_SIZE = 101
 CONTEXT = 128

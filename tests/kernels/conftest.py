@@ -1,4 +1,4 @@
-"""Interpreted kernels stand for compiled ones: a matrix instruction computes a row the same way wherever it lies in its tile."""
+"""Make interpreted kernels like compiled ones, whose matrix instructions compute a row the same way at any index."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-with torch.device(
-    "cpu"
-):  # torch remembers its constructors on first use here: before a test puts another torch.empty in place
+# On its first use torch.device caches torch's constructors: here, before a test replaces torch.empty.
+with torch.device("cpu"):
     torch.empty(0)
 
 
 @pytest.fixture(autouse=True)
 def rows_of_a_dot_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NumPy's matmul is a BLAS, which on some processors rounds a row by its place; in float64 that is gone before float32."""
+    """The rounding of NumPy's matmul may depend on a row's index; in float64 that is lost on conversion to float32."""
     if importlib.util.find_spec("triton") is None or torch.cuda.is_available():
         return
     interpreter: Any = importlib.import_module("triton.runtime.interpreter")

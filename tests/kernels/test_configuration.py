@@ -1,4 +1,4 @@
-"""Where Triton kernels can be launched: decided once, and said where something is missing."""
+"""Where Triton kernels can be launched: decided once, with a warning if something is missing."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(configuration, "find_spec", lambda name: name)
     monkeypatch.setattr(configuration.shutil, "which", lambda name: name)
     monkeypatch.setattr(torch.version, "hip", None)
-    forget()
+    clear_caches()
     yield
-    forget()
+    clear_caches()
 
 
-def forget() -> None:
+def clear_caches() -> None:
     configuration.runs_on.cache_clear()
     configuration._can_launch.cache_clear()
 
@@ -34,7 +34,7 @@ def test_a_recent_cuda_device_with_triton_and_a_compiler() -> None:
 
 
 @pytest.mark.parametrize("missing", ["capability", "nvidia"])
-def test_on_another_device_pytorch_does_the_work(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_devices_use_pytorch(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if missing == "capability":
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     else:
@@ -42,7 +42,7 @@ def test_on_another_device_pytorch_does_the_work(missing: str, monkeypatch: pyte
     assert not runs_on(CUDA)
 
 
-def test_missing_triton_is_said_once_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_triton_gives_one_warning_with_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configuration, "find_spec", lambda name: None)
     with pytest.warns(
         UserWarning, match=r"Triton is not installed \(on Linux: pip install 'specdec-lossless\[kernels\]'\)"
@@ -51,7 +51,7 @@ def test_missing_triton_is_said_once_with_the_extra_that_brings_it(monkeypatch: 
     assert not runs_on(CUDA)
 
 
-def test_a_missing_compiler_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_gives_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configuration.shutil, "which", lambda name: None)
     with pytest.warns(UserWarning, match=r"gcc or clang, and neither is on the PATH \(install one, or set CC\)"):
         assert not runs_on(CUDA)

@@ -1,4 +1,4 @@
-"""Counters by device and stream, and of their own for what a CUDA graph holds."""
+"""Counters are shared by device and stream; a launch in a CUDA graph has its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from specdec_kernels.counters import counters
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A CUDA device whose memory is the CPU's."""
+    """A simulated CUDA device with the CPU's memory."""
     state = SimpleNamespace(capturing=False, stream=1, filled=0)
     zeros = torch.zeros
 
@@ -24,8 +24,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=state.stream))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch, "zeros", counted)
-    monkeypatch.setattr(module, "_KEPT", {})
-    monkeypatch.setattr(module, "_SPARE", {})
+    monkeypatch.setattr(module, "_OF_STREAM", {})
+    monkeypatch.setattr(module, "_FREE", {})
     return state
 
 
@@ -42,7 +42,7 @@ def test_launches_of_a_stream_share_and_streams_do_not(cuda: SimpleNamespace) ->
     assert not counters(10, DEVICE).any()
 
 
-def test_a_captured_launch_has_its_own_without_a_fill(cuda: SimpleNamespace) -> None:
+def test_a_captured_launch_has_counters_of_its_own_without_a_fill(cuda: SimpleNamespace) -> None:
     shared = counters(10, DEVICE)
     cuda.capturing, cuda.filled = True, 0
     odd, one, other = counters(301, DEVICE), counters(300, DEVICE), counters(300, DEVICE)
@@ -53,17 +53,19 @@ def test_a_captured_launch_has_its_own_without_a_fill(cuda: SimpleNamespace) -> 
     assert not addresses[0] & addresses[1]
     assert not addresses[1] & addresses[2]
     assert len(one) == len(other) == 300
-    assert len(counters(module.POOL, DEVICE)) == module.POOL  # more than is left: filled in the graph
+    assert (
+        len(counters(module.POOL_SIZE, DEVICE)) == module.POOL_SIZE
+    )  # more than the rest of the pool: filled in the graph
     assert cuda.filled == 1
 
 
-def test_a_capture_before_any_launch_fills_its_own(cuda: SimpleNamespace) -> None:
+def test_a_capture_before_any_launch_fills_its_counters(cuda: SimpleNamespace) -> None:
     cuda.capturing = True
     assert len(counters(7, DEVICE)) >= 7
     assert cuda.filled == 1
 
 
-def test_elsewhere_they_are_fresh() -> None:
+def test_other_devices_get_new_counters() -> None:
     one = counters(3, torch.device("cpu"))
     assert one.tolist() == [0, 0, 0]
     assert counters(3, torch.device("cpu")) is not one

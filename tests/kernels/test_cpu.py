@@ -1,4 +1,4 @@
-"""The CPU's own kernels against PyTorch's formulas, and that a row never depends on what is computed beside it."""
+"""The CPU kernels against PyTorch's formulas; a row does not depend on the other rows."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_int4_linear(
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32])
-def test_weights_in_one_call_give_what_each_gives_alone(scale_dtype: torch.dtype, threads: int) -> None:
+def test_weights_in_one_call_give_the_result_of_each_alone(scale_dtype: torch.dtype, threads: int) -> None:
     weights = [random_weight(rows, 256, 64, rows == 70, scale_dtype) for rows in (64, 70, 3, 500)]
     packed, scales = map(list, zip(*(cpu.pack(int4.codes(), int4.scale, int4.zero) for int4 in weights), strict=True))
     columns = [64, 70, 3, 500]
@@ -85,7 +85,7 @@ def test_weights_that_cannot_share_a_call_are_refused() -> None:
         OPS.int4_linear(random(1, 64), list(packed), list(scales), [8])
 
 
-def test_float16_scales_are_read_as_they_are() -> None:
+def test_all_float16_scales_are_exact() -> None:
     scale = torch.arange(-(1 << 15), 1 << 15).short().view(torch.float16)
     scale = scale[scale.isfinite()]
     codes = torch.full((len(scale), cpu.WORD), 9, dtype=torch.uint8)  # one more than the zero point
@@ -116,11 +116,11 @@ def test_attention(heads: int, kv_heads: int, dim: int, value_dim: int, dtype: t
     first = torch.tensor([[0, 0, 9, 0, 60], [5, 0, 3, 0, 0]], dtype=torch.int32)
     got = OPS.attention(query, key, value, first, last, dim**-0.5)
     assert got.dtype == dtype
-    assert not got[1, 4].any(), "a query that sees nothing"
+    assert not got[1, 4].any(), "a query without slots"
     check(got, reference.attention(query.double(), key.double(), value.double(), first, last, dim**-0.5))
 
 
-def test_attention_takes_any_strides_and_reads_nothing_that_is_not_seen() -> None:
+def test_attention_accepts_any_strides_and_does_not_read_slots_that_no_query_attends_to() -> None:
     query, key, value = (
         random(2, 5, 4, 16).transpose(1, 2),
         random(2, 40, 2, 16, seed=1).transpose(1, 2),
@@ -161,7 +161,7 @@ def threads(request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
-def test_a_row_is_the_same_whatever_is_beside_it(dtype: torch.dtype) -> None:
+def test_a_row_does_not_depend_on_the_other_rows(dtype: torch.dtype) -> None:
     int4 = random_weight(1030, 256, 64, True, torch.bfloat16)
     packed, scale = cpu.pack(int4.codes(), int4.scale, int4.zero)
     weight = random(1030, 250, dtype=dtype, seed=1)
@@ -177,7 +177,7 @@ def test_a_row_is_the_same_whatever_is_beside_it(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
-def test_a_query_is_the_same_whatever_is_beside_it(dtype: torch.dtype) -> None:
+def test_a_query_does_not_depend_on_the_other_queries(dtype: torch.dtype) -> None:
     query, key, value = (
         random(3, 4, 6, 64, dtype=dtype),
         random(3, 2, 700, 64, dtype=dtype, seed=1),
@@ -196,7 +196,7 @@ def test_a_query_is_the_same_whatever_is_beside_it(dtype: torch.dtype) -> None:
             assert alone.equal(whole[at])
 
 
-def test_pytorchs_own_are_its_own() -> None:
+def test_operators_of_pytorch_give_its_results() -> None:
     x = random(3, 5, 32)
     assert OPS.mean(x).equal(x.mean(-1, keepdim=True))
     assert OPS.cos(x).equal(x.cos())
@@ -208,7 +208,7 @@ def test_pytorchs_own_are_its_own() -> None:
     assert OPS.layer_norm(x, weight, bias, 1e-6).equal(torch.nn.functional.layer_norm(x, (32,), weight, bias, 1e-6))
 
 
-def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_compiler_build_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
     monkeypatch.setattr(cpu, "_IS_LOADED", None)
     assert not cpu.load()
@@ -220,11 +220,11 @@ def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_broken_library_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_broken_library_is_not_loaded_and_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
     monkeypatch.setattr(cpu, "_IS_LOADED", None)
     cpu.built_at().write_bytes(b"torn")
-    with pytest.warns(UserWarning, match="does not load.*delete it to build it anew"):
+    with pytest.warns(UserWarning, match="does not load.*delete it to build it again"):
         assert not cpu.load()
 
 

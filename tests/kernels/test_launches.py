@@ -1,7 +1,7 @@
-"""What dispatch launches is what scripts/check_kernels.py compiles: Triton's launcher runs up to the driver, which is none.
+"""Dispatch launches what scripts/check_kernels.py compiles: Triton's launcher runs here without a driver.
 
-A launch looks at its arguments: an int of 1 becomes a constant, an address or int that 16 divides is marked. So a kernel may
-compile ahead of time and fail for one row of x.
+Triton specializes a launch on its arguments: an int of 1 becomes a constant, addresses and ints that 16 divides are
+marked. So a kernel may compile ahead of time and fail for one row of x.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def launched(code: str) -> list[dict]:
-    """Run launches in a process of its own, without the interpreter: -> name, signature and divisible arguments of each."""
+    """Run launches in another process, without the interpreter: -> signature and divisible arguments of each."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -56,7 +56,7 @@ JITFunction.run = compile_alone
 
 
 def check(got: dict, configuration: object, unless: tuple[str, ...] = ()) -> None:
-    """The launch has the configuration's signature, and all it promises to be divisible, but for those arguments."""
+    """The launch has the configuration's signature and divisible arguments, except those in `unless`."""
     signature = {n: t for n, t in got["signature"].items() if t != "constexpr" and n not in unless}
     assert signature == {n: t for n, t in configuration.signature.items() if n not in unless}
     assert set(configuration.divisible) - set(unless) <= set(got["divisible"])
@@ -69,7 +69,8 @@ def test_the_matmul_at_any_number_of_rows() -> None:
 from specdec_kernels.w4a16 import kernel, prepack
 
 def weight(rows, columns, group_size=128):
-    return prepack(torch.randint(16, (rows, columns), dtype=torch.uint8), torch.rand(rows, columns // group_size).bfloat16())
+    codes = torch.randint(16, (rows, columns), dtype=torch.uint8)
+    return prepack(codes, torch.rand(rows, columns // group_size).bfloat16())
 
 for rows in (1, 16, 17, 64):
     kernel.launch(torch.zeros(rows, 1024).bfloat16(), weight(256, 1024), None)

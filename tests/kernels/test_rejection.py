@@ -1,6 +1,6 @@
-"""The rejection kernel against specdec.core.verification on the CPU, which is its definition: the same verdicts, id for id.
+"""The rejection kernel against its definition, specdec.core.verification on the CPU: the same verdicts, id for id.
 
-Every input is drawn anew, every output holds garbage before a launch, and after each launch the counters must be zeros again.
+Inputs are random, outputs are poisoned before each launch, and the counters must be zeros after each launch.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def dense(*shape: int) -> Tensor:
 
 
 def sparse(*shape: int) -> Tensor:
-    """As top-k leaves it: almost everything is exactly 0."""
+    """Like the result of top-k: almost all probabilities are exactly 0."""
     weights = torch.rand(shape) * (torch.rand(shape) < 20 / shape[-1])
     weights.scatter_(-1, torch.randint(shape[-1], (*shape[:-1], 1)), 1.0)
     return weights / weights.sum(-1, keepdim=True)
@@ -80,19 +80,19 @@ def cut(rows: int, num_ids: int, vocab_size: int) -> tuple[Tensor, Tensor]:
 
 
 def close(rows: int, num_ids: int, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """What is left after a rejection is of the order of float32's rounding."""
+    """The residual after a rejection is as small as float32's rounding errors."""
     p = dense(rows, num_ids + 1, vocab_size)
     return p, p[:, :num_ids] * (1 + 1e-6 * torch.randn(rows, num_ids, vocab_size))
 
 
 def above(rows: int, num_ids: int, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Nothing is left: q >= p everywhere, as rounding may have it."""
+    """No residual: q >= p everywhere, which rounding can cause."""
     p = sparse(rows, num_ids + 1, vocab_size)
     return p, p[:, :num_ids] + 1e-6
 
 
 def tiny(rows: int, num_ids: int, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Down to subnormal numbers, whose sum is far from 1."""
+    """Down to subnormal numbers, with a sum far from 1."""
     p, q = (10.0 ** -(30 + 14 * torch.rand(rows, n, vocab_size)) for n in (num_ids + 1, num_ids))
     return p, q
 
@@ -101,7 +101,7 @@ KINDS = [unrelated, cut, close, above, tiny]
 
 
 def case(num_ids: int, vocab_size: int, rows: int = 3) -> tuple[Draft, Tensor, Tensor]:
-    """Rows of each kind; in a third of them the ids are the target's likeliest, so that some drafts are accepted to the end."""
+    """Rows of each kind; in a third of them the draft ids are the target's likeliest, so that some are all accepted."""
     pairs = [kind(rows, num_ids, vocab_size) for kind in KINDS]
     p, q = (torch.cat(probs) for probs in zip(*pairs, strict=True))
     batch = len(p)
@@ -122,8 +122,8 @@ def assert_same(one: Verdict, other: Verdict) -> None:
     assert one.next_ids.tolist() == other.next_ids.tolist()
 
 
-def weights_behind(draft: Draft, p: Tensor, accepted: Tensor) -> Tensor:
-    """What the next ids are drawn from: [B, V] float64."""
+def next_weights(draft: Draft, p: Tensor, accepted: Tensor) -> Tensor:
+    """The weights that the next ids are drawn from: [B, V] float64."""
     rows = torch.arange(len(accepted))
     weights = p[rows, accepted]
     for row, at in enumerate(accepted.tolist()):
@@ -145,38 +145,38 @@ def test_the_same_verdicts(fused: Verify, vocab_size: int, num_ids: int, one_hot
 
 @pytest.mark.parametrize("last", [0.0, LAST])
 @pytest.mark.parametrize("vocab_size", [5, 5000])
-def test_the_ends_of_the_uniforms(fused: Verify, vocab_size: int, last: float) -> None:
-    """The first, or the last, id that has any weight; where a weight does not move the sum, one before it may be the last."""
+def test_the_smallest_and_largest_uniforms(fused: Verify, vocab_size: int, last: float) -> None:
+    """They draw the first or last id with a weight; an earlier id where rounding hides the last weight in the sum."""
     torch.manual_seed(vocab_size)
     draft, p, uniforms = case(2, vocab_size)
     verdict = fused(draft, p, with_uniform(uniforms, last))
     assert verdict.accepted.tolist() == verification.verify(draft, p, uniforms).accepted.tolist()
-    weights = weights_behind(draft, p, verdict.accepted)
+    weights = next_weights(draft, p, verdict.accepted)
     for row, x in zip(weights, verdict.next_ids.tolist(), strict=True):
         assert row[x] > 0
         missed = row[:x] if last == 0 else row[x + 1 :]
         assert missed.sum() <= last * 1e-12 * row.sum()
 
 
-def test_all_or_none_accepted_at_the_ends_of_the_uniforms(fused: Verify) -> None:
+def test_all_or_none_are_accepted_at_the_smallest_and_largest_uniforms(fused: Verify) -> None:
     p = torch.tensor([0.5, 0.0, 0.5]).expand(2, 3, 3).contiguous()
     draft = Draft(torch.tensor([[0, 2], [2, 1]]), p[:, :2].clone(), torch.tensor([2, 2]))
     for u in (0.0, LAST):
         verdict = fused(draft, p, torch.full((2, 3), u, dtype=torch.float64))
-        assert verdict.accepted.tolist() == [2, 1]  # where p == q, everything; where p == 0, nothing, not even by u = 0
+        assert verdict.accepted.tolist() == [2, 1]  # p == q: all accepted; p == 0: none, not even at u = 0
         assert verdict.next_ids.tolist() == ([0, 0] if u == 0 else [2, 2])
 
 
 @pytest.mark.parametrize("one_hot", [False, True], ids=["probs", "one-hot"])
 def test_recovered_ids_have_the_residual_distribution_exactly(fused: Verify, one_hot: bool) -> None:
-    """Multiples of 1/64 sum without rounding: over an even grid of uniforms, steps included, ids come as often as they weigh."""
+    """Multiples of 1/64 sum without rounding: over an even grid of uniforms each id is drawn by its exact weight."""
     vocab_size, edge = 2 * kernel.CHUNK + 4, kernel.CHUNK
     places = torch.tensor([0, 1, 700, edge - 1, edge, edge + 1, 2 * edge - 1, 2 * edge, 2 * edge + 3])
     p = torch.zeros(vocab_size)
     p[places] = torch.tensor([4, 1, 9, 5, 11, 2, 16, 3, 13]) / 64
     q = torch.zeros(vocab_size)
     q[places] = torch.tensor([1, 4, 10, 1, 12, 1, 2, 3, 3]) / 64
-    q[10] = 27 / 64  # the draft id, which the target never takes
+    q[10] = 27 / 64  # the draft id, whose target probability is 0
     excess = (64 * (p if one_hot else (p - q).clamp(min=0))).long()
     grid = 2 * int(excess.sum())
     uniforms = torch.stack([torch.full((grid,), 0.5), torch.arange(grid) / grid], 1).double()
@@ -193,14 +193,14 @@ def test_recovered_ids_have_the_residual_distribution_exactly(fused: Verify, one
 def test_bonus_ids_have_the_targets_distribution_exactly(fused: Verify) -> None:
     p = torch.tensor([3, 0, 7, 1, 5]) / 16
     uniforms = torch.stack([torch.zeros(32), torch.arange(32) / 32], 1).double()
-    draft = Draft(torch.full((32, 1), 2), None, torch.arange(32) % 2)  # offered and accepted, or not offered
+    draft = Draft(torch.full((32, 1), 2), None, torch.arange(32) % 2)  # one accepted draft id, or an empty draft
     verdict = fused(draft, p.expand(32, 2, -1).contiguous(), uniforms)
     assert verdict.accepted.tolist() == draft.lengths.tolist()
     assert verdict.next_ids.bincount(minlength=5).tolist() == [6, 0, 14, 2, 10]
 
 
 @pytest.mark.parametrize("one_hot", [False, True], ids=["probs", "one-hot"])
-def test_a_row_alone_is_what_it_is_in_a_batch(fused: Verify, one_hot: bool) -> None:
+def test_a_row_does_not_depend_on_its_batch(fused: Verify, one_hot: bool) -> None:
     torch.manual_seed(7)
     draft, p, uniforms = case(3, 5000, rows=1)
     probs = None if one_hot else draft.probs
@@ -223,8 +223,8 @@ def _pick_kernel(weights_ptr, out_ptr, before, t, SIZE: tl.constexpr):
     ("weights", "before", "t", "picked"),
     [
         ([0, 2, 0, 1, 0, 0, 3, 0], 0.0, 2.0, 3),
-        ([0, 2, 0, 1, 0, 0, 3, 0], 1.0, 0.5, 1),  # what lies before is beyond t already
-        ([0, 2, 0, 1, 0, 0, 3, 0], 0.0, 6.5, 6),  # all there is does not reach t
+        ([0, 2, 0, 1, 0, 0, 3, 0], 1.0, 0.5, 1),  # `before` exceeds t already
+        ([0, 2, 0, 1, 0, 0, 3, 0], 0.0, 6.5, 6),  # the sum does not reach t
         ([0, 2, 0, 1, 0, 0, 3, 0], 0.0, float("nan"), 6),
         ([0, 0, 0, 0, 0, 0, 0, 0], 0.0, 0.0, 0),
     ],
@@ -238,10 +238,10 @@ def test_rounding_between_chunks_picks_no_weight_of_0(
 
 
 def test_long_drafts(fused: Verify) -> None:
-    """More ids than are looked at together, accepted to the end, and rejected on either side of that number."""
+    """More draft ids than one block of them: all accepted, and rejected at either side of a block's end."""
     torch.manual_seed(8)
-    num_ids = 2 * kernel.IDS + 1
-    stops = torch.tensor([0, kernel.IDS - 1, kernel.IDS, kernel.IDS + 1, num_ids - 1, num_ids])
+    num_ids = 2 * kernel.ID_BLOCK + 1
+    stops = torch.tensor([0, kernel.ID_BLOCK - 1, kernel.ID_BLOCK, kernel.ID_BLOCK + 1, num_ids - 1, num_ids])
     p = dense(len(stops), num_ids + 1, 33)
     draft = Draft(p[:, :num_ids].argmax(-1), None, torch.full_like(stops, num_ids))
     uniforms = torch.rand(len(stops), num_ids + 1, dtype=torch.float64)
@@ -279,7 +279,7 @@ def test_an_id_outside_the_vocabulary_is_rejected(fused: Verify, wrong: int, one
 
 
 @pytest.mark.parametrize(("length", "counts_as"), [(2**40, 3), (-(2**40), 0)])
-def test_lengths_are_cut(fused: Verify, length: int, counts_as: int) -> None:
+def test_lengths_are_clamped(fused: Verify, length: int, counts_as: int) -> None:
     torch.manual_seed(11)
     draft, p, uniforms = case(3, 33)
     one, other = (Draft(draft.ids, draft.probs, torch.full_like(draft.lengths, n)) for n in (length, counts_as))
@@ -294,12 +294,12 @@ def test_no_rows(fused: Verify, num_ids: int) -> None:
 
 
 def test_the_configurations_describe_a_launch() -> None:
-    """Names and order as the kernel's; the largest vocabulary is what its constants allow."""
+    """Names and order of the arguments are the kernel's; its constants give the largest vocabulary."""
     for configuration in kernel.CONFIGURATIONS:
         assert [*configuration.signature, *configuration.constants] == configuration.kernel.arg_names
         assert set(configuration.divisible) <= set(configuration.signature)
     assert len({configuration.name for configuration in kernel.CONFIGURATIONS}) == 4
-    assert kernel.CHUNK * kernel.PARTS == rejection.MAX_VOCAB_SIZE
+    assert kernel.CHUNK * kernel.MAX_CHUNKS == rejection.MAX_VOCAB_SIZE
 
 
 @pytest.mark.gpu
@@ -377,7 +377,7 @@ def test_wrong_arguments_are_refused(name: str, value: Tensor, message: str) -> 
 
 
 @pytest.mark.parametrize("vocab_size", [0, rejection.MAX_VOCAB_SIZE + 1])
-def test_a_vocabulary_that_the_kernel_does_not_take_is_refused(vocab_size: int) -> None:
+def test_a_vocabulary_of_unsupported_size_is_refused(vocab_size: int) -> None:
     ids = torch.zeros(1, 0, dtype=torch.int64)
     with pytest.raises(ValueError, match=rf"target_probs has {vocab_size} ids; the kernel takes 1 to 1048576"):
         rejection.verify(
@@ -385,13 +385,13 @@ def test_a_vocabulary_that_the_kernel_does_not_take_is_refused(vocab_size: int) 
         )
 
 
-def test_a_cpu_tensor_is_refused_where_nothing_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_tensor_is_refused_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rejection, "interpreting", lambda: False)
     with pytest.raises(ValueError, match="target_probs is on cpu; the kernel runs on CUDA devices"):
         rejection.verify(**GOOD)
 
 
-def test_verify_hands_over_what_a_device_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_uses_the_kernel_on_devices_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
     takes = verification._takes_kernel
     cuda = torch.device("cuda", 0)
     probs = SimpleNamespace(device=cuda, shape=GOOD["target_probs"].shape)
@@ -405,7 +405,7 @@ def test_verify_hands_over_what_a_device_takes(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("one_hot", [False, True], ids=["probs", "one-hot"])
-def test_verify_in_the_kernel_takes_any_strides(monkeypatch: pytest.MonkeyPatch, one_hot: bool) -> None:
+def test_verify_in_the_kernel_accepts_any_strides(monkeypatch: pytest.MonkeyPatch, one_hot: bool) -> None:
     if not interpreting():
         pytest.skip("the interpreter is off where there is a CUDA device")
     torch.manual_seed(13)
@@ -418,7 +418,7 @@ def test_verify_in_the_kernel_takes_any_strides(monkeypatch: pytest.MonkeyPatch,
     stock = rejection.verify
     monkeypatch.setattr(rejection, "verify", lambda *args: launches.append(args) or stock(*args))
     assert_same(verification.verify(draft, p, uniforms), expected)
-    assert not launches  # a CPU tensor never gets there
+    assert not launches  # not for a CPU tensor
     monkeypatch.setattr(verification, "_takes_kernel", lambda target_probs: True)
     assert_same(verification.verify(draft, p, uniforms), expected)
     assert len(launches) == 1

@@ -1,4 +1,4 @@
-"""A kernel that does wrong on a device, or does not compile there, is not used there; the trials themselves run interpreted."""
+"""A kernel that gives a wrong result on a device, or does not compile, is not used there; trials run interpreted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "_PASSED", {})
 
 
-def test_a_right_kernel_is_tried_once() -> None:
+def test_a_right_kernel_has_one_trial() -> None:
     runs = []
     for _ in range(3):
         assert trial.passes(CUDA, "one", lambda: runs.append(1) or 1e-4)
@@ -35,9 +35,10 @@ def test_a_right_kernel_is_tried_once() -> None:
 
 
 @pytest.mark.parametrize("error", [0.1, math.nan, math.inf])
-def test_a_wrong_kernel_is_not_used_and_it_is_said_once(error: float) -> None:
+def test_a_wrong_kernel_is_not_used_and_gives_one_warning(error: float) -> None:
     with pytest.warns(
-        UserWarning, match=r"kernel one is not used on a GPU: its result was wrong by .*PyTorch's operators take its"
+        UserWarning,
+        match=r"kernel one is not used on a GPU: its result has a relative error of .*PyTorch's operators are used",
     ):
         assert not trial.passes(CUDA, "one", lambda: error)
     assert not trial.passes(CUDA, "one", lambda: 0.0)
@@ -52,19 +53,19 @@ def test_a_kernel_that_does_not_compile_is_not_used() -> None:
         assert not trial.passes(CUDA, "one", fail)
 
 
-def test_too_little_memory_is_no_verdict() -> None:
-    def no_room() -> float:
+def test_too_little_memory_is_no_failure() -> None:
+    def out_of_memory() -> float:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    assert not trial.passes(CUDA, "one", no_room)
+    assert not trial.passes(CUDA, "one", out_of_memory)
     assert trial.passes(CUDA, "one", lambda: 0.0)
 
 
-def test_within_a_capture_there_is_no_trial_and_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_trial_runs_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert trial.passes(CUDA, "one", lambda: math.nan)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    with pytest.warns(UserWarning, match="wrong by nan"):
+    with pytest.warns(UserWarning, match="a relative error of nan"):
         assert not trial.passes(CUDA, "one", lambda: math.nan)
 
 
@@ -72,13 +73,13 @@ def test_within_a_capture_there_is_no_trial_and_no_verdict(monkeypatch: pytest.M
 def test_the_matmul_passes_its_trial_and_a_wrong_one_does_not(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from specdec_kernels.w4a16 import kernel
 
-    form = (kind, 64, torch.float16, torch.float16, DEVICE)
-    assert w4a16._try(*form) < 1e-3
+    quantization = (kind, 64, torch.float16, torch.float16, DEVICE)
+    assert w4a16._try(*quantization) < 1e-3
     launch = kernel.launch
     monkeypatch.setattr(
         kernel, "launch", lambda x, weight, bias: launch(x, weight, bias) * (1.05 if len(x) > 16 else 1)
     )
-    assert w4a16._try(*form) > 1e-2
+    assert w4a16._try(*quantization) > 1e-2
 
 
 def test_attention_passes_its_trial_and_a_wrong_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +100,7 @@ def test_rejection_passes_its_trial_and_a_wrong_one_does_not(monkeypatch: pytest
     assert rejection._try(DEVICE) > 0
 
 
-def test_trials_leave_the_seed_alone() -> None:
+def test_trials_do_not_change_the_random_state() -> None:
     torch.manual_seed(3)
     expected = torch.rand(4, device=DEVICE)
     torch.manual_seed(3)

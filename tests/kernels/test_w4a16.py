@@ -1,4 +1,4 @@
-"""The 4-bit matmul: its layout, its PTX, the kernel under Triton's interpreter (on a GPU where there is one), the operator."""
+"""The 4-bit matmul: layout, PTX, the kernel under Triton's interpreter (or on a GPU), the operator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from specdec_kernels.w4a16 import dequantize, kernel, layout, reference
 from specdec_kernels.w4a16.layout import E2M1, TILE, PackedWeight, prepack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# N, K, group size: whole blocks and odd ends, groups of every kind, one and several splits
+# N, K, group size: whole and partial blocks, all group sizes, one and several splits
 SHAPES = [
     (128, 256, 128),
     (130, 512, 256),
@@ -55,7 +55,7 @@ def to_device(weight: PackedWeight) -> PackedWeight:
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory is NaN, so what is not written shows; and E2M1 runs on float16, which the interpreter computes rightly."""
+    """Poison new tensors with NaN; run E2M1 on float16, since the interpreter's bfloat16 arithmetic is wrong."""
     empty = torch.empty
 
     def poisoned_empty(*args: object, **kwargs: object) -> Tensor:
@@ -74,13 +74,13 @@ def launch(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
 
 
 def dtype_of(kind: str) -> torch.dtype:
-    """What a kind runs on: E2M1 is shipped for bfloat16."""
+    """The input dtype of a kind: E2M1 is shipped for bfloat16."""
     return torch.bfloat16 if kind == "e2m1" and DEVICE == "cuda" else torch.float16
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_what_is_packed_is_the_weight(shape: tuple[int, int, int], kind: str) -> None:
+def test_the_packed_weight_dequantizes_to_the_weight(shape: tuple[int, int, int], kind: str) -> None:
     rows, columns, group_size = shape
     for scale_dtype in (torch.float16, torch.bfloat16):
         if kind == "e2m1" and group_size != 32:
@@ -97,7 +97,7 @@ def test_what_is_packed_is_the_weight(shape: tuple[int, int, int], kind: str) ->
         assert part.codes().equal(weight.codes()[rows // 3 : rows // 2])
 
 
-def test_a_word_holds_the_rows_that_the_layout_says() -> None:
+def test_words_have_the_documented_layout() -> None:
     codes = torch.randint(16, (128, 256), dtype=torch.uint8)
     tiles = layout.pack_tiles(codes, 128)
     for t, n, j, i in torch.randint(1 << 30, (200, 4)).tolist():
@@ -109,7 +109,7 @@ def test_a_word_holds_the_rows_that_the_layout_says() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_kernel_multiplies_as_the_reference(shape: tuple[int, int, int], kind: str) -> None:
+def test_the_kernel_agrees_with_the_reference(shape: tuple[int, int, int], kind: str) -> None:
     rows, columns, group_size = shape
     if kind == "e2m1" and group_size != 32:
         pytest.skip("E2M1 has groups of 32")
@@ -130,7 +130,7 @@ def test_the_kernel_multiplies_as_the_reference(shape: tuple[int, int, int], kin
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
 def test_scales_of_either_dtype(dtype: torch.dtype, kind: str, scale_dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16 and DEVICE == "cpu":
-        pytest.skip("the interpreter computes bfloat16 wrongly")
+        pytest.skip("the interpreter's bfloat16 arithmetic is wrong")
     for group_size in (32, 64, 128):
         weight, expected = random_weight(40, 256, group_size, kind, scale_dtype)
         if kernel.configuration(weight, dtype, 3) is None:
@@ -144,7 +144,7 @@ def test_scales_of_either_dtype(dtype: torch.dtype, kind: str, scale_dtype: torc
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_is_the_same_bits_at_any_number_of_rows_and_place(kind: str) -> None:
+def test_a_row_has_the_same_bits_at_any_number_of_rows_and_index(kind: str) -> None:
     weight, _ = random_weight(140, 1024, 32 if kind == "e2m1" else 128, kind)
     assert weight.splits > 1
     x = torch.randn(64, 1024, dtype=dtype_of(kind), device=DEVICE)
@@ -158,31 +158,31 @@ def test_a_row_is_the_same_bits_at_any_number_of_rows_and_place(kind: str) -> No
                 assert together[place].equal(alone[row]), (count, place)
 
 
-def test_joined_weights_give_each_one_its_own_bits() -> None:
+def test_concatenated_weights_give_the_bits_of_each_alone() -> None:
     parts = [random_weight(rows, 1024, 128)[0] for rows in (256, 100, 130)]
-    joined = layout.joined(parts)
-    assert joined is not None
+    concatenated = layout.concatenate(parts)
+    assert concatenated is not None
     x = torch.randn(6, 1024, dtype=torch.float16, device=DEVICE)
-    y, start = launch(x, joined), 0
+    y, start = launch(x, concatenated), 0
     for part in parts:
-        own = joined.rows(start, start + part.out_features)
+        own = concatenated.rows(start, start + part.out_features)
         assert own.codes().equal(part.codes())
         assert launch(x, own).equal(y[:, start : start + part.out_features])
         start += part.tiles.shape[1]
-    assert layout.joined([parts[0], random_weight(128, 1024, 64)[0]]) is None
+    assert layout.concatenate([parts[0], random_weight(128, 1024, 64)[0]]) is None
 
 
-def test_counters_are_left_as_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = torch.zeros(64, dtype=torch.int32, device=DEVICE)
-    monkeypatch.setattr(kernel, "counters", lambda count, device: kept)
+def test_counters_are_reset_to_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    monkeypatch.setattr(kernel, "counters", lambda count, device: counter)
     weight, _ = random_weight(140, 1024, 128)
     x = torch.randn(20, 1024, dtype=torch.float16, device=DEVICE)
     first = launch(x, weight)
-    assert not kept.any()
+    assert not counter.any()
     assert launch(x, weight).equal(first)
 
 
-# The PTX, run in NumPy: an instruction a line, 32-bit registers.
+# The PTX, interpreted in NumPy: one instruction a line, 32-bit registers.
 
 
 def run_ptx(ptx: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -238,7 +238,7 @@ def halves(x: np.ndarray | np.uint32, dtype: torch.dtype) -> list[np.ndarray]:
 
 
 def all_half_words() -> tuple[np.ndarray, np.ndarray]:
-    """Two words each: every half-word stands at each of the four places."""
+    """Pairs of words with every half-word in each of the four positions."""
     patterns = np.arange(1 << 16, dtype=np.uint32)
     others = [np.random.permutation(patterns) for _ in range(3)]
     return patterns | others[0] << 16, others[1] | others[2] << 16
@@ -246,7 +246,7 @@ def all_half_words() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("addends", [0, 1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_the_ptx_makes_numbers_of_all_nibbles(dtype: torch.dtype, addends: int) -> None:
+def test_the_ptx_converts_all_nibbles(dtype: torch.dtype, addends: int) -> None:
     words = all_half_words()
     zeros = torch.randint(16, (max(addends, 1),)).tolist() if addends else [8]
     inputs = dict(zip(("$8", "$9"), words, strict=True))
@@ -261,7 +261,7 @@ def test_the_ptx_makes_numbers_of_all_nibbles(dtype: torch.dtype, addends: int) 
             assert (got == (codes - zero) * layout.UNIT[dtype]).all(), i
 
 
-def test_the_ptx_makes_numbers_of_all_spread_e2m1_codes() -> None:
+def test_the_ptx_converts_all_spread_e2m1_codes() -> None:
     codes = all_half_words()
     spread = [layout.spread_e2m1(torch.from_numpy(word.view(np.int32))).numpy().view(np.uint32) for word in codes]
     exponents = [127 + 126, 127, 140, 127 + 126 - layout.E2M1_SPAN]
@@ -275,7 +275,7 @@ def test_the_ptx_makes_numbers_of_all_spread_e2m1_codes() -> None:
             assert (got == np.array(E2M1)[code] * factor).all(), i
 
 
-def test_a_wrong_mask_in_the_ptx_shows() -> None:
+def test_a_wrong_mask_in_the_ptx_is_detected() -> None:
     wrong = dequantize.nibbles(torch.float16, 0).replace("0x000F000F", "0x000F00F0", 1)
     words = all_half_words()
     out = run_ptx(wrong, dict(zip(("$8", "$9"), words, strict=True)))
@@ -285,7 +285,7 @@ def test_a_wrong_mask_in_the_ptx_shows() -> None:
 # The operator.
 
 
-def test_the_operator_is_one_for_compilers_too() -> None:
+def test_the_operator_passes_opcheck() -> None:
     weight, _ = random_weight(40, 256, 128)
     x, bias = torch.randn(2, 3, 256).half().to(DEVICE), torch.randn(40).half().to(DEVICE)
     args = (x, weight.tiles, weight.scale, bias, torch.randperm(256, device=DEVICE), weight.kind, weight.group_size,
@@ -307,7 +307,7 @@ def test_columns_in_another_order_batches_and_no_rows(kind: str) -> None:
 
 
 def test_the_launch_side_of_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What CUDA runs around the kernel: order of columns, whole tiles, bias of another dtype, no rows, no kernel."""
+    """The operator's CUDA code around the kernel: perm, padding, bias of another dtype, no rows, no kernel."""
     shapes: list[tuple[tuple[int, int, int], str]] = [((33, 160, 32), "symmetric"), ((20, 200, 200), "asymmetric")]
     for shape, kind in shapes:
         weight, expected = random_weight(*shape, kind)
@@ -320,11 +320,11 @@ def test_the_launch_side_of_the_operator(monkeypatch: pytest.MonkeyPatch) -> Non
         assert (got.double() - exact).norm() / exact.norm() < 1e-3
         assert w4a16._by_kernel(x[:0], weight.tiles, weight.scale, bias, perm, *rest).shape == (0, 3, shape[0])
         with monkeypatch.context() as patch:
-            patch.setattr(kernel, "launch", None)  # only the reference path can answer
+            patch.setattr(kernel, "launch", None)  # only the reference can compute it
             assert w4a16._by_kernel(x.float(), weight.tiles, weight.scale, bias, perm, *rest).dtype == torch.float32
 
 
-def test_many_rows_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_are_split_over_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(w4a16, "MAX_ROWS", 8)
     weight, _ = random_weight(40, 512, 128)
     x = torch.randn(19, 512, dtype=torch.float16, device=DEVICE)
@@ -335,11 +335,11 @@ def test_many_rows_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("columns", "scales", "dtype"), [(192, 2, torch.float16), (128, 8, torch.float16), (128, 1, torch.float32)], ids=str
 )
-def test_weights_without_a_kernel_have_no_packed_form(columns: int, scales: int, dtype: torch.dtype) -> None:
+def test_weights_without_a_kernel_are_not_packed(columns: int, scales: int, dtype: torch.dtype) -> None:
     assert prepack(torch.zeros(8, columns, dtype=torch.uint8), torch.ones(8, scales, dtype=dtype)) is None
 
 
-def test_codebooks_without_a_kernel_have_no_packed_form() -> None:
+def test_codebooks_without_a_kernel_are_not_packed() -> None:
     codes = torch.zeros(8, 64, dtype=torch.uint8)
     scale = torch.full((8, 2), 127, dtype=torch.uint8).view(torch.float8_e8m0fnu)
     assert prepack(codes, scale, codebook=torch.tensor(E2M1)) is not None

@@ -42,7 +42,7 @@ from specdec.planning.footprint import (
 )
 from specdec.planning.peak_memory import LiveStorages, PeakMemory
 from specdec.quant.checkpoints import load_checkpoint
-from specdec.quant.quantizer import is_4bit
+from specdec.quant.layers import is_4bit
 from specdec.runtime.runner import ModelRunner
 from specdec.utils import embedded
 from tests.helpers import checkpoint_writers
@@ -426,7 +426,7 @@ def test_what_cannot_be_planned_is_said(tmp_path: Path) -> None:
     target = llama()
     with pytest.raises(
         ValueError,
-        match="no config could be read from 'nowhere/to-be-found': it is no folder here and cannot be had from the hub",
+        match="no config could be read from 'nowhere/to-be-found': it is no local folder and cannot be downloaded from the hub",
     ):
         footprint("nowhere/to-be-found")
     with pytest.raises(ValueError, match=r"there is no config.json in .*; name a folder"):

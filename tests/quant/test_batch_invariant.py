@@ -1,4 +1,4 @@
-"""Rooms around the 4-bit layers: a position's result is the same, bit for bit, whatever a forward holds beside it."""
+"""Batch invariance of a 4-bit model: a position's result does not depend on the rest of the forward, bit for bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 32), (4, 1, 64), (8, 2, 16)])
-def test_attention_is_that_of_sdpa(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+def test_attention_agrees_with_sdpa(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     query = torch.randn(2, heads, 70, dim, dtype=dtype)
     key, value = torch.randn(2, 2, kv_heads, 300, dim, dtype=dtype)
@@ -55,7 +55,7 @@ def test_a_query_is_the_same_in_any_window_batch_and_length(dtype: torch.dtype) 
     module = SimpleNamespace(is_causal=True, training=False, num_key_value_groups=heads)
     for first in (5, 120, 187, 250, 505, 700):
         at = torch.arange(first, first + 17)
-        alone = []  # as plain decoding has it: one query, a cache that ends with it, no mask
+        alone = []  # as in plain decoding: one query, a cache that ends with it, no mask
         for position in at.tolist():
             end = position + 1
             alone.append(
@@ -102,7 +102,7 @@ def test_a_linear_layer_is_the_same_at_any_number_of_rows(dtype: torch.dtype) ->
     assert (layer(x) - expected).norm() / expected.norm() < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
-def test_wide_windows_go_by_prefill_all_but_their_last_position() -> None:
+def test_wide_windows_are_prefill_but_for_their_last_position() -> None:
     seen: list[tuple[str, int]] = []
 
     def path(name: str) -> object:
@@ -115,7 +115,7 @@ def test_wide_windows_go_by_prefill_all_but_their_last_position() -> None:
 
 @pytest.fixture(scope="module")
 def llama() -> LlamaForCausalLM:
-    """A llama whose widths are as real ones', multiples of 32: element-wise functions treat the rest of a tensor otherwise."""
+    """A llama whose widths are multiples of 32, as those of real models: others make element-wise functions vary."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512,
@@ -145,7 +145,7 @@ SLIDING = {"use_sliding_window": True, "sliding_window": 96, "layer_types": ["sl
 def test_a_sliding_window_is_read_in_the_same_blocks(
     model_type: str, values: dict[str, object], prompt_length: int
 ) -> None:
-    """The stock loop's sliding cache hands over the last keys alone, ours all of them behind a mask."""
+    """The stock loop's sliding cache has the last keys alone, specdec's cache has all of them and a mask."""
     sizes = {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -168,7 +168,7 @@ def test_a_sliding_window_is_read_in_the_same_blocks(
 
 
 @pytest.mark.filterwarnings("ignore:specdec keeps in full precision")
-def test_long_prompts_start_as_the_stock_loops(llama: LlamaForCausalLM) -> None:
+def test_long_prompts_give_the_logits_of_the_stock_loop(llama: LlamaForCausalLM) -> None:
     ids = torch.randint(3, 512, (1, 1100), generator=torch.Generator().manual_seed(0))
     call = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     stock = llama.generate(ids, **call)
@@ -179,7 +179,7 @@ def test_long_prompts_start_as_the_stock_loops(llama: LlamaForCausalLM) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:specdec keeps in full precision")
-def test_encoders_see_both_ways() -> None:
+def test_encoders_are_not_causal() -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     model = BertModel(BertConfig(vocab_size=512, **sizes)).eval()
@@ -202,7 +202,7 @@ def test_a_window_as_wide_as_a_prompt_is_refused(llama: LlamaForCausalLM) -> Non
 
 @pytest.fixture(params=["cold", "on kernels", "compiled"])
 def machine(request: pytest.FixtureRequest) -> str:
-    """What a CPU runs on: PyTorch's operators, specdec's kernels, a compiled forward around them."""
+    """How a CPU computes: with PyTorch's operators, with specdec's kernels, with a compiled forward around them."""
     if request.param != "cold":
         request.getfixturevalue("cpu_kernels")
     return str(request.param)

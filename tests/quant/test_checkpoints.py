@@ -1,4 +1,4 @@
-"""Quantized checkpoints of other libraries: the same weights bit for bit, the same logits, a clear word on what is not read."""
+"""Quantized checkpoints of other libraries: the same weights bit for bit, the same logits, and errors."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 import specdec
 from specdec.quant.checkpoints import load_checkpoint, load_quantized
+from specdec.quant.config import Int4Config
 from specdec.quant.experts import Int4Experts
-from specdec.quant.int4 import Int4Linear, Int4Tensor
-from specdec.quant.quantizer import Int4Config
+from specdec.quant.int4 import Int4Tensor
+from specdec.quant.linear import Int4Linear
 from tests.helpers.checkpoint_writers import Case, edit_config, edit_tensors, quantization_config, random_weight, write
 from tests.helpers.checkpoint_writers import compressed as write_compressed
 from tests.helpers.families import make_model, prompts
@@ -116,7 +117,7 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES)
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A case, its folder, the plain model that it stands for and that model's weights; leave them as you found them."""
+    """A case, its folder, the full-precision model with the same weights and these weights; not to be changed."""
     folder = tmp_path_factory.mktemp(request.param) / "checkpoint"
     return CASES[request.param], folder, *write(folder, CASES[request.param])
 
@@ -146,19 +147,19 @@ def in_full_precision(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def logits(model: PreTrainedModel) -> Tensor:
-    """Of all real positions of three uneven prompts."""
+    """Logits of all positions but padding of three prompts of different lengths."""
     batch = prompts(3)
     with torch.no_grad():
         return model(**batch).logits[batch["attention_mask"].bool()].float()
 
 
-def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    """Bit for bit, dtypes included."""
+def is_same(state: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two state dicts are equal bit for bit, dtypes included."""
 
     def bits(value: Tensor) -> tuple[Any, ...]:
         return value.dtype, tuple(value.shape), value.contiguous().flatten().view(torch.uint8).tolist()
 
-    return ours.keys() == theirs.keys() and all(bits(value) == bits(theirs[name]) for name, value in ours.items())
+    return state.keys() == other.keys() and all(bits(value) == bits(other[name]) for name, value in state.items())
 
 
 def test_weights_are_those_of_the_format_bit_for_bit(written: Any) -> None:
@@ -167,13 +168,13 @@ def test_weights_are_those_of_the_format_bit_for_bit(written: Any) -> None:
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, Int4Linear):
-            own = case.of(name)
-            assert own.bits == 4
+            layer_case = case.for_layer(name)
+            assert layer_case.bits == 4
             assert module.weight_scale.dtype == case.dtype
-            assert (module.weight_zero is None) == own.symmetric
-            assert (module.weight_perm is not None) == own.act_order
+            assert (module.weight_zero is None) == layer_case.symmetric
+            assert (module.weight_perm is not None) == layer_case.act_order
             found[f"{name}.weight"] = module.dequantize()
-        elif case.of(name).bits != 4 and f"{name}.weight" in dense:
+        elif case.for_layer(name).bits != 4 and f"{name}.weight" in dense:
             found[f"{name}.weight"] = module.weight.T if isinstance(module, Conv1D) else module.weight
         if isinstance(module, Int4Experts):
             found |= {f"{name}.{part}": module.int4(part).dequantize().mT for part in ("gate_up_proj", "down_proj")}
@@ -203,11 +204,11 @@ def test_saved_and_loaded_again_it_is_the_same(written: Any, tmp_path: Path) -> 
     model.save_pretrained(tmp_path)
     again = load(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "specdec_int4"
-    assert same(model.state_dict(), again.state_dict())
+    assert is_same(model.state_dict(), again.state_dict())
     assert again.dtype == model.dtype
 
 
-def test_the_model_knows_where_it_came_from(written: Any) -> None:
+def test_the_model_has_the_name_and_generation_config_of_its_checkpoint(written: Any) -> None:
     _, folder, _, _ = written
     model = load(folder)
     assert model.name_or_path == model.config.name_or_path == str(folder)
@@ -225,12 +226,15 @@ def test_generates_what_plain_decoding_does(tmp_path: Path) -> None:
     assert model.generate(**batch, max_new_tokens=12, do_sample=False).equal(expected)
 
 
-def test_shards_and_a_config_beside(folder: Path) -> None:
+def test_shards_and_a_quantization_config_in_its_own_file(folder: Path) -> None:
     whole = load(folder).state_dict()
     tensors = load_file(folder / "model.safetensors")
     names = sorted(tensors)
     (folder / "model.safetensors").unlink()
-    shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}  # the parts of a layer lie apart
+    shards = {
+        "model-1.safetensors": names[::2],
+        "model-2.safetensors": names[1::2],
+    }  # the parts of a layer are in different files
     for file, part in shards.items():
         save_file({name: tensors[name] for name in part}, folder / file)
     weight_map = {name: file for file, part in shards.items() for name in part}
@@ -239,7 +243,7 @@ def test_shards_and_a_config_beside(folder: Path) -> None:
     del settings["quant_method"], settings["checkpoint_format"]
     edit_config(folder, quantization_config=None)
     (folder / "quantize_config.json").write_text(json.dumps(settings))
-    assert same(load(folder).state_dict(), whole)
+    assert is_same(load(folder).state_dict(), whole)
 
 
 def test_the_checkpoints_dtype_where_the_config_names_none(folder: Path) -> None:
@@ -252,26 +256,26 @@ def test_the_checkpoints_dtype_where_the_config_names_none(folder: Path) -> None
 
 
 def test_symmetric_zero_points_of_the_other_version(folder: Path) -> None:
-    """There are checkpoints that say gptq and hold gptq_v2's zero points."""
+    """Some checkpoints say gptq and have gptq_v2's zero points."""
     expected = load(folder).state_dict()
     edit_config(folder, quantization_config=quantization_config(Case("gptq", version="gptq_v2")))
-    assert same(load(folder).state_dict(), expected)
+    assert is_same(load(folder).state_dict(), expected)
 
 
 @pytest.mark.parametrize("in_own_file", [False, True])
-def test_settings_of_awq_under_their_first_names(in_own_file: bool, tmp_path: Path) -> None:
+def test_settings_of_awq_under_their_old_names(in_own_file: bool, tmp_path: Path) -> None:
     folder = copy_of(CASES["awq"], tmp_path)
     expected = load(folder).state_dict()
     settings = {"w_bit": 4, "q_group_size": 32, "zero_point": True, "version": "GEMM"}
     edit_config(folder, quantization_config=None if in_own_file else {"quant_method": "awq"} | settings)
     if in_own_file:
         (folder / "quant_config.json").write_text(json.dumps(settings))
-    assert same(load(folder).state_dict(), expected)
+    assert is_same(load(folder).state_dict(), expected)
 
 
 def test_settings_in_the_text_models_part(tmp_path: Path) -> None:
-    """Of a model that reads pictures too, whose other parts stay as they are."""
-    twin, _ = write(tmp_path / "checkpoint", Case("gptq", "gemma3", skip=("out_proj", "q_proj", "k_proj", "v_proj")))
+    """Of a multimodal model, whose other parts are not quantized."""
+    dense, _ = write(tmp_path / "checkpoint", Case("gptq", "gemma3", skip=("out_proj", "q_proj", "k_proj", "v_proj")))
     folder = tmp_path / "checkpoint"
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["quantization_config"] = config.pop("quantization_config")
@@ -279,10 +283,10 @@ def test_settings_in_the_text_models_part(tmp_path: Path) -> None:
     for read in (load, load_checkpoint):
         model = in_full_precision(read(folder, attn_implementation="eager"))
         assert isinstance(model.model.language_model.layers[1].mlp.up_proj, Int4Linear)
-        torch.testing.assert_close(logits(model), logits(twin), atol=1e-4, rtol=0)
-    model.save_pretrained(tmp_path / "ours")
-    assert "quantization_config" not in json.loads((tmp_path / "ours" / "config.json").read_text())["text_config"]
-    assert same(load(tmp_path / "ours").state_dict(), model.state_dict())
+        torch.testing.assert_close(logits(model), logits(dense), atol=1e-4, rtol=0)
+    model.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())["text_config"]
+    assert is_same(load(tmp_path / "saved").state_dict(), model.state_dict())
 
 
 def test_settings_that_are_no_object(folder: Path) -> None:
@@ -305,15 +309,15 @@ def test_layers_of_other_bits_are_dequantized_and_named(tmp_path: Path) -> None:
     folder = copy_of(CASES["gptq-v2-dynamic"], tmp_path)
     with pytest.warns(UserWarning, match="specdec keeps in full precision") as caught:
         load_quantized(folder)
-    [said] = [str(warning.message) for warning in caught if "specdec" in str(warning.message)]
+    [message] = [str(warning.message) for warning in caught if "specdec" in str(warning.message)]
     assert (
         "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj (of 8 bits in the checkpoint; 4-bit layers hold 4)"
-        in said
+        in message
     )
-    assert "model.layers.0.self_attn.o_proj, model.layers.1.self_attn.o_proj (of 2 bits" in said
+    assert "model.layers.0.self_attn.o_proj, model.layers.1.self_attn.o_proj (of 2 bits" in message
 
 
-def test_a_layer_that_is_quantized_although_its_settings_leave_it_out(folder: Path) -> None:
+def test_a_quantized_layer_that_the_settings_leave_out_is_refused(folder: Path) -> None:
     edit_config(folder, quantization_config=GPTQ | {"dynamic": {"-:.*down_proj": {}}})
     with pytest.raises(
         ValueError, match=r"layers\.0\.mlp\.down_proj has quantized tensors, but the checkpoint's config leaves it in"
@@ -340,7 +344,9 @@ ACT = "model.layers.0.mlp.act.scales"
         ),
     ],
 )
-def test_activation_scales_that_are_none(name: str, scale: Tensor, match: str, scaled_folder: Path) -> None:
+def test_activation_scales_that_do_not_fit_are_refused(
+    name: str, scale: Tensor, match: str, scaled_folder: Path
+) -> None:
     tensors = load_file(scaled_folder / "model.safetensors")
     damaged(match, scaled_folder, **{name: scale})
     save_file(tensors, scaled_folder / "model.safetensors", metadata={"format": "pt"})
@@ -351,14 +357,14 @@ def scaled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy_of(CASES["awq-activation-scales"], tmp_path_factory.mktemp("scaled"))
 
 
-def test_a_saved_activation_scale_that_is_lost_or_wrong(scaled_folder: Path, tmp_path: Path) -> None:
+def test_a_saved_activation_scale_that_is_missing_or_wrong(scaled_folder: Path, tmp_path: Path) -> None:
     load(scaled_folder).save_pretrained(tmp_path)
     name = "model.layers.1.mlp.act.activation_scale"
     damaged(rf"{name} is torch.float16 \[95\]", tmp_path, **{name: torch.ones(95).half()})
     damaged("lacks 4-bit tensors, or has too many: .*'activation_scale': 2", tmp_path, **{name: None})
 
 
-def test_compressed_tensors_as_early_versions_wrote_them(tmp_path: Path) -> None:
+def test_compressed_tensors_of_early_versions(tmp_path: Path) -> None:
     """Zero points not packed, an order that was never set, and layers of two group sizes."""
     folder = copy_of(CASES["compressed-asym"], tmp_path)
     model = load(folder)
@@ -371,11 +377,11 @@ def test_compressed_tensors_as_early_versions_wrote_them(tmp_path: Path) -> None
     group = settings["config_groups"]["group_0"]
     other = group | {"weights": group["weights"] | {"group_size": 64}}
     edit_config(folder, quantization_config=settings | {"config_groups": {"group_0": group, "group_1": other}})
-    assert same(load(folder).state_dict(), expected)
+    assert is_same(load(folder).state_dict(), expected)
 
 
 def test_groups_of_layers_that_differ_in_symmetry_are_refused(tmp_path: Path) -> None:
-    """Which layer has which would have to be told apart, or a lost zero point would pass for a symmetric layer."""
+    """With both in one checkpoint a missing zero point would look like a symmetric layer."""
     folder = copy_of(CASES["compressed"], tmp_path)
     settings = quantization_config(CASES["compressed"])
     group = settings["config_groups"]["group_0"]
@@ -403,7 +409,7 @@ def test_biases_of_zeros_for_layers_without_one(folder: Path) -> None:
         load(folder)
 
 
-def test_experts_in_full_precision_are_told_of_once(tmp_path: Path) -> None:
+def test_experts_in_full_precision_give_one_warning(tmp_path: Path) -> None:
     folder = copy_of(CASES["gptq-experts"], tmp_path)
     with pytest.warns(
         UserWarning, match=r"full precision: model.layers.0.block_sparse_moe.experts.0.w1, .* 21 more"
@@ -412,7 +418,7 @@ def test_experts_in_full_precision_are_told_of_once(tmp_path: Path) -> None:
     assert len([warning for warning in caught if "specdec" in str(warning.message)]) == 1
 
 
-def test_a_draft_may_be_such_a_checkpoint(folder: Path) -> None:
+def test_a_draft_model_may_be_a_quantized_checkpoint(folder: Path) -> None:
     target = load_quantized(folder)
     specdec.enable(target, folder, num_draft_tokens=3)
     target.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=9, do_sample=False)
@@ -425,7 +431,7 @@ def test_layers_without_a_place_are_refused(folder: Path, monkeypatch: pytest.Mo
         ValueError, match=r"has 4-bit parts for model.layers.1.mlp.down_proj, where this model has no layer"
     ):
         load_quantized(folder)
-    ignored = [r"model\.layers\.1\."]  # as a family's own code says of layers for training alone
+    ignored = [r"model\.layers\.1\."]  # a family's own list of layers that only training needs
     monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", ignored)
     assert len(load_quantized(folder).model.layers) == 1
 
@@ -438,13 +444,13 @@ def test_a_plain_checkpoint_is_quantized(tmp_path: Path) -> None:
     layer = model.model.layers[0].mlp.down_proj
     assert isinstance(layer, Int4Linear)
     assert (layer.group_size, layer.weight_zero is None) == (64, False)
-    model.save_pretrained(tmp_path / "ours")
-    assert same(load(tmp_path / "ours").state_dict(), model.state_dict())
+    model.save_pretrained(tmp_path / "saved")
+    assert is_same(load(tmp_path / "saved").state_dict(), model.state_dict())
     with pytest.raises(ValueError, match="quantized already, by specdec_int4; leave config out"):
-        load(tmp_path / "ours", config=Int4Config())
+        load(tmp_path / "saved", config=Int4Config())
 
 
-# What the formats' own libraries make of it.
+# Results of the formats' own libraries.
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -468,9 +474,9 @@ def test_compressed_tensors_own_library(symmetric: bool, group_size: int, tmp_pa
         },
         scheme,
     )
-    ours = write_compressed(weight, case)
-    assert all(theirs[part].equal(ours[part]) for part in ours)
-    edit_tensors(folder, **{f"{name}.{part}": theirs[part] for part in ours})
+    written = write_compressed(weight, case)
+    assert all(theirs[part].equal(written[part]) for part in written)
+    edit_tensors(folder, **{f"{name}.{part}": theirs[part] for part in written})
     dense = PackedQuantizationCompressor.decompress(theirs, scheme)["weight"]
     assert load(folder).get_submodule(name).dequantize().equal(dense)
 
@@ -491,11 +497,13 @@ def test_mxfp4_stays_in_four_bits(tmp_path: Path) -> None:
     experts = load(copy_of(CASES["mxfp4"], tmp_path)).model.layers[0].mlp.experts
     assert isinstance(experts, Int4Experts)
     assert isinstance(experts.int4("down_proj"), Int4Tensor)
-    held = sum(value.nbytes for name, value in experts.named_parameters() if name in ("down_proj", "down_proj_scale"))
-    assert held < 0.6 * experts.num_experts * 64 * 96
+    num_bytes = sum(
+        value.nbytes for name, value in experts.named_parameters() if name in ("down_proj", "down_proj_scale")
+    )
+    assert num_bytes < 0.6 * experts.num_experts * 64 * 96
 
 
-# What cannot be read.
+# Checkpoints that cannot be read.
 
 Q_PROJ = "model.layers.1.self_attn.q_proj"
 
@@ -508,24 +516,24 @@ def damaged(match: str, folder: Path, **changes: Tensor | None) -> None:
 
 @pytest.mark.parametrize("part", ["qweight", "qzeros", "scales"])
 def test_a_missing_companion(part: str, folder: Path) -> None:
-    damaged(rf"no {Q_PROJ}\.{part} beside {Q_PROJ}\.\w+; .*download it again", folder, **{f"{Q_PROJ}.{part}": None})
+    damaged(rf"has {Q_PROJ}\.\w+ but no {Q_PROJ}\.{part}; .*download it again", folder, **{f"{Q_PROJ}.{part}": None})
 
 
 def test_a_missing_order(tmp_path: Path) -> None:
     folder = copy_of(CASES["gptq-act-order"], tmp_path)
-    damaged(rf"no {Q_PROJ}\.g_idx beside", folder, **{f"{Q_PROJ}.g_idx": None})
+    damaged(rf"but no {Q_PROJ}\.g_idx;", folder, **{f"{Q_PROJ}.g_idx": None})
 
 
 @pytest.mark.parametrize("part", ["weight_packed", "weight_scale", "weight_shape", "weight_zero_point"])
 def test_a_missing_companion_in_compressed_tensors(part: str, tmp_path: Path) -> None:
     folder = copy_of(CASES["compressed-asym"], tmp_path)
-    damaged(rf"no {Q_PROJ}\.{part} beside", folder, **{f"{Q_PROJ}.{part}": None})
+    damaged(rf"but no {Q_PROJ}\.{part};", folder, **{f"{Q_PROJ}.{part}": None})
 
 
 @pytest.mark.parametrize("part", ["blocks", "scales"])
 def test_a_missing_companion_in_mxfp4(part: str, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.experts.down_proj"
-    damaged(rf"no {name}_{part} beside", copy_of(CASES["mxfp4"], tmp_path), **{f"{name}_{part}": None})
+    damaged(rf"but no {name}_{part};", copy_of(CASES["mxfp4"], tmp_path), **{f"{name}_{part}": None})
 
 
 @pytest.mark.parametrize("name", [f"{Q_PROJ}.qweight", "model.norm.weight", "model.embed_tokens.weight"])
@@ -574,18 +582,18 @@ def test_a_plain_tensor_of_wrong_shape_or_dtype(value: Tensor, folder: Path) -> 
     )
 
 
-def test_an_order_of_uneven_groups(folder: Path) -> None:
+def test_uneven_groups(folder: Path) -> None:
     order = torch.zeros(64, dtype=torch.int32)
     damaged(rf"{Q_PROJ}\.g_idx must put 32 input columns into each of 2 groups", folder, **{f"{Q_PROJ}.g_idx": order})
     damaged(rf"{Q_PROJ}\.g_idx must put 32 input columns", folder, **{f"{Q_PROJ}.g_idx": order - 1})
 
 
-def test_a_ragged_last_group(folder: Path) -> None:
+def test_a_last_group_of_another_size(folder: Path) -> None:
     edit_config(folder, quantization_config=quantization_config(Case("gptq", group_size=64)))
     damaged(r"model.layers.0.mlp.down_proj has 96 input columns, which group_size=64 does not divide", folder)
 
 
-def test_a_group_size_that_is_not_the_tensors(folder: Path) -> None:
+def test_a_group_size_that_does_not_fit_the_tensors(folder: Path) -> None:
     edit_config(folder, quantization_config=quantization_config(Case("gptq", group_size=-1)))
     damaged(r"\.scales has 3 groups, but 96 input columns in groups of -1 make 1", folder)
 
@@ -732,7 +740,7 @@ UNREAD = [
     (AWQ | {"zero_point": "yes"}, r"zero_point='yes'; only True or False"),
     (
         compressed(config_groups=[WEIGHTS]),
-        r"config_groups=\[.*\], but it must be an object with names; is config.json whole",
+        r"config_groups=\[.*\], but it must be an object with names; is config.json damaged",
     ),
     (compressed(config_groups={"group_0": 4}), r"group_0=4, but it must be an object"),
     (compressed(group={"weights": "int4"}), r"weights='int4', but it must be an object"),
@@ -754,14 +762,16 @@ def test_formats_that_are_not_read(settings: dict[str, Any], match: str, any_fol
         load(any_folder)
 
 
-def test_arguments_that_make_no_sense(folder: Path) -> None:
+def test_invalid_arguments(folder: Path) -> None:
     with pytest.raises(ValueError, match="quantized already, by gptq; leave config out"):
         load(folder, config=Int4Config())
     with pytest.raises(ValueError, match="takes no quantization_config; give an Int4Config as config="):
         load(folder, quantization_config=Int4Config())
     with pytest.raises(ValueError, match="takes no state_dict"):
         load(folder, state_dict={})
-    with pytest.raises(ValueError, match="from 'no-such/model': it is no folder here and cannot be had from the hub"):
+    with pytest.raises(
+        ValueError, match="from 'no-such/model': it is no local folder and cannot be downloaded from the hub"
+    ):
         load("no-such/model")
-    with pytest.raises(ValueError, match=r"'\./no/such/folder': it is no folder here"):
+    with pytest.raises(ValueError, match=r"'\./no/such/folder': it is no local folder"):
         load("./no/such/folder")

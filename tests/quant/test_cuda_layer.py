@@ -1,4 +1,4 @@
-"""What Int4Linear does on a CUDA device, with the float32 reference in the kernel's place: no GPU is needed for the dispatch."""
+"""Int4Linear and FusedLinearGroup on a CUDA device, simulated on the CPU with the float32 reference as the kernel."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ pytest.importorskip("triton")
 
 from specdec_kernels import w4a16
 
-from specdec.quant import cuda, int4
+from specdec.quant import cuda, fused_linear, linear
 from specdec.quant.batch_invariant import MAX_WINDOW
 from specdec.quant.cuda import CudaKernel
-from specdec.quant.int4 import Int4Linear
-from specdec.quant.quantizer import link_fused_layers
+from specdec.quant.fused_linear import link_fused_layers
+from specdec.quant.linear import Int4Linear
 from tests.quant.test_int4 import random_tensor
 
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """As if this CPU were a CUDA device: -> the shapes of the inputs that were multiplied."""
+    """Treat the CPU as a CUDA device: -> the shapes of the inputs that were multiplied."""
     seen: list[torch.Size] = []
     multiply = w4a16.matmul
 
@@ -31,7 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
         seen.append(x.shape)
         return multiply(x, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(int4, "KERNELS", [CudaKernel])
+    monkeypatch.setattr(linear, "KERNELS", [CudaKernel])
     monkeypatch.setattr(cuda, "runs_on", lambda device: True)
     monkeypatch.setattr(w4a16, "matmul", counted)
     return seen
@@ -56,7 +56,7 @@ def test_the_layer_multiplies_by_its_weights(dtype: torch.dtype, symmetric: bool
         assert got.dtype == dtype
         assert (got.float() - expected).norm() / expected.norm() < 1e-2
     assert isinstance(one.kernel, CudaKernel)
-    assert [shape[1] for shape in calls] == [1, 6, MAX_WINDOW, 1]  # of a prefill, its last position
+    assert [shape[1] for shape in calls] == [1, 6, MAX_WINDOW, 1]  # the last position of a prefill
     assert one.weight.dtype == torch.int32
     for other in (one, copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
         for name, value in other.state_dict().items():
@@ -64,7 +64,7 @@ def test_the_layer_multiplies_by_its_weights(dtype: torch.dtype, symmetric: bool
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_inputs_keep_a_dtype_that_the_kernel_has(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_keep_a_dtype_that_the_kernel_supports(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(w4a16, "matmul", lambda x, *args: seen.append(x.dtype) or x.new_zeros(*x.shape[:-1], 100))
     one = layer()
@@ -90,10 +90,10 @@ def test_groups_of_256_have_the_kernel() -> None:
     assert isinstance(one.kernel, CudaKernel)
 
 
-def test_inputs_that_the_kernel_lacks_go_to_slabs(calls: list) -> None:
+def test_inputs_that_the_kernel_does_not_support_use_weight_tiles(calls: list) -> None:
     weight = random_tensor(
         100, 256, 32, symmetric=False, scale_dtype=torch.float16
-    )  # zeros of another dtype: not shipped
+    )  # zero points of another dtype are not shipped
     one = Int4Linear(weight).eval()
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         x = torch.randn(1, 3, 256).to(dtype)
@@ -104,7 +104,7 @@ def test_inputs_that_the_kernel_lacks_go_to_slabs(calls: list) -> None:
 
 
 class Attention(nn.Module):
-    """Three layers that take the same input."""
+    """Three layers with the same input."""
 
     def __init__(self, q_proj: Int4Linear, k_proj: Int4Linear, v_proj: Int4Linear) -> None:
         super().__init__()
@@ -123,22 +123,22 @@ def attention(**options: bool) -> Attention:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_siblings_share_a_launch_and_get_what_each_would_alone(symmetric: bool, calls: list) -> None:
-    linked, apart = attention(symmetric=symmetric), attention(symmetric=symmetric)
+def test_fused_layers_share_a_launch_and_give_the_result_of_each_alone(symmetric: bool, calls: list) -> None:
+    linked, separate = attention(symmetric=symmetric), attention(symmetric=symmetric)
     canonical = linked.state_dict()
-    for one in (apart.q_proj, apart.k_proj, apart.v_proj):
-        one.siblings = None
+    for one in (separate.q_proj, separate.k_proj, separate.v_proj):
+        one.group = None
     for width in (1, 6, 1):
         x = torch.randn(2, width, 256, dtype=torch.bfloat16)
         calls.clear()
         got = linked(x)
         assert len(calls) == 1
-        for mine, own in zip(got, apart(x), strict=True):
-            torch.testing.assert_close(mine, own)
+        for fused, alone in zip(got, separate(x), strict=True):
+            torch.testing.assert_close(fused, alone)
     x = torch.randn(1, MAX_WINDOW + 6, 256, dtype=torch.bfloat16)
     calls.clear()
-    for mine, own in zip(linked(x), apart(x), strict=True):
-        torch.testing.assert_close(mine, own)
+    for fused, alone in zip(linked(x), separate(x), strict=True):
+        torch.testing.assert_close(fused, alone)
     assert [shape[1] for shape in calls] == [1] * 6
     base = {
         part.untyped_storage().data_ptr() for part in (linked.q_proj.weight, linked.k_proj.weight, linked.v_proj.weight)
@@ -148,7 +148,7 @@ def test_siblings_share_a_launch_and_get_what_each_would_alone(symmetric: bool, 
         assert value.equal(canonical[name]), name
 
 
-def test_a_changed_bias_counts_from_the_next_call_on() -> None:
+def test_a_changed_bias_applies_from_the_next_call_on() -> None:
     linked = attention()
     x = torch.randn(1, 2, 256, dtype=torch.bfloat16)
     before = linked(x)[2].float()
@@ -157,7 +157,7 @@ def test_a_changed_bias_counts_from_the_next_call_on() -> None:
     assert ((linked(x)[2].float() - before - 8).abs() < 0.1).all()
 
 
-def test_siblings_called_alone_twice_or_in_any_order_are_right(calls: list) -> None:
+def test_fused_layers_may_be_called_alone_twice_and_in_any_order(calls: list) -> None:
     linked = attention()
     weights = [one.dequantize(torch.float32) for one in (linked.q_proj, linked.k_proj, linked.v_proj)]
     first, second = torch.randn(2, 1, 2, 256, dtype=torch.bfloat16)
@@ -167,7 +167,7 @@ def test_siblings_called_alone_twice_or_in_any_order_are_right(calls: list) -> N
         assert (part(x).float() - expected).norm() / expected.norm() < 1e-2
 
 
-def test_an_input_written_to_between_siblings_counts_as_another(calls: list) -> None:
+def test_an_input_that_is_written_to_between_calls_is_another_input(calls: list) -> None:
     linked = attention()
     x = torch.randn(1, 2, 256, dtype=torch.bfloat16)
     linked.q_proj(x)
@@ -177,7 +177,7 @@ def test_an_input_written_to_between_siblings_counts_as_another(calls: list) -> 
     assert len(calls) == 2
 
 
-def test_inputs_with_gradients_go_to_slabs(calls: list) -> None:
+def test_inputs_with_gradients_use_weight_tiles(calls: list) -> None:
     linked = attention()
     x = torch.randn(1, 2, 256, requires_grad=True)
     linked.q_proj(x).sum().backward()
@@ -185,51 +185,51 @@ def test_inputs_with_gradients_go_to_slabs(calls: list) -> None:
     assert not calls
 
 
-def test_layers_that_never_share_an_input_part_and_keep_their_bits(calls: list) -> None:
+def test_layers_that_never_share_an_input_are_separated_and_keep_their_bits(calls: list) -> None:
     linked = attention()
     x = torch.randn(1, 2, 256, dtype=torch.bfloat16)
     together = linked(x)
-    for _ in range(cuda.MISSES + 3):
-        own = linked.q_proj(x.clone()), linked.k_proj(x.clone()), linked.v_proj(x.clone())
-    assert linked.q_proj.siblings.fused is None
-    for mine, before in zip(own, together, strict=True):
-        torch.testing.assert_close(mine, before)
+    for _ in range(fused_linear.MAX_MISSES + 3):
+        separate = linked.q_proj(x.clone()), linked.k_proj(x.clone()), linked.v_proj(x.clone())
+    assert linked.q_proj.group.kernel is None
+    for alone, before in zip(separate, together, strict=True):
+        torch.testing.assert_close(alone, before)
 
 
-def test_layers_of_different_forms_do_not_fuse(calls: list) -> None:
+def test_layers_with_different_quantization_are_not_fused(calls: list) -> None:
     odd = Attention(layer(), layer(symmetric=False), layer())
     link_fused_layers(odd)
     x = torch.randn(1, 2, 256, dtype=torch.bfloat16)
     odd(x)
     assert len(calls) == 3
-    assert odd.q_proj.siblings.fused is None
+    assert odd.q_proj.group.kernel is None
     permuted = Attention(layer(permuted=True), layer(permuted=True), layer(permuted=True))
     link_fused_layers(permuted)
     permuted(x)
-    assert permuted.q_proj.siblings.fused is None
+    assert permuted.q_proj.group.kernel is None
 
 
-def test_moving_and_loading_part_siblings_and_bring_them_together_again(calls: list) -> None:
+def test_moving_and_loading_separate_the_layers_and_the_next_call_fuses_them_again(calls: list) -> None:
     linked = attention()
     x = torch.randn(1, 2, 256, dtype=torch.bfloat16)
     before, state = linked(x), {name: value.clone() for name, value in linked.state_dict().items()}
     linked.to("cpu")
     assert linked.q_proj.weight.dtype == torch.uint8
-    assert linked.q_proj.siblings.fused is None
+    assert linked.q_proj.group.kernel is None
     calls.clear()
-    for mine, own in zip(linked(x), before, strict=True):
-        assert mine.equal(own)
+    for output, reference in zip(linked(x), before, strict=True):
+        assert output.equal(reference)
     assert len(calls) == 1
     linked.load_state_dict(state)
-    for mine, own in zip(linked(x), before, strict=True):
-        assert mine.equal(own)
+    for output, reference in zip(linked(x), before, strict=True):
+        assert output.equal(reference)
     copied = copy.deepcopy(linked)
-    assert copied.q_proj.siblings is None
-    for mine, own in zip(copied(x), before, strict=True):
-        torch.testing.assert_close(mine, own)
+    assert copied.q_proj.group is None
+    for output, reference in zip(copied(x), before, strict=True):
+        torch.testing.assert_close(output, reference)
 
 
-def test_one_sibling_loaded_anew_does_not_touch_the_others() -> None:
+def test_loading_one_fused_layer_does_not_change_the_others() -> None:
     linked = attention()
     x = torch.randn(1, 2, 256, dtype=torch.bfloat16)
     linked(x)
@@ -241,11 +241,11 @@ def test_one_sibling_loaded_anew_does_not_touch_the_others() -> None:
         assert (got.float() - expected).norm() / expected.norm() < 1e-2
 
 
-def test_a_compiled_graph_takes_the_operator_whole() -> None:
+def test_a_compiled_graph_calls_the_operator() -> None:
     linked = attention()
     x = torch.randn(1, 2, 256, dtype=torch.bfloat16)
     expected = linked(x)
     compiled = torch.compile(linked, backend="aot_eager", fullgraph=True)
     with torch.inference_mode():
-        for mine, own in zip(compiled(x), expected, strict=True):
-            torch.testing.assert_close(mine, own)
+        for output, reference in zip(compiled(x), expected, strict=True):
+            torch.testing.assert_close(output, reference)

@@ -1,4 +1,4 @@
-"""Checkpoints damaged at random: they load, or an error of the kinds that callers expect says what is wrong."""
+"""Checkpoints damaged at random: each loads, or raises an error of the documented types."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ CASES = {
     "gptq-experts": Case("gptq", "mixtral", symmetric=False, values=ONE_LAYER | {"num_local_experts": 2}),
     "awq": Case("awq", "starcoder2", symmetric=False, scaled="mlp.act", values=ONE_LAYER),
     "auto-round": Case(
-        "auto-round", version="gptq_v2", symmetric=False, skip=("k_proj",), settings={"extra_config": {".*k_proj": {"bits": 16}}},
+        "auto-round", version="gptq_v2", symmetric=False, skip=("k_proj",),
+        settings={"extra_config": {".*k_proj": {"bits": 16}}},
         values=ONE_LAYER,
     ),
     "compressed-tensors": Case("compressed-tensors", symmetric=False, act_order=True, values=ONE_LAYER),
@@ -46,54 +47,54 @@ DTYPES = [
 ]
 
 
-def damage_settings(settings: dict[str, Any], chance: random.Random) -> None:
+def damage_settings(settings: dict[str, Any], rng: random.Random) -> None:
     """Remove or replace a setting, at any depth."""
-    places = [(settings, key) for key in settings]
-    for table, key in places:
+    paths = [(settings, key) for key in settings]
+    for table, key in paths:
         if isinstance(table[key], dict):
-            places += [(table[key], below) for below in table[key]]
-    table, key = chance.choice(places)
-    if chance.random() < 0.2:
+            paths += [(table[key], inner) for inner in table[key]]
+    table, key = rng.choice(paths)
+    if rng.random() < 0.2:
         del table[key]
     else:
-        table[key] = chance.choice(VALUES)
+        table[key] = rng.choice(VALUES)
 
 
-def damage_tensors(tensors: dict[str, Tensor], chance: random.Random) -> None:
+def damage_tensors(tensors: dict[str, Tensor], rng: random.Random) -> None:
     """Remove a tensor, or give it another name, shape, dtype or content."""
-    name = chance.choice(sorted(tensors))
+    name = rng.choice(sorted(tensors))
     value = tensors.pop(name)
-    kind = chance.choice(["gone", "renamed", "flat", "deeper", "shorter", "empty", "scalar", "dtype", "bits"])
-    if kind == "renamed":
-        name = chance.choice(
+    damage = rng.choice(["missing", "renamed", "flat", "deeper", "shorter", "empty", "scalar", "dtype", "bits"])
+    if damage == "renamed":
+        name = rng.choice(
             [name.replace("model.", "", 1), name.rpartition(".")[0] + ".scales", "x" + name, name.rpartition(".")[2]]
         )
-    elif kind == "flat":
+    elif damage == "flat":
         value = value.flatten()
-    elif kind == "deeper":
+    elif damage == "deeper":
         value = value[None]
-    elif kind == "shorter":
+    elif damage == "shorter":
         value = value[: len(value) // 2]
-    elif kind == "empty":
+    elif damage == "empty":
         value = value[:0]
-    elif kind == "scalar":
+    elif damage == "scalar":
         value = value.flatten()[0]
-    elif kind == "dtype":
-        value = value.float().to(chance.choice(DTYPES))
-    elif kind == "bits":
-        generator = torch.Generator().manual_seed(chance.randrange(1000))
+    elif damage == "dtype":
+        value = value.float().to(rng.choice(DTYPES))
+    elif damage == "bits":
+        generator = torch.Generator().manual_seed(rng.randrange(1000))
         value = (
             torch.randint(256, (value.nbytes,), dtype=torch.uint8, generator=generator)
             .view(value.dtype)
             .view(value.shape)
         )
-    if kind != "gone":
+    if damage != "missing":
         tensors[name] = value.contiguous()
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_damage_is_named(name: str, tmp_path: Path) -> None:
-    chance = random.Random(name)
+def test_damaged_checkpoints_load_or_raise_an_error_of_the_documented_types(name: str, tmp_path: Path) -> None:
+    rng = random.Random(name)
     folder = tmp_path / "checkpoint"
     write(folder, CASES[name])
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -101,10 +102,10 @@ def test_damage_is_named(name: str, tmp_path: Path) -> None:
     refused = []
     for _ in range(ROUNDS):
         damaged_settings, damaged_tensors = copy.deepcopy(settings), dict(tensors)
-        if chance.random() < 0.5:
-            damage_settings(damaged_settings, chance)
+        if rng.random() < 0.5:
+            damage_settings(damaged_settings, rng)
         else:
-            damage_tensors(damaged_tensors, chance)
+            damage_tensors(damaged_tensors, rng)
         edit_config(folder, quantization_config=damaged_settings)
         save_file(damaged_tensors, folder / "model.safetensors", metadata={"format": "pt"})
         with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""The canonical 4-bit form, and the layer that runs on it."""
+"""The canonical 4-bit form, rounding to it, and the linear layer on it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from specdec.quant import cpu
 from specdec.quant.batch_invariant import MAX_WINDOW
-from specdec.quant.int4 import Int4Linear, Int4Tensor, pack, unpack
+from specdec.quant.int4 import Int4Tensor, pack, unpack
+from specdec.quant.linear import Int4Linear
 from specdec.quant.rounding import round_to_nearest
 
 needs_op = pytest.mark.skipif(cpu.row_order() is None, reason="this build of torch has no int4 op for its CPU")
@@ -37,7 +38,7 @@ def random_tensor(
     )
 
 
-def by_the_formula(int4: Int4Tensor) -> Tensor:
+def reference_weight(int4: Int4Tensor) -> Tensor:
     """W[n, perm[k]] = (code - zero) * scale, one element at a time."""
     rows, half = int4.weight.shape
     weight = torch.empty(rows, 2 * half, dtype=torch.float32)
@@ -75,7 +76,7 @@ def test_an_odd_number_of_columns_does_not_pack() -> None:
 def test_dequantize_is_the_formula(scale_dtype: torch.dtype, symmetric: bool, permuted: bool) -> None:
     torch.manual_seed(0)
     int4 = random_tensor(6, 16, 4, symmetric=symmetric, permuted=permuted, scale_dtype=scale_dtype)
-    expected = by_the_formula(int4)
+    expected = reference_weight(int4)
     assert int4.dequantize(torch.float32).equal(expected)
     assert int4.dequantize().equal(expected.to(scale_dtype))
     assert int4.dequantize().dtype == scale_dtype
@@ -87,10 +88,10 @@ def test_dequantize_with_a_codebook_and_8_bit_scales() -> None:
     int4 = Int4Tensor(pack(torch.randint(16, (3, 64))), scale, codebook=codebook)
     assert int4.group_size == 32
     assert int4.dequantize().dtype == torch.bfloat16
-    assert int4.dequantize(torch.float32).equal(by_the_formula(int4))
+    assert int4.dequantize(torch.float32).equal(reference_weight(int4))
 
 
-# The group sizes of the issue of the day, -1 as its width, and shapes whose rows fill no block of the op.
+# Each group size, -1 as the width of the row, and shapes whose rows fill no block of the op.
 SHAPES = [(64, 128, 32), (64, 128, 64), (48, 256, 128), (100, 128, 128), (70, 256, 256), (16, 96, 96), (3, 64, 32)]
 
 
@@ -119,7 +120,7 @@ def test_the_layer_multiplies_by_its_weights(
     assert layer.int4.weight.equal(int4.weight)
 
 
-def test_groups_of_16_multiply_by_slabs_where_the_op_has_none() -> None:
+def test_groups_of_16_use_weight_tiles_where_the_op_has_none() -> None:
     layer = Int4Linear(random_tensor(100, 48, 16, symmetric=False, permuted=True)).eval()
     for width in (1, MAX_WINDOW + 1):
         x = torch.randn(1, width, 48)
@@ -140,13 +141,13 @@ def test_codes_come_back_from_the_ops_layout_bit_for_bit(shape: tuple[int, int, 
     assert all(after[name].equal(before[name]) for name in before)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.to("cpu")):
         assert all(other.state_dict()[name].equal(before[name]) for name in before)
-    assert layer.weight.equal(before["weight"])  # .to() leaves the layout, for whatever device comes next
+    assert layer.weight.equal(before["weight"])  # .to() restores the canonical layout
 
 
 @needs_op
 @pytest.mark.parametrize("shape", [(256, 256, 64), (512, 256, 128), (256, 512, 32)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_is_the_same_whatever_is_beside_it(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+def test_a_row_does_not_depend_on_the_other_rows(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     layer = Int4Linear(random_tensor(*shape)).eval()
     x = torch.randn(1, MAX_WINDOW, shape[1]).to(dtype)
     alone = torch.cat([layer(row) for row in x.split(1, dim=1)], dim=1)
@@ -155,11 +156,11 @@ def test_a_row_is_the_same_whatever_is_beside_it(dtype: torch.dtype, shape: tupl
     batch = x.view(4, 16, -1)
     assert layer(batch).equal(alone.view(4, 16, -1))
     wide = torch.cat((torch.randn_like(x), x[:, :1]), dim=1)
-    assert layer(wide)[:, -1].equal(alone[:, 0])  # prefill: its last position goes the decoding way
+    assert layer(wide)[:, -1].equal(alone[:, 0])  # prefill: its last position is computed as in decoding
 
 
-def test_the_path_goes_by_the_window_not_by_the_number_of_rows() -> None:
-    """32 rows of a batch, 6 positions each, are still decoding."""
+def test_the_window_not_the_number_of_rows_selects_the_path() -> None:
+    """32 rows of a batch, 6 positions each, are decoding."""
     layer = Int4Linear(random_tensor(64, 64, 32)).eval()
     x = torch.randn(32, 6, 64)
     assert layer(x).equal(torch.cat([layer(row) for row in x.split(1)]))
@@ -167,15 +168,15 @@ def test_the_path_goes_by_the_window_not_by_the_number_of_rows() -> None:
 
 @needs_op
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_bytes_a_weight_all_told(symmetric: bool) -> None:
+def test_bytes_per_weight(symmetric: bool) -> None:
     layer = Int4Linear(random_tensor(256, 512, 128, symmetric=symmetric)).eval()
     for _ in range(2):
         in_memory = sum(t.nbytes for t in (*layer.parameters(), *layer.buffers()))
         assert in_memory / (256 * 512) <= 0.57
-        layer(torch.randn(1, 1, 512))  # enters the op's layout: codes are not held twice
+        layer(torch.randn(1, 1, 512))  # chooses the kernel: codes are not stored twice
 
 
-def test_a_layer_in_training_mode_says_so() -> None:
+def test_a_layer_in_training_mode_raises() -> None:
     layer = Int4Linear(random_tensor(64, 64, 32)).train()
     with pytest.raises(ValueError, match=r"no training mode; call model\.eval"):
         layer(torch.randn(1, 1, 64))
@@ -196,7 +197,7 @@ def test_a_state_dict_of_another_group_size_is_refused() -> None:
         layer.load_state_dict(Int4Linear(random_tensor(64, 64, 64)).state_dict())
     assert layer.weight.equal(before)
     other = Int4Linear(random_tensor(64, 64, 32)).eval()
-    layer(torch.randn(1, 1, 64))  # in the op's layout by now
+    layer(torch.randn(1, 1, 64))  # now in the op's layout
     layer.load_state_dict(other.state_dict())
     assert layer.int4.weight.equal(other.weight)
 
@@ -218,7 +219,7 @@ def test_round_to_nearest_searches_the_scale(symmetric: bool, group_size: int) -
     assert int4.group_size == (256 if group_size == -1 else group_size)
     assert (int4.zero is None) == symmetric
     groups = weight.unflatten(1, (-1, int4.group_size))
-    if symmetric:  # what a plain absmax scale gives
+    if symmetric:  # the scale without a search
         scale = (groups.abs().amax(-1) / 7).bfloat16()
         zero = torch.full_like(scale, 8, dtype=torch.uint8)
     else:
@@ -233,14 +234,14 @@ def test_codes_are_the_nearest_ones() -> None:
     weight = 0.02 * torch.randn(16, 64)
     int4 = round_to_nearest(weight, 32, True)
     steps = int4.scale.float().abs().repeat_interleave(32, dim=1)
-    off = (weight - int4.dequantize(torch.float32)).abs()
+    error = (weight - int4.dequantize(torch.float32)).abs()
     inside = (int4.codes() > 0) & (int4.codes() < 15)
-    assert (off[inside] <= 0.5 * steps[inside] * 1.001).all()
+    assert (error[inside] <= 0.5 * steps[inside] * 1.001).all()
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_4_bit_weights_are_rounded_to_themselves(symmetric: bool) -> None:
-    """Weights that lie on a 4-bit grid of full range come back exactly, zeros, and a group of zeros, included."""
+def test_4_bit_weights_are_unchanged_by_rounding(symmetric: bool) -> None:
+    """Weights on a 4-bit grid of full range are rounded exactly, also zeros and a group of zeros."""
     torch.manual_seed(0)
     codes = torch.randint(16, (8, 64))
     codes[:, 0::32], codes[:, 1::32] = 0, 15

@@ -1,4 +1,4 @@
-"""Quantize at load, in memory, save and load: the same bits every way, and clear words where it cannot be."""
+"""Quantizing at load and in memory, saving and loading give the same bits, and errors where that is not possible."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 import specdec
 from specdec import Int4Config
-from specdec.quant.int4 import Int4Linear
+from specdec.quant.linear import Int4Linear
 from specdec.quant.rounding import round_to_nearest
 from tests.helpers.families import FAMILIES, family, make_model, prompts
 
 WIDE = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128,
 }  # fmt: skip
 SMALL = Int4Config(group_size=32)
 pytestmark = pytest.mark.filterwarnings("ignore:specdec keeps in full precision")
@@ -62,7 +62,7 @@ def test_at_load_in_memory_and_from_disk_are_the_same_bits(
     original = load_file(saved / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     assert layer.dequantize().equal(round_to_nearest(original, group_size, symmetric).dequantize())
 
-    at_load(torch.tensor([[1, 2, 3]]))  # its layers are in a kernel's layout now
+    at_load(torch.tensor([[1, 2, 3]]))  # its layers are now in a kernel's layout
     at_load.save_pretrained(tmp_path / "int4")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "int4", dtype=torch.float32)
     assert same_state(loaded, in_memory)
@@ -72,12 +72,12 @@ def test_at_load_in_memory_and_from_disk_are_the_same_bits(
     ).read_bytes()
     ids = prompts(1)["input_ids"]
     assert loaded(ids).logits.equal(in_memory(ids).logits)
-    assert config.skip_modules == []  # a config is a recipe and may be used again
+    assert config.skip_modules == []  # a config is not changed and may be used again
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_family_computes_with_its_rounded_weights(model_type: str) -> None:
-    """The 4-bit model in float32 arithmetic against a plain one that holds the same, dequantized weights."""
+    """The 4-bit model in float32 arithmetic against a full-precision one with the dequantized weights."""
     quantized, plain = family(model_type, "int4"), copy.deepcopy(family(model_type))
     count = 0
     for name, layer in quantized.named_modules():
@@ -95,7 +95,7 @@ def test_every_family_computes_with_its_rounded_weights(model_type: str) -> None
         assert (fast - expected).norm() / expected.norm() < 0.1  # bfloat16 inside, std 0.25 weights around it
 
 
-def test_a_draft_may_be_4_bit_too() -> None:
+def test_a_draft_model_may_be_4_bit() -> None:
     target = small()
     draft = specdec.quantize(copy.deepcopy(target), SMALL)
     expected = target.generate(**prompts(4), max_new_tokens=20, do_sample=False)
@@ -104,12 +104,12 @@ def test_a_draft_may_be_4_bit_too() -> None:
     assert specdec.last_stats(target).num_accepted_draft_tokens > 0
 
 
-def test_what_is_left_out_is_said_once() -> None:
+def test_layers_left_out_give_one_warning() -> None:
     model = small(intermediate_size=80)
-    with pytest.warns(UserWarning, match="specdec keeps in full precision") as said:
+    with pytest.warns(UserWarning, match="specdec keeps in full precision") as caught:
         specdec.quantize(model, Int4Config(group_size=32, skip_modules=["model.layers.1.self_attn"]))
-    assert len(said) == 1
-    text = str(said[0].message)
+    assert len(caught) == 1
+    text = str(caught[0].message)
     assert "lm_head (the output head" in text
     assert (
         "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj (group_size=32 does not divide in_features=80"
@@ -121,7 +121,7 @@ def test_what_is_left_out_is_said_once() -> None:
     assert isinstance(model.model.layers[0].self_attn.q_proj, Int4Linear)
 
 
-def test_the_head_is_left_out_unless_asked_for() -> None:
+def test_the_head_is_left_out_by_default() -> None:
     assert not isinstance(specdec.quantize(small(), SMALL).lm_head, Int4Linear)
     with_head = specdec.quantize(small(vocab_size=128), Int4Config(32, quantize_head=True))
     assert isinstance(with_head.lm_head, Int4Linear)
@@ -132,8 +132,8 @@ def test_the_head_is_left_out_unless_asked_for() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt2", "qwen3", "gpt_oss"])
-def test_other_layouts_come_back_from_disk(tmp_path: Path, model_type: str) -> None:
-    """Stacked experts stay as they are, Conv1D weights lie the other way round, biases are kept, heads may be tied."""
+def test_other_layouts_are_saved_and_loaded(tmp_path: Path, model_type: str) -> None:
+    """Stacked experts are not quantized, Conv1D weights are transposed, biases are kept, heads may be tied."""
     values = {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 32} if model_type == "qwen3" else {}
     model = make_model(model_type, **FAMILIES[model_type] | values)
     model.save_pretrained(tmp_path / "plain")
@@ -157,7 +157,7 @@ def test_pickles_and_copies_hold_the_same_model() -> None:
 
 
 def test_a_pickle_holds_the_canonical_form_for_a_cpu_of_another_kind(tmp_path: Path) -> None:
-    """A kernel's layout goes by the vector width of the CPU; what is read elsewhere must not be in it."""
+    """A kernel's layout depends on the CPU's vector width, so a file for other machines must not be in it."""
     model = specdec.quantize(small(), SMALL)
     ids = prompts(1)["input_ids"]
     expected = model(ids).logits.detach()
@@ -174,7 +174,7 @@ with torch.no_grad():
         subprocess.run(command, check=True, cwd=Path(__file__).parents[2], env=env)
 
 
-def test_a_4_bit_model_is_freed_when_nobody_holds_it() -> None:
+def test_a_4_bit_model_without_references_is_freed() -> None:
     gc.disable()
     try:
         model = specdec.quantize(small(), SMALL)
@@ -199,17 +199,14 @@ def test_threads_on_a_fresh_model_get_the_same_bits() -> None:
     assert all(result.equal(expected) for result in results)
 
 
-# --- clear words ---
-
-
-def test_a_name_to_skip_that_is_not_there() -> None:
+def test_a_name_in_skip_modules_that_does_not_exist() -> None:
     with pytest.raises(
         ValueError, match=r"skip_modules names 'model\.layer\.0', but no linear layer of this model is called that"
     ):
         specdec.quantize(small(), Int4Config(32, skip_modules=["model.layer.0"]))
 
 
-def test_settings_of_the_wrong_kind() -> None:
+def test_settings_of_the_wrong_type() -> None:
     with pytest.raises(ValueError, match="symmetric='no' must be True or False"):
         Int4Config(symmetric="no")
     with pytest.raises(TypeError, match="config must be an Int4Config, got dict"):
@@ -227,7 +224,7 @@ def test_a_group_size_that_divides_nothing() -> None:
 
 
 @pytest.mark.parametrize("group_size", [0, 8, 100, "128", None])
-def test_a_group_size_there_is_not(group_size: object) -> None:
+def test_a_group_size_that_does_not_exist(group_size: object) -> None:
     with pytest.raises(ValueError, match=r"is none of 16, 32, 64, 128, 256, -1"):
         Int4Config(group_size=group_size)
 
@@ -250,12 +247,12 @@ def test_a_model_that_another_method_quantized() -> None:
         specdec.quantize(model, SMALL)
 
 
-def test_something_that_is_no_model() -> None:
+def test_a_module_that_is_no_transformers_model() -> None:
     with pytest.raises(TypeError, match="takes a transformers model, got Linear"):
         specdec.quantize(torch.nn.Linear(2, 2))
 
 
-def test_weights_that_are_not_finite_leave_the_model_whole(saved: Path) -> None:
+def test_weights_that_are_not_finite_leave_the_model_unchanged(saved: Path) -> None:
     model = small()
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj has NaN"):
@@ -335,7 +332,7 @@ def test_a_broken_checkpoint_raises(tmp_path: Path, name: str) -> None:
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_a_weight_that_is_missing_while_it_is_to_be_quantized(saved: Path) -> None:
+def test_a_missing_weight_that_is_to_be_quantized(saved: Path) -> None:
     tensors = load_file(saved / "model.safetensors")
     del tensors[f"{Q}.weight"]
     save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
@@ -352,8 +349,6 @@ def test_a_format_version_of_the_future(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-# --- memory ---
-
 PEAK = """
 import sys, threading, time, warnings
 import torch, specdec
@@ -361,10 +356,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 
-def anonymous():  # file-backed pages of the checkpoint are the kernel's to take back
+def anonymous():  # the operating system can drop file-backed pages
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 
-AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=specdec.Int4Config())  # warm: imports, threads
+AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=specdec.Int4Config())  # warm-up: imports, threads
 before, peak, done = anonymous(), 0, False
 
 def watch():

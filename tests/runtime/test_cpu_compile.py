@@ -593,7 +593,7 @@ def test_kernels_that_others_could_have_written_are_not_loaded(
     path = cpu.built_at() if which == "library" else own_cache
     path.chmod(0o722)
     monkeypatch.setattr(cpu, "_IS_LOADED", None)
-    only_warning(small, f"specdec's CPU kernels are left out: other users may write to {path}", compile=compile)
+    only_warning(small, f"specdec's CPU kernels are not used: other users may write to {path}", compile=compile)
     assert packages(own_cache) == 0
 
 

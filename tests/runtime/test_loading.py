@@ -22,8 +22,8 @@ from specdec.drafters.resolve import resolve_drafter
 from specdec.planning import footprint
 from specdec.quant import checkpoints
 from specdec.quant.checkpoints import load_checkpoint, named_errors
-from specdec.quant.int4 import Int4Linear
-from specdec.quant.quantizer import is_4bit
+from specdec.quant.layers import is_4bit
+from specdec.quant.linear import Int4Linear
 from specdec.runtime.loading import load, load_tokenizer
 from tests.generation.test_multimodal import CLIP, CONFIGS
 from tests.helpers.checkpoint_writers import TINY, Case, edit_config, edit_tensors, quantization_config, write

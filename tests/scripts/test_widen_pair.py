@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from widen_pair import ORIGINAL, PAIRS, SHAPES, Shape, widen
 
 from specdec.planning.peak_memory import LiveStorages
-from specdec.quant.int4 import Int4Linear
-from specdec.quant.quantizer import Int4Config, quantize
+from specdec.quant.config import Int4Config
+from specdec.quant.linear import Int4Linear
+from specdec.quant.quantizer import quantize
 from specdec.runtime.loading import load, load_tokenizer
 from specdec.utils import embedded
 

@@ -1,4 +1,4 @@
-"""Attention of the K + 1 queries of a verification window over each row's own stretch of a KV cache."""
+"""Attention of the K + 1 queries of a verification window over each row's own slots of the KV cache."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor, library
 from specdec_kernels import trial
 from specdec_kernels.attention import reference
 
-MAX_DIM = 256  # a head's width, up to which there is a kernel
-DTYPES = (torch.bfloat16, torch.float16)  # those of the kernel
+MAX_DIM = 256  # the largest head width of the kernel
+DTYPES = (torch.bfloat16, torch.float16)  # of the kernel
 
 _LIBRARY = library.Library("specdec", "FRAGMENT")
 _LIBRARY.define("attention(Tensor query, Tensor key, Tensor value, Tensor first, Tensor last, float scale) -> Tensor")
@@ -19,25 +19,26 @@ _LIBRARY.impl("attention", reference.attention, "CompositeExplicitAutograd")
 def attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, last: Tensor, scale: float) -> Tensor:
     """softmax(scale * query . key) @ value over the slots first … last of each query; zeros where there are none.
 
-    query [B, H, W, D], key [B, H', S, D], value [B, H', S, DV]; first, last [B, W] int32: -> [B, W, H, DV] in the query's dtype.
-    Query head h reads key head h // (H / H'). The last dimension is contiguous, the others may have any stride. Slots outside of
-    what a row's queries see may hold anything, NaN too; a gap between two of its queries must be finite.
-    On a CUDA device, bfloat16 and float16 heads of up to 256 run the kernel, and a query's result is the same, bit for bit,
-    whatever W, S, the batch and its neighbours are. Anything else runs the formula in float32. No gradients.
+    query [B, H, W, D], key [B, H', S, D], value [B, H', S, DV]; first, last [B, W] int32: -> [B, W, H, DV] in the
+    query's dtype. Query head h reads key head h // (H / H'). The last dimension is contiguous, the others may have any
+    stride. Slots before the first and after the last that a row's queries attend to may hold NaN; slots between those
+    of its queries must be finite. On a CUDA device, bfloat16 and float16 heads of up to 256 run the kernel, and a
+    query's result does not depend on W, S, the batch or the other queries, bit for bit. Anything else runs the formula
+    in float32. No gradients.
     """
-    if wrong := _wrong(query, key, value, first, last):
-        raise ValueError(f"attention: {wrong}")
+    if problem := _find_problem(query, key, value, first, last):
+        raise ValueError(f"attention: {problem}")
     return torch.ops.specdec.attention(query, key, value, first, last, scale)
 
 
-def _wrong(query: Tensor, key: Tensor, value: Tensor, first: Tensor, last: Tensor) -> str | None:
+def _find_problem(query: Tensor, key: Tensor, value: Tensor, first: Tensor, last: Tensor) -> str | None:
     shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if not query.ndim == key.ndim == value.ndim == 4:
         return f"{shapes} must be [B, H, W, D], [B, H', S, D], [B, H', S, DV]"
     batch, heads, width, dim = query.shape
     kv_heads, length = key.shape[1:3]
     if key.shape != (batch, kv_heads, length, dim) or value.shape[:3] != key.shape[:3]:
-        return f"{shapes} do not fit together; they must be [B, H, W, D], [B, H', S, D], [B, H', S, DV]"
+        return f"{shapes} do not match; they must be [B, H, W, D], [B, H', S, D], [B, H', S, DV]"
     if kv_heads == 0 or heads % kv_heads:
         return f"{heads} query heads cannot share {kv_heads} key heads; H must be a multiple of H'"
     if first.shape != (batch, width) or last.shape != (batch, width):
@@ -66,10 +67,10 @@ def _on_cuda(query: Tensor, key: Tensor, value: Tensor, first: Tensor, last: Ten
 
 
 def _try(dtype: torch.dtype, dim: int, value_dim: int, device: torch.device) -> float:
-    """The error on two rows of several chunks, one of them with a window."""
+    """The relative error on two rows of several chunks, one of them with a sliding window."""
     from specdec_kernels.attention.kernel import launch
 
-    generator = torch.Generator().manual_seed(0)  # of its own: a user's seed is for what they sample
+    generator = torch.Generator().manual_seed(0)  # leaves the user's random state unchanged
     query = torch.rand(2, 4, 6, dim, generator=generator).to(device, dtype)
     key, value = (
         torch.rand(2, 2, 700, size, generator=generator).sub(0.5).to(device, dtype) for size in (dim, value_dim)
@@ -83,10 +84,10 @@ def _try(dtype: torch.dtype, dim: int, value_dim: int, device: torch.device) -> 
     return trial.relative_error(launch(query, key, value, *arguments), expected)
 
 
-def _shape_of_result(query: Tensor, key: Tensor, value: Tensor, first: Tensor, last: Tensor, scale: float) -> Tensor:
+def _fake_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, last: Tensor, scale: float) -> Tensor:
     batch, heads, width, _ = query.shape
     return query.new_empty(batch, width, heads, value.shape[3])
 
 
 _LIBRARY.impl("attention", _on_cuda, "CUDA")
-library.register_fake("specdec::attention", _shape_of_result, lib=_LIBRARY)
+library.register_fake("specdec::attention", _fake_attention, lib=_LIBRARY)

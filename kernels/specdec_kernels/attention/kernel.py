@@ -1,4 +1,4 @@
-"""Attention of a verification window over a ragged KV cache: split over the keys, added up in the keys' order."""
+"""Attention of a verification window over a ragged KV cache: split over the keys, summed in the order of the keys."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from specdec_kernels.configuration import Configuration, interpreting
 from specdec_kernels.counters import counters
 
-ROWS = 32  # (query, query head) pairs of one key head that a block takes, however many there are
-CHUNK = 256  # slots that a block takes
-GROUP = 16  # chunks that are added up together
+ROWS = 32  # (query, query head) pairs of one key head in a block, for any number of them
+CHUNK = 256  # slots that a block reads
+GROUP = 16  # chunks that are summed together
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-# These get no variants of their own: a window of one position runs the same code as any other.
+# Triton compiles no variants for values of these: a window of one position runs the same code as any other.
 UNSPECIALIZED = ["first_row", "last_row", "width", "heads_per_key", "kv_heads", "length"]
 INTERVALS = ["first_ptr", "last_ptr"]  # rows of one tensor, at any address
 STRIDES = ["q_batch", "q_head", "q_query", "k_batch", "k_head", "k_slot", "v_batch", "v_head", "v_slot"]
@@ -25,7 +25,7 @@ STRIDES = ["q_batch", "q_head", "q_query", "k_batch", "k_head", "k_slot", "v_bat
 
 @triton.jit
 def _store_part(max_ptr, sum_ptr, acc_ptr, part, rows, row, value_dim, maximum, total, acc, DV: tl.constexpr):
-    """Write what a block has for its rows to one part of the scratch."""
+    """Store a block's partial results for its rows in one part of the scratch."""
     at = part * rows
     is_row = row < rows
     tl.store(max_ptr + at + row, maximum, mask=is_row)
@@ -36,8 +36,8 @@ def _store_part(max_ptr, sum_ptr, acc_ptr, part, rows, row, value_dim, maximum, 
 
 @triton.jit
 def _is_last(counter, count):
-    """Whether this block is the last of `count` to come here. It then sees what the others wrote, and the counter is 0 again."""
-    tl.debug_barrier()  # all of the block has written before it is counted
+    """Whether this is the last of `count` blocks, which can read the others' stores; the counter is 0 again."""
+    tl.debug_barrier()  # all stores of the block precede the counter
     last = tl.atomic_add(counter, 1, sem="acq_rel") == count - 1
     if last:
         tl.store(counter, 0)
@@ -45,32 +45,29 @@ def _is_last(counter, count):
 
 
 @triton.jit
-def _added_up(
+def _sum_parts(
     max_ptr, sum_ptr, acc_ptr, base, begin, end, rows, row, value_dim,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Parts base + begin … base + end - 1 of the scratch, in their order: -> maximum, sum [ROWS], acc [ROWS, BLOCK_DV]."""
+    """Sum parts base + begin … base + end - 1 of the scratch in order: -> maximum, sum [ROWS], acc [ROWS, BLOCK_DV]."""
     is_row = row < rows
     mask = is_row[:, None] & (value_dim < DV)[None, :]
     offset = row[:, None] * DV + value_dim[None, :]
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
-    for index in tl.range(
-        begin, end, num_stages=3
-    ):  # stages: parts are fetched ahead, else each waits for the one before
+    for index in tl.range(begin, end, num_stages=3):  # stages: the next parts are prefetched
         at = (base + index) * rows
-        part_max = tl.load(
-            max_ptr + at + row, mask=is_row, other=float("-inf"), cache_modifier=".cg"
-        )  # L2: others wrote it
+        # .cg reads from L2, where the other blocks' stores are
+        part_max = tl.load(max_ptr + at + row, mask=is_row, other=float("-inf"), cache_modifier=".cg")
         part_total = tl.load(sum_ptr + at + row, mask=is_row, other=0.0, cache_modifier=".cg")
         part_acc = tl.load(acc_ptr + at * DV + offset, mask=mask, other=0.0, cache_modifier=".cg")
         larger = tl.maximum(maximum, part_max)
         shift = tl.where(larger == float("-inf"), 0.0, larger)
-        kept = tl.exp2(maximum - shift)
-        added = tl.exp2(part_max - shift)
-        total = total * kept + part_total * added
-        acc = acc * kept[:, None] + part_acc * added[:, None]
+        rescale = tl.exp2(maximum - shift)
+        part_rescale = tl.exp2(part_max - shift)
+        total = total * rescale + part_total * part_rescale
+        acc = acc * rescale[:, None] + part_acc * part_rescale[:, None]
         maximum = larger
     return maximum, total, acc
 
@@ -78,15 +75,15 @@ def _added_up(
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=INTERVALS)
 def _attention_kernel(
     q_ptr,  # [B, H, W, D]; of any strides, the last 1
-    k_ptr,  # [B, H', S, D]; likewise
-    v_ptr,  # [B, H', S, DV]; likewise
-    first_ptr,  # [B, W] int32, the first slot that a query sees; any stride between rows
-    last_ptr,  # [B, W] int32, the last one; likewise
+    k_ptr,  # [B, H', S, D]; of any strides, the last 1
+    v_ptr,  # [B, H', S, DV]; of any strides, the last 1
+    first_ptr,  # [B, W] int32, the first slot that a query attends to; any stride between rows
+    last_ptr,  # [B, W] int32, the last slot; any stride between rows
     out_ptr,  # [B, W, H, DV]
-    max_ptr,  # [B * H', PARTS, R] float32 scratch: a part's largest score of each row, times log2 e; R = W * H / H'
-    sum_ptr,  # [B * H', PARTS, R] float32 scratch: its sum of exp2(score - maximum); PARTS = CHUNKS + GROUPS
-    acc_ptr,  # [B * H', PARTS, R, DV] float32 scratch: its sum of exp2(score - maximum) * v
-    counter_ptr,  # [B * H', ROW_BLOCKS, GROUPS + 1] int32, zeros before and after
+    max_ptr,  # [B * H', P, R] float32 scratch: a part's largest score of each row, times log2 e; R = W * H / H'
+    sum_ptr,  # [B * H', P, R] float32 scratch: a part's sum of exp2(score - maximum); P = CHUNKS + GROUPS
+    acc_ptr,  # [B * H', P, R, DV] float32 scratch: a part's sum of exp2(score - maximum) * v
+    counter_ptr,  # [B * H', ROW_BLOCKS, GROUPS + 1] int32 zeros, reset to zeros
     q_batch, q_head, q_query, k_batch, k_head, k_slot, v_batch, v_head, v_slot,  # strides in elements
     first_row, last_row,
     width,  # W
@@ -97,15 +94,17 @@ def _attention_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, FLOAT32: tl.constexpr,
 ):  # fmt: skip
-    """out[b, w, h] = softmax(scale * q[b, h, w] . k[b, h', s] over s = first[b, w] … last[b, w]) @ v[b, h', s]; 0 where none.
+    """out[b, w, h] = softmax(scale * q[b, h, w] . k[b, h', s] for s = first[b, w] … last[b, w]) @ v[b, h', s], else 0.
 
-    Grid: (ROW_BLOCKS = cdiv(R, ROWS), CHUNKS = cdiv(S, CHUNK), B * H'). Row r of a key head is query r // (H / H') of query head
-    h' * H / H' + r % (H / H'). A block takes ROWS rows through one chunk of the slots, in tiles of KEYS, and writes what it has
-    to the scratch. The last block of a group of GROUP chunks adds them up in their order; the last of the groups, the groups. A
-    block whose chunk no row sees ends at once. Bound by reading K and V once, from first to last.
+    Grid: (ROW_BLOCKS = cdiv(R, ROWS), CHUNKS = cdiv(S, CHUNK), B * H'). Row r of a key head is query r // (H / H') of
+    query head h' * H / H' + r % (H / H'). A block computes ROWS rows over one chunk of the slots, KEYS slots at a time,
+    and stores its partial results in the scratch. The last block of a group of GROUP chunks sums them in order; the
+    last group's block sums the groups. A block whose chunk no row attends to ends at once. Bound by reading K and V
+    once, from first to last.
 
-    A row comes out the same, bit for bit, whatever W, S, the batch and the other rows are. Groups, chunks and tiles begin at
-    multiples of their lengths, so its sums have one order; and what it does not see leaves them alone: times exp2(0) = 1, plus 0.
+    A row's result does not depend on W, S, the batch or the other rows, bit for bit. Groups, chunks and steps of KEYS
+    slots begin at multiples of their lengths, so a row's sums have one order; slots that it does not attend to change
+    nothing: the sums are multiplied by exp2(0) = 1, and 0 is added.
     """
     row_block = tl.program_id(0)
     chunk = tl.program_id(1)
@@ -119,11 +118,11 @@ def _attention_kernel(
     query = row // heads_per_key
     first = tl.maximum(tl.load(first_ptr + b * first_row + query, mask=is_row, other=1), 0)
     last = tl.minimum(tl.load(last_ptr + b * last_row + query, mask=is_row, other=0), length - 1)
-    sees = first <= last
-    high = tl.max(tl.where(sees, last, -1))
-    low = tl.minimum(tl.min(tl.where(sees, first, length)), tl.maximum(high, 0))
+    has_slots = first <= last
+    high = tl.max(tl.where(has_slots, last, -1))
+    low = tl.minimum(tl.min(tl.where(has_slots, first, length)), tl.maximum(high, 0))
     low_chunk = low // CHUNK
-    high_chunk = tl.maximum(high, 0) // CHUNK  # where no row sees anything, the first chunk's block writes the zeros
+    high_chunk = tl.maximum(high, 0) // CHUNK  # if no row attends to any slot, the first chunk's block writes zeros
 
     if (chunk < low_chunk) | (chunk > high_chunk):
         return
@@ -140,16 +139,18 @@ def _attention_kernel(
     k_offset = tl.arange(0, KEYS)[None, :] * k_slot + dim[:, None]
     v_offset = tl.arange(0, KEYS)[:, None] * v_slot + value_dim[None, :]
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
-    totals = tl.zeros([ROWS, KEYS], tl.float32)  # summed over the keys at the end: a sum across warps costs barriers
+    totals = tl.zeros(
+        [ROWS, KEYS], tl.float32
+    )  # summed over the keys at the end, since a sum across warps costs barriers
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
     begin = tl.maximum(low // KEYS * KEYS, chunk * CHUNK)
     end = tl.minimum(high + 1, (chunk + 1) * CHUNK)
-    for tile in range(begin, end, KEYS):
-        slot = tile + tl.arange(0, KEYS)
-        is_seen = (slot >= low) & (slot <= high)  # what no row sees is not read: NaN times 0 is NaN
-        at = tl.cast(tile, tl.int64)
-        k = tl.load(k_ptr + at * k_slot + k_offset, mask=is_seen[None, :] & (dim < D)[:, None], other=0.0)
-        v = tl.load(v_ptr + at * v_slot + v_offset, mask=is_seen[:, None] & (value_dim < DV)[None, :], other=0.0)
+    for start in range(begin, end, KEYS):
+        slot = start + tl.arange(0, KEYS)
+        is_visible = (slot >= low) & (slot <= high)  # other slots are not read: they may be NaN, and NaN times 0 is NaN
+        at = tl.cast(start, tl.int64)
+        k = tl.load(k_ptr + at * k_slot + k_offset, mask=is_visible[None, :] & (dim < D)[:, None], other=0.0)
+        v = tl.load(v_ptr + at * v_slot + v_offset, mask=is_visible[:, None] & (value_dim < DV)[None, :], other=0.0)
         if FLOAT32:
             k = k.to(tl.float32)
             v = v.to(tl.float32)
@@ -157,10 +158,10 @@ def _attention_kernel(
         score = tl.where((slot[None, :] >= first[:, None]) & (slot[None, :] <= last[:, None]), score, float("-inf"))
         larger = tl.maximum(maximum, tl.max(score, 1))
         shift = tl.where(larger == float("-inf"), 0.0, larger)  # -inf minus -inf is NaN
-        kept = tl.exp2(maximum - shift)
+        rescale = tl.exp2(maximum - shift)
         weight = tl.exp2(score - shift[:, None])
-        totals = totals * kept[:, None] + weight
-        acc = tl.dot(weight.to(v.dtype), v, acc * kept[:, None])
+        totals = totals * rescale[:, None] + weight
+        acc = tl.dot(weight.to(v.dtype), v, acc * rescale[:, None])
         maximum = larger
 
     total = tl.sum(totals, 1)
@@ -173,7 +174,7 @@ def _attention_kernel(
     _store_part(max_ptr, sum_ptr, acc_ptr, base + chunk, rows, row, value_dim, maximum, total, acc, DV)
     if not _is_last(counter + group, end - begin):
         return
-    maximum, total, acc = _added_up(
+    maximum, total, acc = _sum_parts(
         max_ptr, sum_ptr, acc_ptr, base, begin, end, rows, row, value_dim, DV, BLOCK_DV, ROWS
     )
 
@@ -184,19 +185,21 @@ def _attention_kernel(
         _store_part(max_ptr, sum_ptr, acc_ptr, base + group, rows, row, value_dim, maximum, total, acc, DV)
         if not _is_last(counter + groups, end - begin):
             return
-        maximum, total, acc = _added_up(
+        maximum, total, acc = _sum_parts(
             max_ptr, sum_ptr, acc_ptr, base, begin, end, rows, row, value_dim, DV, BLOCK_DV, ROWS
         )
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # a row that sees nothing: zeros
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # rows without slots: zeros
     out_ptr += (b * width * kv_heads + kv_head) * heads_per_key * DV
-    query = (row.to(tl.uint32) // heads_per_key.to(tl.uint32)).to(tl.int32)  # anew: kept until here, it spills
+    query = (row.to(tl.uint32) // heads_per_key.to(tl.uint32)).to(
+        tl.int32
+    )  # computed again: kept in registers it spills
     out_offset = (query * (kv_heads - 1) * heads_per_key + row)[:, None] * DV + value_dim[None, :]
     tl.store(out_ptr + out_offset, acc, mask=is_row[:, None] & (value_dim < DV)[None, :])
 
 
 @functools.cache
 def configuration(dtype: torch.dtype, dim: int, value_dim: int) -> Configuration:
-    """How the kernel is launched for keys of `dim` and values of `value_dim`, up to 256."""
+    """The configuration for heads with keys of `dim` and values of `value_dim`, up to 256."""
     type_ = TYPES[dtype]
     block_d, block_dv = (max(triton.next_power_of_2(size), 16) for size in (dim, value_dim))
     wide = max(block_d, block_dv) > 128
@@ -215,7 +218,7 @@ def configuration(dtype: torch.dtype, dim: int, value_dim: int) -> Configuration
         divisible=tuple(name for name in (*signature, *STRIDES) if name not in INTERVALS),
         num_warps=8 if wide else 4,
         num_stages=3,
-        barriers=6,  # of which two for the largest score of a row, whose keys several warps share
+        barriers=6,  # two of them for a row's largest score, as several warps share its keys
         ordered=True,
     )  # fmt: skip
 
@@ -224,7 +227,7 @@ CONFIGURATIONS = [configuration(dtype, dim, dim) for dim in (128, 64, 256) for d
 
 
 def launch(query: Tensor, key: Tensor, value: Tensor, first: Tensor, last: Tensor, scale: float) -> Tensor:
-    """Arguments as attention()'s, which has checked them: -> [B, W, H, DV]."""
+    """Launch the kernel on the arguments of attention(), which has checked them: -> [B, W, H, DV]."""
     batch, heads, width, dim = query.shape
     kv_heads, length, value_dim = value.shape[1:]
     out = torch.empty(batch, width, heads, value_dim, dtype=query.dtype, device=query.device)
@@ -237,13 +240,13 @@ def launch(query: Tensor, key: Tensor, value: Tensor, first: Tensor, last: Tenso
     acc, maximum, total = (
         torch.empty(scratch * size, dtype=torch.float32, device=query.device) for size in (value_dim, 1, 1)
     )
-    kind = configuration(query.dtype, dim, value_dim)
+    chosen = configuration(query.dtype, dim, value_dim)
     with torch.cuda.device_of(query):
-        kind.kernel[row_blocks, chunks, pairs](
+        chosen.kernel[row_blocks, chunks, pairs](
             query, key, value, first, last, out, maximum, total, acc,
             counters(pairs * row_blocks * (groups + 1), query.device),
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
             first.stride(0), last.stride(0), width, heads // kv_heads, kv_heads, length, scale * math.log2(math.e),
-            **kind.constants, **kind.options,
+            **chosen.constants, **chosen.options,
         )  # fmt: skip
     return out

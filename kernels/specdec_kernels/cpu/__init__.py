@@ -1,16 +1,16 @@
-"""The decoding kernels of a CPU: kernels.cpp, built once with the machine's own compiler and kept on disk.
+"""Kernels for decoding on a CPU: kernels.cpp, built once with the machine's compiler and cached on disk.
 
-Importing this module declares the operators; `load` gives them to PyTorch where the library has been built, `build` builds it.
-Every result is the same, bit for bit, at any number of rows and threads, at any place among the rows.
+Importing this module declares the operators; `load` loads the library that implements them, `build` builds it. A row's
+result is the same, bit for bit, at any number of rows and threads and at any index.
 
-    specdec::int4_linear(x [..., K], packed, scales, Ns) -> [..., N] of each   one or several weights of one kind; see `pack`
-    specdec::linear(x [..., K], weight [N, K], bias [N] or None) -> [..., N]   one read of the weights for up to four rows
-    specdec::attention                                                         see specdec_kernels.attention
-    specdec::mean(x [..., K]) -> [..., 1], cos, sin, tanh, gelu, layer_norm    PyTorch's own, which no compiler rewrites
-    specdec::softmax(x, dim), sum(x, dims), torch_linear(x, weight, bias)      PyTorch's own, too
+    specdec::int4_linear(x [..., K], packed, scales, Ns) -> [..., N] of each   several weights of one kind; see `pack`
+    specdec::linear(x [..., K], weight [N, K], bias [N] or None) -> [..., N]   reads the weights once for up to four
+    rows specdec::attention                                                         see specdec_kernels.attention
+    specdec::mean(x [..., K]) -> [..., 1], cos, sin, tanh, gelu, layer_norm    PyTorch's own, opaque to compilers
+    specdec::softmax(x, dim), sum(x, dims), torch_linear(x, weight, bias)      the same
 
-x is float32 or bfloat16, and so are the results; sums are float32. int4_linear rounds its inputs to bfloat16 on a CPU that
-multiplies such (AVX512-BF16), and takes them as they are on others.
+x is float32 or bfloat16, and so are the results; sums are float32. int4_linear rounds its inputs to bfloat16 on CPUs
+with bfloat16 products (AVX512-BF16), and not on others.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import specdec_kernels.attention  # noqa: F401  # declares specdec::attention
 
 SOURCE = Path(__file__).parent / "kernels.cpp"
 DTYPES = (torch.float32, torch.bfloat16)
-BLOCK = 64  # columns of the result whose weights lie together
+BLOCK = 64  # columns of the result whose weights are stored together
 WORD = 8  # codes of an int32
 SYMMETRIC_ZERO = 8
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-shared", "-fPIC")
@@ -51,14 +51,14 @@ _LIBRARY.define("gelu(Tensor x, str approximate) -> Tensor")
 _LIBRARY.define("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor")
 
 _LOADING = threading.Lock()
-_IS_LOADED: bool | None = None  # None: nobody has looked
-_WARNED: list[str] = []  # of this process: why the library was left out
+_IS_LOADED: bool | None = None  # None: not tried yet
+_WARNED: list[str] = []  # reasons for which this process did not load the library
 
 
 def load() -> bool:
-    """Whether the operators work: they do once the library has been built, by any process, for this CPU and this PyTorch.
+    """Load the library: -> whether the operators work. Any process may have built it, for this CPU and PyTorch.
 
-    Looks on the disk once; what another process builds later is seen by the next one.
+    The disk is searched once; a library that another process builds later is loaded by the next process.
     """
     global _IS_LOADED
     if _IS_LOADED is None:
@@ -67,7 +67,7 @@ def load() -> bool:
                 try:
                     path = built_at()
                     _IS_LOADED = path.exists() and _loads(path)
-                except OSError:  # no folder, or one that cannot be read: nothing was ever built there
+                except OSError:  # no folder, or one that cannot be read
                     _IS_LOADED = False
     return _IS_LOADED
 
@@ -79,17 +79,18 @@ def _loads(path: Path) -> bool:
             torch.ops.load_library(path.resolve())
             return True
     except OSError as error:
-        reason = f"{path} does not load ({error}); delete it to build it anew"
+        reason = f"{path} does not load ({error}); delete it to build it again"
     if reason not in _WARNED:
         _WARNED.append(reason)
-        warnings.warn(f"specdec's CPU kernels are left out: {reason}", stacklevel=3)
+        warnings.warn(f"specdec's CPU kernels are not used: {reason}", stacklevel=3)
     return False
 
 
 def build() -> None:
     """Build the library, in some ten seconds, and load it.
 
-    Raises RuntimeError where there is no compiler or it fails, OSError where the cache folder cannot be written or trusted.
+    Raises RuntimeError where there is no compiler or it fails, OSError where the cache folder cannot be written or
+    trusted.
     """
     global _IS_LOADED
     if load():
@@ -107,10 +108,10 @@ def build() -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 lines = done.stderr.splitlines()
-                wrong = [line for line in lines if "error" in line] or lines or ["no reason given"]
-                raise RuntimeError(f"{compiler} could not build {SOURCE.name}: {wrong[0]}")
+                errors = [line for line in lines if "error" in line] or lines or ["no reason given"]
+                raise RuntimeError(f"{compiler} could not build {SOURCE.name}: {errors[0]}")
             unfinished.chmod(0o700)
-            unfinished.replace(path)  # whole, or not there
+            unfinished.replace(path)  # atomic
         finally:
             unfinished.unlink(missing_ok=True)
     _IS_LOADED = None
@@ -119,29 +120,27 @@ def build() -> None:
 
 
 def was_warned_of(error: Exception) -> bool:
-    """Whether a warning of `load` has said already what an error of `build` says."""
+    """Whether `load` has warned with the message of an error of `build`."""
     return str(error) in _WARNED
 
 
 def cache_folder() -> Path:
-    """Where what was compiled is kept: $SPECDEC_CACHE, else specdec in the user's cache folder. OSError without a home."""
-    own = os.environ.get("SPECDEC_CACHE")
-    if own:
-        return Path(own)
+    """The folder for compiled code: $SPECDEC_CACHE, else specdec in the user's cache folder. OSError without a home."""
+    folder = os.environ.get("SPECDEC_CACHE")
+    if folder:
+        return Path(folder)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specdec"
-    except RuntimeError as error:  # of a user without an entry and without $HOME
-        raise OSError(
-            f"there is no home folder to keep compiled code in ({error}); set SPECDEC_CACHE to a folder"
-        ) from error
+    except RuntimeError as error:  # a user without an entry in the user database and without $HOME
+        raise OSError(f"there is no home folder for compiled code ({error}); set SPECDEC_CACHE to a folder") from error
 
 
 def make_cache_folder() -> Path:
-    """The cache folder, made where it is missing, for its owner alone. OSError where it cannot be made, written or trusted."""
+    """The cache folder, created if missing, for its owner alone. OSError if it cannot be written or trusted."""
     folder = cache_folder()
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    for place in reversed(missing):
-        place.mkdir(mode=0o700, exist_ok=True)
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(mode=0o700, exist_ok=True)
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder; delete it, or set SPECDEC_CACHE to a folder")
     if (reason := untrusted(folder)) is not None:
@@ -152,66 +151,66 @@ def make_cache_folder() -> Path:
 
 
 def untrusted(path: Path) -> str | None:
-    """Why code must not be loaded from the cache folder or a file in it, None where it may. OSError where it is not there.
+    """Why code must not be loaded from the cache folder or a file in it, None if it may. OSError if it is missing.
 
-    Another user could have written it, unless it and every folder above it belong to this user or to root and nobody else may
-    write there; in a folder with the sticky bit, such as /tmp, others cannot touch what is not theirs. POSIX only.
+    Another user could have written it, unless it and every folder above it belong to this user or to root and nobody
+    else may write there; in a folder with the sticky bit, such as /tmp, others cannot touch what is not theirs. POSIX
+    only.
     """
     if os.name != "posix":
         return None
-    whole = Path(os.path.realpath(path))
-    within = 1 if whole.is_dir() else 2  # the file and the cache folder, which have no use for a sticky bit
-    for depth, place in enumerate((whole, *whole.parents)):
-        status = os.stat(place)
+    path = Path(os.path.realpath(path))
+    own_levels = 1 if path.is_dir() else 2  # the file and the cache folder: a sticky bit does not protect these
+    for depth, level in enumerate((path, *path.parents)):
+        status = os.stat(level)
         if status.st_uid not in (0, os.geteuid()):
-            return f"{place} belongs to another user; remove it, or set SPECDEC_CACHE to a folder of your own"
-        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and (depth < within or not status.st_mode & stat.S_ISVTX):
-            return f"other users may write to {place}; chmod go-w it, or set SPECDEC_CACHE to a folder of your own"
+            return f"{level} belongs to another user; remove it, or set SPECDEC_CACHE to a folder of your own"
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and (depth < own_levels or not status.st_mode & stat.S_ISVTX):
+            return f"other users may write to {level}; chmod go-w it, or set SPECDEC_CACHE to a folder of your own"
     return None
 
 
 def built_at() -> Path:
-    """The library's place, which names all that it depends on."""
+    """The library's path, whose name is a hash of everything that it depends on."""
     return cache_folder() / f"kernels-{fingerprint(SOURCE.read_text(encoding='utf-8'))}.so"
 
 
 def fingerprint(*parts: str) -> str:
-    """Of what is to be compiled, with the machine and the PyTorch that it is compiled for."""
-    whole = "\n".join([*parts, torch.__version__, sys.version, platform.machine(), _cpu(), " ".join(FLAGS)])
-    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+    """A hash of the code to compile, the machine, and the PyTorch that it is compiled for."""
+    text = "\n".join([*parts, torch.__version__, sys.version, platform.machine(), _cpu(), " ".join(FLAGS)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _cpu() -> str:
-    """What the CPU can do, as Linux tells it; its name elsewhere."""
+    """The CPU's model and features on Linux, its name elsewhere."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
-    known = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
-    return "\n".join(sorted(set(known))) or platform.processor()
+    features = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+    return "\n".join(sorted(set(features))) or platform.processor()
 
 
 def pack(codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Codes 0 … 15 [N, K], scale [N, K/G], zero [N, K/G] or None (8) -> packed and scale as specdec::int4_linear takes them.
+    """Codes 0 … 15 [N, K], scale [N, K/G], zero [N, K/G] or None (8) -> packed and scale for specdec::int4_linear.
 
-    packed: int32 [N'/64, K/8, 64], eight codes of a row of W in a word, the first in its lowest bits; N' is N filled up to whole
-    blocks of 64. scale: [1, K/G, N'], or [2, K/G, N'] with 8 - zero behind it; 16 bits where the scale has them, else float32.
+    packed: int32 [N'/64, K/8, 64], eight codes of a row of W in a word, the first in its lowest bits; N' is N padded to
+    whole blocks of 64. scale: [1, K/G, N'], or [2, K/G, N'] with 8 - zero as the second; in 16 bits if the scale has
+    them, else float32.
     """
-    missing = -codes.shape[0] % BLOCK
-    blocks = F.pad(codes, (0, 0, 0, missing)).view(-1, BLOCK, codes.shape[1] // WORD, WORD).int()
+    padding = -codes.shape[0] % BLOCK
+    blocks = F.pad(codes, (0, 0, 0, padding)).view(-1, BLOCK, codes.shape[1] // WORD, WORD).int()
     words = torch.zeros(blocks.shape[:3], dtype=torch.int32, device=codes.device)
-    for place in range(WORD):
-        words |= blocks[..., place] << 4 * place
+    for i in range(WORD):
+        words |= blocks[..., i] << 4 * i
     parts = [scale.float()] if zero is None else [scale.float(), SYMMETRIC_ZERO - zero.float()]
     dtype = scale.dtype if scale.dtype in (torch.bfloat16, torch.float16) else torch.float32
-    scales = torch.stack([F.pad(part, (0, 0, 0, missing)).t() for part in parts]).to(dtype)
+    scales = torch.stack([F.pad(part, (0, 0, 0, padding)).t() for part in parts]).to(dtype)
     return words.transpose(1, 2).contiguous(), scales
 
 
 def unpack(packed: Tensor) -> Tensor:
     """packed [N'/64, K/8, 64] -> codes 0 … 15, uint8 [N', K]."""
-    pairs = (
-        packed.view(torch.uint8).unflatten(-1, (BLOCK, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
-    )  # two codes a byte
-    return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2)
+    packed_bytes = packed.view(torch.uint8).unflatten(-1, (BLOCK, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
+    return torch.stack((packed_bytes & 15, packed_bytes >> 4), dim=-1).flatten(-2)
 
 
 @library.register_fake("specdec::int4_linear", lib=_LIBRARY)

@@ -1,10 +1,10 @@
-// What a decoding forward on a CPU spends its time in, for windows of a few positions: 4-bit and dense linear layers, attention.
+// The operators that take most of the time of a decoding forward on a CPU: 4-bit and dense linear layers, attention.
 //
-// A result never depends on how many rows a call holds, on a row's place among them or on the number of threads: each output is
-// summed in one fixed order, whatever is computed beside it. So a draft verified together is judged as it would be one by one.
+// A row's result does not depend on the number of rows of a call, on its index, or on the number of threads: each output is
+// summed in one fixed order. So verifying a draft's tokens together gives the same bits as computing them one by one.
 //
-// Vectors are GCC's and clang's own (16 floats; the compiler splits them where the CPU's are narrower). specdec_kernels/cpu/__init__.py
-// declares these operators, says what they compute, and builds this file.
+// Vectors are GCC's and clang's vector extensions (16 floats; the compiler splits them on CPUs with narrower ones).
+// specdec_kernels/cpu/__init__.py declares and documents the operators and builds this file.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -26,9 +26,9 @@ using at::Tensor;
 
 constexpr int64_t LANES = 16;
 constexpr int64_t COLUMNS = 64;  // output columns of one block of 4-bit weights: four vectors
-constexpr int64_t ROWS = 8;      // at a time
-constexpr int64_t CHUNK = 256;   // rows whose inputs are prepared at a time: they stay in the caches
-constexpr int64_t WORK = 1 << 19;  // multiplications that are worth a thread: some ten microseconds of them
+constexpr int64_t ROWS = 8;      // of inputs that share one read of the weights
+constexpr int64_t CHUNK = 256;   // rows whose inputs are prepared at a time, so that they stay in the caches
+constexpr int64_t WORK = 1 << 19;  // multiplications of one task of a thread: about ten microseconds
 
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t IntVec __attribute__((vector_size(64)));
@@ -50,7 +50,7 @@ inline Vec load(const BFloat16* at) {
   return v;
 }
 
-inline Vec load(const Half* at) {  // finite ones: the exponents of the two formats are 112 apart
+inline Vec load(const Half* at) {  // finite values: the exponent biases of the two formats differ by 112
   Halves h;
   std::memcpy(&h, at, sizeof(h));
   Words w = __builtin_convertvector(h, Words);
@@ -63,7 +63,7 @@ inline Vec load(const Half* at) {  // finite ones: the exponents of the two form
 inline void store(float* at, Vec v) { std::memcpy(at, &v, sizeof(v)); }
 
 template <typename T>
-Vec load_some(const T* at, int64_t count) {  // the first `count` of them, zeros behind
+Vec load_some(const T* at, int64_t count) {  // the first `count` values, then zeros
   T padded[LANES] = {};
   std::memcpy(padded, at, count * sizeof(T));
   return load(padded);
@@ -71,7 +71,7 @@ Vec load_some(const T* at, int64_t count) {  // the first `count` of them, zeros
 
 inline Vec splat(float x) { return x - Vec{}; }
 
-inline float sum(Vec v) {  // halves onto halves: one order, always
+inline float sum(Vec v) {  // adds halves to halves, in a fixed order
   v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
   v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
   v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1);
@@ -80,7 +80,7 @@ inline float sum(Vec v) {  // halves onto halves: one order, always
 
 typedef float Four __attribute__((vector_size(16)));
 
-inline Four sums_of(const Vec* v) {  // of four vectors, each in the order of sum()
+inline Four sums_of(const Vec* v) {  // the sums of four vectors, each in the order of sum()
   auto halves = [](Vec a, Vec b) {
     return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
            __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
@@ -93,11 +93,11 @@ inline Four sums_of(const Vec* v) {  // of four vectors, each in the order of su
   return __builtin_shufflevector(w, w, 0, 4, 8, 12);
 }
 
-inline Vec exponential(Vec x) {  // x <= 0; to 2 units in the last place; 0 below -87
+inline Vec exponential(Vec x) {  // x <= 0; error up to 2 units in the last place; 0 below -87
   const Vec low = splat(-87.0f);
   IntVec dropped = x < low;
   x = dropped ? low : x;
-  Vec n = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: what is added and taken away again rounds to a whole number
+  Vec n = x * 1.44269504f + 12582912.0f;  // adding and subtracting 1.5 * 2^23 rounds to an integer
   IntVec bits;
   std::memcpy(&bits, &n, sizeof(n));
   n -= 12582912.0f;
@@ -117,35 +117,35 @@ inline Vec exponential(Vec x) {  // x <= 0; to 2 units in the last place; 0 belo
   return dropped ? Vec{} : y;
 }
 
-// x [M, K] as floats: itself, or a copy in `room`
-inline const float* floats(const Tensor& x, std::vector<float>& room) {
+// x [M, K] as floats: x itself, or a copy in `buffer`
+inline const float* floats(const Tensor& x, std::vector<float>& buffer) {
   if (x.scalar_type() == at::kFloat) return x.const_data_ptr<float>();
   const BFloat16* from = x.const_data_ptr<BFloat16>();
-  room.resize(x.numel());
-  for (int64_t i = 0; i < x.numel(); ++i) room[i] = static_cast<float>(from[i]);
-  return room.data();
+  buffer.resize(x.numel());
+  for (int64_t i = 0; i < x.numel(); ++i) buffer[i] = static_cast<float>(from[i]);
+  return buffer.data();
 }
 
 inline int64_t rows_of(const Tensor& x) { return x.numel() / std::max<int64_t>(1, x.size(-1)); }
 
 // ---- 4-bit linear
 //
-// y = sum over groups of scale * (sum of x * (code + BIAS) - (zero + BIAS) * sum of x): what depends on the group alone is taken out of
-// the sum. Eight codes of a column share a word, the first in its lowest bits; words of 64 columns stand beside each other.
+// y = sum over groups of scale * (sum of x * (code + BIAS) - (zero + BIAS) * sum of x): factors of a group are applied to its sum.
+// Eight codes of a column share a word, the first in its lowest bits; the words of 64 columns are contiguous.
 
 #ifdef __AVX512BF16__
-// Two products an instruction, of inputs rounded to bfloat16: code j of a word in the lower half, j + 4 in the upper one. A code
-// needs no conversion: put into the last bits of 128, bfloat16's step there being 1, it reads 128 + code.
+// Two products per instruction, of inputs rounded to bfloat16: code j of a word in the lower half, j + 4 in the upper one. A code
+// needs no conversion: in the last bits of bfloat16's 128, where its step is 1, it gives the number 128 + code.
 typedef uint32_t Input;
 typedef IntVec Codes;
-constexpr int64_t STEPS = 4;  // of a word
+constexpr int64_t STEPS = 4;  // per word
 constexpr float BIAS = 128;
 
 inline Codes codes(IntVec words, int64_t step) { return (words >> 4 * step & 0x000f000f) | 0x43004300; }
 
 inline Vec add_products(Vec sums, Input x, Codes c) { return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(x), (__m512bh)c); }
 
-inline Vec prepare(Vec x, Input* to) {  // the inputs of two words; what of x they hold
+inline Vec prepare(Vec x, Input* to) {  // the inputs of two words; returns x as rounded
   x = __builtin_shufflevector(x, x, 0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
   __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
   std::memcpy(to, &rounded, sizeof(rounded));
@@ -167,11 +167,11 @@ inline Vec prepare(Vec x, Input* to) {
 }
 #endif
 
-inline float prepare_group(const float* x, int64_t depth, Input* to) {  // the inputs of a group, and their sum
+inline float prepare_group(const float* x, int64_t depth, Input* to) {  // the inputs of a group; returns their sum
   Vec total = {};
   int64_t k = 0;
   for (; k + LANES <= depth; k += LANES) total += prepare(load(x + k), to + k / 8 * STEPS);
-  if (k < depth) {  // a word
+  if (k < depth) {  // one more word
     Input two[2 * STEPS];
     total += prepare(load_some(x + k, 8), two);
     std::memcpy(to + k / 8 * STEPS, two, STEPS * sizeof(Input));
@@ -180,13 +180,13 @@ inline float prepare_group(const float* x, int64_t depth, Input* to) {  // the i
 }
 
 template <typename S>
-struct Group {  // of one block of columns
+struct Group {  // in one block of columns
   const int32_t* words;
-  const S *scale, *offset;  // offset: 8 - zero; null where zeros are 8
+  const S *scale, *offset;  // offset: 8 - zero; null if all zero points are 8
   int64_t depth;            // in words
 };
 
-// y [R, 64] += R rows of x times a group; V vectors of columns at a time, as many as there are registers for.
+// y [R, 64] += R rows of x times a group; V vectors of columns at a time, limited by the number of registers.
 template <int R, int V, typename S>
 void multiply(const Input* x, int64_t x_stride, const float* totals, int64_t totals_stride, const Group<S>& group, float* y) {
   for (int64_t n = 0; n < COLUMNS; n += V * LANES) {
@@ -216,7 +216,7 @@ struct Weight {  // [N, K]
   const int32_t* codes;
   const S *scale, *offset;  // see Group
   T* out;                   // [M, N]
-  int64_t padded, columns, first_block;  // N', N; of the weights before it in a list
+  int64_t padded, columns, first_block;  // N', N; the first block's index among the blocks of all weights
 };
 
 template <typename T, typename S>
@@ -232,9 +232,9 @@ void int4_linear_into(const Tensor& x, at::TensorList packed, at::TensorList sca
     weights.push_back({packed[i].const_data_ptr<int32_t>(), scale, offset, y[i].mutable_data_ptr<T>() + first_row * columns[i], padded, columns[i], blocks});
     blocks += padded / COLUMNS;
   }
-  std::vector<float> room, totals(rows * groups);
+  std::vector<float> buffer, totals(rows * groups);
   std::vector<Input> inputs(rows * words * STEPS);
-  const float* from = floats(x, room);
+  const float* from = floats(x, buffer);
   for (int64_t i = 0; i < rows * groups; ++i) totals[i] = prepare_group(from + i * in_group * 8, in_group * 8, &inputs[i * in_group * STEPS]);
   const int64_t grain = std::max<int64_t>(1, WORK / (depth * COLUMNS * std::min<int64_t>(rows, 4)));
   at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
@@ -339,8 +339,8 @@ void dots_of_rows(const float* x, int64_t rows, int64_t depth, const T* w, float
 template <typename T>
 void linear_into(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, Tensor& y) {
   const int64_t rows = rows_of(x), depth = x.size(-1), columns = weight.size(0);
-  std::vector<float> room;
-  const float* inputs = floats(x, room);
+  std::vector<float> buffer;
+  const float* inputs = floats(x, buffer);
   const T* w = weight.const_data_ptr<T>();
   const T* b = bias ? bias->const_data_ptr<T>() : nullptr;
   T* out = y.mutable_data_ptr<T>();
@@ -373,37 +373,37 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 
 // ---- attention
 
-struct Cache {  // keys or values of one row and head
+struct Cache {  // of the keys or values of one row and head
   int64_t stride, dim;
 };
 
 // N vectors of each of R weighted sums of values
 template <int R, int N, typename T>
-void mix(const float* weights, int64_t room, const T* values, Cache v, int64_t seen, const float* total, float* y) {
+void mix(const float* weights, int64_t capacity, const T* values, Cache v, int64_t num_slots, const float* total, float* y) {
   Vec sums[R][N] = {};
-  for (int64_t j = 0; j < seen; ++j)
+  for (int64_t j = 0; j < num_slots; ++j)
     for (int n = 0; n < N; ++n) {
       const Vec value = load(values + j * v.stride + n * LANES);
-      for (int r = 0; r < R; ++r) sums[r][n] += weights[r * room + j] * value;
+      for (int r = 0; r < R; ++r) sums[r][n] += weights[r * capacity + j] * value;
     }
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n) store(y + r * v.dim + n * LANES, sums[r][n] / total[r]);
 }
 
-// R queries, of one row and one key head, over the slots that any of them sees. Each sums over its own alone: what others see beside
-// it comes with a weight of 0.
+// R queries of one row and one key head, over the slots that any of them attends to. Slots that a query does not attend to have the
+// weight 0 in its sum.
 template <int R, typename T>
 void attend(const float* x, const T* keys, Cache k, const T* values, Cache v, const int64_t* first, const int64_t* stop, float* y) {
   int64_t start = std::numeric_limits<int64_t>::max(), end = 0;
   for (int r = 0; r < R; ++r)
     if (first[r] < stop[r]) start = std::min(start, first[r]), end = std::max(end, stop[r]);
-  const int64_t seen = std::max<int64_t>(0, end - start);
-  if (seen == 0) start = 0;
-  const int64_t room = seen + 2 * LANES;
-  std::vector<float> scores(R * room);
-  for (int64_t j = 0; j < seen; j += 4) {
-    const T* four[4];  // keys; the last one stands in for those that are not there
-    for (int64_t i = 0; i < 4; ++i) four[i] = keys + (start + std::min(j + i, seen - 1)) * k.stride;
+  const int64_t num_slots = std::max<int64_t>(0, end - start);
+  if (num_slots == 0) start = 0;
+  const int64_t capacity = num_slots + 2 * LANES;
+  std::vector<float> scores(R * capacity);
+  for (int64_t j = 0; j < num_slots; j += 4) {
+    const T* four[4];  // keys; beyond the last slot the last key is repeated
+    for (int64_t i = 0; i < 4; ++i) four[i] = keys + (start + std::min(j + i, num_slots - 1)) * k.stride;
     Vec dots[R][4] = {};
     int64_t d = 0;
     for (; d + LANES <= k.dim; d += LANES) {
@@ -417,16 +417,16 @@ void attend(const float* x, const T* keys, Cache k, const T* values, Cache v, co
         for (int i = 0; i < 4; ++i) dots[r][i] += load_some(x + r * k.dim + d, k.dim - d) * load_some(four[i] + d, k.dim - d);
     for (int r = 0; r < R; ++r) {
       const Four sums = sums_of(dots[r]);
-      std::memcpy(&scores[r * room + j], &sums, sizeof(sums));
+      std::memcpy(&scores[r * capacity + j], &sums, sizeof(sums));
     }
   }
   float total[R];
   for (int r = 0; r < R; ++r) {
-    float* row = &scores[r * room];
-    const bool sees = first[r] < stop[r];
-    const int64_t from = sees ? first[r] - start : 0, to = sees ? stop[r] - start : 0;
+    float* row = &scores[r * capacity];
+    const bool has_slots = first[r] < stop[r];
+    const int64_t from = has_slots ? first[r] - start : 0, to = has_slots ? stop[r] - start : 0;
     std::fill(row, row + from, 0.0f);
-    std::fill(row + to, row + room, -std::numeric_limits<float>::infinity());
+    std::fill(row + to, row + capacity, -std::numeric_limits<float>::infinity());
     Vec top = splat(-std::numeric_limits<float>::infinity());
     for (int64_t j = from; j < to; j += LANES) {
       const Vec some = load(row + j);
@@ -440,17 +440,17 @@ void attend(const float* x, const T* keys, Cache k, const T* values, Cache v, co
       store(row + j, p);
       sums += p;
     }
-    std::fill(row + to, row + room, 0.0f);
+    std::fill(row + to, row + capacity, 0.0f);
     total[r] = to > from ? sum(sums) : 1.0f;
   }
   int64_t d = 0;
   values += start * v.stride;
-  for (; d + 4 * LANES <= v.dim; d += 4 * LANES) mix<R, 4>(scores.data(), room, values + d, v, seen, total, y + d);
-  for (; d + LANES <= v.dim; d += LANES) mix<R, 1>(scores.data(), room, values + d, v, seen, total, y + d);
+  for (; d + 4 * LANES <= v.dim; d += 4 * LANES) mix<R, 4>(scores.data(), capacity, values + d, v, num_slots, total, y + d);
+  for (; d + LANES <= v.dim; d += LANES) mix<R, 1>(scores.data(), capacity, values + d, v, num_slots, total, y + d);
   if (d < v.dim)
     for (int r = 0; r < R; ++r) {
       Vec sums = {};
-      for (int64_t j = 0; j < seen; ++j) sums += scores[r * room + j] * load_some(values + j * v.stride + d, v.dim - d);
+      for (int64_t j = 0; j < num_slots; ++j) sums += scores[r * capacity + j] * load_some(values + j * v.stride + d, v.dim - d);
       sums /= total[r];
       std::memcpy(y + r * v.dim + d, &sums, (v.dim - d) * sizeof(float));
     }

@@ -1,4 +1,4 @@
-"""Rejection sampling of a batch of drafts: one launch, no host synchronization. Its oracle is specdec/core/verification.py."""
+"""Rejection sampling of a batch in one launch without host synchronization; see specdec/core/verification.py."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from torch import Tensor
 from specdec_kernels import trial
 from specdec_kernels.configuration import interpreting, runs_on
 
-MAX_VOCAB_SIZE = 2**20  # CHUNK * PARTS of the kernel
+MAX_VOCAB_SIZE = 2**20  # CHUNK * MAX_CHUNKS of the kernel
 
 
 def verify(
     target_probs: Tensor, draft_ids: Tensor, draft_probs: Tensor | None, lengths: Tensor, uniforms: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Accept or reject: -> accepted [B] int64, the number of leading draft ids kept, next_ids [B] int64, the id behind them.
+    """Accept or reject: -> accepted [B] int64, the number of accepted draft ids, next_ids [B] int64, the id after them.
 
-    target_probs: [B, K+1, V] float32. draft_ids: [B, K] int64. draft_probs: [B, K, V] float32; None where each is one-hot.
-    lengths: [B] int64, how many ids a row offers, cut to 0 … K. uniforms: [B, K+1] float64 in [0, 1).
-    All contiguous, on one CUDA device. A draft id outside the vocabulary is rejected. Where a row's p is NaN or 0 everywhere, its
-    next id is any of the vocabulary.
+    target_probs: [B, K+1, V] float32. draft_ids: [B, K] int64. draft_probs: [B, K, V] float32; None where each is
+    one-hot.
+    lengths: [B] int64, the number of draft ids of a row, clamped to 0 … K. uniforms: [B, K+1] float64 in [0, 1).
+    All contiguous, on one CUDA device. A draft id outside the vocabulary is rejected. Where a row's p is NaN or 0
+    everywhere, its next id is some id of the vocabulary.
     """
     _check(target_probs, draft_ids, draft_probs, lengths, uniforms)
     from specdec_kernels.rejection import kernel
@@ -29,12 +30,12 @@ def verify(
 
 
 def works_on(device: torch.device) -> bool:
-    """Whether the kernel can be launched on a device, and did right there."""
+    """Whether the kernel can be launched on a device and passed its trial there."""
     return runs_on(device) and trial.passes(device, "rejection", lambda: _try(device))
 
 
 def _try(device: torch.device) -> float:
-    """The share of wrong answers where the target has one id at each position: kept, rejected, and nothing offered."""
+    """The share of wrong results for a one-hot target: rows with an accepted, a rejected and an empty draft."""
     from specdec_kernels.rejection import kernel
 
     target_ids = torch.tensor([[7, 4000, 2999], [1, 2, 3], [4999, 5, 6]], device=device)
@@ -57,7 +58,8 @@ def _check(
 ) -> None:
     if target_probs.ndim != 3 or draft_ids.ndim != 2:
         raise ValueError(
-            f"target_probs is {list(target_probs.shape)} and draft_ids {list(draft_ids.shape)}; pass [B, K+1, V] and [B, K]"
+            f"target_probs is {list(target_probs.shape)} and draft_ids {list(draft_ids.shape)}; pass [B, K+1, V] and"
+            " [B, K]"
         )
     batch, num_ids = draft_ids.shape
     vocab_size = target_probs.shape[2]
@@ -80,7 +82,8 @@ def _check(
             raise ValueError(f"{name} has strides {tensor.stride()}; pass {name}.contiguous()")
     if not 0 < vocab_size <= MAX_VOCAB_SIZE:
         raise ValueError(
-            f"target_probs has {vocab_size} ids; the kernel takes 1 to {MAX_VOCAB_SIZE}, specdec.core.verification any number"
+            f"target_probs has {vocab_size} ids; the kernel takes 1 to {MAX_VOCAB_SIZE}, specdec.core.verification"
+            " any number"
         )
     if device.type != "cuda" and not interpreting():
         raise ValueError(

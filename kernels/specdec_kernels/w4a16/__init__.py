@@ -1,8 +1,8 @@
 """The 4-bit verification matmul, y = x W^T + b for up to some 64 rows of x, as the torch operator specdec::w4a16.
 
-`prepack` brings a weight into the kernel's layout, `matmul` multiplies by it: by the Triton kernel on CUDA; elsewhere, and where
-none is shipped or it does not multiply rightly, by the float32 reference. A row of the kernel's result depends on that row of x
-alone: the same bits at any M, at any place.
+`prepack` converts a weight to the kernel's layout, `matmul` multiplies by it: with the Triton kernel on CUDA; with the
+float32 reference elsewhere, and where no configuration is shipped or the kernel failed its trial. A row of the kernel's
+result depends on that row of x alone: it has the same bits at any M and any index.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor, library
 
 from specdec_kernels import trial
 from specdec_kernels.w4a16 import reference
-from specdec_kernels.w4a16.layout import E2M1, TILE, Kind, PackedWeight, joined, prepack
+from specdec_kernels.w4a16.layout import E2M1, TILE, Kind, PackedWeight, concatenate, prepack
 
-__all__ = ["PackedWeight", "has_kernel", "joined", "matmul", "prepack"]
+__all__ = ["PackedWeight", "concatenate", "has_kernel", "matmul", "prepack"]
 
-MAX_ROWS = 256  # a launch; what splits of K write grows with them, and a row's bits don't depend on them
+MAX_ROWS = 256  # of a launch: the scratch of split sums grows with them, and a row's bits don't depend on them
 
 _LIBRARY = library.Library("specdec", "FRAGMENT")
 _LIBRARY.define(
-    "w4a16(Tensor x, Tensor tiles, Tensor scale, Tensor? bias, Tensor? perm, str kind, int group_size, ScalarType scale_dtype,"
-    " int exponent, int splits, int out_features) -> Tensor"
+    "w4a16(Tensor x, Tensor tiles, Tensor scale, Tensor? bias, Tensor? perm, str kind, int group_size,"
+    " ScalarType scale_dtype, int exponent, int splits, int out_features) -> Tensor"
 )
 
 
 def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, perm: Tensor | None = None) -> Tensor:
-    """x [..., K] float16 or bfloat16 -> x W^T + bias, [..., N] of the same dtype, accumulated in float32 and rounded once.
+    """x [..., K] float16 or bfloat16 -> x W^T + bias, [..., N] of the same dtype, summed in float32, rounded once.
 
     bias: [N] floating. perm: int [K], column perm[j] of x meets column j of W (GPTQ's activation order).
     """
@@ -41,7 +41,8 @@ def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, perm: Te
         raise ValueError(f"bias has shape {list(bias.shape)}; the weight has {weight.out_features} rows")
     if perm is not None and (perm.shape != (weight.in_features,) or perm.is_floating_point()):
         raise ValueError(
-            f"perm is {perm.dtype} {list(perm.shape)}; it must hold {weight.in_features} integers, the columns' order"
+            f"perm is {perm.dtype} {list(perm.shape)}; it must hold {weight.in_features} integers, the order of the"
+            " columns"
         )
     for name, tensor in (("weight", weight.tiles), ("bias", bias), ("perm", perm)):
         if tensor is not None and tensor.device != x.device:
@@ -53,21 +54,21 @@ def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, perm: Te
 
 
 def has_kernel(weight: PackedWeight, dtype: torch.dtype) -> bool:
-    """Whether the Triton kernel multiplies inputs of such a dtype by the weight; needs triton, on Linux only."""
+    """Whether the Triton kernel multiplies inputs of a dtype by the weight; needs triton."""
     from specdec_kernels.w4a16 import kernel
 
     configuration = kernel.configuration(weight, dtype, rows=1)
     if configuration is None:
         return False
-    device, form = weight.tiles.device, (weight.kind, weight.group_size, weight.scale_dtype)
-    return trial.passes(device, f"w4a16 {configuration.name}", lambda: _try(*form, dtype, device))
+    device, quantization = weight.tiles.device, (weight.kind, weight.group_size, weight.scale_dtype)
+    return trial.passes(device, f"w4a16 {configuration.name}", lambda: _try(*quantization, dtype, device))
 
 
 def _try(kind: Kind, group_size: int, scale_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> float:
-    """The larger error of two products, with 3 rows and with 20."""
+    """The larger relative error of two products, with 3 and with 20 rows."""
     from specdec_kernels.w4a16 import kernel
 
-    generator = torch.Generator().manual_seed(0)  # of its own: a user's seed is for what they sample
+    generator = torch.Generator().manual_seed(0)  # leaves the user's random state unchanged
     weight = _random_weight(kind, group_size, scale_dtype, device, generator)
     inputs = [torch.rand(rows, weight.in_features, generator=generator).sub(0.5).to(device, dtype) for rows in (3, 20)]
     return max(
@@ -78,7 +79,7 @@ def _try(kind: Kind, group_size: int, scale_dtype: torch.dtype, dtype: torch.dty
 def _random_weight(
     kind: Kind, group_size: int, scale_dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> PackedWeight:
-    """A weight [256, 1024] of the kind, in several splits."""
+    """A weight [256, 1024] of a kind, whose columns are summed in several splits."""
     codes = torch.randint(16, (256, 1024), generator=generator, dtype=torch.uint8)
     shape = (256, 1024 // group_size)
     scale = (0.5 + torch.rand(shape, generator=generator)).to(scale_dtype)
@@ -106,8 +107,8 @@ def _by_kernel(
         rows = F.pad(rows, (0, padding))
     bias = None if bias is None else bias.to(x.dtype)
     with torch.cuda.device_of(x):
-        parts = [kernel.launch(piece, weight, bias) for piece in rows.split(MAX_ROWS)]
-    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+        outputs = [kernel.launch(chunk, weight, bias) for chunk in rows.split(MAX_ROWS)]
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -119,7 +120,7 @@ def _by_reference(
     return reference.matmul(x, weight, bias, perm)
 
 
-def _shape_alone(x: Tensor, *args: object) -> Tensor:
+def _fake_w4a16(x: Tensor, *args: object) -> Tensor:
     out_features = args[-1]
     assert isinstance(out_features, int)
     return x.new_empty(*x.shape[:-1], out_features)
@@ -127,4 +128,4 @@ def _shape_alone(x: Tensor, *args: object) -> Tensor:
 
 _LIBRARY.impl("w4a16", _by_kernel, "CUDA")
 _LIBRARY.impl("w4a16", _by_reference, "CPU")
-library.register_fake("specdec::w4a16", _shape_alone, lib=_LIBRARY)
+library.register_fake("specdec::w4a16", _fake_w4a16, lib=_LIBRARY)

@@ -1,14 +1,16 @@
-"""From packed codes to operands of a tensor core, in PTX: what LLVM does not find by itself.
+"""Packed codes -> operands of a tensor core, in PTX, with fewer instructions than the compiler finds.
 
-Two neighbouring words of a tile go in, eight pairs of 16-bit numbers come out, the operands of eight dots; the halves of a pair
-are made of the halves of a word. Codes are shifted and masked, never converted. A nibble q left in a float16 or bfloat16 is a
-subnormal number, q times a power of two, and one fused multiply-add, which takes subnormal numbers as they are (PTX ISA, fma),
-makes (q - zero) * 2^-9 or (q - zero) * 2^-6 of it, exactly: 18 instructions for 16 weights. The magic exponent of Kim et al., Who
-Says Elephants Can't Run (2022), costs bfloat16 four shifts more. The power of two is taken back at the very end.
+Inputs are two neighbouring words of a tile, outputs eight pairs of 16-bit numbers, the operands of eight dots; the
+halves of a pair are computed from the halves of a word. Codes are shifted and masked, never converted. A nibble q in a
+float16 or bfloat16 is a subnormal number, q times a power of two, and one fused multiply-add, which does not flush
+subnormal numbers (PTX ISA, fma), computes (q - zero) * 2^-9 or (q - zero) * 2^-6, exactly: 18 instructions for 16
+weights. The magic exponent of Kim et al., Who Says Elephants Can't Run (2022), costs bfloat16 four more shifts. The
+kernel multiplies the final sum by the inverse power of two.
 
 That the two words are neighbours is Triton's choice of layout for a dot's operand: scripts/check_kernels.py asserts it.
 
-Operands: $0 … $7 out, $8 and $9 the words; then pairs of 16 bits, each in two registers: nibbles' addends, E2M1's multipliers.
+Operands: $0 … $7 out, $8 and $9 the words; then pairs of 16 bits, each in two registers: nibbles' addends, E2M1's
+multipliers.
 """
 
 from __future__ import annotations
@@ -17,14 +19,15 @@ import torch
 
 from specdec_kernels.w4a16.layout import SPREAD, SYMMETRIC_ZERO, UNIT
 
-# the PTX type, bits of the multipliers of a nibble at the low end and of one four bits higher: both make UNIT of a code of 1
+# The PTX type, and the bits of the multipliers of a nibble in bits 0-3 and in bits 4-7: both turn a code of 1 into
+# UNIT.
 FLOATS = {torch.float16: ("f16x2", 0x7800, 0x6800), torch.bfloat16: ("bf16x2", 0x7F00, 0x7D00)}
 
 
 def nibbles(dtype: torch.dtype, addends: int) -> str:
     """PTX for codes that are numbers: code times the power of two, plus -zero times that power.
 
-    addends: how many a tile has, one for every 128 / addends rows; 0: all zeros are 8.
+    addends: the number of zero points of a tile, one for every 128 / addends rows; 0: all zero points are 8.
     """
     kind, low, high = FLOATS[dtype]
     lines = [".reg .b32 x, codes, low, high, eight;"]

@@ -27,16 +27,16 @@ STEPS = tl.constexpr(DOTS)
 STEP = tl.constexpr(TILE // DOTS)
 
 
-@triton.jit(do_not_specialize=["M", "num_tiles", "has_bias"])  # one form serves any number of rows
+@triton.jit(do_not_specialize=["M", "num_tiles", "has_bias"])  # one variant runs any number of rows
 def w4a16_kernel(
     x_ptr,  # [M, K] fp16 or bf16, K = 128 T
-    tiles_ptr,  # [T, N', 16] int32, see layout.py; tiles lie tile_stride words apart
-    scale_ptr,  # [words, N'] int32, see layout.py; rows lie scale_stride words apart
+    tiles_ptr,  # [T, N', 16] int32, see layout.py; tile_stride words from tile to tile
+    scale_ptr,  # [words, N'] int32, see layout.py; scale_stride words from row to row
     bias_ptr,  # [N] like x; any address where has_bias is 0
     y_ptr,  # [M, N] like x
     partial_ptr,  # [splits, M, N'] float32; any address for one split
-    counter_ptr,  # [blocks of N * blocks of M] int32 zeros, left as zeros
-    factor,  # float32, a power of two that the sum is multiplied by
+    counter_ptr,  # [blocks of N * blocks of M] int32 zeros, reset to zeros
+    factor,  # float32, a power of two; multiplies the sum
     M,
     N,
     K,
@@ -49,20 +49,21 @@ def w4a16_kernel(
     SCALE_BF16: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    ASM: tl.constexpr,  # False: plain Triton, for its interpreter
+    ASM: tl.constexpr,  # False: plain Triton, for the interpreter
 ):
     """y[m, n] = factor * sum_k x[m, k] * (code[k, n] - zero[k // G, n]) * scale[k // G, n] + bias[n].
 
-    Grid: (blocks of M, blocks of N, splits of K), the first one fastest, so that blocks of the same weights run side by side.
-    Bound by reading K*N/2 bytes of codes once, then by issuing instructions; so scales go to the accumulator, once a group. The
-    last block of an output tile sums its splits in their order, so a row's bits depend neither on M nor on which block was last.
+    Grid: (blocks of M, blocks of N, splits of K), the first one fastest, so that blocks of the same weights run
+    together. Bound by reading K*N/2 bytes of codes once, then by issuing instructions; so scales multiply the
+    accumulator, once a group. The last block of an output tile sums its splits in order, so a row's bits depend neither
+    on M nor on which block is last.
     """
     split, splits = tl.program_id(2), tl.num_programs(2)
     first = num_tiles * split // splits
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     j = tl.arange(0, STEP)
-    # rows beyond M repeat the last one, which costs less than a mask in the loop
+    # rows beyond M repeat the last one, which is cheaper than a mask in the loop
     x_ptrs = x_ptr + tl.minimum(m, M - 1)[:, None].to(tl.int64) * K + (first * ROWS + j[None, :])
     tile_ptrs = tiles_ptr + first.to(tl.int64) * tile_stride + (n[None, :] * STEP + j[:, None])
     acc = tl.zeros((BM, BN), tl.float32)
@@ -91,7 +92,7 @@ def w4a16_kernel(
         part_ptrs = partial_ptr + (m[:, None].to(tl.int64) * columns + n[None, :])
         size = M.to(tl.int64) * columns
         tl.store(part_ptrs + split * size, acc, mask)
-        tl.debug_barrier()  # all threads' stores, before one of them counts the block
+        tl.debug_barrier()  # all stores of the block precede the counter
         counter = counter_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
             total = tl.zeros((BM, BN), tl.float32)
@@ -103,7 +104,7 @@ def w4a16_kernel(
 
 @triton.jit
 def _scale_words(ptrs, tile, stride, KIND: tl.constexpr, GROUP: tl.constexpr):
-    """A tile's scale words, int32 [BN] each."""
+    """The scale words of a tile, int32 [BN] each."""
     words = ()
     if KIND == "asymmetric":
         for g in tl.static_range(ROWS // GROUP):
@@ -154,7 +155,7 @@ def _nibbles(
                 if SCALE_BF16 != (DTYPE == tl.bfloat16):
                     bits = _addend(pair, DTYPE, SCALE_BF16).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
                 pair = bits * 0x00010001
-            # no operand of the asm where zeros are 8, but Triton loads ahead only what goes into a dot
+            # The asm ignores it if zero points are 8, but Triton prefetches only loads that a dot depends on.
             pairs = pairs + (tl.broadcast_to(pair[None, :], codes.shape),)
         ADDENDS: tl.constexpr = ROWS // GROUP if KIND == "asymmetric" else 0
         if DTYPE == tl.float16:
@@ -166,7 +167,8 @@ def _nibbles(
         else:
             values = tl.inline_asm_elementwise(
                 NIBBLES_BF16[ADDENDS], REGISTERS[len(words)], (codes,) + pairs,
-                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
+                       tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
                 is_pure=True, pack=2,
             )  # fmt: skip
     else:
@@ -184,7 +186,7 @@ def _nibbles(
 
 @triton.jit
 def _addend(word, DTYPE: tl.constexpr, SCALE_BF16: tl.constexpr):
-    """-zero times the dtype's unit, float32 [BN]: the high half of an asymmetric scale word has it in the scale's unit."""
+    """-zero times the dtype's unit, float32 [BN]; in the high half of a scale word it is in the scale dtype's unit."""
     if SCALE_BF16:
         addend = (word >> 16 << 16).to(tl.float32, bitcast=True) * (1 / UNIT_BF16)
     else:
@@ -194,7 +196,7 @@ def _addend(word, DTYPE: tl.constexpr, SCALE_BF16: tl.constexpr):
 
 @triton.jit
 def _e2m1(codes, words, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Spread codes int32 [16, BN], the exponents of a tile's four groups -> for each dot [16, BN], the code's value, scaled."""
+    """Spread codes int32 [16, BN], the exponents of a tile's four groups -> for each dot the scaled values [16, BN]."""
     word = words[0]
     if ASM:
         pairs = ()
@@ -203,7 +205,8 @@ def _e2m1(codes, words, DTYPE: tl.constexpr, ASM: tl.constexpr):
             pairs = pairs + (tl.broadcast_to(pair[None, :], codes.shape),)
         values = tl.inline_asm_elementwise(
             E2M1_BF16, REGISTERS[4], (codes,) + pairs,
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
+                   tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
             is_pure=True, pack=2,
         )  # fmt: skip
     else:
@@ -218,7 +221,7 @@ def _e2m1(codes, words, DTYPE: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def _half_words(words, c: tl.constexpr):
-    """Words [16, BN] -> row 2a + h is half h of word 2a + c, at the low end: what the asm finds in its registers."""
+    """Words [16, BN] -> row 2a + h is half h of word 2a + c, in the low bits, as in the registers of the asm."""
     by_c = tl.split(tl.permute(tl.reshape(words, (8, 2, words.shape[1])), (0, 2, 1)))
     halves = tl.permute(tl.join(by_c[c], by_c[c] >> 16), (0, 2, 1))
     return tl.reshape(halves, words.shape)
@@ -226,7 +229,7 @@ def _half_words(words, c: tl.constexpr):
 
 @triton.jit
 def _as_operand(value, DTYPE: tl.constexpr):
-    """float32 under the interpreter, which computes bfloat16 wrongly; the values are exact in both."""
+    """float32 under the interpreter, whose bfloat16 arithmetic is wrong; the values are exact in both."""
     return value if INTERPRETING else value.to(DTYPE)
 
 
@@ -268,8 +271,8 @@ def _configuration(dtype: str, kind: Kind, group_size: int, scale: str, block_m:
     )
 
 
-# From 17 rows of x on, 32 a block save work; beside the registers that small groups take there is no room for them. Nor is there
-# for converting their zeros, where scales and inputs differ in dtype.
+# From 17 rows of x on, blocks of 32 rows save work. Small groups need too many registers for them, and for converting
+# zero points if scales and inputs differ in dtype.
 CONFIGURATIONS = [
     _configuration(dtype, kind, group_size, scale, block_m)
     for dtype in ("bf16", "fp16")
@@ -284,14 +287,14 @@ NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def configuration(weight: PackedWeight, dtype: torch.dtype, rows: int) -> Configuration | None:
-    """What is launched for inputs [rows, K] of a dtype, None where no configuration is shipped."""
+    """The configuration for inputs [rows, K] of a dtype, None where none is shipped."""
     block_m = 32 if rows > 16 and weight.group_size == TILE else 16
     name = f"{NAMES.get(dtype)}-{weight.kind}-{weight.group_size}-{NAMES[weight.scale_dtype]}-m{block_m}"
     return BY_NAME.get(name)
 
 
 def launch(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """x [M, K] contiguous, K whole tiles, M > 0, bias [N] like x -> y [M, N]."""
+    """Launch the kernel: x [M, K] contiguous, K whole tiles, M > 0, bias [N] like x -> y [M, N]."""
     rows, columns = x.shape
     chosen = configuration(weight, x.dtype, rows)
     assert chosen is not None
@@ -300,14 +303,15 @@ def launch(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     grid = (-(-rows // chosen.constants["BM"]), blocks, weight.splits)
     y = torch.empty(rows, weight.out_features, dtype=x.dtype, device=x.device)
     if grid[2] > 1:
-        parts = torch.empty(grid[2], rows, padded, dtype=torch.float32, device=x.device)
-        arrived = counters(grid[0] * grid[1], x.device)
-    else:  # neither is touched
-        parts, arrived = weight.tiles.view(torch.float32), weight.tiles
+        partial = torch.empty(grid[2], rows, padded, dtype=torch.float32, device=x.device)
+        counter = counters(grid[0] * grid[1], x.device)
+    else:  # neither is read or written
+        partial, counter = weight.tiles.view(torch.float32), weight.tiles
     factor = 2.0**weight.exponent / (1.0 if weight.kind == "e2m1" else UNIT[x.dtype])
     w4a16_kernel[grid](
-        x, weight.tiles, weight.scale, y if bias is None else bias, y, parts, arrived, factor,
-        rows, weight.out_features, columns, num_tiles, weight.tiles.stride(0), weight.scale.stride(0), int(bias is not None),
+        x, weight.tiles, weight.scale, y if bias is None else bias, y, partial, counter, factor,
+        rows, weight.out_features, columns, num_tiles, weight.tiles.stride(0), weight.scale.stride(0),
+        int(bias is not None),
         **chosen.constants | {"ASM": not interpreting()}, **chosen.options,
     )  # fmt: skip
     return y

@@ -1,4 +1,4 @@
-"""What the kernel must give, in float32 and plain torch."""
+"""The reference of the w4a16 kernel, in float32 and plain torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from specdec_kernels.w4a16.layout import E2M1, E2M1_UNIT, SYMMETRIC_ZERO, TILE, 
 
 
 def dequantize(weight: PackedWeight) -> Tensor:
-    """W [N, K] float32, from what the kernel reads."""
+    """W [N, K] float32, computed from the packed weight."""
     codes = weight.codes()
     groups = weight.tiles.shape[0] * TILE // weight.group_size
     words = weight.scale[:, : weight.out_features].T
@@ -28,7 +28,7 @@ def dequantize(weight: PackedWeight) -> Tensor:
 
 
 def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, perm: Tensor | None = None) -> Tensor:
-    """x [..., K] -> x W^T + bias, [..., N] of x's dtype, rounded once; column perm[j] of x meets column j of W."""
+    """x [..., K] -> x[..., perm] W^T + bias, [..., N] of x's dtype, rounded once."""
     x32 = x.float() if perm is None else x.float()[..., perm]
     y = x32 @ dequantize(weight).T
     return (y if bias is None else y + bias.float()).to(x.dtype)

@@ -1,19 +1,19 @@
-"""Quantized checkpoints as others write them -> the canonical 4-bit form; one file a format."""
+"""Other libraries' checkpoint formats -> the canonical 4-bit form; one file a format."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from specdec.quant.config import METHOD
 from specdec.quant.formats import auto_round, awq, compressed_tensors, gptq, mxfp4
 from specdec.quant.formats.layer import Scheme
-from specdec.quant.quantizer import METHOD
 
 SCHEMES = {
     "gptq": gptq.scheme,
     "awq": awq.scheme,
     "auto-round": auto_round.scheme,
-    "intel/auto-round": auto_round.scheme,  # as its first versions said
+    "intel/auto-round": auto_round.scheme,  # of its first versions
     "compressed-tensors": compressed_tensors.scheme,
     "mxfp4": mxfp4.scheme,
 }
@@ -38,13 +38,13 @@ OTHER_READERS = {
 
 
 def scheme_of(settings: Mapping[str, Any]) -> Scheme:
-    """The format that a quantization_config describes; ValueError where it is not read, or a setting has a wrong value."""
+    """The format that a quantization_config describes; raises ValueError where it or a setting is not supported."""
     method, algorithm = settings.get("quant_method"), settings.get("quant_algo") or settings.get("quantization")
     if isinstance(method, str) and method in SCHEMES:
         return SCHEMES[method](settings)
     reader = OTHER_READERS.get(method) if isinstance(method, str) else None
     raise ValueError(
         f"a checkpoint with quant_method={method!r}{f' ({algorithm})' if algorithm else ''} cannot be read, only"
-        f" {', '.join(map(repr, SCHEMES))}, {METHOD!r} and full precision can; {f'{reader} reads it, or ' if reader else ''}load"
-        " the original, which is quantized on the way"
+        f" {', '.join(map(repr, SCHEMES))}, {METHOD!r} and full precision can;"
+        f" {f'{reader} reads it, or ' if reader else ''}load the original, which is quantized while it loads"
     )

@@ -1,4 +1,4 @@
-"""AutoRound's own export: GPTQ's or AWQ's tensors under its settings."""
+"""AutoRound's own export: the tensors of GPTQ or AWQ with AutoRound's settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from specdec.quant.formats import awq, gptq
 from specdec.quant.formats.layer import Override, Scheme, Settings
 
-# Zero points lie as in GPTQ v1 (less one), or as they are, as in v2.
+# Zero points are stored as in GPTQ v1 (less one), or unchanged as in v2.
 PACKINGS = {
     "auto_round:auto_gptq": "gptq", "auto_round:gptq": "gptq", "auto_gptq": "gptq", "auto": "gptq",
     "auto_round": "gptq_v2", "auto_round:gptqmodel": "gptq_v2",
@@ -18,6 +18,7 @@ PACKINGS = {
 
 
 def scheme(values: Mapping[str, Any]) -> Scheme:
+    """The scheme of a quantization_config of method auto-round."""
     settings = Settings(
         "this auto-round checkpoint", {"sym": True, **values}, "transformers with the auto-round package"
     )
@@ -33,13 +34,13 @@ def scheme(values: Mapping[str, Any]) -> Scheme:
 def _fields(settings: Settings, packing: str, *bits: int) -> dict[str, Any]:
     settings.one_of("data_type", "int")
     settings.one_of("act_bits", 16, 32)
-    if packing == "awq":  # zero points lie there even where all are the symmetric one
+    if packing == "awq":  # zero points are stored even if the codes are symmetric
         return awq.fields(settings) | {"symmetric": settings.flag("sym", True)}
     return gptq.fields(settings, *bits)
 
 
 def _override(settings: Settings, name: str, packing: str) -> Override:
-    """`extra_config`: by a layer's name, or a regular expression for a part of names; of 16 bits: not quantized."""
+    """One entry of `extra_config`: a layer's name, or a regular expression found in names; 16 bits: not quantized."""
     extra = settings.table("extra_config")
     changed = settings.changed_by(extra.table(name))
     matches = extra.pattern(name).search if _is_pattern(name) else name.__eq__

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.quant.formats.layer import FLOATS, Layer, Scheme, Settings, codes_of, zero_points
+from specdec.quant.formats.layer import FLOAT_DTYPES, Layer, Scheme, Settings, codes_of, zero_points
 from specdec.quant.int4 import Int4Tensor, pack
 
 SUFFIXES = (".qweight", ".qzeros", ".scales")
-ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # column i of eight lies in nibble ORDER[i] of its word
+ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # column i of eight is nibble ORDER[i] of its word
 OLD_NAMES = {"w_bit": "bits", "q_group_size": "group_size"}
 
 
 def scheme(values: Mapping[str, Any]) -> Scheme:
+    """The scheme of a quantization_config of method awq."""
     renamed = {new: values[old] for old, new in OLD_NAMES.items() if old in values} | dict(values)
     version = values.get("version") or values.get("format")
     renamed["version"] = version.lower() if isinstance(version, str) else version
@@ -28,7 +29,7 @@ def scheme(values: Mapping[str, Any]) -> Scheme:
 
 
 def fields(settings: Settings) -> dict[str, Any]:
-    """What layers may differ in, as a Scheme has it."""
+    """The fields of a Scheme that may differ between layers."""
     return {"bits": settings.one_of("bits", 4, default=None), "group_sizes": (settings.group_size(),)}
 
 
@@ -37,7 +38,7 @@ def read(layer: Layer, scheme: Scheme) -> Int4Tensor:
     qweight = layer.take(".qweight", (torch.int32,), None, None)
     columns, rows = qweight.shape[0], 8 * qweight.shape[1]
     groups = layer.groups(scheme, ".scales", columns, 0)
-    scales = layer.take(".scales", FLOATS, groups, rows)
+    scales = layer.take(".scales", FLOAT_DTYPES, groups, rows)
     zero = None
     if not scheme.symmetric or ".qzeros" in layer.tensors:
         zero = _codes(layer.take(".qzeros", (torch.int32,), groups, rows // 8))

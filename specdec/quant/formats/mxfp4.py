@@ -1,4 +1,4 @@
-"""MXFP4, as gpt_oss' experts come."""
+"""MXFP4, the format of gpt_oss' experts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ FP4_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
 def scheme(values: Mapping[str, Any]) -> Scheme:
+    """The scheme of a quantization_config of method mxfp4, which has no settings."""
     return Scheme(("_blocks", "_scales"), read, (32,), True)
 
 
