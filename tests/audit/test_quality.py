@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import specdec
-from specdec.audit.quality import compare
+from specdec.audit.quality import compare_quality
 from specdec.cli.audit import _windows
 from specdec.cli.main import main
 from specdec.utils import embedded
@@ -33,7 +33,7 @@ def test_the_figures_are_those_of_whole_forwards() -> None:
     quantized = make_model("llama", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     specdec.quantize(quantized, specdec.Int4Config(32))
     texts = [torch.randint(3, 101, (1, length)) for length in (100, 1, 70)]
-    *_, quality = compare(original, quantized, texts)
+    *_, quality = compare_quality(original, quantized, texts)
     p, q = ([model(ids).logits[0].detach().log_softmax(-1) for ids in texts] for model in (original, quantized))
     kl = torch.cat([(a.exp() * (a - b)).sum(-1) for a, b in zip(p, q, strict=True)])
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(p, q, strict=True)])
@@ -48,7 +48,7 @@ def test_the_figures_are_those_of_whole_forwards() -> None:
 
 def test_a_model_differs_from_itself_by_nothing() -> None:
     model = make_model("llama", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-    *_, quality = compare(model, model, [torch.randint(3, 101, (1, 80))])
+    *_, quality = compare_quality(model, model, [torch.randint(3, 101, (1, 80))])
     assert quality.mean_kl == 0
     assert quality.top1_agreement == 1
     assert quality.perplexity == quality.original_perplexity

@@ -9,6 +9,7 @@ import os
 import pwd
 import random
 import resource
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -22,11 +23,18 @@ import torch
 from specdec_kernels import cpu
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 import specdec
-from specdec.runtime import cpu_compile as compiled
-from specdec.runtime.identity import Identity
+from specdec.runtime.attention.select import attention_override
+from specdec.runtime.cpu_compile import forward as compiled_forward
+from specdec.runtime.cpu_compile import packages, tracing
+from specdec.runtime.cpu_compile.forward import CompiledForward
+from specdec.runtime.execution import prepare
+from specdec.runtime.identity.snapshot import Identity
+from specdec.runtime.pair import PairMember
 from specdec.runtime.runner import ModelRunner
 from specdec.utils import embedded
 from tests.conftest import ROOT
@@ -163,7 +171,7 @@ def test_activation_order_and_experts_keep_their_bits(tmp_path: Path) -> None:
 def assert_logits_keep_their_bits(model: PreTrainedModel, widths: Sequence[int], *batches: list[int]) -> None:
     """Behind prompts of these lengths, with a rejected window before the one that counts."""
     runner = ModelRunner(model)
-    compiled.prepare([compiled.PairMember("target", runner, exact=True)], True)
+    prepare([PairMember("target", runner, exact=True)], True)
     forward = runner.compiled
     assert forward is not None
     ids = torch.randint(runner.vocab_size, (3, max(batches[-1]) + 10), generator=torch.Generator().manual_seed(0))
@@ -218,7 +226,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def packages(cache: Path) -> int:
+def num_packages(cache: Path) -> int:
     """How many there are; nothing unfinished may lie beside them."""
     assert {path.suffix for path in cache.iterdir()} <= {".so", ".pt2", ""}
     assert len(list(cache.glob("*.so"))) == 1
@@ -237,11 +245,11 @@ def test_auto_takes_what_is_on_disk_and_compiles_nothing(
     want = text_of(small)
     specdec.enable(small, "prompt_lookup")
     assert not is_compiled(small)
-    assert packages(own_cache) == 0
+    assert num_packages(own_cache) == 0
     capsys.readouterr()
     specdec.enable(small, "prompt_lookup", compile=True)
     assert is_compiled(small)
-    assert packages(own_cache) == 1
+    assert num_packages(own_cache) == 1
     assert "compiling the target" in capsys.readouterr().err
     specdec.enable(small, "prompt_lookup", compile=True)
     assert "compiling" not in capsys.readouterr().err
@@ -251,7 +259,7 @@ def test_auto_takes_what_is_on_disk_and_compiles_nothing(
     assert is_compiled(small)
     assert text_of(small) == want
     specdec.enable(make_model("llama", 3, **FAMILIES["llama"] | {"num_hidden_layers": 1}), "prompt_lookup")
-    assert packages(own_cache) == 1
+    assert num_packages(own_cache) == 1
 
 
 def test_a_broken_package_is_left_out_and_named(small: PreTrainedModel, own_cache: Path) -> None:
@@ -259,7 +267,7 @@ def test_a_broken_package_is_left_out_and_named(small: PreTrainedModel, own_cach
     specdec.enable(small, "prompt_lookup", compile=True)
     (package,) = own_cache.glob("*.pt2")
     package.write_bytes(b"torn")
-    compiled._KEPT.clear()  # as in another process
+    compiled_forward._LOADED.clear()  # as in another process
     with pytest.warns(UserWarning, match="the target runs eagerly: .* does not load"):
         specdec.enable(small, "prompt_lookup")
     assert not is_compiled(small)
@@ -281,8 +289,8 @@ def test_a_compiler_that_fails_leaves_the_model_eager_and_says_why(
     assert len(warned) == 1
     assert not is_compiled(small)
     assert text_of(small) == want
-    assert packages(own_cache) == 0
-    monkeypatch.setattr(compiled, "_trace", None)  # it is not tried again
+    assert num_packages(own_cache) == 0
+    monkeypatch.setattr(packages, "trace", None)  # no second attempt
     with pytest.warns(UserWarning, match="g\\+\\+: not today$"):
         specdec.enable(small, "prompt_lookup", compile=True)
 
@@ -307,28 +315,28 @@ def test_without_a_compiler_the_model_is_eager_and_says_why(
 def test_a_forward_that_came_out_wrong_is_not_used(
     small: PreTrainedModel, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep = compiled._keep
+    replace = tracing._replace_operator
 
-    def wrong(node: Any, *kept: bool) -> None:
+    def wrong(node: Any, *flags: bool) -> None:
         if node.target == torch.ops.aten.cos.default:
             node.target = torch.ops.aten.sin.default
-        keep(node, *kept)
+        replace(node, *flags)
 
-    monkeypatch.setattr(compiled, "_keep", wrong)
-    with pytest.warns(UserWarning, match="came out of the compiler with other logits"):
+    monkeypatch.setattr(tracing, "_replace_operator", wrong)
+    with pytest.warns(UserWarning, match="the compiled forward gives other logits"):
         specdec.enable(small, "prompt_lookup", compile=True)
     assert not is_compiled(small)
-    assert packages(own_cache) == 0
+    assert num_packages(own_cache) == 0
 
 
 def test_a_4_bit_target_that_lost_its_bits_is_not_used(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what keeps means PyTorch's, logits move by rounding: nothing to a dense model, a text's end to a 4-bit one."""
     model, _ = family_on_kernels("llama", "int4_kernel")
-    monkeypatch.setattr(compiled, "_keep", lambda node, *kept: None)
-    with pytest.warns(UserWarning, match="came out of the compiler with other logits"):
+    monkeypatch.setattr(tracing, "_replace_operator", lambda node, *flags: None)
+    with pytest.warns(UserWarning, match="the compiled forward gives other logits"):
         specdec.enable(model, "prompt_lookup", compile=True)
     assert not is_compiled(model)
-    assert packages(own_cache) == 0
+    assert num_packages(own_cache) == 0
 
 
 @pytest.mark.parametrize(
@@ -336,7 +344,7 @@ def test_a_4_bit_target_that_lost_its_bits_is_not_used(own_cache: Path, monkeypa
     [
         (lambda: make_model("llama", 3, **FAMILIES["llama"]).double(), "its dtype is torch.float64"),
         (lambda: make_model("gemma2", 3, **FAMILIES["gemma2"]), r"its attention \(eager\)"),
-        (lambda: make_model("mpt", 3, **FAMILIES["mpt"]), "its forward takes no positions"),
+        (lambda: make_model("mpt", 3, **FAMILIES["mpt"]), "its forward takes no position_ids"),
     ],
 )
 def test_what_cannot_be_compiled_is_named(model: Any, reason: str, own_cache: Path) -> None:
@@ -390,13 +398,13 @@ def test_an_assistant_of_a_call_is_compiled_too(monkeypatch: pytest.MonkeyPatch)
     want = text_of(model)
     specdec.enable(model, compile=True)
     ran = []
-    call = compiled.CompiledForward.__call__
+    call = CompiledForward.__call__
 
     def watched(self: Any, *args: Any) -> Tensor:
         ran.append(self.model())
         return call(self, *args)
 
-    monkeypatch.setattr(compiled.CompiledForward, "__call__", watched)
+    monkeypatch.setattr(CompiledForward, "__call__", watched)
     got = model.generate(**prompts(4), max_new_tokens=9, do_sample=False, assistant_model=draft, num_assistant_tokens=3)
     specdec.disable(model)
     assert got.tolist() == want
@@ -499,9 +507,9 @@ def test_nothing_is_compiled_while_a_hook_is_on(shared: PreTrainedModel) -> None
 
 def test_a_sdpa_of_the_users_own_is_not_passed_by(shared: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def uniform(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-        return compiled.sdpa_attention_forward(module, 0 * query, key, value, attention_mask, **kwargs)
+        return sdpa_attention_forward(module, 0 * query, key, value, attention_mask, **kwargs)
 
-    monkeypatch.setitem(compiled.ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", uniform)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", uniform)
     with pytest.warns(UserWarning, match="the target runs eagerly: transformers' sdpa attention was replaced"):
         assert text_of(shared) == plain_text(shared)
     with pytest.warns(UserWarning, match="the target cannot be compiled: transformers' sdpa attention was replaced"):
@@ -516,10 +524,10 @@ def test_a_call_under_autocast_is_eager(shared: PreTrainedModel, small: PreTrain
             assert text_of(shared) == plain_text(shared)
         assert not is_compiled(shared)
         with pytest.warns(UserWarning, match=r"nothing is compiled under torch\.autocast"):
-            compiled.prepare([compiled.PairMember("target", ModelRunner(small), exact=True)], True)
+            prepare([PairMember("target", ModelRunner(small), exact=True)], True)
     assert text_of(shared) == clean
     assert is_compiled(shared)
-    assert packages(own_cache) == 0
+    assert num_packages(own_cache) == 0
 
 
 def test_a_model_that_was_compiled_can_be_let_go() -> None:
@@ -540,14 +548,14 @@ def filled_cache(shared: PreTrainedModel, own_cache: Path) -> Path:
     assert own.parent == own_cache
     own.write_bytes((ROOT / "build" / "test-cache" / own.name).read_bytes())
     specdec.disable(shared)
-    compiled._KEPT.clear()
+    compiled_forward._LOADED.clear()
     specdec.enable(shared, "prompt_lookup")
     assert is_compiled(shared), "a folder above has a sticky bit, as /tmp"
     return own
 
 
 def package_of(model: PreTrainedModel) -> Path:
-    return compiled._package(compiled.PairMember("target", ModelRunner(model), exact=True), Identity(model))
+    return packages.package_path(PairMember("target", ModelRunner(model), exact=True), Identity(model))
 
 
 def only_warning(model: PreTrainedModel, words: str, **enable: Any) -> None:
@@ -594,7 +602,7 @@ def test_kernels_that_others_could_have_written_are_not_loaded(
     path.chmod(0o722)
     monkeypatch.setattr(cpu, "_IS_LOADED", None)
     only_warning(small, f"specdec's CPU kernels are left out: other users may write to {path}", compile=compile)
-    assert packages(own_cache) == 0
+    assert num_packages(own_cache) == 0
 
 
 @pytest.mark.parametrize("which", ["package", "folder"])
@@ -650,7 +658,7 @@ def test_a_cache_that_cannot_be_used_leaves_the_model_eager(
     if not is_built:
         monkeypatch.setattr(cpu, "_IS_LOADED", None)
     spoil(monkeypatch, tmp_path)
-    only_warning(small, "specdec runs without a compiler's help: the cache folder cannot be used: ", compile=True)
+    only_warning(small, "specdec runs without compiled forwards: the cache folder cannot be used: ", compile=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         specdec.enable(small, "prompt_lookup", compile="auto")
@@ -672,7 +680,7 @@ def test_a_full_disk_leaves_nothing_behind_and_the_model_eager(
         only_warning(small, "the target could not be compiled: OSError: [Errno 27] File too large", compile=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert packages(own_cache) == 0
+    assert num_packages(own_cache) == 0
 
 
 def test_a_folder_is_made_for_its_owner_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -683,3 +691,24 @@ def test_a_folder_is_made_for_its_owner_alone(monkeypatch: pytest.MonkeyPatch, t
     finally:
         os.umask(mask)
     assert [(tmp_path / place).stat().st_mode & 0o777 for place in ("a", "a/b")] == [0o700, 0o700]
+
+
+@pytest.mark.parametrize("weights", ["float32", "int4_kernel"])
+def test_the_name_of_a_package_depends_on_every_module_that_is_traced(weights: str) -> None:
+    """A module that is missing there could be edited while packages of its old code stay in use."""
+    runner = ModelRunner(family_on_kernels("llama", weights)[0])
+    runner.begin(1)
+    ids = torch.ones(1, 6, dtype=torch.int64)
+    runner.prefill(ids, torch.tensor([2]))
+    buffers = [buffer.clone() for buffer in runner.cache.buffers()]
+    inputs = ids[:, 3:], torch.arange(3, 6)[None], torch.arange(3), buffers
+    files = set()
+    with attention_override(runner.config), torch.no_grad():
+        sys.setprofile(lambda frame, event, argument: files.add(frame.f_code.co_filename))
+        try:
+            tracing._Forward(runner)(*inputs)
+        finally:
+            sys.setprofile(None)
+    traced = {path for path in map(Path, files) if path.is_relative_to(ROOT / "specdec")}
+    assert {ROOT / "specdec" / "runtime" / name for name in ("runner.py", "cpu_compile/tracing.py")} <= traced
+    assert traced <= set(packages.traced_sources())

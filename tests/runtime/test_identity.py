@@ -25,7 +25,8 @@ from transformers.models.llama import modeling_llama
 
 import specdec
 from specdec.runtime.attention.select import attention_override
-from specdec.runtime.identity import Identity, hooked, opaque
+from specdec.runtime.identity.hooks import find_hook, why_not_traceable
+from specdec.runtime.identity.snapshot import Identity
 from tests.helpers.families import FAMILIES, family, make_model, prompts
 
 ROOT = Path(__file__).parents[2]
@@ -306,7 +307,7 @@ def test_what_has_nothing_to_do_with_a_forward_does_not_count(model: PreTrainedM
         **prompts(4), max_new_tokens=3, output_hidden_states=True, return_dict_in_generate=True
     )  # leaves hooks
     assert identity.change() is None
-    assert hooked(model) is None
+    assert find_hook(model) is None
     assert Identity(model).digest == digest
     specdec.disable(model)
     assert identity.change() is None
@@ -335,15 +336,15 @@ def test_a_4_bit_model_is_the_same_before_and_after_its_layers_have_looked_for_k
 
 
 def test_a_hook_and_a_forward_of_an_instance_are_opaque(model: PreTrainedModel) -> None:
-    assert opaque(model) is hooked(model) is None
+    assert why_not_traceable(model) is find_hook(model) is None
     for name in ("a forward hook", "a pre-hook", "a hook of all modules"):
         make, words = (CHANGES | QUIET)[name]
         with make(model):
-            assert opaque(model) == hooked(model) == words
+            assert why_not_traceable(model) == find_hook(model) == words
     with CHANGES["a forward of an instance"][0](model):
-        assert opaque(model) == "the forward of model.layers.0.input_layernorm was replaced"
-        assert hooked(model) is None
-    assert opaque(model) is None
+        assert why_not_traceable(model) == "the forward of model.layers.0.input_layernorm was replaced"
+        assert find_hook(model) is None
+    assert why_not_traceable(model) is None
 
 
 def test_an_identity_keeps_no_model_alive() -> None:
@@ -362,7 +363,7 @@ def test_an_identity_keeps_no_model_alive() -> None:
 DIGESTS = """
 import sys
 import threading
-from specdec.runtime.identity import Identity
+from specdec.runtime.identity.snapshot import Identity
 from tests.helpers.families import FAMILIES, make_model, prompts
 for model_type in {families}:
     model = make_model(model_type, **FAMILIES[model_type])

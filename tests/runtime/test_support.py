@@ -17,10 +17,10 @@ import specdec
 import specdec.runtime.kv_cache.ragged
 import specdec.runtime.runner
 import specdec.runtime.support
-from specdec.runtime.support import SHORT, Support, largest_window, support_of
+from specdec.runtime.support import TRIAL_LENGTH, Support, largest_window, support_of
 from tests.helpers.families import FAMILIES, VOCAB_SIZE, make_model, prompts
 
-ROWS = {row["class"]: row for row in json.loads(specdec.runtime.support.KNOWN.read_text())["models"]}
+ROWS = {row["class"]: row for row in json.loads(specdec.runtime.support.MODELS_FILE.read_text())["models"]}
 # Of each way in which the table's classes work or fail, one or two that no other test has.
 SAMPLE = (
     "Olmo3ForCausalLM", "Exaone4ForCausalLM", "Gemma3nForCausalLM", "Gemma4ForCausalLM",  # windows, shared caches
@@ -30,7 +30,7 @@ SAMPLE = (
     "GitForCausalLM", "MoshiForCausalLM", "BartForCausalLM", "Lfm2ForCausalLM", "JambaForCausalLM", "BloomForCausalLM",
     "BlipForConditionalGeneration", "T5Gemma2ForConditionalGeneration",
 )  # fmt: skip
-IS_NEWEST = transformers.__version__ == json.loads(specdec.runtime.support.KNOWN.read_text())["transformers"]
+IS_NEWEST = transformers.__version__ == json.loads(specdec.runtime.support.MODELS_FILE.read_text())["transformers"]
 
 
 def families() -> list[Any]:
@@ -56,7 +56,7 @@ def test_the_page_is_the_table() -> None:
 
 def test_known_classes_work_in_the_lossless_tests_too() -> None:
     names = {type(make_model(model_type, **values)).__name__ for model_type, values in FAMILIES.items()}
-    assert names <= specdec.runtime.support.known_classes()
+    assert names <= specdec.runtime.support.tested_classes()
 
 
 class Spanned(LlamaForCausalLM):
@@ -120,9 +120,9 @@ def test_texts_longer_than_the_trial_go_to_the_stock_loop() -> None:
 
 
 def test_a_trial_that_takes_too_long_is_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(specdec.runtime.support.TRIAL_FLOPS, "cpu", 0)
+    monkeypatch.setitem(specdec.runtime.support.MAX_TRIAL_FLOPS, "cpu", 0)
     support = support_of(spanned(100))
-    assert support.max_length == SHORT
+    assert support.max_length == TRIAL_LENGTH
     assert "takes too long" in (support.warning or "")
     known = make_model("mistral", **FAMILIES["mistral"] | {"sliding_window": 100})
     assert support_of(known) == Support()
@@ -185,7 +185,7 @@ def test_a_model_that_rounds_by_neighbours_is_accepted_with_a_warning() -> None:
         layer.mlp.up_proj = RoundedByNeighbours(layer.mlp.up_proj)
     assert "relative error" in (support_of(model).reason or "")
     model.hf_quantizer = Quantizer()
-    with pytest.warns(UserWarning, match="near-ties may fall otherwise"):
+    with pytest.warns(UserWarning, match="nearly equal scores may be chosen differently"):
         specdec.enable(model, "prompt_lookup", num_draft_tokens=3)
     model.generate(**prompts(3), max_new_tokens=8)
     assert specdec.last_stats(model) is not None

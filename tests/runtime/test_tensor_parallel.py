@@ -25,11 +25,11 @@ from specdec.core import timing as clock
 from specdec.draft_length import adaptive
 from specdec.draft_length import profiler as profiling
 from specdec.generation import call as served
-from specdec.runtime import cpu_compile as compiled
-from specdec.runtime import tensor_parallel as ranks
-from specdec.runtime.cpu_compile import PairMember
+from specdec.runtime.cpu_compile.eligibility import why_not_compiled
+from specdec.runtime.cpu_compile.packages import _is_missing
+from specdec.runtime.pair import PairMember
 from specdec.runtime.runner import ModelRunner
-from specdec.runtime.tensor_parallel import Ranks
+from specdec.runtime.tensor_parallel import Ranks, tensor_parallel_group
 from tests.helpers.draft_length import erratic_k
 from tests.helpers.families import FAMILIES, make_model, prompts
 
@@ -130,7 +130,7 @@ def the_device_has_another_backend(pair: Pair, rank: int, patch: pytest.MonkeyPa
     found = pair.calls()
     assert len(made) == 1
     assert Ranks(pair.target).group is made[0]
-    assert Ranks(pair.target).group is not ranks.tensor_parallel_group(pair.target)
+    assert Ranks(pair.target).group is not tensor_parallel_group(pair.target)
     return found
 
 
@@ -159,8 +159,8 @@ def whole_models(pair: Pair, rank: int, patch: pytest.MonkeyPatch, folder: Path)
 
 def compiling_is_left(pair: Pair, rank: int, patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """A package that was compiled of the whole model has the same name, and would not fit."""
-    assert "several processes" in (compiled._why_not_compiled(ModelRunner(pair.target)) or "")
-    assert not compiled._is_missing(PairMember("target", ModelRunner(pair.target), exact=True))
+    assert "several processes" in (why_not_compiled(ModelRunner(pair.target)) or "")
+    assert not _is_missing(PairMember("target", ModelRunner(pair.target), exact=True))
     return []
 
 
@@ -239,7 +239,7 @@ def test_nothing_is_sent_where_there_is_no_group(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(dist, name, None)
     assert alone.group is None
     assert alone.is_first
-    assert alone.first(3) == 3
-    assert alone.first_choice(None) is None
-    assert alone.common(None) is None
+    assert alone.broadcast(3) == 3
+    assert alone.broadcast_choice(None) is None
+    assert alone.common_graphs(None) is None
     assert alone.synchronized(bool) is bool
