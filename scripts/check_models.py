@@ -48,8 +48,8 @@ WINDOWS_AND_LENGTHS = ((8, (12,)), (128, (12, 300)))  # attention windows, and t
 SIZES: tuple[tuple[str, int], ...] = (
     (r"(text_)?vocab_size(_per_layer_input)?", VOCAB_SIZE),
     (
-        r"max_position_embeddings|n_positions|n_ctx|max_seq_len|seq_len|context_length|max_target_positions|max_text_len"
-        r"|max_length",
+        r"max_position_embeddings|n_positions|n_ctx|max_seq_len|seq_len|context_length|max_target_positions"
+        r"|max_text_len|max_length",
         CONTEXT,
     ),
     (r"(num_)?((hidden|encoder|decoder|global)_)?layers|n_layers?|depth|num_blocks", 2),
@@ -371,10 +371,10 @@ def page(rows: list[dict[str, str]]) -> str:
     lines = [
         "# Which models work",
         "",
-        "`python scripts/check_models.py` writes this page; do not edit it by hand. The script makes a tiny random float32"
-        " model of every class in transformers' mappings for causal and for image-text-to-text models, and compares its"
-        " greedy texts with and without specdec: prompts of 12 and 300 ids, of one length and left-padded, attention"
-        " windows shorter and longer than the prompt, no pictures.",
+        "`python scripts/check_models.py` writes this page; do not edit it by hand. The script makes a tiny random"
+        " float32 model of every class in transformers' mappings for causal and for image-text-to-text models, and"
+        " compares its greedy texts with and without specdec: prompts of 12 and 300 ids, of one length and left-padded,"
+        " attention windows shorter and longer than the prompt, no pictures.",
         "",
         f"transformers {transformers.__version__}, {len(rows)} classes."
         " `specdec.enable` itself tries a model of any other class.",

@@ -37,10 +37,10 @@ BATCH_ROUNDING_TOLERANCE = 1e-1  # of 8-bit layers that quantize activations ove
 MODELS_FILE = Path(__file__).parents[1] / "assets" / "models.json"
 TRIAL_LENGTH = 64  # positions of the shortest trial
 SHORT_ROW_LENGTH = 11  # positions of its other row
-BEYOND_WINDOW = 32  # positions of a trial behind the largest window of the config
+BEYOND_WINDOW = 32  # positions of a trial beyond the largest window of the config
 MAX_TRIAL_FLOPS = {"cpu": 5e11}  # by device type; ten seconds at 50 GFLOP/s
 DEFAULT_MAX_TRIAL_FLOPS = 1e15
-TRIAL_FORWARDS = 5  # about so many forwards over the whole text of a trial
+TRIAL_FORWARDS = 5  # approximate number of forwards over the whole text of a trial
 WINDOW_NAME = re.compile("window|chunk|local|block|stride|segment|span|extent|distance|top_?k|mem_len")
 
 
@@ -50,7 +50,7 @@ class Support:
 
     reason: why it cannot, None where it can.
     max_length: positions of the longest text that this holds for; None: of any length.
-    warning: what the user of the model should be told; None: nothing.
+    warning: a limitation that the user of the model should be warned of; None: nothing.
     """
 
     reason: str | None = None

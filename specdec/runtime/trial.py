@@ -27,6 +27,6 @@ class RaggedBatch:
         runner.prefill(self.ids, self.lengths - 1)
 
     def window(self, width: int, offset: int = 0) -> tuple[Tensor, Tensor]:
-        """Ids and positions, [B, width] each, that start `offset` positions behind the prefilled ones."""
+        """Ids and positions, [B, width] each, that start `offset` positions after the prefilled ones."""
         positions = (self.lengths + offset)[:, None] + torch.arange(width, device=self.lengths.device)
         return self.ids.gather(1, positions), positions

@@ -1,4 +1,4 @@
-"""Compiled forwards on disk: where a package lies, and how a missing one is compiled, tried and stored.
+"""Compiled forwards on disk: the path of a package, and how a missing one is compiled, tried and stored.
 
 A package is in the cache folder of specdec_kernels.cpu, under the same rules of trust. Its name is a fingerprint of all
 that it depends on, except for the values of the weights, so one that no longer fits is not found. It gets its name only

@@ -130,7 +130,7 @@ def types(objects: list[tuple[str, Any]]) -> dict[str, type]:
 
 
 def tensors(dicts: list[tuple[str, dict[str, Any]]]) -> dict[str, tuple[Any, ...]]:
-    """View of parameters and buffers by name: class, (shape, dtype, device), strides, name of the tensor it is tied to."""
+    """View of parameters and buffers by name: class, (shape, dtype, device), strides, and the tensor it is tied to."""
     by_name = {path + name: owner[name] for path, owner in dicts for name in owner if owner[name] is not None}
     values = by_name.values()
     try:
