@@ -34,19 +34,19 @@ from specdec.runtime.identity.watched import (
     NOT_IN_DIGEST,
     OF_EVERY_MODULE,
     Watched,
-    addresses,
-    attributes,
-    attributes_of_model,
+    address_view,
+    attribute_view,
+    class_view,
     copy_of,
-    items,
+    item_view,
     join,
     last_name,
-    members,
+    model_view,
     namespace_name,
     selected,
-    tensors,
-    types,
-    versions,
+    tensor_view,
+    type_view,
+    version_view,
 )
 
 LIBRARIES = frozenset(sys.stdlib_module_names) | {
@@ -109,7 +109,7 @@ class Identity:
         for name, hooks in GLOBAL_HOOKS.items():
             self._whole.append(Watched("all modules", name, hooks, active_hooks))
         # by weak reference, since specdec's own attributes of an enabled model refer back to it
-        self._watch(Watched("", "attribute", self._model, attributes_of_model), self._viewed)
+        self._watch(Watched("", "attribute", self._model, model_view), self._viewed)
         self._add_module("", model)
         seen = {id(model)}
         for path, value, is_global in self._queue:  # grows during the loop
@@ -119,9 +119,11 @@ class Identity:
         for namespace, names in self._globals.values():
             self._viewed.append(selected(last_name(namespace), frozenset(names), namespace))
         self._viewed += [
-            Watched("", "attribute", self._objects, types, quick=lambda objects: [type(value) for _, value in objects]),
-            Watched("", "tensor", self._tensor_dicts, tensors, quick=addresses),
-            Watched("", "version", self._other_tensors, versions),
+            Watched(
+                "", "attribute", self._objects, type_view, quick=lambda objects: [type(value) for _, value in objects]
+            ),
+            Watched("", "tensor", self._tensor_dicts, tensor_view, quick=address_view),
+            Watched("", "version", self._other_tensors, version_view),
             Watched("", "code", self._functions, lambda functions: {one: one.__code__ for one in functions}),
         ]
         del self._queue, self._globals
@@ -137,14 +139,14 @@ class Identity:
         elif isinstance(value, WRAPPERS):
             self._queue += [(path, part, is_global) for part in held_values(value)]
         elif isinstance(value, dict | list | set):
-            self._watch(Watched(path, "item", value, items, grows=is_global), self._whole)
+            self._watch(Watched(path, "item", value, item_view, grows=is_global), self._whole)
         elif isinstance(value, tuple | frozenset):
             self._queue += [(f"{path}[{index}]", item, is_global) for index, item in enumerate(value)]
         elif isinstance(state := getattr(value, "__dict__", None), dict) and (
             isinstance(value, nn.Module) or not _is_library(type(value).__module__)
         ):
             self._objects.append((path, value))
-            watched = Watched(path, "attribute", state, attributes, grows=is_global)
+            watched = Watched(path, "attribute", state, attribute_view, grows=is_global)
             self._watch(watched, self._viewed if IGNORED & state.keys() else self._whole)
             if isinstance(value, nn.Module):
                 self._add_module(path, value)
@@ -162,12 +164,12 @@ class Identity:
         for attribute, name in HOOKS.items():
             self._whole.append(Watched(path, name, vars(module)[attribute], active_hooks))
         self._tensor_dicts += [(join(path, ""), vars(module)[attribute]) for attribute in ("_parameters", "_buffers")]
-        self._watch(Watched(path, "attribute", module._modules, items), self._whole)
+        self._watch(Watched(path, "attribute", module._modules, item_view), self._whole)
         self._queue.append(("", own_class(module), False))
 
     def _add_class(self, cls: type) -> None:
         if _is_entered(cls.__module__):
-            self._watch(Watched(cls.__name__, "attribute", vars(cls), members), self._whole)
+            self._watch(Watched(cls.__name__, "attribute", vars(cls), class_view), self._whole)
         elif names := CALLED & vars(cls).keys():
             self._watch(selected(cls.__name__, names, vars(cls)), self._viewed)
         self._queue += [("", base, False) for base in cls.__bases__]

@@ -86,27 +86,26 @@ class Watched:
         return [f"{self.kind} {self.path} {describe(key)} = {describe(self.before[key])}" for key in keys]
 
 
-def attributes(state: dict[str, Any]) -> dict[str, Any]:
-    """View of an object's __dict__; of a copy, since a forward in another thread may set the attention meanwhile."""
+def attribute_view(state: dict[str, Any]) -> dict[str, Any]:
+    """An object's __dict__; a copy of it is read, since a forward in another thread may set the attention meanwhile."""
     return {name: value for name, value in dict(state).items() if name not in IGNORED and name not in OF_EVERY_MODULE}
 
 
-def attributes_of_model(model: Any) -> dict[str, Any]:
-    """View of a model, given as a weak reference."""
-    return {**attributes(vars(model())), "__class__": own_class(model())}
+def model_view(model: Any) -> dict[str, Any]:
+    """A model, given as a weak reference."""
+    return {**attribute_view(vars(model())), "__class__": own_class(model())}
 
 
-def members(namespace: Any) -> dict[str, Any]:
-    """View of a class, without the plain values that Python stores under names with two leading underscores."""
-    return {name: value for name, value in attributes(namespace).items() if name[:2] != "__" or callable(value)}
+def class_view(namespace: Any) -> dict[str, Any]:
+    """A class, without the plain values that Python stores under names with two leading underscores."""
+    return {name: value for name, value in attribute_view(namespace).items() if name[:2] != "__" or callable(value)}
 
 
 def selected(path: str, names: frozenset[str], namespace: Any) -> Watched:
     """A namespace of which only these names count."""
     view = functools.partial(_select, names)
     present = sorted(view(namespace))
-    # with two names or more, itemgetter returns a tuple; so it needs no lambda
-    quick = operator.itemgetter(*present, present[0]) if present else None
+    quick = operator.itemgetter(*present, present[0]) if present else None  # two names or more: it returns a tuple
     return Watched(path, "attribute", namespace, view, quick=quick)
 
 
@@ -114,23 +113,23 @@ def _select(names: frozenset[str], namespace: Any) -> dict[str, Any]:
     return {name: namespace[name] for name in names if name in namespace}
 
 
-def items(container: Any) -> dict[Any, Any]:
-    """View of a whole dict, list or set."""
+def item_view(container: Any) -> dict[Any, Any]:
+    """A whole dict, list or set."""
     if isinstance(container, dict):
         return dict(dict.items(container))  # without the __getitem__ of a subclass, which transformers' ACT2FN has
     return {value: value for value in set(container)} if isinstance(container, set) else dict(enumerate(container))
 
 
 def copy_of(container: Any) -> Any:
-    return items(container) if isinstance(container, dict) else container.copy()
+    return item_view(container) if isinstance(container, dict) else container.copy()
 
 
-def types(objects: list[tuple[str, Any]]) -> dict[str, type]:
+def type_view(objects: list[tuple[str, Any]]) -> dict[str, type]:
     return {path: type(value) for path, value in objects}
 
 
-def tensors(dicts: list[tuple[str, dict[str, Any]]]) -> dict[str, tuple[Any, ...]]:
-    """View of parameters and buffers by name: class, (shape, dtype, device), strides, and the tensor it is tied to."""
+def tensor_view(dicts: list[tuple[str, dict[str, Any]]]) -> dict[str, tuple[Any, ...]]:
+    """Parameters and buffers by name: class, (shape, dtype, device), strides, and the tensor it is tied to."""
     by_name = {path + name: owner[name] for path, owner in dicts for name in owner if owner[name] is not None}
     values = by_name.values()
     try:
@@ -146,8 +145,8 @@ def tensors(dicts: list[tuple[str, dict[str, Any]]]) -> dict[str, tuple[Any, ...
     return dict(zip(by_name, layouts, strict=True))
 
 
-def addresses(dicts: list[tuple[str, dict[str, Any]]]) -> list[Any]:
-    """Parameters and buffers, and their addresses, shapes and strides: less time than `tensors`.
+def address_view(dicts: list[tuple[str, dict[str, Any]]]) -> list[Any]:
+    """Parameters and buffers, and their addresses, shapes and strides: less time than `tensor_view`.
 
     A tensor that is the same object at the same address keeps its dtype and device.
     """
@@ -155,7 +154,7 @@ def addresses(dicts: list[tuple[str, dict[str, Any]]]) -> list[Any]:
     return [values, *(list(map(read, values)) for read in (Tensor.data_ptr, Tensor.size, Tensor.stride))]
 
 
-def versions(tensors: list[tuple[str, Tensor]]) -> dict[str, int | None]:
+def version_view(tensors: list[tuple[str, Tensor]]) -> dict[str, int | None]:
     return {path: None if tensor.is_inference() else tensor._version for path, tensor in tensors}
 
 
