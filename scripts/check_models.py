@@ -1,11 +1,12 @@
-"""Which of transformers' classes for text specdec works with: tiny random models of each, plain and enabled, text by text.
+"""Check which of transformers' text classes work with specdec, by tiny random models with and without it.
 
-    python scripts/check_models.py                  # all classes; writes docs/models.md and specdec/assets/models.json
-    python scripts/check_models.py olmo3 GitForCausalLM     # some, by model type or class; writes nothing
+    python scripts/check_models.py        # all classes; writes docs/models.md and specdec/assets/models.json
+    python scripts/check_models.py olmo3 GitForCausalLM        # some, by model type or class; writes nothing
 
-Every class of MODEL_FOR_CAUSAL_LM_MAPPING and MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING gets a config with the fields of its own,
-made small by their names. Prompts are text alone, three rows of one length and left-padded, of 12 and 300 ids, with windows
-shorter and longer than the prompt; drafts are partly right. A class works where every text is the one of plain generate().
+Every class of MODEL_FOR_CAUSAL_LM_MAPPING and MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING gets a config of its own kind, whose
+fields are made small by their names. Prompts are text alone, three rows of one length or left-padded, of 12 and 300
+ids, with attention windows shorter and longer than the prompt; drafts are partly right. A class works where every text
+equals that of plain generate().
 """
 
 from __future__ import annotations
@@ -36,34 +37,37 @@ import specdec
 from specdec.core.sampling import Sampling
 from specdec.core.sequences import Sequences
 from specdec.core.steps import Draft, StepResult
-from specdec.runtime.support import KNOWN, RECURRENT
+from specdec.runtime.support import MODELS_FILE, RECURRENT
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
-VOCAB_SIZE, CONTEXT, NEW = 101, 512, 24
-MAX_DRAFT_TOKENS = 50_000_000  # parameters; a class whose tiny model has more is not tried
-SETTINGS = ((8, (12,)), (128, (12, 300)))  # a window, and the lengths of the prompts that are tried with it
+VOCAB_SIZE, CONTEXT, NEW_TOKENS = 101, 512, 24
+MAX_PARAMETERS = 50_000_000  # a class whose tiny model has more is not tried
+WINDOWS_AND_LENGTHS = ((8, (12,)), (128, (12, 300)))  # attention windows, and the prompt lengths tried with each
 
-# Sizes of a tiny model by the names of a config's fields, the first that fits.
+# Sizes of a tiny model, by the name of a config's field; the first pattern that matches counts.
 SIZES: tuple[tuple[str, int], ...] = (
     (r"(text_)?vocab_size(_per_layer_input)?", VOCAB_SIZE),
     (
-        r"max_position_embeddings|n_positions|n_ctx|max_seq_len|seq_len|context_length|max_target_positions|max_text_len|max_length",
+        r"max_position_embeddings|n_positions|n_ctx|max_seq_len|seq_len|context_length|max_target_positions"
+        r"|max_text_len|max_length",
         CONTEXT,
     ),
     (r"(num_)?((hidden|encoder|decoder|global)_)?layers|n_layers?|depth|num_blocks", 2),
     (
-        r"(text_|encoder_|decoder_|backbone_|out_)?hidden_size(_per_layer_input)?|d_model|n_embd|dim|embed_dim|(input_|output_)?"
-        r"embedding_size|emb_dim|output_dim|word_embed_proj_dim|projection_dim|d_inner",
+        r"(text_|encoder_|decoder_|backbone_|out_)?hidden_size(_per_layer_input)?|d_model|n_embd|dim|embed_dim"
+        r"|(input_|output_)?embedding_size|emb_dim|output_dim|word_embed_proj_dim|projection_dim|d_inner",
         32,
     ),
     (
-        r".*(intermediate|ffn|mlp|inner)_(size|dim|hidden_size)|.*intermediate_size.*|d_ff|ffn_dim|dense_intermediate_size|moe_hidden_size|share_expert_dim",
+        r".*(intermediate|ffn|mlp|inner)_(size|dim|hidden_size)|.*intermediate_size.*|d_ff|ffn_dim"
+        r"|dense_intermediate_size|moe_hidden_size|share_expert_dim",
         48,
     ),
     (r"(swa_)?(num_|n_)?((encoder|decoder)_)?(attention_)?heads?", 4),
     (r"(swa_)?(num_key_value_heads|num_kv_heads)|kv_n_heads", 2),
     (
-        r"(swa_|global_)?head_dim|kv_channels|d_kv|rotary_dim|index_head_dim|qk_rope_head_dim|qk_nope_head_dim|(swa_)?v_head_dim",
+        r"(swa_|global_)?head_dim|kv_channels|d_kv|rotary_dim|index_head_dim|qk_rope_head_dim|qk_nope_head_dim"
+        r"|(swa_)?v_head_dim",
         8,
     ),
     (r".*_rank", 16),
@@ -71,7 +75,8 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"(num_(local_|routed_)?|n_routed_|moe_num_)experts", 4),
     (r"num_experts_per_tok|moe_top_?k|moe_k|top_k_experts", 2),
     (
-        r"n_group|topk_group|n_shared_experts|num_shared_experts|moe_num_shared_experts|first_k_dense_replace|num_dense_layers",
+        r"n_group|topk_group|n_shared_experts|num_shared_experts|moe_num_shared_experts|first_k_dense_replace"
+        r"|num_dense_layers",
         1,
     ),
     (r"image_size|crop_size|img_size|min_image_size", 16),
@@ -79,7 +84,8 @@ SIZES: tuple[tuple[str, int], ...] = (
 )
 OPTIONAL = ("head_dim", "num_key_value_heads", "intermediate_size", "moe_intermediate_size", "d_ff", "ffn_dim")
 WINDOW = re.compile(
-    r"sliding_window(_size)?|window_size|attention_window(_size)?|attention_chunk_size|local_attention|attn_window|index_topk"
+    r"sliding_window(_size)?|window_size|attention_window(_size)?|attention_chunk_size|local_attention|attn_window"
+    r"|index_topk"
 )
 TEXT_CONFIGS = (
     "text_config",
@@ -91,7 +97,7 @@ TEXT_CONFIGS = (
     "vlm_config",
     "language_config",
 )
-# Fields that their names do not make small, or not right, by model type.
+# Values, by model type, of fields that the patterns above leave too large or make invalid.
 _SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 _BOTH_KINDS = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -133,7 +139,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(cls: Any, window: int, is_text: bool = True) -> dict[str, Any]:
-    """Arguments of a config class for a tiny model whose windows are so long."""
+    """Arguments of a config class for a tiny model with attention windows of this length."""
     values: dict[str, Any] = {}
     fields = {field.name: field for field in dataclasses.fields(cls)}
     subconfigs = getattr(cls, "sub_configs", None) or {}
@@ -153,18 +159,19 @@ def tiny_config(cls: Any, window: int, is_text: bool = True) -> dict[str, Any]:
             values |= {} if size is None else {name: size}
     defaults = cls() if any(sub.__name__ == "AutoConfig" for sub in subconfigs.values()) else None
     for name, sub in subconfigs.items():
-        made = type(getattr(defaults, name, None)) if sub.__name__ == "AutoConfig" else sub
-        if dataclasses.is_dataclass(made):
-            values[name] = tiny_config(made, window, is_text and name in TEXT_CONFIGS)
-            if getattr(made, "model_type", ""):
-                values[name]["model_type"] = made.model_type
-    if "qk_rope_head_dim" in fields:  # latent attention: the widths of its heads are in fields of their own
+        sub_cls = type(getattr(defaults, name, None)) if sub.__name__ == "AutoConfig" else sub
+        if dataclasses.is_dataclass(sub_cls):
+            values[name] = tiny_config(sub_cls, window, is_text and name in TEXT_CONFIGS)
+            if getattr(sub_cls, "model_type", ""):
+                values[name]["model_type"] = sub_cls.model_type
+    if "qk_rope_head_dim" in fields:  # latent attention has separate fields for the widths of its heads
         values.pop("head_dim", None)
         values["num_key_value_heads"] = values["num_attention_heads"]
-    wanted = {
-        "use_sliding_window": True, "use_cache": True, "is_decoder": True, "tie_word_embeddings": False, "pad_token_id": 0,
+    fixed = {
+        "use_sliding_window": True, "use_cache": True, "is_decoder": True, "tie_word_embeddings": False,
+        "pad_token_id": 0,
     }  # fmt: skip
-    values |= {name: value for name, value in wanted.items() if name in fields}
+    values |= {name: value for name, value in fixed.items() if name in fields}
     return values | {
         name: None for name in ("eos_token_id", "bos_token_id") if name in fields and "None" in str(fields[name].type)
     }
@@ -172,19 +179,19 @@ def tiny_config(cls: Any, window: int, is_text: bool = True) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Family:
-    """A class of transformers and a model type that it is for. task: "text", or "pictures and text"."""
+    """A class of transformers and a model type of it. task: "text" or "pictures and text"."""
 
     name: str
     model_type: str
     task: str
 
     def make(self, window: int) -> PreTrainedModel:
-        """A tiny random model in float32, in eval mode, whose greedy text is no constant."""
+        """A tiny random model in float32, in eval mode, whose greedy text is not constant."""
         cls = getattr(transformers, self.name)
         config = _config(self.model_type, window)
         with torch.device("meta"):
             size = cls._from_config(config).num_parameters()
-        if size > MAX_DRAFT_TOKENS:
+        if size > MAX_PARAMETERS:
             raise ValueError(f"its tiny model has {size / 1e6:.0f} million parameters")
         torch.manual_seed(0)
         model = cls._from_config(config, dtype=torch.float32).eval()
@@ -201,7 +208,7 @@ def _config(model_type: str, window: int) -> Any:
     config = cls(**_merged(tiny_config(cls, window), overrides))
     text = config.get_text_config(decoder=True)
     rope = getattr(text, "rope_parameters", None) or {}
-    if sections := rope.get("mrope_section"):  # which add up to half of a head's rotary width
+    if sections := rope.get("mrope_section"):  # their sum is half of a head's rotary width
         head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         width = int(head_width * rope.get("partial_rotary_factor", 1.0)) // 2
         rope["mrope_section"] = [
@@ -220,7 +227,7 @@ def _merged(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
 
 
 def families() -> list[Family]:
-    """Every class once, under the first model type that it is listed for."""
+    """Every class once, with the first model type that it is listed for."""
     found: dict[str, Family] = {}
     listed = (
         ("text", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -228,14 +235,14 @@ def families() -> list[Family]:
     )
     for task, names in listed:
         for model_type, name in names.items():
-            own = getattr(getattr(transformers, name), "config_class", None)
-            own_type = getattr(own, "model_type", None)
+            config = getattr(getattr(transformers, name), "config_class", None)
+            own_type = getattr(config, "model_type", None)
             found.setdefault(name, Family(name, own_type if own_type in CONFIG_MAPPING else model_type, task))
     return list(found.values())
 
 
 class PartlyRight:
-    """Proposes a known text of each row, every third id of it wrong."""
+    """Proposes a given text of each row, with every third token wrong."""
 
     def __init__(self) -> None:
         self.prompt_lengths: list[int] = []
@@ -254,12 +261,12 @@ class PartlyRight:
             ids[row, : len(right)] = (right + is_wrong) % VOCAB_SIZE
         return Draft(ids, None, limit)
 
-    def observe(self, outcome: StepResult) -> None:
+    def observe(self, result: StepResult) -> None:
         pass
 
 
 def prompts(length: int, is_padded: bool) -> dict[str, Tensor]:
-    """Three rows of random ids, all of `length` or two of them shorter behind left padding."""
+    """Three rows of random ids [3, length]; is_padded: two of them shorter, with left padding."""
     generator = torch.Generator().manual_seed(length)
     ids = torch.randint(5, VOCAB_SIZE - 15, (3, length), generator=generator)
     padding = torch.tensor([0, length - 2, length // 3]) if is_padded else torch.zeros(3, dtype=torch.int64)
@@ -267,16 +274,16 @@ def prompts(length: int, is_padded: bool) -> dict[str, Tensor]:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-# What may be found of a class, from the best to the worst.
+# Results, from the best to the worst.
 WORKS, PARTLY, STOCK, REFUSED, NO_TEXT, NOT_TRIED, WRONG = RESULTS = (
     "works", "works in part", "stock loop", "refused", "no text alone", "not tried", "WRONG TEXT",
 )  # fmt: skip
 
 
 def check(family: Family) -> dict[str, str]:
-    """What specdec makes of a class: a row of the table."""
+    """Check one class: -> a row of the table."""
     result, reason = WORKS, ""
-    for window, lengths in SETTINGS:
+    for window, lengths in WINDOWS_AND_LENGTHS:
         found, why = _check(family, window, lengths)
         if RESULTS.index(found) > RESULTS.index(result):
             result, reason = found, why
@@ -292,9 +299,10 @@ def check(family: Family) -> dict[str, str]:
 
 
 def _check(family: Family, window: int, lengths: tuple[int, ...]) -> tuple[str, str]:
+    """The result of a class with one attention window, and the reason for it."""
     try:
         model = family.make(window)
-    except Exception as error:  # whatever a class does with a tiny config
+    except Exception as error:  # a class may fail in any way on a tiny config
         is_recurrent = getattr(getattr(transformers, family.name), "_is_stateful", False)
         return (REFUSED, RECURRENT) if is_recurrent else (NOT_TRIED, _first_line(error))
     drafter = PartlyRight()
@@ -302,33 +310,44 @@ def _check(family: Family, window: int, lengths: tuple[int, ...]) -> tuple[str, 
         specdec.enable(model, drafter, num_draft_tokens=3, compile=False)
     except ValueError as error:
         return REFUSED, str(error).partition("cannot decode speculatively: ")[2] or str(error)
-    reasons: dict[str, list[str]] = {}
     calls = [(length, is_padded) for length in lengths for is_padded in (False, True)]
+    stock_reasons = []
     for length, is_padded in calls:
-        call = prompts(length, is_padded) | {"max_new_tokens": NEW, "do_sample": False}
-        specdec.disable(model)
-        try:
-            want = model.generate(**call)
-        except Exception as error:  # a class that generates nothing from ids alone
-            return NO_TEXT, f"plain generate() of ids alone raises {_first_line(error)}"
-        specdec.enable(model, drafter, num_draft_tokens=3, compile=False)
-        drafter.prompt_lengths, drafter.texts = call["attention_mask"].sum(1).tolist(), want[:, length:].tolist()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            got = model.generate(**call)
-        where = f"{'left-padded' if is_padded else 'even'} prompts of {length} ids with a window of {window}"
-        if got.tolist() != want.tolist():
-            return WRONG, where
-        stats = specdec.last_stats(model)
-        if stats is None:
-            words = [str(warning.message).partition("to the stock loop: ")[2] for warning in caught]
-            reasons.setdefault(next(filter(None, words)), []).append(where)
-        elif not stats.num_accepted_draft_tokens or stats.num_accepted_draft_tokens == stats.num_draft_tokens:
-            return WRONG, f"{stats.num_accepted_draft_tokens} of {stats.num_draft_tokens} draft ids accepted: {where}"
-    if not reasons:
+        result, reason = _check_call(model, drafter, length, is_padded)
+        if result == WRONG:
+            rows = "left-padded" if is_padded else "even"
+            return WRONG, f"{reason}: {rows} prompts of {length} ids with a window of {window}"
+        if result == NO_TEXT:
+            return NO_TEXT, reason
+        if result == STOCK:
+            stock_reasons.append(reason)
+    if not stock_reasons:
         return WORKS, ""
-    number = sum(map(len, reasons.values()))
-    return PARTLY if number < len(calls) else STOCK, "; ".join(reasons)
+    return PARTLY if len(stock_reasons) < len(calls) else STOCK, "; ".join(dict.fromkeys(stock_reasons))
+
+
+def _check_call(model: PreTrainedModel, drafter: PartlyRight, length: int, is_padded: bool) -> tuple[str, str]:
+    """Compare the text of one call to plain decoding's: -> WORKS, STOCK, NO_TEXT or WRONG, and the reason."""
+    call = prompts(length, is_padded) | {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    specdec.disable(model)
+    try:
+        want = model.generate(**call)
+    except Exception as error:  # a class that generates nothing from ids alone
+        return NO_TEXT, f"plain generate() of ids alone raises {_first_line(error)}"
+    specdec.enable(model, drafter, num_draft_tokens=3, compile=False)
+    drafter.prompt_lengths, drafter.texts = call["attention_mask"].sum(1).tolist(), want[:, length:].tolist()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = model.generate(**call)
+    if got.tolist() != want.tolist():
+        return WRONG, "the texts differ"
+    stats = specdec.last_stats(model)
+    if stats is None:
+        reasons = [str(warning.message).partition("to the stock loop: ")[2] for warning in caught]
+        return STOCK, next(filter(None, reasons))
+    if not 0 < stats.num_accepted_draft_tokens < stats.num_draft_tokens:
+        return WRONG, f"{stats.num_accepted_draft_tokens} of {stats.num_draft_tokens} draft tokens accepted"
+    return WORKS, ""
 
 
 def _first_line(error: Exception) -> str:
@@ -336,14 +355,14 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[-1] if lines else 'no reason given'}"[:200]
 
 
-EXPLAINED = {
-    WORKS: "every text is the one of plain `generate()`, decoded speculatively",
-    PARTLY: "some calls are decoded speculatively, for the others the stock loop is used, for the reason given",
-    STOCK: "every call goes to the stock loop, for the reason given",
+MEANINGS = {
+    WORKS: "every text equals that of plain `generate()`, decoded speculatively",
+    PARTLY: "some calls are decoded speculatively, the others run the stock loop, for the reason given",
+    STOCK: "every call runs the stock loop, for the reason given",
     REFUSED: "`enable` raises `ValueError` with the reason given",
     NO_TEXT: "plain `generate()` does not run on ids alone",
-    NOT_TRIED: "no tiny model of the class can be made here",
-    WRONG: "enabled text differs from plain text: a fault of specdec",
+    NOT_TRIED: "the script cannot make a tiny model of the class",
+    WRONG: "the text differs from that of plain `generate()`: a bug of specdec",
 }
 
 
@@ -352,11 +371,13 @@ def page(rows: list[dict[str, str]]) -> str:
     lines = [
         "# Which models work",
         "",
-        "Written by `python scripts/check_models.py`, which says how; don't edit it by hand. Every class of transformers'"
-        " mappings for causal and for image-text-to-text models is tried as a tiny random model in float32: greedy texts behind"
-        " prompts of 12 and 300 ids, rows of one length and left-padded, windows shorter and longer than the prompt, no picture.",
+        "`python scripts/check_models.py` writes this page; do not edit it by hand. The script makes a tiny random"
+        " float32 model of every class in transformers' mappings for causal and for image-text-to-text models, and"
+        " compares its greedy texts with and without specdec: prompts of 12 and 300 ids, of one length and left-padded,"
+        " attention windows shorter and longer than the prompt, no pictures.",
         "",
-        f"transformers {transformers.__version__}, {len(rows)} classes. A model of your own is tried by `specdec.enable` itself.",
+        f"transformers {transformers.__version__}, {len(rows)} classes."
+        " `specdec.enable` itself tries a model of any other class.",
         "",
         "| result | meaning | text | pictures and text |",
         "|---|---|---:|---:|",
@@ -367,7 +388,7 @@ def page(rows: list[dict[str, str]]) -> str:
             sum(row["result"] == result and row["task"] == task for row in rows)
             for task in ("text", "pictures and text")
         ]
-        lines.append(f"| {result} | {EXPLAINED[result]} | {counts[0]} | {counts[1]} |")
+        lines.append(f"| {result} | {MEANINGS[result]} | {counts[0]} | {counts[1]} |")
     for result in found:
         chosen = sorted((row for row in rows if row["result"] == result), key=lambda row: row["class"].lower())
         lines += ["", f"## {result[0].upper()}{result[1:]}", ""]
@@ -381,7 +402,9 @@ def page(rows: list[dict[str, str]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="model types or classes; without any: all, and the page is written")
+    parser.add_argument(
+        "names", nargs="*", help="model types or classes; without any: all classes, and the page is written"
+    )
     names = parser.parse_args().names
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
@@ -396,9 +419,9 @@ def main() -> int:
         if names:
             print(f"{family.name}: {rows[-1]['result']}. {rows[-1]['reason']}".rstrip())
     if not names:
-        KNOWN.write_text(json.dumps({"transformers": transformers.__version__, "models": rows}, indent=1) + "\n")
+        MODELS_FILE.write_text(json.dumps({"transformers": transformers.__version__, "models": rows}, indent=1) + "\n")
         PAGE.write_text(page(rows))
-        print(f"wrote {PAGE} and {KNOWN}")
+        print(f"wrote {PAGE} and {MODELS_FILE}")
     wrong = [row for row in rows if row["result"] == WRONG]
     for row in wrong:
         print(f"{row['class']}: {row['reason']}")

@@ -1,4 +1,4 @@
-"""What quantizing costs: the 4-bit model against the original, token by token of a text."""
+"""The loss of quality by quantization: a 4-bit model compared with the original, position by position of a text."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ from specdec.runtime.runner import ModelRunner
 
 @dataclass
 class Quality:
-    """Sums over the positions seen so far; both models read the same text."""
+    """Sums over the positions that both models have read so far.
+
+    predicted: positions that have a next token in the text. kl: KL(original || quantized) in nats. same_top1: positions
+    where both models have the same most likely token. nll, original_nll: negative log-likelihood of the next tokens in
+    nats, of the quantized model and of the original.
+    """
 
     positions: int = 0
-    predicted: int = 0  # positions with a next token to predict
+    predicted: int = 0
     kl: float = 0.0
     same_top1: int = 0
     nll: float = 0.0
@@ -27,7 +32,7 @@ class Quality:
 
     @property
     def mean_kl(self) -> float:
-        """KL(original || 4-bit) in nats, mean over positions."""
+        """KL(original || quantized) in nats, mean over positions."""
         return self.kl / max(self.positions, 1)
 
     @property
@@ -43,10 +48,12 @@ class Quality:
         return math.exp(self.original_nll / max(self.predicted, 1))
 
 
-def compare(original: PreTrainedModel, quantized: PreTrainedModel, texts: Iterable[Tensor]) -> Iterator[Quality]:
-    """Read ids [1, L] with both models; yields the sums so far, after every 64 positions.
+def compare_quality(
+    original: PreTrainedModel, quantized: PreTrainedModel, texts: Iterable[Tensor]
+) -> Iterator[Quality]:
+    """Run both models over texts, ids [1, L] each; yields the sums so far after every window.
 
-    Both run in windows of up to 64 positions, so that the 4-bit layers go the way that they go when they generate.
+    A window has up to MAX_WINDOW positions, so that the 4-bit layers compute as they do in generation.
     """
     quality = Quality()
     runners = ModelRunner(original), ModelRunner(quantized)
@@ -55,19 +62,19 @@ def compare(original: PreTrainedModel, quantized: PreTrainedModel, texts: Iterab
             runner.begin(1)
         for positions in torch.arange(ids.shape[1])[None].split(MAX_WINDOW, dim=1):
             window = ids.gather(1, positions)
-            before, after = (
-                runner.forward(window.to(runner.model.device), positions.to(runner.model.device))
-                .logits[0]
-                .cpu()
-                .log_softmax(-1)
-                for runner in runners
-            )
-            _add(quality, before, after, ids[0, positions[0, 0] + 1 : positions[0, -1] + 2])
+            original_logprobs, logprobs = (_logprobs(runner, window, positions) for runner in runners)
+            _add(quality, original_logprobs, logprobs, ids[0, positions[0, 0] + 1 : positions[0, -1] + 2])
             yield quality
 
 
+def _logprobs(runner: ModelRunner, ids: Tensor, positions: Tensor) -> Tensor:
+    """Log-probabilities [W, V] float32 on the CPU, of a window [1, W]."""
+    device = runner.model.device
+    return runner.forward(ids.to(device), positions.to(device)).logits[0].cpu().log_softmax(-1)
+
+
 def _add(quality: Quality, original: Tensor, quantized: Tensor, targets: Tensor) -> None:
-    """Add log-probabilities [W, V] of both, and the ids [<= W] that came next."""
+    """Add a window: log-probabilities [W, V] of both models, and the next ids [W], or [W - 1] at the end of a text."""
     quality.positions += len(original)
     quality.predicted += len(targets)
     terms = original.exp() * (original - quantized)

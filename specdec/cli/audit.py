@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.audit.quality import Quality, compare
+from specdec.audit.quality import Quality, compare_quality
 from specdec.cli.quantize import int4_config, weight_bytes
 from specdec.quant.layers import is_4bit
 from specdec.quant.quantizer import quantize
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         )
         quality = Quality()
         progress.update(task, total=options.max_tokens or sum(len(ids) for ids in _lines(text, tokenizer)))
-        for quality in compare(original, quantized, windows):
+        for quality in compare_quality(original, quantized, windows):
             progress.update(task, completed=quality.positions, description=f"KL {quality.mean_kl:.4f} nats")
     if quality.predicted == 0:
         raise ValueError(f"{text} has fewer than two tokens; nothing can be measured on it")

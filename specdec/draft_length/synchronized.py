@@ -19,11 +19,11 @@ class SynchronizedPolicy:
         self.max_draft_tokens = most
 
     def next(self) -> int:
-        return self.ranks.first(self.auto.next() if self.auto else 0)
+        return self.ranks.broadcast(self.auto.next() if self.auto else 0)
 
     def observe(self, steps: Sequence[RowStep | None]) -> None:
         if self.auto:
             self.auto.observe(steps)
 
     def end(self) -> Choice | None:
-        return self.ranks.first_choice(self.auto.end() if self.auto else None)
+        return self.ranks.broadcast_choice(self.auto.end() if self.auto else None)

@@ -58,7 +58,7 @@ def decode(
             input_ids, sampling, logits_processor, stopping_criteria, generation_config, streamer, ranks
         )
     sequences = _sequences(target, num_draft_tokens, input_ids, attention_mask, stopping_criteria, lockstep is not None)
-    graphs = ranks.common(state.graphs(target, drafter))
+    graphs = ranks.common_graphs(state.graphs(target, drafter))
     policy = _pace(state, target, drafter, num_draft_tokens, sequences, sampling, graphs, ranks)
     run, max_in_flight = run_eager, 0
     if graphs is not None:
@@ -277,10 +277,10 @@ def _pace(
         graphs is not None,
         *compiled,
     )
-    is_new = ranks.first_bool(kind not in learned)
+    is_new = ranks.broadcast_bool(kind not in learned)
     most = max_draft_tokens(num_draft_tokens, target)
     if is_new:
-        measured = profile(target, drafter, sequences, sampling, most, graphs, ranks.first_bool, CALLS.alone())
+        measured = profile(target, drafter, sequences, sampling, most, graphs, ranks.broadcast_bool, CALLS.alone())
         if ranks.is_first:
             learned[kind] = PairCostModel(measured)
     if not ranks.is_first:

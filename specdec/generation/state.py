@@ -24,9 +24,10 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.generation.routing import Request, user_hook
 from specdec.runtime.attention.select import implementation_of
-from specdec.runtime.cpu_compile import Compile, PairMember
 from specdec.runtime.cuda_graphs import Graphs, why_not_recorded
-from specdec.runtime.identity import Identity
+from specdec.runtime.execution import Compile
+from specdec.runtime.identity.snapshot import Identity
+from specdec.runtime.pair import PairMember
 from specdec.runtime.runner import ModelRunner
 from specdec.runtime.support import Support, autocast_of, draws_random_numbers, ruled_out, support_of, unsupported
 

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from specdec.runtime.identity import Identity, hooked
+from specdec.runtime.identity.hooks import find_hook
+from specdec.runtime.identity.snapshot import Identity
 
 MOST = 64  # recordings at a time; what they are made for changes little from call to call
 
@@ -191,7 +192,7 @@ def why_not_recorded(model: nn.Module) -> str | None:
     """Why a model's forward cannot be recorded, None where it can."""
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return "its layers lie on several devices"
-    if (hook := hooked(model)) is not None:
+    if (hook := find_hook(model)) is not None:
         return f"{hook}, which a recording would not call"
     return None
 

@@ -17,7 +17,7 @@ from specdec.core.steps import TargetOutput
 from specdec.quant.batch_invariant import ATTENTION, MAX_WINDOW, is_decoding
 from specdec.runtime.attention.select import KEYS, attention_override, implementation_of, takes_intervals
 from specdec.runtime.cuda_graphs import Graphs
-from specdec.runtime.identity import Identity
+from specdec.runtime.identity.snapshot import Identity
 from specdec.runtime.kv_cache.ragged import RaggedCache, attention_kinds, attention_masks, kept_slots
 
 PREFILL_CHUNK = 1024  # positions a forward, where a mask of rows * positions * keys would be too large
@@ -25,7 +25,7 @@ PREFILL_MASK = 1 << 26  # elements of a mask: a prompt of 8192 in one forward, a
 
 
 class Forward(Protocol):
-    """A model's decoding forward in another form: see specdec/runtime/cpu_compile.py."""
+    """A model's decoding forward in another form: see specdec/runtime/cpu_compile/forward.py."""
 
     any_width: bool  # whether it serves windows of more than MAX_WINDOW
     identity: Identity  # of the model that it was made of

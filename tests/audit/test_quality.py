@@ -1,4 +1,4 @@
-"""What quantizing costs: the figures are those of their definitions, and the command is a gate."""
+"""The quality figures equal their definitions, and the command is a gate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import specdec
-from specdec.audit.quality import compare
+from specdec.audit.quality import compare_quality
 from specdec.cli.audit import _windows
 from specdec.cli.main import main
 from specdec.utils import embedded
@@ -28,12 +28,12 @@ ORIGINAL = ROOT / "tests" / "data" / "target"
 pytestmark = pytest.mark.filterwarnings("ignore:specdec keeps in full precision")
 
 
-def test_the_figures_are_those_of_whole_forwards() -> None:
+def test_the_figures_equal_those_of_whole_forwards() -> None:
     original = make_model("llama", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     quantized = make_model("llama", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     specdec.quantize(quantized, specdec.Int4Config(32))
     texts = [torch.randint(3, 101, (1, length)) for length in (100, 1, 70)]
-    *_, quality = compare(original, quantized, texts)
+    *_, quality = compare_quality(original, quantized, texts)
     p, q = ([model(ids).logits[0].detach().log_softmax(-1) for ids in texts] for model in (original, quantized))
     kl = torch.cat([(a.exp() * (a - b)).sum(-1) for a, b in zip(p, q, strict=True)])
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(p, q, strict=True)])
@@ -46,9 +46,9 @@ def test_the_figures_are_those_of_whole_forwards() -> None:
     assert quality.perplexity == pytest.approx(math.exp(nll.mean().item()), rel=1e-2)
 
 
-def test_a_model_differs_from_itself_by_nothing() -> None:
+def test_a_model_does_not_differ_from_itself() -> None:
     model = make_model("llama", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-    *_, quality = compare(model, model, [torch.randint(3, 101, (1, 80))])
+    *_, quality = compare_quality(model, model, [torch.randint(3, 101, (1, 80))])
     assert quality.mean_kl == 0
     assert quality.top1_agreement == 1
     assert quality.perplexity == quality.original_perplexity
@@ -68,7 +68,7 @@ def test_a_text_is_read_in_windows(tmp_path: Path, max_tokens: int | None) -> No
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two thousand tokens or so of held-out text."""
+    """About 2000 tokens of held-out text."""
     path = tmp_path_factory.mktemp("text") / "held-out.py"
     path.write_text("\n".join(p["prompt"] for p in embedded.prompts()[::12]))
     return path
@@ -79,7 +79,7 @@ def audit(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
     return code, capsys.readouterr().out
 
 
-def test_the_embedded_target_keeps_its_promise(capsys: pytest.CaptureFixture[str], text: Path) -> None:
+def test_the_embedded_target_stays_within_its_bounds(capsys: pytest.CaptureFixture[str], text: Path) -> None:
     """Perplexity at most 3 % above the bf16 original's, mean KL at most 0.02."""
     arguments = [str(embedded.TARGET), "--original", str(ORIGINAL), "--text", str(text), "--max-tokens", "2500"]
     code, out = audit(capsys, *arguments, "--max-kl", "0.02", "--json")
@@ -100,7 +100,7 @@ def test_the_gate_can_fail(capsys: pytest.CaptureFixture[str], text: Path) -> No
     assert "--max-kl 0.0001: failed" in out
 
 
-def test_a_plain_model_is_quantized_here(capsys: pytest.CaptureFixture[str], text: Path) -> None:
+def test_a_plain_model_is_quantized_by_the_command(capsys: pytest.CaptureFixture[str], text: Path) -> None:
     arguments = [str(ORIGINAL), "--text", str(text), "--max-tokens", "600", "--json", "--group-size"]
     coarse, fine = (json.loads(audit(capsys, *arguments, size)[1]) for size in ("-1", "32"))
     assert coarse["passed"] is None
@@ -123,7 +123,7 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], arguments: list[str], mes
     assert message in capsys.readouterr().err
 
 
-def test_models_of_other_vocabularies_are_no_pair(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_models_with_different_vocabularies_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     make_model(
         "llama", hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
     ).save_pretrained(tmp_path)
@@ -137,8 +137,10 @@ def test_an_empty_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     assert "fewer than two tokens" in capsys.readouterr().err
 
 
-def test_the_quantize_command_writes_what_the_library_makes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """With the settings that its card names, the command makes the embedded target again, bit for bit."""
+def test_the_quantize_command_reproduces_the_embedded_target(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """With the settings of its model card, bit for bit."""
     destination = tmp_path / "int4"
     options = ["--group-size", "64", "--skip", "model.layers.0"]
     assert main(["quantize", str(ORIGINAL), str(destination), *options]) == 0
@@ -174,12 +176,12 @@ main(["quantize", *sys.argv[1:], "--group-size", "32"])
 """
 
 
-def test_what_a_killed_run_left_is_removed_by_the_next_and_nothing_else(tmp_path: Path) -> None:
+def test_the_next_run_removes_the_files_of_a_killed_run_and_nothing_else(tmp_path: Path) -> None:
     make_model(
         "llama", hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
     ).save_pretrained(tmp_path / "source")
     source, destination = str(tmp_path / "source"), tmp_path / "out" / "int4"
-    others = [destination.parent / name for name in (".int4-notours_", ".int4-other-abcdefgh")]
+    others = [destination.parent / name for name in (".int4-foreign_", ".int4-other-abcdefgh")]
     for other in others:
         other.mkdir(parents=True)
     (others[1] / "lock").touch()
@@ -192,12 +194,12 @@ def test_what_a_killed_run_left_is_removed_by_the_next_and_nothing_else(tmp_path
         try:
             assert run.stdout is not None
             assert run.stdout.readline() == "saving\n"
-            (left,) = hidden()
+            (unfinished,) = hidden()
             assert main(["quantize", source, str(destination), "--group-size", "32"]) == 0
-            assert hidden() == [left], "its run goes on"
+            assert hidden() == [unfinished], "its run is still alive"
         finally:
             run.kill()
-    assert (left / "model" / "model.safetensors").exists()
+    assert (unfinished / "model" / "model.safetensors").exists()
     shutil.rmtree(destination)
     assert main(["quantize", source, str(destination), "--group-size", "32"]) == 0
     assert hidden() == []
@@ -209,16 +211,16 @@ def test_what_a_killed_run_left_is_removed_by_the_next_and_nothing_else(tmp_path
     ]
 
 
-def test_what_cannot_be_written_is_said(
+def test_a_write_error_is_reported(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*args: Any, **kwargs: Any) -> None:
+    def disk_full(*args: Any, **kwargs: Any) -> None:
         raise SafetensorError("No space left on device")
 
     make_model(
         "llama", hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
     ).save_pretrained(tmp_path / "source")
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", disk_full)
     assert main(["quantize", str(tmp_path / "source"), str(tmp_path / "int4"), "--group-size", "32"]) == 2
     assert "int4 could not be written: SafetensorError: No space left on device" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

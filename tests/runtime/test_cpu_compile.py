@@ -1,4 +1,4 @@
-"""Compiled forwards: the same logits, the same texts, and plain eager decoding where there is nothing to be compiled with."""
+"""Compiled forwards: the same logits, the same texts, and eager decoding where a model cannot be compiled."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import pwd
 import random
 import resource
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -22,11 +23,18 @@ import torch
 from specdec_kernels import cpu
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 import specdec
-from specdec.runtime import cpu_compile as compiled
-from specdec.runtime.identity import Identity
+from specdec.runtime.attention.select import attention_override
+from specdec.runtime.cpu_compile import forward as compiled_forward
+from specdec.runtime.cpu_compile import packages, tracing
+from specdec.runtime.cpu_compile.forward import CompiledForward
+from specdec.runtime.execution import prepare
+from specdec.runtime.identity.snapshot import Identity
+from specdec.runtime.pair import PairMember
 from specdec.runtime.runner import ModelRunner
 from specdec.utils import embedded
 from tests.conftest import ROOT
@@ -63,12 +71,12 @@ def is_compiled(model: PreTrainedModel) -> bool:
 
 @cache
 def family_on_kernels(model_type: str, weights: str) -> tuple[PreTrainedModel, dict[Any, Tensor]]:
-    """A test model of its own, whose 4-bit layers are on the CPU's kernels; and its plain texts."""
+    """A test model whose 4-bit layers use the CPU kernels, and its plain texts by batch size."""
     return family.__wrapped__(model_type, weights), {}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_greedy_text_is_the_plain_one(case: test_lossless.Case) -> None:
+def test_greedy_text_equals_plain_text(case: test_lossless.Case) -> None:
     model, texts = family_on_kernels(case.family, case.weights)
     call = prompts(case.batch_size) | {"max_new_tokens": test_lossless.NEW_TOKENS, "do_sample": False}
     specdec.disable(model)
@@ -102,8 +110,8 @@ def test_any_call_gives_plain_text(name: str, batch_size: int, kind: str) -> Non
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_a_compiled_draft_is_the_draft_that_it_was(batch_size: int) -> None:
-    """No text tells whether a draft reads its inputs rightly; how often it is accepted does."""
+def test_a_compiled_draft_model_drafts_the_same_tokens(batch_size: int) -> None:
+    """An error in a draft model does not change the text, but it lowers the acceptance rate."""
     model, _ = pair("llama")
     rates = []
     for draft in (copy.deepcopy(model), pair("llama")[1]):
@@ -141,15 +149,14 @@ def embedded_pair(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]
 
 
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
-def test_logits_of_a_4_bit_target_keep_their_bits(dtype: torch.dtype) -> None:
+def test_logits_of_a_4_bit_target_are_bit_exact(dtype: torch.dtype) -> None:
     target, _ = embedded_pair(dtype)
-    assert_logits_keep_their_bits(
-        target, (1, 2, 6, 9), [200], [70], [1], [200, 1, 33]
-    )  # wide prompts go the compiled way too
+    # prompts of more than 64 positions run compiled too
+    assert_bit_exact(target, (1, 2, 6, 9), [200], [70], [1], [200, 1, 33])
 
 
-def test_activation_order_and_experts_keep_their_bits(tmp_path: Path) -> None:
-    """Orders of columns are parameters of the layers; a router's sums and its softmax are PyTorch's."""
+def test_activation_order_and_experts_are_bit_exact(tmp_path: Path) -> None:
+    """The order of columns is a parameter of a layer; a router's sums and softmax are PyTorch's."""
     case = Case(
         "gptq", "mixtral", act_order=True, symmetric=False, values={"num_hidden_layers": 1, "num_local_experts": 12}
     )
@@ -157,13 +164,13 @@ def test_activation_order_and_experts_keep_their_bits(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "specdec keeps in full precision")
         model = specdec.load_quantized(tmp_path / "checkpoint", dtype=torch.float32)
-    assert_logits_keep_their_bits(model, (1, 6), [70], [70, 1, 33])
+    assert_bit_exact(model, (1, 6), [70], [70, 1, 33])
 
 
-def assert_logits_keep_their_bits(model: PreTrainedModel, widths: Sequence[int], *batches: list[int]) -> None:
-    """Behind prompts of these lengths, with a rejected window before the one that counts."""
+def assert_bit_exact(model: PreTrainedModel, widths: Sequence[int], *batches: list[int]) -> None:
+    """After prompts of these lengths, with a rejected window before the one that is compared."""
     runner = ModelRunner(model)
-    compiled.prepare([compiled.PairMember("target", runner, exact=True)], True)
+    prepare([PairMember("target", runner, exact=True)], True)
     forward = runner.compiled
     assert forward is not None
     ids = torch.randint(runner.vocab_size, (3, max(batches[-1]) + 10), generator=torch.Generator().manual_seed(0))
@@ -183,9 +190,7 @@ def assert_logits_keep_their_bits(model: PreTrainedModel, widths: Sequence[int],
 
 @pytest.mark.parametrize("num_draft_tokens", [2, 5])
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_the_embedded_pair_writes_the_targets_own_text_beyond_the_first_buffers(
-    batch_size: int, num_draft_tokens: int
-) -> None:
+def test_the_embedded_pair_writes_plain_text_beyond_the_first_buffers(batch_size: int, num_draft_tokens: int) -> None:
     target, draft = embedded_pair(torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(embedded.TARGET, padding_side="left")
     texts = [p["prompt"] for p in embedded.prompts()[3 :: len(embedded.prompts()) // 4]][:batch_size]
@@ -211,15 +216,15 @@ def small() -> PreTrainedModel:
 
 @pytest.fixture
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A cache that holds the kernels and nothing else."""
+    """A cache folder with the kernels and nothing else."""
     kernels = cpu.built_at()
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
     cpu.built_at().write_bytes(kernels.read_bytes())
     return tmp_path
 
 
-def packages(cache: Path) -> int:
-    """How many there are; nothing unfinished may lie beside them."""
+def num_packages(cache: Path) -> int:
+    """Number of packages; no unfinished files may be in the folder."""
     assert {path.suffix for path in cache.iterdir()} <= {".so", ".pt2", ""}
     assert len(list(cache.glob("*.so"))) == 1
     return len(list(cache.glob("*.pt2")))
@@ -230,18 +235,18 @@ def text_of(model: PreTrainedModel) -> list[list[int]]:
     return output.tolist()
 
 
-def test_auto_takes_what_is_on_disk_and_compiles_nothing(
+def test_auto_uses_packages_on_disk_and_compiles_nothing(
     small: PreTrainedModel, own_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logging.enable_progress_bar()  # another test may have turned it off
     want = text_of(small)
     specdec.enable(small, "prompt_lookup")
     assert not is_compiled(small)
-    assert packages(own_cache) == 0
+    assert num_packages(own_cache) == 0
     capsys.readouterr()
     specdec.enable(small, "prompt_lookup", compile=True)
     assert is_compiled(small)
-    assert packages(own_cache) == 1
+    assert num_packages(own_cache) == 1
     assert "compiling the target" in capsys.readouterr().err
     specdec.enable(small, "prompt_lookup", compile=True)
     assert "compiling" not in capsys.readouterr().err
@@ -251,43 +256,41 @@ def test_auto_takes_what_is_on_disk_and_compiles_nothing(
     assert is_compiled(small)
     assert text_of(small) == want
     specdec.enable(make_model("llama", 3, **FAMILIES["llama"] | {"num_hidden_layers": 1}), "prompt_lookup")
-    assert packages(own_cache) == 1
+    assert num_packages(own_cache) == 1
 
 
-def test_a_broken_package_is_left_out_and_named(small: PreTrainedModel, own_cache: Path) -> None:
+def test_a_damaged_package_is_ignored_and_named(small: PreTrainedModel, own_cache: Path) -> None:
     want = text_of(small)
     specdec.enable(small, "prompt_lookup", compile=True)
     (package,) = own_cache.glob("*.pt2")
-    package.write_bytes(b"torn")
-    compiled._KEPT.clear()  # as in another process
+    package.write_bytes(b"damaged")
+    compiled_forward._LOADED.clear()  # as in another process
     with pytest.warns(UserWarning, match="the target runs eagerly: .* does not load"):
         specdec.enable(small, "prompt_lookup")
     assert not is_compiled(small)
     assert text_of(small) == want
 
 
-def test_a_compiler_that_fails_leaves_the_model_eager_and_says_why(
+def test_a_model_runs_eagerly_when_the_compiler_fails(
     small: PreTrainedModel, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("g++: not today\nand a long story")
+        raise RuntimeError("g++: failed\nand more output")
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fails)
     want = text_of(small)
-    with pytest.warns(
-        UserWarning, match=r"the target could not be compiled: RuntimeError: g\+\+: not today$"
-    ) as warned:
+    with pytest.warns(UserWarning, match=r"the target could not be compiled: RuntimeError: g\+\+: failed$") as warned:
         specdec.enable(small, "prompt_lookup", compile=True)
     assert len(warned) == 1
     assert not is_compiled(small)
     assert text_of(small) == want
-    assert packages(own_cache) == 0
-    monkeypatch.setattr(compiled, "_trace", None)  # it is not tried again
-    with pytest.warns(UserWarning, match="g\\+\\+: not today$"):
+    assert num_packages(own_cache) == 0
+    monkeypatch.setattr(packages, "trace", None)  # no second attempt
+    with pytest.warns(UserWarning, match="g\\+\\+: failed$"):
         specdec.enable(small, "prompt_lookup", compile=True)
 
 
-def test_without_a_compiler_the_model_is_eager_and_says_why(
+def test_a_model_runs_eagerly_without_a_compiler(
     small: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
@@ -304,31 +307,33 @@ def test_without_a_compiler_the_model_is_eager_and_says_why(
     assert text_of(small) == want
 
 
-def test_a_forward_that_came_out_wrong_is_not_used(
+def test_a_wrong_compiled_forward_is_not_used(
     small: PreTrainedModel, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep = compiled._keep
+    replace = tracing._replace_operator
 
-    def wrong(node: Any, *kept: bool) -> None:
+    def wrong(node: Any, *flags: bool) -> None:
         if node.target == torch.ops.aten.cos.default:
             node.target = torch.ops.aten.sin.default
-        keep(node, *kept)
+        replace(node, *flags)
 
-    monkeypatch.setattr(compiled, "_keep", wrong)
-    with pytest.warns(UserWarning, match="came out of the compiler with other logits"):
+    monkeypatch.setattr(tracing, "_replace_operator", wrong)
+    with pytest.warns(UserWarning, match="the compiled forward gives other logits"):
         specdec.enable(small, "prompt_lookup", compile=True)
     assert not is_compiled(small)
-    assert packages(own_cache) == 0
+    assert num_packages(own_cache) == 0
 
 
-def test_a_4_bit_target_that_lost_its_bits_is_not_used(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without what keeps means PyTorch's, logits move by rounding: nothing to a dense model, a text's end to a 4-bit one."""
+def test_a_compiled_4_bit_target_that_is_not_bit_exact_is_not_used(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without replaced operators, logits change by rounding, which a dense model may do and a 4-bit target may not."""
     model, _ = family_on_kernels("llama", "int4_kernel")
-    monkeypatch.setattr(compiled, "_keep", lambda node, *kept: None)
-    with pytest.warns(UserWarning, match="came out of the compiler with other logits"):
+    monkeypatch.setattr(tracing, "_replace_operator", lambda node, *flags: None)
+    with pytest.warns(UserWarning, match="the compiled forward gives other logits"):
         specdec.enable(model, "prompt_lookup", compile=True)
     assert not is_compiled(model)
-    assert packages(own_cache) == 0
+    assert num_packages(own_cache) == 0
 
 
 @pytest.mark.parametrize(
@@ -336,10 +341,10 @@ def test_a_4_bit_target_that_lost_its_bits_is_not_used(own_cache: Path, monkeypa
     [
         (lambda: make_model("llama", 3, **FAMILIES["llama"]).double(), "its dtype is torch.float64"),
         (lambda: make_model("gemma2", 3, **FAMILIES["gemma2"]), r"its attention \(eager\)"),
-        (lambda: make_model("mpt", 3, **FAMILIES["mpt"]), "its forward takes no positions"),
+        (lambda: make_model("mpt", 3, **FAMILIES["mpt"]), "its forward takes no position_ids"),
     ],
 )
-def test_what_cannot_be_compiled_is_named(model: Any, reason: str, own_cache: Path) -> None:
+def test_the_reason_why_a_model_cannot_be_compiled_is_named(model: Any, reason: str, own_cache: Path) -> None:
     model = model()
     want = text_of(model)
     with pytest.warns(UserWarning, match=f"the target cannot be compiled: {reason}"):
@@ -352,7 +357,7 @@ def test_a_bad_value_is_refused(small: PreTrainedModel) -> None:
         specdec.enable(small, "prompt_lookup", compile="yes")
 
 
-def test_weights_may_be_written_to_replaced_and_cast(small: PreTrainedModel) -> None:
+def test_weights_may_be_written_replaced_and_cast(small: PreTrainedModel) -> None:
     specdec.enable(small, "prompt_lookup", compile=True)
     before = text_of(small)
     other = make_model("llama", 4, **FAMILIES["llama"] | {"intermediate_size": 32, "num_hidden_layers": 1})
@@ -374,7 +379,7 @@ def test_weights_may_be_written_to_replaced_and_cast(small: PreTrainedModel) -> 
     assert text == text_of(small)
 
 
-def test_a_4_bit_target_may_be_loaded_anew() -> None:
+def test_a_4_bit_target_may_be_loaded_again() -> None:
     model, _ = family_on_kernels("llama", "int4_kernel")
     model = copy.deepcopy(model)
     specdec.enable(model, "prompt_lookup", compile=True)
@@ -384,19 +389,19 @@ def test_a_4_bit_target_may_be_loaded_anew() -> None:
     assert is_compiled(model)
 
 
-def test_an_assistant_of_a_call_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_assistant_model_of_a_call_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     model, draft = pair("llama")
     specdec.disable(model)
     want = text_of(model)
     specdec.enable(model, compile=True)
     ran = []
-    call = compiled.CompiledForward.__call__
+    call = CompiledForward.__call__
 
     def watched(self: Any, *args: Any) -> Tensor:
         ran.append(self.model())
         return call(self, *args)
 
-    monkeypatch.setattr(compiled.CompiledForward, "__call__", watched)
+    monkeypatch.setattr(CompiledForward, "__call__", watched)
     got = model.generate(**prompts(4), max_new_tokens=9, do_sample=False, assistant_model=draft, num_assistant_tokens=3)
     specdec.disable(model)
     assert got.tolist() == want
@@ -404,13 +409,13 @@ def test_an_assistant_of_a_call_is_compiled_too(monkeypatch: pytest.MonkeyPatch)
 
 
 def plain_text(model: PreTrainedModel) -> list[list[int]]:
-    """Of a fresh copy, which was never compiled."""
+    """Text of a fresh copy, which was never compiled."""
     return text_of(copy.deepcopy(model))
 
 
 @pytest.fixture
 def shared() -> Iterator[PreTrainedModel]:
-    """A copy of a model whose package lies in the tests' cache, enabled with it."""
+    """A copy of a model whose package is in the tests' cache folder, enabled with it."""
     model = copy.deepcopy(pair("llama")[0])
     specdec.disable(model)
     specdec.enable(model, "prompt_lookup", num_draft_tokens=3, compile=True)
@@ -436,8 +441,8 @@ def replace_weights(model: PreTrainedModel, generator: random.Random) -> None:
 
 @pytest.mark.filterwarnings("ignore:the target runs eagerly", "ignore:specdec leaves this call to the stock loop")
 @pytest.mark.parametrize("seed", range(3))
-def test_whatever_is_done_to_a_compiled_model_its_text_is_its_own(shared: PreTrainedModel, seed: int) -> None:
-    """Changes are made and taken back in any order; where none is left the compiled forward runs again."""
+def test_a_changed_model_writes_its_own_text(shared: PreTrainedModel, seed: int) -> None:
+    """Changes are made and undone in random order; without any, the compiled forward runs again."""
     generator = random.Random(seed)
     active: dict[str, ExitStack] = {}
     modes = set()
@@ -447,12 +452,12 @@ def test_whatever_is_done_to_a_compiled_model_its_text_is_its_own(shared: PreTra
             generator.choice([write_weights, replace_weights])(shared, generator)
         elif kind == "undo" and active:
             active.pop(generator.choice(sorted(active))).close()
-        elif left := sorted(REVERSIBLE.keys() - active.keys()):
-            name = generator.choice(left)
+        elif inactive := sorted(REVERSIBLE.keys() - active.keys()):
+            name = generator.choice(inactive)
             active[name] = ExitStack()
             active[name].enter_context(REVERSIBLE[name](shared))
         assert text_of(shared) == plain_text(shared), active.keys()
-        ran_compiled = is_compiled(shared) and specdec.last_stats(shared) is not None  # hooks bring the stock loop
+        ran_compiled = is_compiled(shared) and specdec.last_stats(shared) is not None  # with hooks the stock loop runs
         assert ran_compiled == (not active)
         modes.add(ran_compiled)
     while active:
@@ -470,12 +475,12 @@ def test_a_change_changes_the_text_and_is_named_once(shared: PreTrainedModel, na
         warnings.simplefilter("always")
         texts = [text_of(shared) for _ in range(2)]
         assert texts == [plain_text(shared)] * 2
-    every = [str(warning.message) for warning in caught]
-    said = [one for one in every if one.startswith(("the target", "specdec"))]
-    if "hook" in name:  # it is not even tried: plain decoding shows a hook one position a forward
-        assert [one.partition(": ")[2].startswith("a hook on") for one in said] == [True] * 2, said
+    messages = [str(warning.message) for warning in caught]
+    messages = [message for message in messages if message.startswith(("the target", "specdec"))]
+    if "hook" in name:  # the stock loop runs, whose forwards show a hook one position at a time
+        assert [message.partition(": ")[2].startswith("a hook on") for message in messages] == [True] * 2, messages
     else:
-        assert [one.startswith(f"the target runs eagerly: {words}") for one in said] == [True], said
+        assert [message.startswith(f"the target runs eagerly: {words}") for message in messages] == [True], messages
     assert texts[0] != before == text_of(shared)
     assert is_compiled(shared)
 
@@ -497,11 +502,11 @@ def test_nothing_is_compiled_while_a_hook_is_on(shared: PreTrainedModel) -> None
     assert set(folder.iterdir()) == packages_before
 
 
-def test_a_sdpa_of_the_users_own_is_not_passed_by(shared: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replaced_sdpa_is_not_bypassed(shared: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def uniform(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-        return compiled.sdpa_attention_forward(module, 0 * query, key, value, attention_mask, **kwargs)
+        return sdpa_attention_forward(module, 0 * query, key, value, attention_mask, **kwargs)
 
-    monkeypatch.setitem(compiled.ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", uniform)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", uniform)
     with pytest.warns(UserWarning, match="the target runs eagerly: transformers' sdpa attention was replaced"):
         assert text_of(shared) == plain_text(shared)
     with pytest.warns(UserWarning, match="the target cannot be compiled: transformers' sdpa attention was replaced"):
@@ -516,13 +521,13 @@ def test_a_call_under_autocast_is_eager(shared: PreTrainedModel, small: PreTrain
             assert text_of(shared) == plain_text(shared)
         assert not is_compiled(shared)
         with pytest.warns(UserWarning, match=r"nothing is compiled under torch\.autocast"):
-            compiled.prepare([compiled.PairMember("target", ModelRunner(small), exact=True)], True)
+            prepare([PairMember("target", ModelRunner(small), exact=True)], True)
     assert text_of(shared) == clean
     assert is_compiled(shared)
-    assert packages(own_cache) == 0
+    assert num_packages(own_cache) == 0
 
 
-def test_a_model_that_was_compiled_can_be_let_go() -> None:
+def test_a_compiled_model_can_be_garbage_collected() -> None:
     model = copy.deepcopy(pair("llama")[0])
     specdec.enable(model, "prompt_lookup", compile=True)
     assert is_compiled(model)
@@ -535,36 +540,36 @@ def test_a_model_that_was_compiled_can_be_let_go() -> None:
 
 @pytest.fixture
 def filled_cache(shared: PreTrainedModel, own_cache: Path) -> Path:
-    """The shared model's package, in a cache of the test's own: -> its path."""
-    own = package_of(shared)
-    assert own.parent == own_cache
-    own.write_bytes((ROOT / "build" / "test-cache" / own.name).read_bytes())
+    """The path of the shared model's package, copied to a separate cache folder."""
+    package = package_of(shared)
+    assert package.parent == own_cache
+    package.write_bytes((ROOT / "build" / "test-cache" / package.name).read_bytes())
     specdec.disable(shared)
-    compiled._KEPT.clear()
+    compiled_forward._LOADED.clear()
     specdec.enable(shared, "prompt_lookup")
-    assert is_compiled(shared), "a folder above has a sticky bit, as /tmp"
-    return own
+    assert is_compiled(shared), "a parent folder may have the sticky bit, as /tmp has"
+    return package
 
 
 def package_of(model: PreTrainedModel) -> Path:
-    return compiled._package(compiled.PairMember("target", ModelRunner(model), exact=True), Identity(model))
+    return packages.package_path(PairMember("target", ModelRunner(model), exact=True), Identity(model))
 
 
-def only_warning(model: PreTrainedModel, words: str, **enable: Any) -> None:
-    """Enabling warns once, of this; the model runs eagerly and writes its own text."""
+def assert_one_warning(model: PreTrainedModel, words: str, **enable: Any) -> None:
+    """Enabling gives one warning, with these words; the model runs eagerly and writes its own text."""
     specdec.disable(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         specdec.enable(model, "prompt_lookup", **enable)
         text = text_of(model)
-    said = [str(warning.message) for warning in caught]
-    assert [words in one for one in said] == [True], said
+    messages = [str(warning.message) for warning in caught]
+    assert [words in message for message in messages] == [True], messages
     assert not is_compiled(model)
     assert text == plain_text(model)
 
 
-def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a path another user's."""
+def change_owner(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make another user the owner of a path."""
     if os.geteuid() == 0:
         os.chown(path, 12345, -1)
     else:
@@ -574,12 +579,12 @@ def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("which", ["package", "folder"])
 @pytest.mark.parametrize("mode", [0o720, 0o702])
-def test_what_others_could_have_written_is_not_loaded(
+def test_a_package_that_others_may_write_is_not_loaded(
     shared: PreTrainedModel, filled_cache: Path, which: str, mode: int
 ) -> None:
     path = filled_cache if which == "package" else filled_cache.parent
     path.chmod(mode)
-    only_warning(shared, f"the target runs eagerly: other users may write to {path}; chmod go-w it")
+    assert_one_warning(shared, f"the target runs eagerly: other users may write to {path}; chmod go-w it")
     path.chmod(0o700)
     specdec.enable(shared, "prompt_lookup")
     assert is_compiled(shared)
@@ -587,33 +592,31 @@ def test_what_others_could_have_written_is_not_loaded(
 
 @pytest.mark.parametrize("compile", ["auto", True])
 @pytest.mark.parametrize("which", ["library", "folder"])
-def test_kernels_that_others_could_have_written_are_not_loaded(
+def test_kernels_that_others_may_write_are_not_loaded(
     small: PreTrainedModel, own_cache: Path, which: str, compile: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = cpu.built_at() if which == "library" else own_cache
     path.chmod(0o722)
     monkeypatch.setattr(cpu, "_IS_LOADED", None)
-    only_warning(small, f"specdec's CPU kernels are not used: other users may write to {path}", compile=compile)
-    assert packages(own_cache) == 0
+    assert_one_warning(small, f"specdec's CPU kernels are not used: other users may write to {path}", compile=compile)
+    assert num_packages(own_cache) == 0
 
 
 @pytest.mark.parametrize("which", ["package", "folder"])
-def test_what_another_user_owns_is_not_loaded(
+def test_a_package_that_another_user_owns_is_not_loaded(
     shared: PreTrainedModel, filled_cache: Path, which: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    give_away(filled_cache if which == "package" else filled_cache.parent, monkeypatch)
-    only_warning(shared, "belongs to another user; remove it, or set SPECDEC_CACHE to a folder of your own")
+    change_owner(filled_cache if which == "package" else filled_cache.parent, monkeypatch)
+    assert_one_warning(shared, "belongs to another user; remove it, or set SPECDEC_CACHE to a folder of your own")
 
 
-def test_a_link_is_followed_to_what_is_loaded(
-    shared: PreTrainedModel, filled_cache: Path, tmp_path_factory: Any
-) -> None:
+def test_the_target_of_a_link_is_checked(shared: PreTrainedModel, filled_cache: Path, tmp_path_factory: Any) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     target = elsewhere / filled_cache.name
     filled_cache.rename(target)
     filled_cache.symlink_to(target)
     elsewhere.chmod(0o777)
-    only_warning(shared, f"other users may write to {elsewhere}")
+    assert_one_warning(shared, f"other users may write to {elsewhere}")
 
 
 def no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -638,29 +641,29 @@ def below_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def read_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "locked"))
-    if os.geteuid() == 0:  # who may write everywhere
+    if os.geteuid() == 0:  # root may write everywhere
         monkeypatch.setattr(os, "access", lambda path, mode: False)
 
 
 @pytest.mark.parametrize("spoil", [no_home, a_file, below_a_file, read_only])
 @pytest.mark.parametrize("is_built", [True, False])
-def test_a_cache_that_cannot_be_used_leaves_the_model_eager(
+def test_a_model_runs_eagerly_when_the_cache_folder_cannot_be_used(
     small: PreTrainedModel, is_built: bool, spoil: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     if not is_built:
         monkeypatch.setattr(cpu, "_IS_LOADED", None)
     spoil(monkeypatch, tmp_path)
-    only_warning(small, "specdec runs without a compiler's help: the cache folder cannot be used: ", compile=True)
+    assert_one_warning(small, "specdec runs without compiled forwards: the cache folder cannot be used: ", compile=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         specdec.enable(small, "prompt_lookup", compile="auto")
     assert text_of(small) == plain_text(small)
 
 
-def test_a_full_disk_leaves_nothing_behind_and_the_model_eager(
+def test_a_full_disk_leaves_no_files_and_the_model_runs_eagerly(
     small: PreTrainedModel, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the package, as it is written; a compiler that finds the disk full fails as any other."""
+    """While the package is written; a compiler that finds the disk full fails like any other."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def compiles(program: Any, *, package_path: io.BytesIO, inductor_configs: Any) -> None:
@@ -669,13 +672,13 @@ def test_a_full_disk_leaves_nothing_behind_and_the_model_eager(
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compiles)
     try:
-        only_warning(small, "the target could not be compiled: OSError: [Errno 27] File too large", compile=True)
+        assert_one_warning(small, "the target could not be compiled: OSError: [Errno 27] File too large", compile=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert packages(own_cache) == 0
+    assert num_packages(own_cache) == 0
 
 
-def test_a_folder_is_made_for_its_owner_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_folder_is_accessible_to_its_owner_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "a" / "b"))
     mask = os.umask(0)
     try:
@@ -683,3 +686,24 @@ def test_a_folder_is_made_for_its_owner_alone(monkeypatch: pytest.MonkeyPatch, t
     finally:
         os.umask(mask)
     assert [(tmp_path / place).stat().st_mode & 0o777 for place in ("a", "a/b")] == [0o700, 0o700]
+
+
+@pytest.mark.parametrize("weights", ["float32", "int4_kernel"])
+def test_the_name_of_a_package_depends_on_every_module_that_is_traced(weights: str) -> None:
+    """Otherwise a package of old code would stay in use after an edit of such a module."""
+    runner = ModelRunner(family_on_kernels("llama", weights)[0])
+    runner.begin(1)
+    ids = torch.ones(1, 6, dtype=torch.int64)
+    runner.prefill(ids, torch.tensor([2]))
+    buffers = [buffer.clone() for buffer in runner.cache.buffers()]
+    inputs = ids[:, 3:], torch.arange(3, 6)[None], torch.arange(3), buffers
+    files = set()
+    with attention_override(runner.config), torch.no_grad():
+        sys.setprofile(lambda frame, event, argument: files.add(frame.f_code.co_filename))
+        try:
+            tracing._Forward(runner)(*inputs)
+        finally:
+            sys.setprofile(None)
+    traced = {path for path in map(Path, files) if path.is_relative_to(ROOT / "specdec")}
+    assert {ROOT / "specdec" / "runtime" / name for name in ("runner.py", "cpu_compile/tracing.py")} <= traced
+    assert traced <= set(packages.traced_sources())

@@ -1,4 +1,4 @@
-"""A model's identity: every change of what its forward depends on is seen and named; nothing else is; equal in every process."""
+"""A model's identity: it detects and names every change that its forward depends on, and is equal in every process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from transformers.models.llama import modeling_llama
 
 import specdec
 from specdec.runtime.attention.select import attention_override
-from specdec.runtime.identity import Identity, hooked, opaque
+from specdec.runtime.identity.hooks import find_hook, why_not_traceable
+from specdec.runtime.identity.snapshot import Identity
 from tests.helpers.families import FAMILIES, family, make_model, prompts
 
 ROOT = Path(__file__).parents[2]
@@ -38,14 +39,14 @@ def model() -> PreTrainedModel:
 
 @contextmanager
 def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute, and put back what was there."""
-    had, was = name in vars(owner), vars(owner).get(name)
+    """Set an attribute, and restore it afterwards."""
+    existed, before = name in vars(owner), vars(owner).get(name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        if had:
-            setattr(owner, name, was)
+        if existed:
+            setattr(owner, name, before)
         else:
             delattr(owner, name)
 
@@ -61,12 +62,12 @@ def hook(register: Callable[..., Any], function: Callable[..., Any]) -> Iterator
 
 @contextmanager
 def submodule(owner: nn.Module, name: str, value: nn.Module) -> Iterator[None]:
-    was = getattr(owner, name)
+    before = getattr(owner, name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, was)
+        setattr(owner, name, before)
 
 
 @contextmanager
@@ -80,17 +81,17 @@ def added(owner: nn.Module, name: str, value: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def new_code(function: types.FunctionType, other: Callable[..., Any]) -> Iterator[None]:
-    """As IPython's autoreload puts a function's new code in place."""
-    was = function.__code__
+    """Replace a function's code, as IPython's autoreload does."""
+    before = function.__code__
     function.__code__ = other.__code__
     try:
         yield
     finally:
-        function.__code__ = was
+        function.__code__ = before
 
 
 class Lora(nn.Module):
-    """A wrapper around a linear layer, as peft injects them: y = W x + scale B A x."""
+    """A wrapper around a linear layer, as peft injects it: y = W x + B A x."""
 
     def __init__(self, base: Any) -> None:
         super().__init__()
@@ -110,7 +111,7 @@ class Doubled(nn.Module):
 
 
 def shifted(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function whose result is moved, as of a patch that calls what was there."""
+    """A patch of a function that calls the original and shifts its result."""
 
     @functools.wraps(function)
     def moved(*args: Any, **kwargs: Any) -> Any:
@@ -122,7 +123,7 @@ def shifted(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def swapped(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """Rotary embeddings with sine and cosine the other way round."""
+    """Rotary embeddings with sine and cosine exchanged."""
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return q * sin + modeling_llama.rotate_half(q) * cos, k * sin + modeling_llama.rotate_half(k) * cos
 
@@ -140,7 +141,7 @@ def patched_rms(self: Any, x: Tensor) -> Tensor:
     return y
 
 
-# A change of a llama, undone when its context ends, and how it is named. Each changes the text.
+# Changes of a llama, undone when their context ends, and how each is named. Each changes the text.
 Change = Callable[[Any], AbstractContextManager[None]]
 CHANGES: dict[str, tuple[Change, str]] = {
     "a forward hook": (
@@ -205,7 +206,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     ),
     "one layer less": (lambda m: submodule(m.model, "layers", m.model.layers[:1]), "model.layers was replaced"),
 }
-# These change nothing of the text, or cannot be told from a change that would.
+# These do not change the text, but are not distinguished from changes that do.
 QUIET: dict[str, tuple[Change, str]] = {
     "a hook of all modules": (
         lambda m: hook(nn.modules.module.register_module_forward_hook, lambda *args: None),
@@ -238,14 +239,14 @@ def test_each_change_is_named_and_gives_another_digest(model: PreTrainedModel, n
         found = identity.change()
         other = Identity(model)
         assert other.change() is None
-        assert (other.digest != digest) == (name != "another layer"), "weights alone are not named"
+        assert (other.digest != digest) == (name != "another layer"), "weights alone are not part of the digest"
     assert found is not None
     assert found.startswith(words), found
     assert identity.change() is None
     assert Identity(model).digest == digest
 
 
-def test_nested_values_are_compared_by_what_they_hold(model: PreTrainedModel) -> None:
+def test_nested_values_are_compared_by_content(model: PreTrainedModel) -> None:
     identity = Identity(model)
     model.config.rope_parameters["rope_theta"] = 7.0
     assert identity.change() == "config.rope_parameters['rope_theta'] is 7.0 and was 10000.0"
@@ -270,7 +271,7 @@ def test_weights_may_be_written_and_replaced_but_not_reshaped_cast_or_untied() -
     assert str(identity.change()).startswith("lm_head.weight is float64 [101, 32]")
 
 
-def test_plain_tensors_count_with_what_is_written_to_them(model: PreTrainedModel) -> None:
+def test_writes_to_plain_tensors_count(model: PreTrainedModel) -> None:
     model.model.norm.factor = torch.ones(3)
     identity = Identity(model)
     assert identity.change() is None
@@ -295,18 +296,17 @@ def test_values_of_helper_objects_count(model: PreTrainedModel) -> None:
     assert identity.change() == "model.norm.helper.scale is 3.0 and was 2.0"
 
 
-def test_what_has_nothing_to_do_with_a_forward_does_not_count(model: PreTrainedModel) -> None:
+def test_attributes_that_no_forward_reads_do_not_count(model: PreTrainedModel) -> None:
     identity = Identity(model)
     digest = identity.digest
     model.config._name_or_path = model.name_or_path = "somewhere/else"
     model.generation_config.temperature = 0.3
     specdec.enable(model, "prompt_lookup", num_draft_tokens=3)
     model.generate(**prompts(4), max_new_tokens=3)
-    model.generate(
-        **prompts(4), max_new_tokens=3, output_hidden_states=True, return_dict_in_generate=True
-    )  # leaves hooks
+    # transformers leaves hooks on the model after this call
+    model.generate(**prompts(4), max_new_tokens=3, output_hidden_states=True, return_dict_in_generate=True)
     assert identity.change() is None
-    assert hooked(model) is None
+    assert find_hook(model) is None
     assert Identity(model).digest == digest
     specdec.disable(model)
     assert identity.change() is None
@@ -322,7 +322,7 @@ def test_a_call_changes_no_family(model_type: str) -> None:
     assert Identity(model).digest == digest == Identity(copy.deepcopy(model)).digest
 
 
-def test_a_4_bit_model_is_the_same_before_and_after_its_layers_have_looked_for_kernels() -> None:
+def test_a_4_bit_model_is_the_same_before_and_after_its_layers_choose_a_kernel() -> None:
     model = copy.deepcopy(family("llama", "int4_kernel"))
     identity = Identity(model)
     model.generate(**prompts(4), max_new_tokens=2)
@@ -334,16 +334,16 @@ def test_a_4_bit_model_is_the_same_before_and_after_its_layers_have_looked_for_k
     assert str(identity.change()).endswith("use_kernel is False and was True")
 
 
-def test_a_hook_and_a_forward_of_an_instance_are_opaque(model: PreTrainedModel) -> None:
-    assert opaque(model) is hooked(model) is None
+def test_a_hook_and_a_forward_of_an_instance_are_not_traceable(model: PreTrainedModel) -> None:
+    assert why_not_traceable(model) is find_hook(model) is None
     for name in ("a forward hook", "a pre-hook", "a hook of all modules"):
         make, words = (CHANGES | QUIET)[name]
         with make(model):
-            assert opaque(model) == hooked(model) == words
+            assert why_not_traceable(model) == find_hook(model) == words
     with CHANGES["a forward of an instance"][0](model):
-        assert opaque(model) == "the forward of model.layers.0.input_layernorm was replaced"
-        assert hooked(model) is None
-    assert opaque(model) is None
+        assert why_not_traceable(model) == "the forward of model.layers.0.input_layernorm was replaced"
+        assert find_hook(model) is None
+    assert why_not_traceable(model) is None
 
 
 def test_an_identity_keeps_no_model_alive() -> None:
@@ -362,7 +362,7 @@ def test_an_identity_keeps_no_model_alive() -> None:
 DIGESTS = """
 import sys
 import threading
-from specdec.runtime.identity import Identity
+from specdec.runtime.identity.snapshot import Identity
 from tests.helpers.families import FAMILIES, make_model, prompts
 for model_type in {families}:
     model = make_model(model_type, **FAMILIES[model_type])
@@ -372,7 +372,7 @@ for model_type in {families}:
 """
 
 
-def test_two_processes_give_the_same_digests_whatever_has_run() -> None:
+def test_two_processes_give_the_same_digests_whatever_ran_before() -> None:
     found = []
     families = ["llama", "gemma3_text", "mixtral", "gpt2"]
     for seed, order, first in (("1", families, False), ("2", families[::-1], True)):
@@ -476,7 +476,9 @@ def remote(path: Path, text: str) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    exec(compile(text, str(path), "exec"), module.__dict__)  # past the cache of byte code, whose clock has seconds
+    exec(
+        compile(text, str(path), "exec"), module.__dict__
+    )  # not through the byte-code cache, which compares times in seconds
     torch.manual_seed(0)
     model = module.Remote(make_model("llama", **FAMILIES["llama"]).config).eval()
     model.lm_head.__class__ = module.Head
@@ -497,7 +499,7 @@ def test_every_edit_of_a_modeling_file_gives_another_digest(tmp_path: Path) -> N
     assert len(digests) == 1 + len(EDITS)
 
 
-def test_a_value_that_a_remote_forward_reads_is_seen_where_it_is_changed(tmp_path: Path) -> None:
+def test_a_change_of_a_global_that_a_remote_forward_reads_is_named(tmp_path: Path) -> None:
     model = remote(tmp_path / "modeling_remote.py", MODELING)
     namespace = model.forward.__func__.__globals__
     identity = Identity(model)
@@ -505,9 +507,9 @@ def test_a_value_that_a_remote_forward_reads_is_seen_where_it_is_changed(tmp_pat
         ("SCALE", 9.0, "modeling_remote.SCALE is 9.0 and was 1.5"),
         ("helper", abs, "modeling_remote.helper was replaced"),
     ):
-        was, namespace[name] = namespace[name], value
+        before, namespace[name] = namespace[name], value
         assert identity.change() == words
-        namespace[name] = was
+        namespace[name] = before
     namespace["TABLE"]["a"] = 5.0
     assert identity.change() == "modeling_remote.TABLE['a'] is 5.0 and was 2.0"
     namespace["TABLE"]["a"] = 2.0
@@ -521,7 +523,7 @@ def test_a_value_that_a_remote_forward_reads_is_seen_where_it_is_changed(tmp_pat
 
 
 def test_a_forward_of_another_thread_is_no_change(model: PreTrainedModel) -> None:
-    """While one of ours runs, the config carries another name of the attention."""
+    """During a specdec forward, the config has another attention implementation."""
     identity, is_over, found = Identity(model), threading.Event(), set()
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Loading by path: tensors that do not fit, damaged files, subfolders and hub arguments, whatever the caller."""
+"""Loading by path: tensors that do not fit, damaged files, subfolders and hub arguments, by every caller."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 import specdec
 from specdec.cli.main import main
 from specdec.drafters.resolve import resolve_drafter
-from specdec.planning import footprint
+from specdec.planning.footprint import footprint
 from specdec.quant import checkpoints
 from specdec.quant.checkpoints import load_checkpoint, named_errors
 from specdec.quant.layers import is_4bit
@@ -45,7 +45,7 @@ def write_gptq(folder: Path) -> None:
     write(folder, Case("gptq", values={"num_hidden_layers": 1}))
 
 
-def write_ours(folder: Path) -> None:
+def write_int4(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         specdec.quantize(make_model("llama", **ONE_LAYER), SMALL).save_pretrained(folder)
@@ -55,13 +55,13 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "plain": write_plain,
     "shards": lambda folder: write_plain(folder, max_shard_size="60KB"),
     "gptq": write_gptq,
-    "ours": write_ours,
+    "int4": write_int4,
 }
 
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder of each kind with its tokenizer; to be copied, not changed."""
+    """A folder of each kind with its tokenizer; tests copy it and do not change it."""
     root = tmp_path_factory.mktemp("originals")
     folders = {kind: root / kind for kind in KINDS}
     for kind, folder in folders.items():
@@ -75,7 +75,7 @@ def copied(originals: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
     return lambda kind: Path(shutil.copytree(originals[kind], tmp_path / kind, dirs_exist_ok=True))
 
 
-def refused(words: str, folder: Path, **kwargs: Any) -> None:
+def assert_refused(words: str, folder: Path, **kwargs: Any) -> None:
     with pytest.raises(ValueError, match=words) as caught:
         load_checkpoint(folder, **kwargs)
     assert str(folder) in str(caught.value)
@@ -93,25 +93,25 @@ CHANGES: dict[str, tuple[dict[str, Tensor | None], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["plain", "gptq", "ours"])
+@pytest.mark.parametrize("kind", ["plain", "gptq", "int4"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_tensors_that_do_not_fit_are_named(kind: str, change: str, copied: Callable[[str], Path]) -> None:
     tensors, words = CHANGES[change]
     folder = copied(kind)
     edit_tensors(folder, **tensors)
-    refused(words, folder)
+    assert_refused(words, folder)
 
 
 @pytest.mark.parametrize(("change", "words"), [(None, f"lacks {UP}"), (torch.ones(50, 64), UP)])
-def test_so_they_are_where_the_model_is_quantized_on_the_way(
+def test_tensors_that_do_not_fit_are_named_while_a_model_is_quantized(
     change: Tensor | None, words: str, copied: Callable[[str], Path]
 ) -> None:
     folder = copied("plain")
     edit_tensors(folder, **{f"{UP}.weight": change})
-    refused(words, folder, config=SMALL)
+    assert_refused(words, folder, config=SMALL)
 
 
-def test_no_drafter_and_no_command_runs_with_made_up_weights(
+def test_no_drafter_and_no_command_runs_with_missing_weights(
     copied: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = copied("plain")
@@ -131,7 +131,11 @@ def test_no_drafter_and_no_command_runs_with_made_up_weights(
 HARMLESS: dict[str, tuple[str, dict[str, Tensor]]] = {
     "frequencies": ("llama", {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
     "gpt2's masks": (
-        "gpt2", {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8), "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)},
+        "gpt2",
+        {
+            "transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8),
+            "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+        },
     ),
     "gpt_bigcode's mask": ("gpt_bigcode", {"transformer.h.0.attn.bias": torch.ones(8, 8)}),
     "xglm's positions": ("xglm", {"model.embed_positions.weights": torch.ones(5, 32)}),
@@ -139,7 +143,7 @@ HARMLESS: dict[str, tuple[str, dict[str, Tensor]]] = {
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_what_old_checkpoints_hold_besides_is_no_error(name: str, tmp_path: Path) -> None:
+def test_additional_tensors_of_old_checkpoints_are_no_error(name: str, tmp_path: Path) -> None:
     model_type, tensors = HARMLESS[name]
     model = make_model(model_type, **FAMILIES[model_type])
     model.save_pretrained(tmp_path)
@@ -160,7 +164,7 @@ def test_tied_heads_and_checkpoints_without_a_head(tmp_path: Path) -> None:
     edit_tensors(tmp_path / "tied", **{"lm_head.weight": tied.lm_head.weight.detach().clone()})
     assert same_logits(load_checkpoint(tmp_path / "tied"), tied)
     make_model("llama", **ONE_LAYER).model.save_pretrained(tmp_path / "headless")
-    refused("lacks lm_head.weight", tmp_path / "headless")
+    assert_refused("lacks lm_head.weight", tmp_path / "headless")
 
 
 LLAMA4 = {
@@ -176,11 +180,11 @@ LLAMA4 = {
 def test_a_multimodal_checkpoint_is_loaded_as_transformers_does(
     model_type: str, values: dict[str, Any], loads_as: str, tmp_path: Path
 ) -> None:
-    """Whole, or its text model alone; then tensors of the vision tower are left out, and others are not."""
+    """As a whole, or its text model alone: then tensors of the vision tower are ignored, and others are errors."""
     AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, **values)).save_pretrained(tmp_path)
     assert type(load_checkpoint(tmp_path)).__name__ == loads_as
     edit_tensors(tmp_path, **{"language_model.model.layers.0.other.weight": torch.ones(2)})
-    refused(r"layers\.0\.other\.weight, which the model has no place for", tmp_path)
+    assert_refused(r"layers\.0\.other\.weight, which the model has no place for", tmp_path)
 
 
 # Settings of the quantization.
@@ -193,7 +197,7 @@ def move_settings(folder: Path, file: str, **changes: Any) -> None:
     (folder / file).write_text(json.dumps(settings))
 
 
-def test_settings_beside_the_config_count_for_drafters_and_plans_too(copied: Callable[[str], Path]) -> None:
+def test_settings_in_a_file_of_their_own_count_for_drafters_and_plans(copied: Callable[[str], Path]) -> None:
     folder = copied("gptq")
     move_settings(folder, "quantize_config.json")
     assert footprint(folder, device="cpu", group_size=32).checkpoint_method == "gptq"
@@ -204,7 +208,7 @@ def test_settings_beside_the_config_count_for_drafters_and_plans_too(copied: Cal
 def test_without_their_settings_quantized_tensors_are_refused(copied: Callable[[str], Path]) -> None:
     folder = copied("gptq")
     edit_config(folder, quantization_config=None)
-    refused(
+    assert_refused(
         r"lacks .*weight.*; it has .*\.g_idx.* no place for; is config.json its own, with the quantization_config",
         folder,
     )
@@ -220,7 +224,7 @@ def test_without_their_settings_quantized_tensors_are_refused(copied: Callable[[
     ],
     ids=["bitsandbytes", "fp8", "torchao", "modelopt"],
 )
-def test_other_quantization_is_refused_by_its_name_before_weights_are_read(
+def test_other_quantization_is_refused_by_name_before_weights_are_read(
     settings: dict[str, Any] | None, copied: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = copied("plain")
@@ -248,7 +252,9 @@ DAMAGED: dict[str, tuple[str, str, bytes | None, tuple[Callable[[Path], Any], ..
     "config: a list": ("plain", "config.json", b"[1]", (*WHOLE, footprint)),
     "config: not UTF-8": ("plain", "config.json", b'{"model_type": "\xff"}', (*WHOLE, footprint)),
     "config: too deep": ("plain", "config.json", b"[" * 100_000, (*WHOLE, footprint)),
-    "config: wrong value": ("plain", "config.json", b'{"model_type": "llama", "hidden_size": "x"}', (*WHOLE, footprint)),
+    "config: wrong value": (
+        "plain", "config.json", b'{"model_type": "llama", "hidden_size": "x"}', (*WHOLE, footprint),
+    ),
     "config: no model type": ("plain", "config.json", b"{}", (*WHOLE, footprint)),
     "generation_config": ("plain", "generation_config.json", b"{", WHOLE),
     "generation_config of a format": ("gptq", "generation_config.json", b"[]", WHOLE),
@@ -287,11 +293,11 @@ def test_a_quantization_config_that_is_no_object(settings: Any, copied: Callable
             call(folder)
 
 
-def test_a_damaged_tokenizer_beside_a_draft_is_not_passed_over(copied: Callable[[str], Path]) -> None:
+def test_a_damaged_tokenizer_of_a_draft_is_an_error(copied: Callable[[str], Path]) -> None:
     model = load(str(copied("plain")), "auto", "cpu")
-    folder = copied("ours")
+    folder = copied("int4")
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match=r"ours/tokenizer\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"int4/tokenizer\.json is no JSON"):
         resolve_drafter(folder, model)
 
 
@@ -314,25 +320,25 @@ def test_commands_end_with_a_message(
 
 
 @pytest.mark.parametrize("device", ["nowhere", "cuda:77"])
-def test_a_device_that_is_not_there(device: str, copied: Callable[[str], Path]) -> None:
+def test_a_missing_device(device: str, copied: Callable[[str], Path]) -> None:
     with pytest.raises(ValueError, match=r"no model could be loaded from '.*plain'"):
         load(str(copied("plain")), "auto", device)
 
 
 def test_random_damage_ends_in_an_error_that_can_be_caught(originals: dict[str, Path], tmp_path: Path) -> None:
-    """Or in a model: a flipped bit of a weight is not to be seen."""
-    chance = random.Random(0)
+    """Or in a model: a flipped bit of a weight cannot be detected."""
+    generator = random.Random(0)
     outcomes, errors = set(), []
     for _ in range(60):
         shutil.rmtree(tmp_path)
-        folder = Path(shutil.copytree(originals[chance.choice(list(KINDS))], tmp_path))
-        file = chance.choice(sorted(folder.iterdir()))
+        folder = Path(shutil.copytree(originals[generator.choice(list(KINDS))], tmp_path))
+        file = generator.choice(sorted(folder.iterdir()))
         content = bytearray(file.read_bytes())
-        place = chance.randrange(min(len(content), 3000))  # a header, where the file holds tensors
-        if chance.random() < 0.3:
-            del content[place:]
+        index = generator.randrange(min(len(content), 3000))  # in the header of a file of tensors
+        if generator.random() < 0.3:
+            del content[index:]
         else:
-            content[place] = chance.choice([*b'"[]{},:09x', chance.randrange(256)])
+            content[index] = generator.choice([*b'"[]{},:09x', generator.randrange(256)])
         file.write_bytes(content)
         for call in (load_checkpoint, *TOKENIZER):
             try:
@@ -345,7 +351,7 @@ def test_random_damage_ends_in_an_error_that_can_be_caught(originals: dict[str, 
     assert all(str(tmp_path) in error for error in errors)
 
 
-def test_other_kinds_of_errors_become_named_ones() -> None:
+def test_errors_of_other_classes_become_value_errors() -> None:
     with pytest.raises(ValueError, match=r"^it failed: KeyError: 'x'$") as caught, named_errors("it failed"):
         raise KeyError("x")
     assert isinstance(caught.value.__cause__, KeyError)
@@ -353,10 +359,10 @@ def test_other_kinds_of_errors_become_named_ones() -> None:
         raise ImportError("\nfirst\nsecond")
 
 
-# Where a checkpoint is.
+# Location of a checkpoint.
 
 
-@pytest.mark.parametrize("kind", ["plain", "gptq", "ours"])
+@pytest.mark.parametrize("kind", ["plain", "gptq", "int4"])
 def test_a_subfolder(kind: str, copied: Callable[[str], Path]) -> None:
     folder = copied(kind)
     whole = load_checkpoint(folder)
@@ -372,22 +378,22 @@ HUB = {"revision": "v2", "token": "t", "cache_dir": "c", "local_files_only": Tru
 
 
 def test_hub_arguments_go_to_the_hub(originals: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a format that specdec reads, all that a hub has of it in that subfolder; else transformers gets id and arguments."""
-    asked: list[dict[str, Any]] = []
+    """For a format that specdec reads, all of its files in that subfolder; else transformers gets id and arguments."""
+    downloads: list[dict[str, Any]] = []
     root = originals["gptq"].parent
 
     def download(name: str, **kwargs: Any) -> str:
-        asked.append({"name": name} | kwargs)
+        downloads.append({"name": name} | kwargs)
         return str(root)
 
     monkeypatch.setattr(checkpoints, "snapshot_download", download)
     assert is_4bit(specdec.load_quantized("a/b", **HUB | {"subfolder": "gptq"}))
-    place = {"name": "a/b", "revision": "v2", "token": "t", "cache_dir": "c", "local_files_only": True}
-    assert [{name: call[name] for name in place} for call in asked] == [place, place]
-    assert "gptq/config.json" in asked[0]["allow_patterns"]
-    assert "gptq/*.safetensors" not in asked[0]["allow_patterns"]
-    assert "gptq/*.safetensors" in asked[1]["allow_patterns"]
-    assert all("gptq/*/*" in call["ignore_patterns"] for call in asked)
+    location = {"name": "a/b", "revision": "v2", "token": "t", "cache_dir": "c", "local_files_only": True}
+    assert [{name: call[name] for name in location} for call in downloads] == [location, location]
+    assert "gptq/config.json" in downloads[0]["allow_patterns"]
+    assert "gptq/*.safetensors" not in downloads[0]["allow_patterns"]
+    assert "gptq/*.safetensors" in downloads[1]["allow_patterns"]
+    assert all("gptq/*/*" in call["ignore_patterns"] for call in downloads)
 
     def from_pretrained(name: str, **kwargs: Any) -> Any:
         given.append((name, kwargs))
@@ -413,10 +419,10 @@ OFFLOADED = {
 }
 
 
-@pytest.mark.parametrize("kind", ["gptq", "ours", "plain"])
-def test_4bit_weights_on_the_disk_are_refused_as_such(kind: str, copied: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["gptq", "int4", "plain"])
+def test_offloaded_4bit_weights_are_refused(kind: str, copied: Callable[[str], Path], tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    words = r"device_map offloads model\.layers\.0\.\S+, .* and \d+ more, to the disk or the CPU, which 4-bit weights do not support"
+    words = r"device_map offloads model\.layers\.0\.\S+, .* and \d+ more, .* which 4-bit weights do not support"
     for device_map in ({"": "disk"}, OFFLOADED):
         with pytest.raises(ValueError, match=words):
             specdec.load_quantized(
@@ -432,11 +438,11 @@ def test_4bit_weights_on_the_disk_are_refused_as_such(kind: str, copied: Callabl
 def test_an_index_names_the_files_and_pickles_are_left_to_transformers(
     copied: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """In full precision; what a format of others has in pickles is not read."""
+    """In full precision; pickles of other quantized formats are not read."""
     folder = copied("plain")
     whole = load_checkpoint(folder)
     (folder / "model.safetensors").unlink()
     torch.save(dict(whole.state_dict()), folder / "pytorch_model.bin")
     assert same_logits(load_checkpoint(folder), whole)
     save_file({NORM: torch.ones(64)}, folder / "model.safetensors", metadata={"format": "pt"})
-    refused("lacks lm_head.weight", folder)
+    assert_refused("lacks lm_head.weight", folder)

@@ -1,4 +1,4 @@
-"""Which models are accepted, for texts of which length: the trials of specdec/runtime/support.py, and the table of docs/models.md."""
+"""Which models are accepted, and for which text lengths: the trials of support.py, and the table of docs/models.md."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ import specdec
 import specdec.runtime.kv_cache.ragged
 import specdec.runtime.runner
 import specdec.runtime.support
-from specdec.runtime.support import SHORT, Support, largest_window, support_of
+from specdec.runtime.support import TRIAL_LENGTH, Support, largest_window, support_of
 from tests.helpers.families import FAMILIES, VOCAB_SIZE, make_model, prompts
 
-ROWS = {row["class"]: row for row in json.loads(specdec.runtime.support.KNOWN.read_text())["models"]}
-# Of each way in which the table's classes work or fail, one or two that no other test has.
+ROWS = {row["class"]: row for row in json.loads(specdec.runtime.support.MODELS_FILE.read_text())["models"]}
+# For each way in which classes of the table work or fail, one or two classes that no other test uses.
 SAMPLE = (
     "Olmo3ForCausalLM", "Exaone4ForCausalLM", "Gemma3nForCausalLM", "Gemma4ForCausalLM",  # windows, shared caches
-    "ModernBertDecoderForCausalLM", "BertLMHeadModel", "BigBirdForCausalLM", "CTRLLMHeadModel",  # learned or no position_ids
+    "ModernBertDecoderForCausalLM", "BertLMHeadModel", "BigBirdForCausalLM", "CTRLLMHeadModel",  # position_ids
     "MiniCPM3ForCausalLM", "Qwen3MoeForCausalLM", "DiffLlamaForCausalLM", "GPTNeoForCausalLM",
     "Glm4vForConditionalGeneration", "LlavaForConditionalGeneration", "Exaone4_5_ForConditionalGeneration",
     "GitForCausalLM", "MoshiForCausalLM", "BartForCausalLM", "Lfm2ForCausalLM", "JambaForCausalLM", "BloomForCausalLM",
     "BlipForConditionalGeneration", "T5Gemma2ForConditionalGeneration",
 )  # fmt: skip
-IS_NEWEST = transformers.__version__ == json.loads(specdec.runtime.support.KNOWN.read_text())["transformers"]
+IS_NEWEST = transformers.__version__ == json.loads(specdec.runtime.support.MODELS_FILE.read_text())["transformers"]
 
 
 def families() -> list[Any]:
@@ -54,13 +54,13 @@ def test_the_page_is_the_table() -> None:
         assert check_models.page(rows) == check_models.PAGE.read_text()
 
 
-def test_known_classes_work_in_the_lossless_tests_too() -> None:
+def test_the_families_of_the_lossless_tests_are_tested_classes() -> None:
     names = {type(make_model(model_type, **values)).__name__ for model_type, values in FAMILIES.items()}
-    assert names <= specdec.runtime.support.known_classes()
+    assert names <= specdec.runtime.support.tested_classes()
 
 
 class Spanned(LlamaForCausalLM):
-    """Right up to config.block_span positions; beyond, its logits depend on the longest row of the batch."""
+    """Correct up to config.block_span positions; beyond, its logits depend on the longest row of the batch."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
@@ -85,7 +85,7 @@ def spanned(block_span: int, context: int = 256) -> Any:
     return model
 
 
-def test_an_unknown_model_is_tried_beyond_its_window() -> None:
+def test_an_untested_class_is_tried_beyond_its_window() -> None:
     model = spanned(100)
     assert largest_window(model) == 100
     support = support_of(model)
@@ -95,7 +95,7 @@ def test_an_unknown_model_is_tried_beyond_its_window() -> None:
     assert "relative error" in (support.warning or "")
 
 
-def test_a_model_whose_short_texts_fail_is_refused() -> None:
+def test_a_model_that_fails_on_short_texts_is_refused() -> None:
     assert "relative error" in (support_of(spanned(16)).reason or "")
 
 
@@ -120,15 +120,15 @@ def test_texts_longer_than_the_trial_go_to_the_stock_loop() -> None:
 
 
 def test_a_trial_that_takes_too_long_is_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(specdec.runtime.support.TRIAL_FLOPS, "cpu", 0)
+    monkeypatch.setitem(specdec.runtime.support.MAX_TRIAL_FLOPS, "cpu", 0)
     support = support_of(spanned(100))
-    assert support.max_length == SHORT
+    assert support.max_length == TRIAL_LENGTH
     assert "takes too long" in (support.warning or "")
-    known = make_model("mistral", **FAMILIES["mistral"] | {"sliding_window": 100})
-    assert support_of(known) == Support()
+    tested = make_model("mistral", **FAMILIES["mistral"] | {"sliding_window": 100})
+    assert support_of(tested) == Support()
 
 
-def test_names_of_windows_within_lists_and_dicts() -> None:
+def test_windows_are_found_in_nested_lists_and_dicts() -> None:
     config = spanned(40).config
     config.attention = {"local": [{"size": 70}, 80], "heads": 99, "window": True}
     model = copy.copy(make_model("llama", **FAMILIES["llama"]))
@@ -136,12 +136,12 @@ def test_names_of_windows_within_lists_and_dicts() -> None:
     assert largest_window(model) == 80
 
 
-# -- models that tell by the number of keys where a query stands
+# Models that derive a query's position from the number of keys.
 
 
 @pytest.mark.parametrize("window_size", [9, 256])
 def test_without_alignment_gpt_neo_is_refused(window_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the window is longer than the trial, a draft that is shorter in one row than in another shows it."""
+    """Where the window is longer than the trial, a draft that is shorter in one row than in the other detects it."""
     model = make_model("gpt_neo", **FAMILIES["gpt_neo"] | {"window_size": window_size})
     assert support_of(model) == Support(max_length=FAMILIES["gpt_neo"]["max_position_embeddings"])
     monkeypatch.setattr(specdec.runtime.runner, "masks_by_slot", lambda model: False)
@@ -157,11 +157,11 @@ def test_gpt_neo_near_its_context_goes_to_the_stock_loop() -> None:
         assert model.generate(**call).equal(want)
 
 
-# -- layers that round a row by its neighbours
+# Layers that round a row depending on the other rows of the batch.
 
 
-class RoundedByNeighbours(torch.nn.Module):
-    """As 8-bit layers that quantize activations: in steps of the largest one of the whole batch."""
+class RoundedByBatch(torch.nn.Module):
+    """Quantizes activations to 8 bits with the scale of the largest one in the batch, as some 8-bit layers do."""
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
@@ -173,25 +173,25 @@ class RoundedByNeighbours(torch.nn.Module):
 
 
 class Quantizer:
-    """What transformers leaves on a model that another library has quantized."""
+    """The attribute that transformers sets on a model that another library has quantized."""
 
     class quantization_config:
         quant_method = "of_another_library"
 
 
-def test_a_model_that_rounds_by_neighbours_is_accepted_with_a_warning() -> None:
+def test_layers_that_round_by_the_batch_are_accepted_with_a_warning() -> None:
     model = make_model("llama", **FAMILIES["llama"])
     for layer in model.model.layers:
-        layer.mlp.up_proj = RoundedByNeighbours(layer.mlp.up_proj)
+        layer.mlp.up_proj = RoundedByBatch(layer.mlp.up_proj)
     assert "relative error" in (support_of(model).reason or "")
     model.hf_quantizer = Quantizer()
-    with pytest.warns(UserWarning, match="near-ties may fall otherwise"):
+    with pytest.warns(UserWarning, match="nearly equal scores may be chosen differently"):
         specdec.enable(model, "prompt_lookup", num_draft_tokens=3)
     model.generate(**prompts(3), max_new_tokens=8)
     assert specdec.last_stats(model) is not None
 
 
-def test_quantized_layers_that_round_no_row_by_others_bring_no_warning() -> None:
+def test_quantized_layers_that_do_not_round_by_the_batch_give_no_warning() -> None:
     model = make_model("llama", **FAMILIES["llama"])
     model.hf_quantizer = Quantizer()
     assert support_of(model) == Support()

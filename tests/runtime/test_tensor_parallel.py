@@ -1,4 +1,4 @@
-"""A model that is split over two processes: both run the same steps, whatever their clocks say."""
+"""A model that is split over two processes: both run the same steps, even if they measure different times."""
 
 from __future__ import annotations
 
@@ -21,41 +21,40 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
 
 import specdec
-from specdec.core import timing as clock
-from specdec.draft_length import adaptive
-from specdec.draft_length import profiler as profiling
-from specdec.generation import call as served
-from specdec.runtime import cpu_compile as compiled
-from specdec.runtime import tensor_parallel as ranks
-from specdec.runtime.cpu_compile import PairMember
+from specdec.core import timing
+from specdec.draft_length import adaptive, profiler
+from specdec.generation import call as generation_call
+from specdec.runtime.cpu_compile.eligibility import why_not_compiled
+from specdec.runtime.cpu_compile.packages import _is_missing
+from specdec.runtime.pair import PairMember
 from specdec.runtime.runner import ModelRunner
-from specdec.runtime.tensor_parallel import Ranks
+from specdec.runtime.tensor_parallel import Ranks, tensor_parallel_group
 from tests.helpers.draft_length import erratic_k
 from tests.helpers.families import FAMILIES, make_model, prompts
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch's gloo")
 
-SECONDS = 180  # until processes that wait for each other are ended
+TIMEOUT_S = 180  # after which processes that wait for each other are killed
 NEW_TOKENS = 24
 
 
-def own_clock(patch: pytest.MonkeyPatch, rank: int) -> None:
-    """Time that passes by chance, so slowly on rank 0 that a profile times each K, on rank 1 too fast for that."""
-    coins, now = random.Random(rank), 0.0
+def own_times(patch: pytest.MonkeyPatch, rank: int) -> None:
+    """Random times: on rank 0 so short that a profile measures every K, on rank 1 too long for that."""
+    generator, now = random.Random(rank), 0.0
 
     def perf_counter() -> float:
         nonlocal now
-        now += coins.uniform(0, 0.5 if rank else 0.004)
+        now += generator.uniform(0, 0.5 if rank else 0.004)
         return now
 
-    for module in (clock, profiling):
+    for module in (timing, profiler):
         patch.setattr(module, "time", types.SimpleNamespace(perf_counter=perf_counter))
     patch.setattr(adaptive, "perf_counter", perf_counter)
-    patch.setattr(served, "COST_MODELS", weakref.WeakKeyDictionary())
+    patch.setattr(generation_call, "COST_MODELS", weakref.WeakKeyDictionary())
 
 
 class Pair:
-    """The target, split over the ranks, enabled with a whole draft model on each, and what its calls gave."""
+    """The target, split over the ranks, enabled with a whole draft model on each rank."""
 
     def __init__(self, folder: Path) -> None:
         self.target = AutoModelForCausalLM.from_pretrained(folder / "target", tp_plan="auto").eval()
@@ -65,8 +64,8 @@ class Pair:
 
     def call(self, batch_size: int, **arguments: Any) -> dict[str, Any]:
         torch.manual_seed(5)
-        asked = {"max_new_tokens": NEW_TOKENS, "do_sample": False} | arguments
-        text = self.target.generate(**prompts(batch_size), **asked)
+        arguments = {"max_new_tokens": NEW_TOKENS, "do_sample": False} | arguments
+        text = self.target.generate(**prompts(batch_size), **arguments)
         stats = specdec.last_stats(self.target)
         found = {"text": text.tolist(), "steps": stats and stats.num_steps}
         if stats is not None and stats.choice is not None:
@@ -78,7 +77,7 @@ class Pair:
 
 
 class PassesOnRank0(StoppingCriteria):
-    """A time limit that one rank sees pass, and the other never."""
+    """A time limit that passes on rank 0 and never on rank 1."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -87,8 +86,8 @@ class PassesOnRank0(StoppingCriteria):
         return torch.full((len(input_ids),), self.rank == 0 and input_ids.shape[1] >= 20)
 
 
-def clocks_differ(pair: Pair, rank: int, patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    own_clock(patch, rank)
+def times_differ(pair: Pair, rank: int, patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    own_times(patch, rank)
     return pair.calls()
 
 
@@ -103,26 +102,26 @@ def sampled(pair: Pair, rank: int, patch: pytest.MonkeyPatch) -> list[dict[str, 
 
 
 def one_rank_has_a_profile(pair: Pair, rank: int, patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Of each rank once."""
+    """Each rank loses its profile once."""
     found = []
-    for forgetful in (0, 1):
-        own_clock(patch, rank)
+    for rank_without in (0, 1):
+        own_times(patch, rank)
         pair.calls()
-        if rank == forgetful:
-            served.COST_MODELS.clear()
+        if rank == rank_without:
+            generation_call.COST_MODELS.clear()
         found += pair.calls()
     return found
 
 
-def a_criterion_has_a_clock(pair: Pair, rank: int, patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    own_clock(patch, rank)
+def a_criterion_measures_time(pair: Pair, rank: int, patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    own_times(patch, rank)
     calls = [pair.call(1, stopping_criteria=[PassesOnRank0(rank)]) for _ in range(2)]
     return [call | {"plain": [pair.plain[1][0][:20]]} for call in calls]
 
 
 def the_device_has_another_backend(pair: Pair, rank: int, patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """As with NCCL: what is decided goes by a gloo group of its own, which is made once."""
-    own_clock(patch, rank)
+    """As with NCCL: decisions are sent by a separate gloo group, which is made once."""
+    own_times(patch, rank)
     made: list[Any] = []
     new_group = dist.new_group
     patch.setattr(dist, "get_backend", lambda group: "nccl")
@@ -130,12 +129,12 @@ def the_device_has_another_backend(pair: Pair, rank: int, patch: pytest.MonkeyPa
     found = pair.calls()
     assert len(made) == 1
     assert Ranks(pair.target).group is made[0]
-    assert Ranks(pair.target).group is not ranks.tensor_parallel_group(pair.target)
+    assert Ranks(pair.target).group is not tensor_parallel_group(pair.target)
     return found
 
 
 def a_draft_is_split_too(pair: Pair, rank: int, patch: pytest.MonkeyPatch, folder: Path) -> list[dict[str, Any]]:
-    own_clock(patch, rank)
+    own_times(patch, rank)
     whole = AutoModelForCausalLM.from_pretrained(folder / "target").eval()
     split = AutoModelForCausalLM.from_pretrained(folder / "draft", tp_plan="auto").eval()
     plain = pair.target
@@ -147,8 +146,8 @@ def a_draft_is_split_too(pair: Pair, rank: int, patch: pytest.MonkeyPatch, folde
 
 
 def whole_models(pair: Pair, rank: int, patch: pytest.MonkeyPatch, folder: Path) -> list[dict[str, Any]]:
-    """Data parallelism: each rank calls a model of its own, one more often than the other."""
-    own_clock(patch, rank)
+    """Data parallelism: each rank calls its own model, rank 1 more often than rank 0."""
+    own_times(patch, rank)
     whole = AutoModelForCausalLM.from_pretrained(folder / "target").eval()
     assert Ranks(whole, pair.draft).group is None
     specdec.enable(whole, pair.draft)
@@ -157,21 +156,21 @@ def whole_models(pair: Pair, rank: int, patch: pytest.MonkeyPatch, folder: Path)
     return []
 
 
-def compiling_is_left(pair: Pair, rank: int, patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A package that was compiled of the whole model has the same name, and would not fit."""
-    assert "several processes" in (compiled._why_not_compiled(ModelRunner(pair.target)) or "")
-    assert not compiled._is_missing(PairMember("target", ModelRunner(pair.target), exact=True))
+def nothing_is_compiled(pair: Pair, rank: int, patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A package that was compiled from the whole model has the same name, and would not fit."""
+    assert "several processes" in (why_not_compiled(ModelRunner(pair.target)) or "")
+    assert not _is_missing(PairMember("target", ModelRunner(pair.target), exact=True))
     return []
 
 
 CASES: list[Callable[..., list[dict[str, Any]]]] = [
-    clocks_differ, times_jump, sampled, one_rank_has_a_profile, a_criterion_has_a_clock, the_device_has_another_backend,
-    a_draft_is_split_too, whole_models, compiling_is_left,
+    times_differ, times_jump, sampled, one_rank_has_a_profile, a_criterion_measures_time,
+    the_device_has_another_backend, a_draft_is_split_too, whole_models, nothing_is_compiled,
 ]  # fmt: skip
 
 
 def run_rank(rank: int, port: int, folder: Path) -> None:
-    """One process: every case, with its result, or what went wrong, in a file."""
+    """One process: run every case, and write its result or its traceback to a file."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(port)
     torch.set_num_threads(1)
@@ -190,12 +189,12 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
 
 
 def run_ranks(folder: Path) -> None:
-    """Run two processes that leave their results in the folder; whatever they do, they have ended."""
+    """Run two processes that write their results to the folder; both have ended when this returns."""
     models: dict[str, PreTrainedModel] = {
         "target": make_model("llama", **FAMILIES["llama"]),
         "draft": make_model("llama", **FAMILIES["llama"]),
     }
-    for parameter in models["draft"].parameters():  # right for the most member
+    for parameter in models["draft"].parameters():  # mostly right
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     for name, model in models.items():
         model.save_pretrained(folder / name)
@@ -206,11 +205,11 @@ def run_ranks(folder: Path) -> None:
     processes = [context.Process(target=run_rank, args=(rank, port, folder), daemon=True) for rank in (0, 1)]
     for process in processes:
         process.start()
-    ends = time.monotonic() + SECONDS
+    ends = time.monotonic() + TIMEOUT_S
     for process in processes:
         process.join(max(ends - time.monotonic(), 0))
         if process.exitcode != 0:
-            ends = min(ends, time.monotonic() + 10)  # what the other rank can still do without it
+            ends = min(ends, time.monotonic() + 10)  # for what the other rank can still do without it
     for process in processes:
         process.kill()
         process.join()
@@ -233,13 +232,13 @@ def test_ranks_run_the_same_steps(tmp_path: Path) -> None:
             assert sum(by_k[1:]), f"{case.__name__} never drafted"
 
 
-def test_nothing_is_sent_where_there_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_sent_without_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = Ranks(make_model("llama", **FAMILIES["llama"]))
     for name in ("broadcast", "broadcast_object_list", "all_reduce", "new_group"):
         monkeypatch.setattr(dist, name, None)
     assert alone.group is None
     assert alone.is_first
-    assert alone.first(3) == 3
-    assert alone.first_choice(None) is None
-    assert alone.common(None) is None
+    assert alone.broadcast(3) == 3
+    assert alone.broadcast_choice(None) is None
+    assert alone.common_graphs(None) is None
     assert alone.synchronized(bool) is bool
