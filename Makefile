@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | clean. Needs Python 3.11+ and make; everything else goes into .venv.
+# make demo | test | test-all | lint | docs | clean. Needs Python 3.11+ and make; everything else goes into .venv.
 VENV ?= .venv
 PYTHON ?= python3
 # Where the CPU build of torch is; `make demo TORCH_INDEX=` takes the platform's usual build, with CUDA on Linux.
@@ -22,6 +22,10 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The guide as a site, in build/docs; a broken link or a public name without a docstring fails the build.
+docs: $(VENV)/installed-docs
+	$(BIN)/mkdocs build --strict --quiet
+
 $(VENV)/torch: constraints.txt
 	@echo "making $(VENV), with torch first (a few minutes on a slow line)"
 	$(PYTHON) -m venv $(VENV)
@@ -43,7 +47,11 @@ $(VENV)/installed-clients: $(VENV)/installed-dev
 	$(PIP) --no-deps lm_eval
 	@touch $@
 
+$(VENV)/installed-docs: $(VENV)/installed
+	$(PIP) --editable ".[docs]"
+	@touch $@
+
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint docs clean
