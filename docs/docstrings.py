@@ -1,4 +1,7 @@
-"""Griffe extension: the lines `name: meaning` of a docstring become list items of its API page."""
+"""Griffe extension: the lines `name: meaning` of a docstring become list items of its API page.
+
+Markdown joins the lines of a paragraph; so each name starts an item, and what is raised a paragraph of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,31 @@ from typing import Any
 
 import griffe
 
-ITEM = re.compile(r"^(\w+(?:\[i\])?(?:, \w+)*)((?: \([^)]*\))?): (?=\S)", flags=re.MULTILINE)
+ITEM = re.compile(r"^([a-z]\w*(?:\[i\])?(?:, \w+)*)((?: \([^)]*\))?): (?=\S)")
+RAISES = re.compile(r"(?<=[.)]) (?=Raises [A-Z])")
 
 
 class ArgumentLines(griffe.Extension):
-    """Markdown joins the lines of a paragraph, so each name starts a list item of its own."""
+    """Rewrites docstrings as they are loaded."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        if obj.docstring is None:
-            return
-        lines = []
-        for line in obj.docstring.value.splitlines():
-            item = ITEM.match(line)
-            if item is not None:
-                previous = lines[-1] if lines else ""
-                if previous and not previous.startswith(("- ", "  ")):
-                    lines.append("")
-                lines.append(ITEM.sub(r"- **`\1`**\2: ", line))
-            elif line and lines and lines[-1].startswith(("- ", "  ")):
-                lines.append(f"  {line.strip()}")
-            else:
-                lines.append(line)
-        obj.docstring.value = "\n".join(lines)
+        if obj.docstring is not None:
+            obj.docstring.value = "\n\n".join(map(as_list, obj.docstring.value.split("\n\n")))
+
+
+def as_list(paragraph: str) -> str:
+    """A paragraph with `name: meaning` lines as a Markdown list; another one as it is."""
+    items: list[str] = []
+    for line in paragraph.splitlines():
+        if ITEM.match(line):
+            items.append(ITEM.sub(r"- **`\1`**\2: ", line))
+        elif items and items[-1].startswith("- "):
+            items[-1] += f" {line.strip()}"
+        else:
+            items.append(line)
+    if not any(item.startswith("- ") for item in items):
+        return paragraph
+    first = next(index for index, item in enumerate(items) if item.startswith("- "))
+    last, *raises = RAISES.split(items[-1], maxsplit=1)
+    listed = "\n".join([*items[first:-1], last])
+    return "\n\n".join(["\n".join(items[:first]), listed, *raises]).lstrip()
