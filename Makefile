@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
-# One thread a test worker: small models gain nothing from more, and busy cores lose much.
+# One thread per test worker: small models gain nothing from more, and threads on busy cores wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 demo: $(VENV)/installed
@@ -22,9 +22,9 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The guide as a site, in build/docs; a broken link or a public name without a docstring fails the build.
+# The guide as a site, in build/docs; a broken link or a public name that is not found fails the build.
 docs: $(VENV)/installed-docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(VENV)/torch: constraints.txt
 	@echo "making $(VENV), with torch first (a few minutes on a slow line)"
