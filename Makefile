@@ -1,11 +1,11 @@
-# make demo | test | test-all | lint | clean. Needs Python 3.11+ and make; everything else goes into .venv.
+# make demo | test | test-all | lint | docs | clean. Needs Python 3.11+ and make; everything else goes into .venv.
 VENV ?= .venv
 PYTHON ?= python3
 # Where the CPU build of torch is; `make demo TORCH_INDEX=` takes the platform's usual build, with CUDA on Linux.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
-# One thread a test worker: small models gain nothing from more, and busy cores lose much.
+# One thread per test worker: small models gain nothing from more, and threads on busy cores wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 demo: $(VENV)/installed
@@ -21,6 +21,10 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The guide as a site, in build/docs; a broken link or a public name that is not found fails the build.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(VENV)/torch: constraints.txt
 	@echo "making $(VENV), with torch first (a few minutes on a slow line)"
@@ -43,7 +47,11 @@ $(VENV)/installed-clients: $(VENV)/installed-dev
 	$(PIP) --no-deps lm_eval
 	@touch $@
 
+$(VENV)/installed-docs: $(VENV)/installed
+	$(PIP) --editable ".[docs]"
+	@touch $@
+
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint docs clean

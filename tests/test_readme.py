@@ -1,62 +1,85 @@
-"""The README is run: its Python and shell blocks, its table against the file it comes from, its links."""
+"""The pages are run and checked: Python and shell blocks, tables against the files they come from, links."""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from peers.show import best, name_of
 
+from specdec.core import interfaces, lockstep, steps
+from specdec.core.stats import Choice, Stats
 from specdec.generation import routing
+from specdec.runtime import support
+from specdec.runtime.kv_cache import ragged
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / ".github").rglob("*.md")])
+}
+LINKING = [*PAGES, "benchmarks/README.md", "benchmarks/LOG.md", "kernels/README.md"]
+README = PAGES["README.md"]
+NEEDS = 'title="needs '  # what a block needs that a test has not: it is shown on the page, and the block is not run
 
 
-def blocks(language: str, text: str = README) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+def blocks(language: str, text: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+def page_blocks(language: str) -> list[object]:
+    return [
+        pytest.param(block, id=f"{page}-{number}")
+        for page, text in PAGES.items()
+        for number, block in enumerate(blocks(language, text))
+    ]
+
+
+@pytest.mark.parametrize("code", page_blocks("python"))
 def test_python_blocks_run(code: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_is_run_or_says_what_it_needs(page: str) -> None:
+    for info in re.findall(r"^```(\S.*)$", PAGES[page], flags=re.MULTILINE):
+        language, _, rest = info.partition(" ")
+        assert language in ("python", "sh", "console", "text", "mermaid"), f"{page}: ```{info}"
+        assert not rest or (language == "python" and rest.startswith(NEEDS)), f"{page}: ```{info}"
+
+
+def test_the_readme_is_read_in_under_200_lines() -> None:
+    assert len(README.splitlines()) < 200
+
+
 def test_the_table_of_the_stock_loop_is_the_routing_table() -> None:
-    section = README.partition("## What stays with the stock loop")[2].partition("\n## ")[0]
+    section = README.partition("## What goes to the stock loop")[2].partition("\n## ")[0]
     rows = [line.strip("| ") for line in section.splitlines() if line.startswith("| ")]
     assert rows == ["calls", *routing.all_calls()]
 
 
-def test_the_drafter_of_contributing_runs() -> None:
-    (code,) = blocks("python", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
-    code += """
-import specdec
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("specdec/assets/draft")
-prompt = torch.arange(2, 9)[None]
-expected = model.generate(prompt, max_new_tokens=12, do_sample=False)
-assert model.generate(prompt, max_new_tokens=12, do_sample=False).equal(expected)
-specdec.enable(model, Repeat(), num_draft_tokens=3)
-assert model.generate(prompt, max_new_tokens=12, do_sample=False).equal(expected)
-assert specdec.last_stats(model).num_draft_tokens > 0
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
 def shell_lines() -> list[str]:
-    return [line for block in blocks("sh") for line in block.splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for text in PAGES.values()
+        for block in blocks("sh", text)
+        for line in block.splitlines()
+        if line and not line.startswith("#")
+    ]
+    return list(dict.fromkeys(lines))
 
 
 # Commands that make an environment are what .ci/run itself runs; the measuring scripts take minutes.
 INSTALLS = ("git clone", "cd ", "make ", "python -m pip", "pip install")
-LONG = ("python scripts/", "PYTHONPATH=.:kernels python scripts/gpu_suite.py")
+LONG = ("python scripts/", "PYTHONPATH=.:kernels python scripts/")
 
 
 @pytest.mark.parametrize("line", [line for line in shell_lines() if not line.startswith((*INSTALLS, *LONG))])
@@ -65,7 +88,12 @@ def test_shell_lines_run(line: str) -> None:
     subprocess.run(line, shell=True, check=True, cwd=ROOT, env=os.environ | {"PATH": binaries})
 
 
-def test_ci_runs_the_make_commands_of_the_readme() -> None:
+@pytest.mark.parametrize("line", [line for line in shell_lines() if "python scripts/" in line])
+def test_scripts_of_the_pages_exist(line: str) -> None:
+    assert (ROOT / re.search(r"python (scripts/\S+)", line)[1]).exists()  # type: ignore[index]
+
+
+def test_ci_runs_the_make_commands_of_the_pages() -> None:
     made = {line.split()[1] for line in shell_lines() if line.startswith("make ")}
     assert {"demo", "test"} <= made
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
@@ -73,26 +101,99 @@ def test_ci_runs_the_make_commands_of_the_readme() -> None:
         assert f"make {target} " in script
 
 
-def test_the_table_holds_the_figures_of_the_results_files() -> None:
-    row = r"^\| (embedded|200m) \| (\d+) \| ([^|]+?) \| ([\d.,]+) \| ([\d.]+) \| ([\d.]+) \| (\d+/\d+) \|$"
-    rows = re.findall(row, README, flags=re.MULTILINE)
+def test_the_site_has_every_page() -> None:
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8") + (ROOT / "docs" / "hooks.py").read_text(encoding="utf-8")
+    for page in LINKING:
+        if not page.startswith(".github/"):
+            assert re.search(rf"(: |\"){re.escape(page.removeprefix('docs/'))}(\"|$)", site, re.MULTILINE), page
+
+
+ROW = r"^\| (embedded|200m) \| (\d+) \| ([^|]+?) \| ([\d.,]+) \| ([\d.]+) \| ([\d.]+) \| (\d+/\d+) \|$"
+
+
+def greedy_results(pair: str) -> list[dict]:
+    results = json.loads((RESULTS / f"bench_peers-{pair}.json").read_text(encoding="utf-8"))["results"]
+    return [result for result in results if result["sampling"] == "greedy"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+@pytest.mark.parametrize("pair", ["embedded", "200m"])
+def test_the_table_holds_the_figures_of_the_results_files(pair: str, page: str) -> None:
+    rows = re.findall(ROW, PAGES[page], flags=re.MULTILINE)
+    assert rows
+    greedy = {(r["batch"], name_of(r)): r for r in greedy_results(pair)}
+    shown = {(int(batch), engine): figures for name, batch, engine, *figures in rows if name == pair}
+    for key, (rate, ratio, own, same) in shown.items():
+        result = greedy[key]
+        assert rate == f"{result['tokens_per_second']:,.0f}", (pair, key)
+        assert ratio == f"{result['ratio_to_baseline']['median']:.2f}", (pair, key)
+        assert own == f"{result['ratio_to_own_plain']['median']:.2f}", (pair, key)
+        assert same == f"{result['identical_rows']}/{result['rows']}", (pair, key)
+    if page == "README.md":
+        assert len(rows) <= 8
+        return
+    peers = {key for key, result in greedy.items() if result["runtime"] != "specdec"}
+    assert len(peers) == 8
+    assert peers < set(shown), "a peer's row is left out"
+    for batch in (1, 8):  # our position is shown at our best
+        assert best([r for r in greedy_results(pair) if r["batch"] == batch], "specdec") in [
+            greedy[key] for key in shown
+        ]
+
+
+def test_the_readme_shows_the_best_of_the_peers_at_batch_1() -> None:
+    shown = {(name, int(batch), engine) for name, batch, engine, *_ in re.findall(ROW, README, flags=re.MULTILINE)}
+    for runtime in ("transformers", "OpenVINO", "specdec"):
+        result = best([r for r in greedy_results("embedded") if r["batch"] == 1], runtime)
+        assert result is not None
+        assert ("embedded", 1, name_of(result)) in shown
+
+
+def test_the_gains_are_those_of_the_results_files() -> None:
+    section = README.partition("## Where the gain comes from")[2].partition("\n## ")[0]
+    rows = [re.split(r" *\| *", line)[1:-1] for line in section.splitlines() if line.startswith("| ")][1:]
+    for column, pair in ((1, "embedded"), (3, "200m")):
+        results = {name_of(r): r for r in greedy_results(pair) if r["batch"] == 1}
+        first, stock, plain, *speculative = [
+            results[name]
+            for name in (
+                "transformers plain",
+                "specdec 4-bit, stock loop",
+                "specdec plain",
+                "specdec draft model K=auto",
+                "specdec prompt lookup K=3",
+            )
+        ]
+        gains = ["", f"{stock['ratio_to_baseline']['median']:.2f}", f"{1 / stock['ratio_to_own_plain']['median']:.2f}"]
+        gains += [f"{result['ratio_to_own_plain']['median']:.2f}" for result in speculative]
+        rates = [f"{result['tokens_per_second']:,.0f}" for result in (first, stock, plain, *speculative)]
+        assert [row[column] for row in rows] == rates
+        assert [row[column + 1] for row in rows] == gains
+
+
+def test_who_should_use_it_is_what_was_measured() -> None:
+    ratios: dict[int, dict[str, list[float]]] = {1: {}, 8: {}}
     for pair in ("embedded", "200m"):
-        results = json.loads((RESULTS / f"bench_peers-{pair}.json").read_text(encoding="utf-8"))["results"]
-        greedy = {(r["batch"], name_of(r)): r for r in results if r["sampling"] == "greedy"}
-        shown = {(int(batch), engine): figures for name, batch, engine, *figures in rows if name == pair}
-        for key, (rate, ratio, own, same) in shown.items():
-            result = greedy[key]
-            assert rate == f"{result['tokens_per_second']:,.0f}", (pair, key)
-            assert ratio == f"{result['ratio_to_baseline']['median']:.2f}", (pair, key)
-            assert own == f"{result['ratio_to_own_plain']['median']:.2f}", (pair, key)
-            assert same == f"{result['identical_rows']}/{result['rows']}", (pair, key)
-        peers = {key for key, result in greedy.items() if result["runtime"] != "specdec"}
-        assert len(peers) == 8
-        assert peers < set(shown), "a peer's row is left out"
-        for batch in (1, 8):  # where we stand is told at our best
-            assert best([r for r in results if r["sampling"] == "greedy" and r["batch"] == batch], "specdec") in [
-                greedy[key] for key in shown
-            ]
+        for result in greedy_results(pair):
+            if result["runtime"] == "specdec" and result["num_draft_tokens"] is not None:
+                engine = f"{result['engine']} {result['num_draft_tokens']}"
+                ratio = round(result["ratio_to_own_plain"]["median"], 2)
+                ratios[result["batch"]].setdefault(engine, []).append(ratio)
+    drafted = ratios[1]["draft model auto"] + ratios[1]["draft model 3"]
+    assert f"{min(drafted)} to {max(drafted)} times as fast as specdec's own plain decoding" in README
+    assert "{} and {} times".format(*sorted(ratios[1]["prompt lookup 3"])) in README
+    batched = [ratio for engine, found in ratios[8].items() if engine.startswith("draft model") for ratio in found]
+    assert f"drafting does not pay ({min(batched)} to {max(batched)} times" in README
+    assert ratios[8]["draft model auto"] == [0.97, 0.97]
+    assert "decodes plainly, at 0.97" in README
+
+
+def test_the_4_bit_layer_is_that_of_the_results_file() -> None:
+    report = json.loads((RESULTS / "bench_int4.json").read_text(encoding="utf-8"))
+    (layer,) = [r for r in report["results"] if (r["in"], r["out"], r["rows"]) == (4096, 4096, 1)]
+    said = f"takes {layer['ratio_to_bf16']:.1f} times less than a bfloat16 one for a single row"
+    page = " ".join(PAGES["docs/formats.md"].split())
+    assert f"{said} and {layer['bytes_per_weight']:.2f} bytes a weight" in page
 
 
 def test_every_results_file_says_how_to_repeat_it() -> None:
@@ -101,21 +202,52 @@ def test_every_results_file_says_how_to_repeat_it() -> None:
         assert f"(results/{file.name})" in page, file.name
 
 
-@pytest.mark.parametrize(
-    "name", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/LOG.md"]
-)
+@pytest.mark.parametrize("name", LINKING)
 def test_links_lead_somewhere(name: str) -> None:
     page = ROOT / name
-    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if not link.startswith("http"):
             assert (page.parent / link).exists(), link
+
+
+def test_the_glossary_names_attributes_that_exist() -> None:
+    rows = [line.split(" | ") for line in PAGES["docs/glossary.md"].splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 15
+    stats = {field.name for field in fields(Stats)}
+    modules = (interfaces, lockstep, ragged, steps, support)
+    for term, _, attributes in rows:
+        for name in re.findall(r"`([A-Za-z_]\w*(?:\.\w+)?)`", attributes):
+            owner, _, attribute = name.partition(".")
+            classes = {"Choice": Choice} | {cls: vars(module)[cls] for module in modules for cls in vars(module)}
+            found = classes.get(owner)
+            if attribute:
+                assert attribute in {field.name for field in fields(found or Stats)}, f"{term}: {name}"
+            else:
+                assert found is not None or name in stats or name == "None", f"{term}: {name}"
+
+
+def test_messages_of_the_troubleshooting_page_exist() -> None:
+    """Every piece of a quoted message, apart from what stands for a value (…), is text of the code."""
+    texts = []
+    for path in [*(ROOT / "specdec").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        texts += [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+    whole = "\n".join(texts)
+    rows = [line for line in PAGES["docs/troubleshooting.md"].splitlines() if line.startswith(("| `", "| …"))]
+    quoted = [re.match(r"\| `([^`]+)`", line) for line in rows]
+    assert len(quoted) >= 8
+    for match in filter(None, quoted):
+        for piece in match[1].split("…"):
+            assert piece.strip(" :") in whole, match[1]
 
 
 def test_the_identical_texts_are_those_of_the_results_file() -> None:
     report = json.loads((RESULTS / "check_identity.json").read_text(encoding="utf-8"))
     same = report["identical"]
-    expected = f"Of {report['prompts']} held-out prompts the embedded pair continued {same['K=2']} (K=2) and {same['K=5']} (K=5) with"
-    assert f"{expected} {report['max_new_tokens']} ids" in " ".join(README.split())
+    expected = f"Of {report['prompts']} held-out prompts the embedded pair continued {same['K=2']} (K=2) and {same['K=5']} (K=5)"
+    assert f"{expected} with {report['max_new_tokens']} ids" in " ".join(PAGES["docs/concepts.md"].split())
 
 
 def test_the_quality_is_that_of_the_results_file() -> None:
@@ -124,7 +256,7 @@ def test_the_quality_is_that_of_the_results_file() -> None:
     expected = (
         f"is {report['mean_kl']:.4f} nats (mean KL) and {100 * worse:.1f} % of perplexity away from its original on"
     )
-    assert f"{expected} {report['tokens']:,} held-out tokens" in " ".join(README.split())
+    assert f"{expected} {report['tokens']:,} held-out tokens" in " ".join(PAGES["docs/formats.md"].split())
 
 
 def test_the_ladder_of_the_kernels_is_the_files() -> None:
@@ -155,3 +287,9 @@ def test_every_shipped_configuration_was_checked_and_held() -> None:
         for shipped in (*W4A16, *REJECTION, *ATTENTION):
             for arch in ARCHS:
                 assert (shipped.op, shipped.name, arch, triton) in checked
+
+
+def test_the_pinned_linters_are_those_of_the_constraints() -> None:
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert re.findall(r"rev: v([\d.]+)", hooks) == re.findall(r"^ruff==([\d.]+)", constraints, flags=re.MULTILINE)
