@@ -69,9 +69,8 @@ class FusedLinearGroup:
         kernel = self.kernel  # read once: another thread may separate the layers
         if kernel is None:
             return None
-        version = (
-            None if x.is_inference() else x._version
-        )  # inference tensors have none; nothing writes to them between the calls
+        # Inference tensors have no version; nothing writes to them between the calls.
+        version = None if x.is_inference() else x._version
         pending: _PendingProduct | None = getattr(self.pending, "product", None)
         if pending is None or pending.x is not x or pending.version != version or layer not in pending.waiting:
             self.num_misses = self.num_misses + 1 if pending is not None else 0

@@ -13,13 +13,14 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from specdec.quant.batch_invariant import BatchInvariantLinear
 from specdec.quant.config import Int4Config
 from specdec.quant.experts import Int4Experts
 from specdec.quant.int4 import GROUP_SIZES
 from specdec.quant.linear import Int4Linear
 
 # Classes whose forward is x W^T + b.
-LINEAR_CLASSES = ("Linear", "RowLinear", "NonDynamicallyQuantizableLinear", "FalconLinear")
+LINEAR_CLASSES = ("Linear", BatchInvariantLinear.__name__, "NonDynamicallyQuantizableLinear", "FalconLinear")
 
 
 def is_4bit(model: PreTrainedModel) -> bool:
