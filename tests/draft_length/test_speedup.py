@@ -1,4 +1,4 @@
-"""The cost model's arithmetic, and replay() against writing texts anew with another K."""
+"""The arithmetic of speculation, and replay() against texts that are generated again with another K."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from specdec.core.steps import RowStep
 from specdec.core.timing import StepTimes
 from specdec.draft_length.speedup import (
-    acceptance_along,
-    acceptance_lengths,
-    fastest,
-    interpolated,
+    acceptance_by_position,
+    batch_acceptance_lengths,
+    expected_acceptance_lengths,
+    fastest_k,
+    interpolate,
     replay,
     speedup,
-    to_the_end,
 )
 
 TIMES = StepTimes(draft_s=[0.0, 1.0, 2.0], target_s=[4.0, 4.5, 5.0], rest_s=[1.0, 1.0, 1.5])
@@ -74,33 +74,35 @@ def test_speed_is_the_law_of_times_and_acceptance() -> None:
 
 
 def test_expected_lengths_end_at_each_row_s_room() -> None:
-    assert acceptance_lengths(0.5, 9, 3) == [1.0, 1.5, 1.75, 1.875]
-    assert acceptance_lengths(1.0, 1, 3) == [1.0, 2.0, 2.0, 2.0]
-    assert acceptance_lengths(0.9, 0, 2) == [1.0, 1.0, 1.0]
+    assert expected_acceptance_lengths(0.5, 9, 3) == [1.0, 1.5, 1.75, 1.875]
+    assert expected_acceptance_lengths(1.0, 1, 3) == [1.0, 2.0, 2.0, 2.0]
+    assert expected_acceptance_lengths(0.9, 0, 2) == [1.0, 1.0, 1.0]
 
 
 def test_a_batch_ends_with_its_last_row() -> None:
     alone = [1.0, 1.5, 1.75]
-    assert to_the_end([(7, alone)]) == alone
-    assert to_the_end([(100, [1.0, 1.9, 2.7]), (100, alone)]) == alone, "the one that accepts least"
-    assert to_the_end([(100, [1.0, 2.0, 3.0]), (10, [1.0, 1.0, 1.0])]) == [1.0, 2.0, 3.0], (
+    assert batch_acceptance_lengths([(7, alone)]) == alone
+    assert batch_acceptance_lengths([(100, [1.0, 1.9, 2.7]), (100, alone)]) == alone, "the one that accepts least"
+    assert batch_acceptance_lengths([(100, [1.0, 2.0, 3.0]), (10, [1.0, 1.0, 1.0])]) == [1.0, 2.0, 3.0], (
         "the one that has most to write"
     )
-    assert to_the_end([(100, [1.0, 2.0, 4.0]), (50, [1.0, 1.0, 1.0])]) == [1.0, 2.0, 2.0], "which may change with K"
+    assert batch_acceptance_lengths([(100, [1.0, 2.0, 4.0]), (50, [1.0, 1.0, 1.0])]) == [1.0, 2.0, 2.0], (
+        "which may change with K"
+    )
 
 
 def test_the_fastest_k_is_the_one_of_most_tokens_a_second() -> None:
-    lengths = acceptance_lengths(0.8, 9, 3)
+    lengths = expected_acceptance_lengths(0.8, 9, 3)
     for step_s in ([1.0, 1.1, 1.2, 9.0], [1.0, 1.5, 1.6, 1.7], [1.0, 2.0, 3.0, 4.0], [1.0, 1.8, 3.0, 4.0]):
         rates = [length / seconds for length, seconds in zip(lengths, step_s, strict=True)]
-        assert rates[fastest(lengths, step_s, range(len(lengths)))] == max(rates)
-    assert fastest([1.0, 2.0, 2.0], [1.0, 1.0, 1.0], range(3)) == 1
-    assert fastest([1.0, 2.0, 2.0], [1.0, 1.0, 1.0], [0, 2]) == 2
+        assert rates[fastest_k(lengths, step_s, range(len(lengths)))] == max(rates)
+    assert fastest_k([1.0, 2.0, 2.0], [1.0, 1.0, 1.0], range(3)) == 1
+    assert fastest_k([1.0, 2.0, 2.0], [1.0, 1.0, 1.0], [0, 2]) == 2
 
 
 def test_what_lies_between_known_values_lies_on_a_line() -> None:
-    assert interpolated({0: 1.0, 1: 2.0, 3: 6.0, 5: 4.0}) == [1.0, 2.0, 4.0, 6.0, 5.0, 4.0]
-    assert interpolated({8: 9.0, 0: 1.0}) == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
+    assert interpolate({0: 1.0, 1: 2.0, 3: 6.0, 5: 4.0}) == [1.0, 2.0, 4.0, 6.0, 5.0, 4.0]
+    assert interpolate({8: 9.0, 0: 1.0}) == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
 
 
 @given(chances, st.integers(1, 5), st.booleans())
@@ -152,4 +154,4 @@ def test_acceptance_along_a_text() -> None:
         RowStep(0, 0, 0, 1, []),
         RowStep(3, 2, 2, 2, [1.0, 0.5]),  # the stop fell on a draft id
     ]
-    assert acceptance_along(steps) == [0.9, 0.8, 0.7, None, 0.5, 0.25, 0.6, 0.0, 0.0, 0.4, None, None, 1.0, 0.5]
+    assert acceptance_by_position(steps) == [0.9, 0.8, 0.7, None, 0.5, 0.25, 0.6, 0.0, 0.0, 0.4, None, None, 1.0, 0.5]
