@@ -57,10 +57,12 @@ class AdaptiveK:
         """remaining_draft_tokens: for each row, the number of ids that may be drafted before it reaches its limit.
 
         unread_tokens: ids of each row that the drafter has not read. is_new: the cost model's profile was made for this
-        call. candidates: the K to choose from, 0 among them; None for all up to the largest.
+        call. candidates: the K to choose from, including 0; None for all up to the largest.
         """
         self.cost_model = cost_model
-        self.cost_model.step_times.start_run()
+        self.step_times, self.probes = cost_model.step_times, cost_model.probes
+        self.step_times.start_run()
+        self.max_draft_tokens = len(self.step_times.step_s) - 1
         self.limits = tuple(remaining_draft_tokens)
         self.remaining_draft_tokens = list(remaining_draft_tokens)
         self.unread_tokens = unread_tokens
@@ -77,17 +79,12 @@ class AdaptiveK:
         self.steps_by_k = [0] * (self.max_draft_tokens + 1)
         self.predicted_s = self.predicted_plain_s = self.spent_s = self.plain_s = 0.0  # of all steps of the call
 
-    @property
-    def max_draft_tokens(self) -> int:
-        return len(self.cost_model.step_times.step_s) - 1
-
     def acceptance(self, row: int) -> float:
         """The expected acceptance of a row's next draft ids."""
         return self.cost_model.acceptance.of_row(self.row_acceptance[row])
 
     def next(self) -> int:
-        probes = self.cost_model.probes
-        if self.is_idle and not probes.is_probe_due(self.idle_steps):
+        if self.is_idle and not self.probes.is_probe_due(self.idle_steps):
             self.in_flight.append(_IDLE_STEP)
             return 0
         self._flush_idle_steps()
@@ -98,7 +95,7 @@ class AdaptiveK:
         is_probe = k == 0 and not any(step.is_probe for step in self.in_flight) and self._should_probe(lengths_by_row)
         if is_probe:
             k = 1
-        elif k and probes.is_plain_run_due:
+        elif k and self.probes.is_plain_run_due:
             k = 0
         expected_length = sum(lengths[k] for lengths in lengths_by_row) / len(lengths_by_row)
         expected_tokens = 1 + (expected_length - 1) * ratio
@@ -113,7 +110,7 @@ class AdaptiveK:
         if None in steps:
             active_rows = [row for row in active_rows if steps[row] is not None]
         has_ended_rows = len(active_rows) < len(self.active_rows)
-        if planned is _IDLE_STEP and not has_ended_rows and self.cost_model.step_times.is_plain_run_measured:
+        if planned is _IDLE_STEP and not has_ended_rows and self.step_times.is_plain_run_measured:
             self.idle_steps += (
                 1  # the cost model receives many at once, since its updates take time from plain decoding
             )
@@ -143,7 +140,7 @@ class AdaptiveK:
         )
 
     def _observe_draft(self, planned: _PlannedStep, seconds: float, steps: Sequence[RowStep | None]) -> None:
-        cost_model, step_times, k = self.cost_model, self.cost_model.step_times, planned.k
+        acceptance, step_times, k = self.cost_model.acceptance, self.step_times, planned.k
         num_emitted, num_observed, total_acceptance = self._observe_rows(planned, steps)
         tokens = num_emitted / len(self.active_rows)
         plain_s = step_times.plain_s
@@ -154,8 +151,8 @@ class AdaptiveK:
         self.is_idle = False
         if self.ids_to_share > 0:
             self.ids_to_share -= num_observed
-            cost_model.acceptance.observe(total_acceptance, num_observed)
-        cost_model.acceptance.observe_realized(tokens - 1, planned.expected_length - 1)
+            acceptance.observe(total_acceptance, num_observed)
+        acceptance.observe_realized(tokens - 1, planned.expected_length - 1)
         if self.unread_tokens > settings.ADAPTIVE_K.max_unread_tokens:
             step_times.observe_catch_up(seconds - expected_s, self.unread_tokens)
         else:
@@ -163,9 +160,9 @@ class AdaptiveK:
         self.unread_tokens = 0
         if planned.is_probe:
             pays = self._fastest_k_at(total_acceptance / num_observed if num_observed else 0.0) > 0
-            cost_model.probes.observe_probe(seconds, tokens * plain_s, pays)
+            self.probes.observe_probe(seconds, tokens * plain_s, pays)
         else:
-            cost_model.probes.observe_draft()
+            self.probes.observe_draft()
 
     def _observe_rows(self, planned: _PlannedStep, steps: Sequence[RowStep | None]) -> tuple[int, int, float]:
         """Update each active row from a step that drafted.
@@ -190,14 +187,14 @@ class AdaptiveK:
 
     def _observe_plain(self, num_steps: int, seconds: float) -> None:
         """num_steps plain steps took `seconds` together."""
-        step_times = self.cost_model.step_times
+        step_times = self.step_times
         expected_s = num_steps * step_times.plain_s
         self._count(0, expected_s, expected_s, seconds, seconds, num_steps)
         for row in self.active_rows:
             self.remaining_draft_tokens[row] -= num_steps
         self.unread_tokens += num_steps
         step_times.observe(0, seconds / num_steps, num_steps)
-        self.cost_model.probes.observe_plain(num_steps, step_times.is_plain_run_measured)
+        self.probes.observe_plain(num_steps, step_times.is_plain_run_measured)
 
     def _flush_idle_steps(self) -> None:
         if self.idle_steps:
@@ -218,7 +215,7 @@ class AdaptiveK:
         self.predicted_plain_s += predicted_plain_s
         self.spent_s += spent_s
         self.plain_s += plain_s
-        self.cost_model.probes.spent_s += spent_s
+        self.probes.spent_s += spent_s
 
     def _expected_lengths(self, row: int, acceptance: float) -> list[float]:
         """The expected acceptance length of a row's next step, by K."""
@@ -233,8 +230,7 @@ class AdaptiveK:
 
         0 where drafting does not pay, the ids that the drafter has to read first included.
         """
-        step_times = self.cost_model.step_times
-        step_s = step_times.step_s
+        step_times, step_s = self.step_times, self.step_times.step_s
         remaining = [max(self.remaining_draft_tokens[row], 0) + 1 for row in self.active_rows]
         lengths = batch_acceptance_lengths(list(zip(remaining, lengths_by_row, strict=True)))
         k = fastest_k(lengths, step_s, self.candidates)
@@ -246,7 +242,7 @@ class AdaptiveK:
 
     def _should_probe(self, lengths_by_row: Sequence[Sequence[float]]) -> bool:
         """Whether a probe is due, within its budget, and worth it if every draft id were accepted; else postpone it."""
-        probes, step_times = self.cost_model.probes, self.cost_model.step_times
+        probes, step_times = self.probes, self.step_times
         if not probes.is_probe_due():
             return False
         tokens = sum(lengths[1] for lengths in lengths_by_row) / len(lengths_by_row)

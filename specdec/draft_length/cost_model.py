@@ -159,10 +159,10 @@ class AcceptanceEstimator:
         too high is corrected. Each text counts as shared_weight independent draft ids. Over the first 8 calls the mean
         alone gave 0.86 to 0.96 of the best constant K, with one standard error more 0.92 to 1.00 (benchmarks/LOG.md).
         """
-        mean = self.mean.value
-        num_texts = max(self.mean.weight / settings.ADAPTIVE_K.shared_ids_per_row, 1.0)
+        constants, mean = settings.ADAPTIVE_K, self.mean.value
+        num_texts = max(self.mean.weight / constants.shared_ids_per_row, 1.0)
         variance = max(mean * (1 - mean), 0.0)
-        return min(mean + math.sqrt(variance / (settings.ADAPTIVE_K.shared_weight * num_texts)), 1.0)
+        return min(mean + math.sqrt(variance / (constants.shared_weight * num_texts)), 1.0)
 
     def of_row(self, observed: DecayingMean) -> float:
         """Expected acceptance of a row: its own values, with the optimistic acceptance as the prior."""

@@ -1,4 +1,4 @@
-"""AdaptiveK and ConstantK: which K they choose with simulated step times and acceptance, and that texts stay the same."""
+"""AdaptiveK and ConstantK: the K that they choose in simulated calls, and that texts of real calls stay the same."""
 
 from __future__ import annotations
 
@@ -326,7 +326,7 @@ def test_the_expected_length_of_the_longest_text(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_margin_is_over_steps_and_catching_up_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps are expected to be 1.55 times as fast as plain decoding; reading the prompt takes most of what they save."""
+    """Steps are expected to be 1.55 times as fast as plain ones; reading the prompt takes most of what they save."""
     step_s = [1.0, 1.2, *[100.0] * (MAX_DRAFT_TOKENS - 1)]
 
     def drafts(catch_up_s: float) -> bool:

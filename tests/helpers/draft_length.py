@@ -54,7 +54,7 @@ class Simulation:
         prompt: int = 0,
         limit: int | None = None,
     ) -> Choice:
-        """One call that generates `tokens` ids a row, with a prompt of `prompt` ids and a limit that is `tokens` by default.
+        """One call that generates `tokens` ids a row after `prompt` ids; limit: of generated ids, `tokens` by default.
 
         acceptance: for each row, the probability that a draft id is accepted, from the number of ids generated so far.
         """
