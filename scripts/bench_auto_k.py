@@ -1,12 +1,13 @@
-"""What a K that chooses itself costs where drafting does not pay, and how near it comes to the best constant K.
+"""What num_draft_tokens="auto" costs where drafting does not pay, and how near it comes to the best constant K.
 
     python scripts/bench_auto_k.py --output benchmarks/results/bench_auto_k.json
 
-The embedded pair, compiled, greedy. A comparison is a pair of calls for the same prompts, one right behind the other, in an order
-drawn anew, so what the machine does meets both. Its ratio is the median of the rounds' ratios, with a 95 % interval from rounds
-drawn anew; that of the sums stands beside it, where rare dear calls weigh in full, those of other tenants too. Plain is the same
-loop with no drafter; compared with itself it shows what noise comes to. The best constant K, 0 among them, comes from a sweep
-before. Profiles are made before the rounds; they stand in the file as what a cold start costs. One JSON line comes last.
+The embedded pair, compiled, greedy. A comparison is a pair of calls with the same prompts, one right after the other in
+random order, so that both run under the same load of the machine. Its ratio is the median of the ratios of all rounds,
+with a 95 % bootstrap interval over the rounds. The ratio of the sums gives rare slow calls their full weight, including
+those that other processes slow down. "plain" is the same loop without a drafter; compared with itself it shows the
+noise. The best constant K, 0 included, comes from a sweep before. Profiles are made before the rounds and recorded as
+the cost of a cold start. The last line of stdout is the report as JSON.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import copy
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,17 @@ from rich.table import Table
 import specdec
 from specdec import Draft
 from specdec.core.stats import Stats
+from specdec.draft_length.settings import MAX_DRAFT_TOKENS
 from specdec.drafters.resolve import resolve_drafter
 from specdec.runtime.loading import load, load_tokenizer
 from specdec.utils import embedded
 from specdec.utils.provenance import provenance
 
-DRAWS = 4000
-LARGEST_K = 8
+BOOTSTRAP_SAMPLES = 4000
 
 
-class Proposes:
-    """Draft ids from anywhere but a model: ids(shape) of what is asked for."""
+class SyntheticDrafter:
+    """A drafter without a model: ids(shape [B, K]) gives its draft ids."""
 
     def __init__(self, ids: Callable[[tuple[int, int]], torch.Tensor]) -> None:
         self.ids = ids
@@ -48,8 +49,105 @@ class Proposes:
     def propose(self, sequences: Any, limit: torch.Tensor) -> Draft:
         return Draft(self.ids((len(limit), int(limit.max()))).to(limit.device), None, limit)
 
-    def observe(self, outcome: Any) -> None:
+    def observe(self, result: Any) -> None:
         pass
+
+
+class Bench:
+    """The embedded pair with its engines: by name, a drafter and its num_draft_tokens.
+
+    constant: plain decoding and each K with the draft model. auto: "auto" with each drafter.
+    """
+
+    def __init__(self, device: str, max_new_tokens: int) -> None:
+        self.device, self.max_new_tokens = device, max_new_tokens
+        self.tokenizer = load_tokenizer(str(embedded.TARGET))
+        self.target, draft = (load(str(folder), "float32", device) for folder in (embedded.TARGET, embedded.DRAFT))
+        self.prompts = [prompt["prompt"] for prompt in embedded.prompts()]
+        vocab_size, pad_token_id = self.target.config.vocab_size, self.tokenizer.pad_token_id
+        generator = torch.Generator().manual_seed(0)
+        drafters = {
+            "always wrong": SyntheticDrafter(lambda shape: torch.full(shape, pad_token_id)),
+            "random": SyntheticDrafter(lambda shape: torch.randint(vocab_size, shape, generator=generator)),
+            "slow (the target itself)": resolve_drafter(copy.deepcopy(self.target), self.target),
+            "draft": resolve_drafter(draft, self.target),
+        }
+        self.constant: dict[str, tuple[Any, int | str]] = {"plain": ("none", 1)}
+        self.constant |= {f"K={k}, draft": (drafters["draft"], k) for k in range(1, MAX_DRAFT_TOKENS + 1)}
+        self.auto = {f"auto, {name}": (drafter, "auto") for name, drafter in drafters.items()}
+
+    def run(self, engine: str, round_number: int, batch: int) -> tuple[float, Stats]:
+        """One call with the prompts of a round: -> its seconds and statistics."""
+        texts = [self.prompts[(round_number * batch + row) * 7 % len(self.prompts)] for row in range(batch)]
+        inputs = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=128)
+        inputs = inputs.to(self.device)
+        drafter, num_draft_tokens = (self.constant | self.auto)[engine]
+        specdec.enable(self.target, drafter, num_draft_tokens=num_draft_tokens, compile=True)
+        started = time.perf_counter()
+        self.target.generate(
+            **inputs,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=[],
+        )
+        if self.target.device.type == "cuda":
+            torch.cuda.synchronize(self.target.device)
+        seconds, stats = time.perf_counter() - started, specdec.last_stats(self.target)
+        assert stats is not None
+        return seconds, stats
+
+    def profile_seconds(self, batch: int) -> dict[str, float]:
+        """Run each engine once: -> seconds of the profiles that were made, by engine."""
+        choices = {engine: self.run(engine, 0, batch)[1].choice for engine in self.constant | self.auto}
+        return {engine: choice.profile_s or 0.0 for engine, choice in choices.items() if choice is not None}
+
+    def sweep(self, batch: int, rounds: int, console: Console) -> dict[str, float]:
+        """Tokens a second of plain decoding and of each constant K."""
+        seconds = dict.fromkeys(self.constant, 0.0)
+        for number in progress(rounds, f"batch {batch}, constant K", console):
+            for engine in random.Random(number).sample(list(self.constant), len(self.constant)):
+                seconds[engine] += self.run(engine, number, batch)[0]
+        return {engine: rounds * batch * self.max_new_tokens / spent for engine, spent in seconds.items()}
+
+    def compare(
+        self, pairs: list[tuple[str, str]], batch: int, rounds: int, profile_s: dict[str, float], console: Console
+    ) -> list[dict[str, Any]]:
+        """Compare pairs of a baseline and an engine, in interleaved rounds."""
+        seconds: list[tuple[list[float], list[float]]] = [([], []) for _ in pairs]
+        last: dict[str, Stats] = {}
+        steps_by_k = {engine: np.zeros(MAX_DRAFT_TOKENS + 1, dtype=int) for engine in self.auto}
+        for number in progress(rounds, f"batch {batch}, comparisons", console):
+            coins = random.Random(number)
+            for pair in coins.sample(range(len(pairs)), len(pairs)):
+                for side in coins.sample((0, 1), 2):
+                    engine = pairs[pair][side]
+                    spent, last[engine] = self.run(engine, number, batch)
+                    seconds[pair][side].append(spent)
+                    choice = last[engine].choice
+                    if choice is not None:
+                        steps_by_k[engine] += np.array(choice.steps_by_k)
+        comparisons = []
+        tokens = batch * self.max_new_tokens * rounds
+        for (baseline, engine), (baseline_s, engine_s) in zip(pairs, seconds, strict=True):
+            comparison = {
+                "batch": batch,
+                "engine": engine,
+                "baseline": baseline,
+                "tokens": tokens,
+                "tokens_per_second": round(tokens / sum(engine_s), 1),
+                **ratio(baseline_s, engine_s),
+                "seconds": [round(value, 4) for value in engine_s],
+                "baseline_seconds": [round(value, 4) for value in baseline_s],
+            }
+            if engine in self.auto:
+                comparison |= {
+                    "steps_by_k": steps_by_k[engine].tolist(),
+                    "profile_s": round(profile_s[engine], 3),
+                    "last_choice": str(last[engine].choice),
+                }
+            comparisons.append(comparison)
+        return comparisons
 
 
 def main() -> None:
@@ -59,96 +157,22 @@ def main() -> None:
     parser.add_argument("--sweep-rounds", type=int, default=24, help="of constant K, before them (24)")
     parser.add_argument("--max-new-tokens", type=int, default=192)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, help="write the JSON there too")
+    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     args = parser.parse_args()
     origin = provenance(args.device)
     console = Console(stderr=True)
-    tokenizer = load_tokenizer(str(embedded.TARGET))
-    folders = embedded.TARGET, embedded.DRAFT
-    target, draft = (load(str(folder), "float32", args.device) for folder in folders)
-    generator = torch.Generator().manual_seed(0)
-    drafters = {
-        "always wrong": Proposes(lambda shape: torch.full(shape, tokenizer.pad_token_id)),
-        "random": Proposes(lambda shape: torch.randint(target.config.vocab_size, shape, generator=generator)),
-        "slow (the target itself)": resolve_drafter(copy.deepcopy(target), target),
-        "draft": resolve_drafter(draft, target),
-    }
-    auto: dict[str, tuple[Any, int | str]] = {f"auto, {name}": (drafter, "auto") for name, drafter in drafters.items()}
-    constant = {"plain": ("none", 1)} | {f"K={k}, draft": (drafters["draft"], k) for k in range(1, LARGEST_K + 1)}
-    engines = constant | auto
-    prompts = [prompt["prompt"] for prompt in embedded.prompts()]
-
-    def inputs_of(number: int, batch: int) -> Any:
-        texts = [prompts[(number * batch + row) * 7 % len(prompts)] for row in range(batch)]
-        return tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=128).to(args.device)
-
-    def write(name: str, inputs: Any) -> tuple[float, Stats]:
-        drafter, k = engines[name]
-        specdec.enable(target, drafter, num_draft_tokens=k, compile=True)
-        started = time.perf_counter()
-        target.generate(
-            **inputs,
-            max_new_tokens=args.max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=[],
-        )
-        if target.device.type == "cuda":
-            torch.cuda.synchronize(target.device)
-        seconds, stats = time.perf_counter() - started, specdec.last_stats(target)
-        assert stats is not None
-        return seconds, stats
+    bench = Bench(args.device, args.max_new_tokens)
 
     sweeps, comparisons = [], []
     for batch in args.batch:
-        cold_s = {}
-        for name in engines:
-            _, stats = write(name, inputs_of(0, batch))
-            cold_s[name] = stats.choice.profile_s if stats.choice else None
-
-        swept: dict[str, list[float]] = {name: [] for name in constant}
-        for number in track(range(1, args.sweep_rounds + 1), description=f"batch {batch}, constant K", console=console):
-            for name in random.Random(number).sample(list(constant), len(constant)):
-                swept[name].append(write(name, inputs_of(number, batch))[0])
-        best = min(constant, key=lambda name: sum(swept[name]))
-        tokens = batch * args.max_new_tokens
+        profile_s = bench.profile_seconds(batch)
+        rates = bench.sweep(batch, args.sweep_rounds, console)
         sweeps += [
-            {"batch": batch, "engine": name, "tokens_per_second": round(tokens * len(seconds) / sum(seconds), 1)}
-            for name, seconds in swept.items()
+            {"batch": batch, "engine": engine, "tokens_per_second": round(rate, 1)} for engine, rate in rates.items()
         ]
-
-        pairs = list(dict.fromkeys([("plain", "plain"), *(("plain", name) for name in auto), (best, "auto, draft")]))
-        seconds: list[tuple[list[float], list[float]]] = [([], []) for _ in pairs]
-        last: dict[str, Stats] = {}
-        steps = {name: np.zeros(LARGEST_K + 1, dtype=int) for name in auto}
-        for number in track(range(1, args.rounds + 1), description=f"batch {batch}, comparisons", console=console):
-            coins = random.Random(number)
-            for at in coins.sample(range(len(pairs)), len(pairs)):
-                for side in coins.sample((0, 1), 2):
-                    name = pairs[at][side]
-                    spent, last[name] = write(name, inputs_of(number, batch))
-                    seconds[at][side].append(spent)
-                    choice = last[name].choice
-                    if choice is not None:
-                        steps[name] += np.array(choice.steps_by_k)
-        for (baseline, name), (baseline_s, own_s) in zip(pairs, seconds, strict=True):
-            comparison = {
-                "batch": batch,
-                "engine": name,
-                "baseline": baseline,
-                "tokens": tokens * args.rounds,
-                "tokens_per_second": round(tokens * args.rounds / sum(own_s), 1),
-                **ratio(baseline_s, own_s),
-                "seconds": [round(value, 4) for value in own_s],
-                "baseline_seconds": [round(value, 4) for value in baseline_s],
-            }
-            if name in auto:
-                comparison |= {
-                    "steps_by_k": steps[name].tolist(),
-                    "profile_s": round(cold_s[name] or 0, 3),
-                    "last_choice": str(last[name].choice),
-                }
-            comparisons.append(comparison)
+        best = max(rates, key=rates.__getitem__)
+        pairs = [("plain", "plain"), *(("plain", engine) for engine in bench.auto), (best, "auto, draft")]
+        comparisons += bench.compare(list(dict.fromkeys(pairs)), batch, args.rounds, profile_s, console)
     report = {
         "script": "bench_auto_k",
         "provenance": origin,
@@ -165,10 +189,15 @@ def main() -> None:
     print(json.dumps(report))
 
 
-def ratio(baseline: list[float], own: list[float]) -> dict[str, Any]:
-    """Speed against the baseline, as the median of rounds and of their sums, each with the interval of rounds drawn anew."""
-    pairs = np.array([baseline, own])
-    drawn = pairs[:, np.random.default_rng(0).integers(len(own), size=(DRAWS, len(own)))]
+def progress(rounds: int, description: str, console: Console) -> Iterator[int]:
+    """The numbers 1 … rounds, with a progress bar."""
+    yield from track(range(1, rounds + 1), description=description, console=console)
+
+
+def ratio(baseline_s: list[float], engine_s: list[float]) -> dict[str, Any]:
+    """Speed relative to the baseline: the median of the rounds and the ratio of the sums, with their intervals."""
+    pairs = np.array([baseline_s, engine_s])
+    drawn = pairs[:, np.random.default_rng(0).integers(len(engine_s), size=(BOOTSTRAP_SAMPLES, len(engine_s)))]
     medians, sums = np.median(drawn[0] / drawn[1], axis=1), drawn[0].sum(1) / drawn[1].sum(1)
 
     def interval(values: Any) -> list[float]:
@@ -177,7 +206,7 @@ def ratio(baseline: list[float], own: list[float]) -> dict[str, Any]:
     return {
         "ratio": round(float(np.median(pairs[0] / pairs[1])), 4),
         "interval": interval(medians),
-        "ratio_of_sums": round(sum(baseline) / sum(own), 4),
+        "ratio_of_sums": round(sum(baseline_s) / sum(engine_s), 4),
         "interval_of_sums": interval(sums),
     }
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from specdec.draft_length.adaptive import MAX_DRAFT_TOKENS
+from specdec.draft_length.settings import MAX_DRAFT_TOKENS
 from specdec.planning import footprint as planning
 from specdec.planning.footprint import GIB, Footprint, Plan, plan, usable_bytes
 

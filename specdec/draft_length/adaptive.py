@@ -1,385 +1,254 @@
-"""How many ids each step drafts: always the same number, or the one that is expected to give the most tokens a second.
+"""AdaptiveK: each step drafts the number of ids that is expected to give the most tokens a second.
 
-    tokens a second at K = acceptance length(K) / (T_draft(K) + T_target(K + 1) + rest)
+    tokens a second at K = acceptance length(K) / (T_draft(K) + T_target(K + 1) + T_rest)
 
-of the row that ends last, since a batch is done when it is. Auto takes the times from a profile (profiling.py) and follows the
-steps that run; acceptance it tracks for each row, leaning on what all rows showed. K = 0 is plain decoding. There the drafter
-shows nothing, so it is probed, at growing intervals and for no more than a share of the time spent; between probes a step is
-counted, no more. K depends on the past alone, so sampled text keeps its distribution.
+of the row that ends last, since a batch is done when it is. Step times and acceptance come from the pair's cost model
+(cost_model.py), acceptance also from each row of the call. K = 0 is plain decoding: the drafter then shows no
+acceptance, so it is probed from time to time (probes.py). K depends on earlier steps alone, so sampled text keeps its
+distribution.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple
 
 from specdec.core.stats import Choice
 from specdec.core.steps import RowStep
-from specdec.core.timing import StepTimes
-from specdec.draft_length.speedup import acceptance_lengths, fastest, to_the_end
-
-MAX_DRAFT_TOKENS = 8  # K; beyond it a step gains little where acceptance is not near 1
-
-PRIOR, PRIOR_WEIGHT = 0.7, 4.0  # acceptance of a drafter that was never seen, as so many observations of it
-ROW_WEIGHT = 12.0  # what all rows showed, as so many observations of each one: texts differ
-SHOWN = 64  # first draft ids of a row that speak for all rows; more, and texts that are drafted to their end outvote the others
-KEPT_WEIGHT = 128.0  # accepted ids expected, until what came of them counts
-KEEP_ROW, KEEP_ALL = (
-    0.97,
-    0.99,
-)  # of what was counted: of a row after each draft id, of all rows and calls after each step
-KEEP_TEXTS = 0.98  # of how long texts were, after each
-KEEP_IN_PROBE = 0.7  # of a row's counts: a probe comes after a pause, and should tell
-MARGIN = 1.04  # times are noisy: drafting must promise more than this over plain decoding, what it has to read included
-FOLLOW, FOLLOW_BY_ID, FOLLOW_ALL = 0.3, 0.75, 0.3  # how far a step moves its K against the others, these with it, all K
-SPIKE = 0.25  # a step that differs from its estimate by more moves it by as much as this
-SHORT_GAP = 2  # ids that a drafter has not read: more are timed as such
-FIRST_PLAIN, LAST_PLAIN = (
-    16,
-    512,
-)  # steps that draft, until some do not: the plain step's time stays known. At first, at most
-PLAIN_RUN, DRAFT_RUN = (
-    8,
-    3,
-)  # steps of a kind in a row, until they tell: the first ones find other weights in the caches
-BUDGET = 0.01  # of the time spent, that probes may lose
-FIRST_PROBE, LAST_PROBE = 8, 256  # plain steps between probes: at first, and where intervals stop growing
+from specdec.draft_length import settings
+from specdec.draft_length.cost_model import DecayingMean, PairCostModel
+from specdec.draft_length.speedup import batch_acceptance_lengths, expected_acceptance_lengths, fastest_k
 
 
-@dataclass(frozen=True, slots=True)
-class ConstantK:
-    """The same K in every step."""
+class _PlannedStep(NamedTuple):
+    """A step in flight.
 
-    max_draft_tokens: int
-
-    def next(self) -> int:
-        return self.max_draft_tokens
-
-    def observe(self, steps: Sequence[RowStep | None]) -> None:
-        pass
-
-    def end(self) -> None:
-        pass
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """What steps of a pair cost before a call has run, and how its first drafts fared.
-
-    times: by K = 0 … the largest that Auto may ask for. catch_up_s: the drafter reads one id of each row that it has not seen.
-    chances: acceptance at the positions that were drafted meanwhile. seconds: what the profile took.
+    expected_tokens: ids that a row emits on average, corrected by the realized ratio. expected_length: the same without
+    the correction. planned_at: perf_counter() of the decision.
     """
 
-    times: StepTimes
-    catch_up_s: float
-    chances: list[float]
-    seconds: float
-
-
-class _Mean:
-    """A mean of weighted values that forgets."""
-
-    def __init__(self, value: float, weight: float) -> None:
-        self.sum, self.weight = value * weight, weight
-
-    def add(self, total: float, weight: float, keep: float) -> None:
-        self.sum = keep * self.sum + total
-        self.weight = keep * self.weight + weight
-
-    @property
-    def value(self) -> float:
-        return self.sum / self.weight
-
-
-class PairCostModel:
-    """What is known of a drafter with batches of one size, from its profile and all calls since."""
-
-    def __init__(self, profile: Profile) -> None:
-        self.profile = profile
-        plain_s = profile.times.step_s[0]
-        self.step_s = [max(seconds, plain_s) for seconds in profile.times.step_s]  # by K, as they compare to each other
-        self.slow = 1.0  # how much longer they take now
-        self.run_drafts, self.run = False, 0  # whether the last steps drafted, and how many there were
-        self.last: int | None = None  # K of the last step that told
-        self.catch_up_s = _Mean(profile.catch_up_s, 128.0)
-        self.acceptance = _Mean(PRIOR, PRIOR_WEIGHT)
-        self.acceptance.add(sum(profile.chances), len(profile.chances), 1.0)
-        self.kept = _Mean(
-            1.0, KEPT_WEIGHT
-        )  # accepted ids over expected ones: acceptance comes in stretches, so not all come
-        self.texts = _Mean(0.0, 0.0)  # ids written, over texts that ended by themselves
-        self.since_plain = 0  # steps that drafted
-        self.plain_every = FIRST_PLAIN  # of them, until plain ones come
-        self.since_probe = 0  # plain steps, since the last probe or since one was put off
-        self.interval = FIRST_PROBE
-        self.spent_s = self.lost_s = 0.0  # by all steps; by probes, against the plain steps that they stood in for
-
-    @property
-    def plain_s(self) -> float:
-        """Of a step without a draft, now."""
-        return self.step_s[0] * self.slow
-
-    @property
-    def optimistic_acceptance(self) -> float:
-        """The acceptance to begin a text with: what texts showed, and one standard error more.
-
-        For a text that is not drafted shows nothing, so too low an estimate would stay, and too high a one does not. Texts differ
-        from each other as if each were ROW_WEIGHT draft ids.
-        """
-        mean, texts = self.acceptance.value, max(self.acceptance.weight / SHOWN, 1.0)
-        return min(mean + math.sqrt(max(mean * (1 - mean), 0.0) / (ROW_WEIGHT * texts)), 1.0)
-
-    def expected_length(self, rows: int) -> float:
-        """Ids that the longest of so many texts will have, however long they may be.
-
-        Each id is as likely to be the last as any other. So the mean is what was written over what ended by itself, texts that
-        came to their limit included in the first alone, and the longest of n is 1 + 1/2 + … + 1/n times as long.
-        """
-        if not self.texts.weight:
-            return math.inf
-        return self.texts.value * sum(1 / row for row in range(1, rows + 1))
-
-    def start(self) -> None:
-        """A call begins: its first steps find the caches full of other things."""
-        self.run, self.last = 0, None
-
-    def follow(self, k: int, seconds: float, steps: int = 1) -> None:
-        """Steps of this K took so long each.
-
-        A machine's mood meets all K alike, so it changes nothing but `slow`. How the K compare is learned where one follows
-        another: between drafting and plain steps the surprise is laid to those that draft, to this K and by the id, for the most
-        part, to the others; between two that draft it is shared, so that plain ones stay where they are to all of them.
-        """
-        if self.run_drafts != (k > 0):
-            self.run_drafts, self.run = k > 0, 0
-        self.run += steps
-        if self.run < (DRAFT_RUN if k else PLAIN_RUN):
-            return
-        off = min(max(seconds / (self.step_s[k] * self.slow) - 1, -SPIKE), SPIKE)
-        self.slow *= 1 + FOLLOW_ALL * off
-        last, self.last = self.last, k
-        if last is None or last == k:
-            return
-        if last and k:
-            dearer = 1 + FOLLOW / 2 * off
-            self.step_s[k] = max(self.step_s[k] * dearer, self.step_s[0])
-            self.step_s[last] = max(self.step_s[last] / dearer, self.step_s[0])
-            return
-        drafted = last or k
-        moved_s = FOLLOW * (off if k else -off) * self.step_s[drafted]
-        for at in range(1, len(self.step_s)):
-            share = 1.0 if at == drafted else FOLLOW_BY_ID * at / drafted
-            self.step_s[at] = max(self.step_s[at] + share * moved_s, self.step_s[0])
-
-
-class _Asked(NamedTuple):
-    """A step that was asked for: its K, the tokens a row that it and its first ids promised, when it was."""
-
     k: int
-    length: float
-    expected: float
+    expected_tokens: float
+    expected_length: float
     is_probe: bool
-    at: float
+    planned_at: float
 
 
-_AT_REST = _Asked(0, 1.0, 1.0, False, 0.0)
+_IDLE_STEP = _PlannedStep(0, 1.0, 1.0, False, 0.0)
 
 
 class AdaptiveK:
     """The K that is expected to be fastest, for one call.
 
-    rooms, unread: for each row, how many ids may be drafted before it ends, and how many the drafter has not seen yet.
-    is_new: the experience is this call's profile. among: the K there are, None: all.
+    While drafting does not pay, the policy is idle: K is 0 and is not computed again until a probe is due or a row
+    ends.
     """
 
     def __init__(
         self,
-        experience: PairCostModel,
-        rooms: Sequence[int],
-        unread: int,
+        cost_model: PairCostModel,
+        remaining_draft_tokens: Sequence[int],
+        unread_tokens: int,
         is_new: bool = False,
-        among: Sequence[int] | None = None,
+        candidates: Sequence[int] | None = None,
     ) -> None:
-        self.known = experience
-        self.known.start()
-        self.rooms = list(rooms)
-        self.all_rooms = tuple(rooms)
-        self.unread = unread
-        self.is_new = is_new
-        self.among = range(self.max_draft_tokens + 1) if among is None else among
-        self.live = list(range(len(self.rooms)))
-        self.rows = [_Mean(0.0, 0.0) for _ in self.rooms]
-        self.shown = SHOWN * len(self.rooms)  # draft ids that still speak for other calls
-        self.steps_by_k = [0] * (self.max_draft_tokens + 1)
-        self.asked: deque[_Asked] = deque()  # steps under way
-        self.heard = 0.0  # when, of the last one
-        self.is_drafting = False  # by the last decision
-        self.is_resting = False  # drafting did not pay, and nothing has been seen since that would change it
-        self.rested, self.rested_s = 0, 0.0  # plain steps at rest that are not yet accounted for
-        self.predicted_s = self.predicted_plain_s = self.spent_s = self.plain_s = 0.0
+        """remaining_draft_tokens: for each row, the number of ids that may be drafted before it reaches its limit.
 
-    @property
-    def max_draft_tokens(self) -> int:
-        return len(self.known.step_s) - 1
+        unread_tokens: ids of each row that the drafter has not read. is_new: the cost model's profile was made for this
+        call. candidates: the K to choose from, including 0; None for all up to the largest.
+        """
+        self.cost_model = cost_model
+        self.step_times, self.probes = cost_model.step_times, cost_model.probes
+        self.step_times.start_run()
+        self.max_draft_tokens = len(self.step_times.step_s) - 1
+        self.limits = tuple(remaining_draft_tokens)
+        self.remaining_draft_tokens = list(remaining_draft_tokens)
+        self.unread_tokens = unread_tokens
+        self.is_new = is_new
+        self.candidates = range(self.max_draft_tokens + 1) if candidates is None else candidates
+        self.active_rows = list(range(len(self.limits)))
+        self.row_acceptance = [DecayingMean(0.0, 0.0) for _ in self.limits]
+        self.ids_to_share = settings.ADAPTIVE_K.shared_ids_per_row * len(self.limits)  # of the call, for the cost model
+        self.in_flight: deque[_PlannedStep] = deque()
+        self.last_observed_at = 0.0  # perf_counter() when the latest step was observed
+        self.is_drafting = False  # as last computed
+        self.is_idle = False
+        self.idle_steps, self.idle_s = 0, 0.0  # plain steps that the cost model has not received yet
+        self.steps_by_k = [0] * (self.max_draft_tokens + 1)
+        self.predicted_s = self.predicted_plain_s = self.spent_s = self.plain_s = 0.0  # of all steps of the call
 
     def acceptance(self, row: int) -> float:
-        """What the row showed, leaning on what may be hoped for of any."""
-        seen = self.rows[row]
-        return (ROW_WEIGHT * self.known.optimistic_acceptance + seen.sum) / (ROW_WEIGHT + seen.weight)
+        """The expected acceptance of a row's next draft ids."""
+        return self.cost_model.acceptance.of_row(self.row_acceptance[row])
 
     def next(self) -> int:
-        known = self.known
-        if self.is_resting and known.since_probe + self.rested < known.interval:
-            self.asked.append(_AT_REST)
+        if self.is_idle and not self.probes.is_probe_due(self.idle_steps):
+            self.in_flight.append(_IDLE_STEP)
             return 0
-        self._account_for_rest()
-        rows = [acceptance_lengths(self.acceptance(row), self.rooms[row], self.max_draft_tokens) for row in self.live]
-        kept = min(max(known.kept.value, 1 - SPIKE), 1 + SPIKE)
-        k = self._fastest([[1 + (length - 1) * kept for length in lengths] for lengths in rows])
-        self.is_drafting, self.is_resting = k > 0, k == 0
-        is_probe = k == 0 and not any(asked.is_probe for asked in self.asked) and self._may_probe(rows)
+        self._flush_idle_steps()
+        lengths_by_row = [self._expected_lengths(row, self.acceptance(row)) for row in self.active_rows]
+        ratio = self.cost_model.acceptance.realized_ratio
+        k = self._fastest_k([[1 + (length - 1) * ratio for length in lengths] for lengths in lengths_by_row])
+        self.is_drafting, self.is_idle = k > 0, k == 0
+        is_probe = k == 0 and not any(step.is_probe for step in self.in_flight) and self._should_probe(lengths_by_row)
         if is_probe:
             k = 1
-        elif k and known.since_plain >= known.plain_every:
+        elif k and self.probes.is_plain_run_due:
             k = 0
-        expected = sum(lengths[k] for lengths in rows) / len(rows)
-        self.asked.append(_Asked(k, 1 + (expected - 1) * kept, expected, is_probe, perf_counter()))
+        expected_length = sum(lengths[k] for lengths in lengths_by_row) / len(lengths_by_row)
+        expected_tokens = 1 + (expected_length - 1) * ratio
+        self.in_flight.append(_PlannedStep(k, expected_tokens, expected_length, is_probe, perf_counter()))
         return k
 
     def observe(self, steps: Sequence[RowStep | None]) -> None:
-        asked, now = self.asked.popleft(), perf_counter()
-        seconds = now - max(asked.at, self.heard)  # it began when the one before had ended
-        self.heard = now
-        known, k = self.known, asked.k
-        live = self.live if None not in steps else [row for row in self.live if steps[row] is not None]
-        if asked is _AT_REST and len(live) == len(self.live) and not known.run_drafts and known.run >= PLAIN_RUN:
-            self.rested += 1  # nothing comes of one more, and what it takes here is taken from plain decoding
-            self.rested_s += seconds
+        planned, now = self.in_flight.popleft(), perf_counter()
+        seconds = now - max(planned.planned_at, self.last_observed_at)  # a step begins when the one before has ended
+        self.last_observed_at = now
+        active_rows = self.active_rows
+        if None in steps:
+            active_rows = [row for row in active_rows if steps[row] is not None]
+        has_ended_rows = len(active_rows) < len(self.active_rows)
+        if planned is _IDLE_STEP and not has_ended_rows and self.step_times.is_plain_run_measured:
+            self.idle_steps += (
+                1  # the cost model receives many at once, since its updates take time from plain decoding
+            )
+            self.idle_s += seconds
             return
-        self._account_for_rest()
-        if len(live) < len(self.live):
-            self._see_ends([row for row in self.live if steps[row] is None])
-            self.live, self.is_resting = live, False
-        if k == 0:
-            self._account_for_plain(1, seconds)
-            return
+        self._flush_idle_steps()
+        if has_ended_rows:
+            self._observe_texts([row for row in self.active_rows if steps[row] is None])
+            self.active_rows, self.is_idle = active_rows, False
+        if planned.k:
+            self._observe_draft(planned, seconds, steps)
+        else:
+            self._observe_plain(1, seconds)
 
-        emitted = tried = 0
-        accepted = 0.0
-        for row in self.live:
-            step = steps[row]
-            assert step is not None
-            self.rooms[row] -= step.emitted
-            emitted += step.emitted
-            chances = [chance for chance in step.chances() if chance is not None]
-            total = sum(chances)
-            self.rows[row].add(total, len(chances), KEEP_IN_PROBE if asked.is_probe else KEEP_ROW ** len(chances))
-            tried += len(chances)
-            accepted += total
-        plain_s = known.plain_s
-        tokens = emitted / len(self.live)
-        expected_s = known.step_s[k] * known.slow
-        self._account(
-            k, expected_s + self.unread * known.catch_up_s.value, asked.length * plain_s, seconds, tokens * plain_s
+    def end(self) -> Choice:
+        self._flush_idle_steps()
+        self._observe_texts(self.active_rows)
+        acceptance = [self.acceptance(row) for row in self.active_rows]
+        profile = self.cost_model.profile
+        return Choice(
+            steps_by_k=list(self.steps_by_k),
+            times=profile.times,
+            acceptance=sum(acceptance) / len(acceptance),
+            predicted_speedup=self.predicted_plain_s / self.predicted_s if self.predicted_s else None,
+            measured_speedup=self.plain_s / self.spent_s if self.spent_s else None,
+            profile_s=profile.duration_s if self.is_new else None,
         )
 
-        self.is_resting = False
-        if self.shown > 0:
-            self.shown -= tried
-            known.acceptance.add(accepted, tried, KEEP_ALL)
-        known.kept.add(tokens - 1, asked.expected - 1, KEEP_ALL)
-        if self.unread > SHORT_GAP:
-            known.catch_up_s.add(max(seconds - expected_s, 0.0), self.unread, 0.9)
-            known.start()
-        else:
-            known.follow(k, seconds - self.unread * known.catch_up_s.value)
-        self.unread = 0
-        known.since_probe = 0
-        if asked.is_probe:
-            known.lost_s = max(known.lost_s + seconds - tokens * plain_s, 0.0)
-            shown = accepted / tried if tried else 0.0
-            known.interval = 1 if self._fastest(self._lengths_at(shown)) else min(2 * known.interval, LAST_PROBE)
-        else:
-            known.since_plain += 1
-            known.interval = FIRST_PROBE
+    def _observe_draft(self, planned: _PlannedStep, seconds: float, steps: Sequence[RowStep | None]) -> None:
+        acceptance, step_times, k = self.cost_model.acceptance, self.step_times, planned.k
+        num_emitted, num_observed, total_acceptance = self._observe_rows(planned, steps)
+        tokens = num_emitted / len(self.active_rows)
+        plain_s = step_times.plain_s
+        expected_s = step_times.step_s[k] * step_times.slowdown
+        catch_up_s = self.unread_tokens * step_times.catch_up_s.value
+        self._count(k, expected_s + catch_up_s, planned.expected_tokens * plain_s, seconds, tokens * plain_s)
 
-    def _account(
-        self, k: int, predicted_s: float, predicted_plain_s: float, spent_s: float, plain_s: float, steps: int = 1
+        self.is_idle = False
+        if self.ids_to_share > 0:
+            self.ids_to_share -= num_observed
+            acceptance.observe(total_acceptance, num_observed)
+        acceptance.observe_realized(tokens - 1, planned.expected_length - 1)
+        if self.unread_tokens > settings.ADAPTIVE_K.max_unread_tokens:
+            step_times.observe_catch_up(seconds - expected_s, self.unread_tokens)
+        else:
+            step_times.observe(k, seconds - catch_up_s)
+        self.unread_tokens = 0
+        if planned.is_probe:
+            pays = self._fastest_k_at(total_acceptance / num_observed if num_observed else 0.0) > 0
+            self.probes.observe_probe(seconds, tokens * plain_s, pays)
+        else:
+            self.probes.observe_draft()
+
+    def _observe_rows(self, planned: _PlannedStep, steps: Sequence[RowStep | None]) -> tuple[int, int, float]:
+        """Update each active row from a step that drafted.
+
+        -> over all rows, the number of emitted ids, of draft ids whose acceptance was observed, and the sum of it.
+        """
+        constants = settings.ADAPTIVE_K
+        num_emitted = num_observed = 0
+        total_acceptance = 0.0
+        for row in self.active_rows:
+            step = steps[row]
+            assert step is not None
+            self.remaining_draft_tokens[row] -= step.emitted
+            num_emitted += step.emitted
+            acceptance = [chance for chance in step.chances() if chance is not None]
+            total = sum(acceptance)
+            decay = constants.probe_decay if planned.is_probe else constants.row_decay ** len(acceptance)
+            self.row_acceptance[row].add(total, len(acceptance), decay)
+            num_observed += len(acceptance)
+            total_acceptance += total
+        return num_emitted, num_observed, total_acceptance
+
+    def _observe_plain(self, num_steps: int, seconds: float) -> None:
+        """num_steps plain steps took `seconds` together."""
+        step_times = self.step_times
+        expected_s = num_steps * step_times.plain_s
+        self._count(0, expected_s, expected_s, seconds, seconds, num_steps)
+        for row in self.active_rows:
+            self.remaining_draft_tokens[row] -= num_steps
+        self.unread_tokens += num_steps
+        step_times.observe(0, seconds / num_steps, num_steps)
+        self.probes.observe_plain(num_steps, step_times.is_plain_run_measured)
+
+    def _flush_idle_steps(self) -> None:
+        if self.idle_steps:
+            self._observe_plain(self.idle_steps, self.idle_s)
+            self.idle_steps, self.idle_s = 0, 0.0
+
+    def _observe_texts(self, ended_rows: Sequence[int]) -> None:
+        for row in ended_rows:
+            remaining = self.remaining_draft_tokens[row]
+            self.cost_model.observe_text(self.limits[row] - remaining, at_limit=remaining < 0)
+
+    def _count(
+        self, k: int, predicted_s: float, predicted_plain_s: float, spent_s: float, plain_s: float, num_steps: int = 1
     ) -> None:
-        """predicted: for the tokens that were promised; spent, and plain ones' seconds: for those that were written."""
-        self.steps_by_k[k] += steps
+        """Add to the call's totals. predicted: for the tokens that were expected; the others: for those emitted."""
+        self.steps_by_k[k] += num_steps
         self.predicted_s += predicted_s
         self.predicted_plain_s += predicted_plain_s
         self.spent_s += spent_s
         self.plain_s += plain_s
-        self.known.spent_s += spent_s
+        self.probes.spent_s += spent_s
 
-    def _account_for_plain(self, steps: int, seconds: float) -> None:
-        known = self.known
-        plain_s = steps * known.plain_s
-        self._account(0, plain_s, plain_s, seconds, seconds, steps)
-        for row in self.live:
-            self.rooms[row] -= steps
-        self.unread += steps
-        known.since_probe += steps
-        known.follow(0, seconds / steps, steps)
-        if known.run >= PLAIN_RUN and known.since_plain:
-            known.since_plain, known.plain_every = 0, min(2 * known.plain_every, LAST_PLAIN)
+    def _expected_lengths(self, row: int, acceptance: float) -> list[float]:
+        """The expected acceptance length of a row's next step, by K."""
+        return expected_acceptance_lengths(acceptance, self.remaining_draft_tokens[row], self.max_draft_tokens)
 
-    def _account_for_rest(self) -> None:
-        if self.rested:
-            self._account_for_plain(self.rested, self.rested_s)
-            self.rested, self.rested_s = 0, 0.0
+    def _fastest_k_at(self, acceptance: float) -> int:
+        """The K that is fastest where all rows have this acceptance."""
+        return self._fastest_k([self._expected_lengths(row, acceptance) for row in self.active_rows])
 
-    def _see_ends(self, rows: Sequence[int]) -> None:
-        for row in rows:
-            self.known.texts.add(self.all_rooms[row] - self.rooms[row], self.rooms[row] >= 0, KEEP_TEXTS)
+    def _fastest_k(self, lengths_by_row: Sequence[Sequence[float]]) -> int:
+        """The K that ends the call soonest, for these acceptance lengths by K of each active row.
 
-    def end(self) -> Choice:
-        """The call has ended: what was decided, for the statistics."""
-        self._account_for_rest()
-        self._see_ends(self.live)
-        rows = [self.acceptance(row) for row in self.live]
-        return Choice(
-            steps_by_k=list(self.steps_by_k),
-            times=self.known.profile.times,
-            acceptance=sum(rows) / len(rows),
-            predicted_speedup=self.predicted_plain_s / self.predicted_s if self.predicted_s else None,
-            measured_speedup=self.plain_s / self.spent_s if self.spent_s else None,
-            profile_s=self.known.profile.seconds if self.is_new else None,
-        )
-
-    def _lengths_at(self, acceptance: float) -> list[list[float]]:
-        return [acceptance_lengths(acceptance, self.rooms[row], self.max_draft_tokens) for row in self.live]
-
-    def _fastest(self, rows: Sequence[Sequence[float]]) -> int:
-        """The K that ends the call soonest, for these acceptance lengths of the rows at work.
-
-        0 where it does not clearly pay, the ids that the drafter lacks included.
+        0 where drafting does not pay, the ids that the drafter has to read first included.
         """
-        known = self.known
-        left = [max(self.rooms[row], 0) + 1 for row in self.live]
-        lengths = to_the_end(list(zip(left, rows, strict=True)))
-        k = fastest(lengths, known.step_s, self.among)
-        tokens = min(max(left), known.expected_length(len(left)))
-        reading_s = self.unread * known.catch_up_s.value / known.slow
-        drafting_s = tokens * known.step_s[k] / lengths[k] + reading_s
-        margin = 1.0 if self.is_drafting else MARGIN
-        return k if tokens * known.step_s[0] >= margin * drafting_s else 0
+        step_times, step_s = self.step_times, self.step_times.step_s
+        remaining = [max(self.remaining_draft_tokens[row], 0) + 1 for row in self.active_rows]
+        lengths = batch_acceptance_lengths(list(zip(remaining, lengths_by_row, strict=True)))
+        k = fastest_k(lengths, step_s, self.candidates)
+        tokens = min(max(remaining), self.cost_model.expected_length(len(remaining)))
+        catch_up_s = self.unread_tokens * step_times.catch_up_s.value / step_times.slowdown
+        draft_s = tokens * step_s[k] / lengths[k] + catch_up_s
+        margin = 1.0 if self.is_drafting else settings.ADAPTIVE_K.start_margin
+        return k if tokens * step_s[0] >= margin * draft_s else 0
 
-    def _may_probe(self, rows: Sequence[Sequence[float]]) -> bool:
-        """Whether it is time for a probe, and there is a budget for it; else it is put off."""
-        known = self.known
-        if known.since_probe < known.interval:
+    def _should_probe(self, lengths_by_row: Sequence[Sequence[float]]) -> bool:
+        """Whether a probe is due, within its budget, and worth it if every draft id were accepted; else postpone it."""
+        probes, step_times = self.probes, self.step_times
+        if not probes.is_probe_due():
             return False
-        known.since_probe = 0
-        tokens = sum(lengths[1] for lengths in rows) / len(rows)
-        loss_s = (known.step_s[1] - tokens * known.step_s[0]) * known.slow + self.unread * known.catch_up_s.value
-        if known.lost_s + loss_s <= BUDGET * known.spent_s and self._fastest(self._lengths_at(1.0)):
+        tokens = sum(lengths[1] for lengths in lengths_by_row) / len(lengths_by_row)
+        steps_s = (step_times.step_s[1] - tokens * step_times.step_s[0]) * step_times.slowdown
+        if probes.affords(steps_s + self.unread_tokens * step_times.catch_up_s.value) and self._fastest_k_at(1.0):
+            probes.begin_probe()
             return True
-        known.interval = min(2 * known.interval, LAST_PROBE)
+        probes.postpone_probe()
         return False

@@ -1,4 +1,4 @@
-"""What a step of this target and this drafter costs with this batch, by K, before the first call that wants to know."""
+"""Measures the seconds of a step of a target and a drafter by K, for the batch of a call that has not begun."""
 
 from __future__ import annotations
 
@@ -13,110 +13,182 @@ from specdec.core.sampling import Sampling
 from specdec.core.sequences import Sequences
 from specdec.core.speculative import step
 from specdec.core.timing import StepTimer, StepTimes, StepTiming
-from specdec.draft_length.adaptive import DRAFT_RUN, PLAIN_RUN, Profile
-from specdec.draft_length.speedup import interpolated
+from specdec.draft_length import settings
+from specdec.draft_length.cost_model import Profile
+from specdec.draft_length.speedup import interpolate
 from specdec.runtime.cuda_graphs import Graphs
 
-DRAFTED = (1, 2, 3, 5, 8)  # forwards of the target at widths 2, 3, 4, 6, 9; the plain step's is 1
-COLUMNS = 128  # of the prompts
-ROUNDS = 3
-SECONDS = 1.5  # of all, about, where no model compiles
-PASSES = DRAFT_RUN * ROUNDS + 4  # steps of each K at most, to warm up and to be timed
-ROOM = PASSES * (sum(DRAFTED) + len(DRAFTED)) + PLAIN_RUN * ROUNDS + 6  # ids that all steps emit at most
 
-
-def drafted_ids(most: int) -> list[int]:
-    """K of the steps that are timed, but for the plain one."""
-    return sorted({*(k for k in DRAFTED if k < most), most})
+def profiled_draft_lengths(max_draft_tokens: int) -> list[int]:
+    """K of the steps that a profile times, besides plain ones."""
+    return sorted({*(k for k in settings.ADAPTIVE_K.profile_grid if k < max_draft_tokens), max_draft_tokens})
 
 
 def profile(
     target: Target,
     drafter: Drafter,
-    asked: Sequences,
+    sequences: Sequences,
     sampling: Sampling,
-    most: int,
+    max_draft_tokens: int,
     graphs: Graphs | None = None,
     agree: Callable[[bool], bool] = bool,
     was_alone: Callable[[], bool] = lambda: True,
 ) -> Profile:
-    """Time steps with 0 … most drafted ids, behind the last columns of the prompts of `asked`, a call that has not begun.
+    """Time steps with K = 0 … max_draft_tokens on the last columns of a call's prompts, before the call begins.
 
-    What is written is thrown away, and both models must begin again. Of the call's processors those take part that
-    depend on the scores alone. agree: takes a decision that depends on this process' clock, and returns the one that all
-    ranks of a tensor-parallel model follow. was_alone: whether no other thread may have drawn random numbers since the
-    profile began; then seeds are as they were.
+    `sequences` stays as it is, the generated ids are dropped, and target and drafter must begin() again. Of the call's
+    processors only those run that depend on the scores alone.
+
+    graphs: records the steps, as the call does. agree: takes a decision that depends on this process' clock, and
+    returns the one that all ranks of a tensor-parallel model follow. was_alone: whether no other thread can have drawn
+    random numbers since the profile began; torch's generators are then restored.
     """
     started = time.perf_counter()
-    device, context = asked.device, asked.context
-    columns = min(COLUMNS, asked.prompt.shape[1])
-    max_length = columns + ROOM
-    if context is not None:
-        columns = min(columns, max(context // 2, 1))
-        max_length = max(min(max_length, context), columns + 1)
-    prompt, lengths = asked.prompt[:, -columns:], asked.lengths.clamp(max=columns)
-    sequences = Sequences(prompt, lengths, max_length=max_length, context=context, num_draft_tokens=most)
-    if graphs is not None:
-        sequences.pin_buffers(graphs.static_buffer)
-    sampling = Sampling([p for p in sampling.processors if not p.needs_prefix], do_sample=sampling.do_sample)
-    first_runs = 1 if graphs is None else 3  # they warm up, and may compile, or record
-    chances: list[float] = []
-    timed: dict[int, list[StepTiming]] = {}
+    steps = _TimedSteps(target, drafter, sequences, sampling, max_draft_tokens, graphs)
+    with _restored_generators(sequences.device, was_alone):
+        steps.begin()
+        num_warm_up = 1 if graphs is None else 3  # with graphs a part runs eagerly, is recorded, is replayed
+        draft_lengths = _warm_up(steps, max_draft_tokens, num_warm_up, agree)
+        _run_rounds(steps, draft_lengths, max_draft_tokens, agree)
+        first_draft_s, num_unread = steps.run_first_draft()
+    times = _step_times(steps.timings)
+    catch_up_s = max(first_draft_s - times.draft_s[1], 0.0) / num_unread
+    return Profile(times, catch_up_s, steps.acceptance, time.perf_counter() - started)
 
-    def run(k: int, is_timed: bool = True) -> StepTiming:
-        clock = StepTimer(device)
-        outcome = step(target, drafter, sequences, sampling, k, run_eager if graphs is None else graphs.run, clock.mark)
-        sequences.retire(outcome)
-        for row in outcome.steps:
-            chances.extend(chance for chance in (row.chances() if row and k else ()) if chance is not None)
-        clock.mark("other")
-        (timing,) = clock.timing().steps
-        if is_timed:
-            timed.setdefault(k, []).append(timing)
+
+class _TimedSteps:
+    """Steps of a target and a drafter on the last columns of a call's prompts.
+
+    timings: by K, of the steps that were timed. acceptance: sum(min(p, q)) at all positions that were drafted.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        call_sequences: Sequences,
+        sampling: Sampling,
+        max_draft_tokens: int,
+        graphs: Graphs | None,
+    ) -> None:
+        self.target, self.drafter = target, drafter
+        self.sequences = _last_columns(call_sequences, max_draft_tokens)
+        if graphs is not None:
+            self.sequences.pin_buffers(graphs.static_buffer)
+        pointwise = [processor for processor in sampling.processors if not processor.needs_prefix]
+        self.sampling = Sampling(pointwise, do_sample=sampling.do_sample)
+        self.run_part = run_eager if graphs is None else graphs.run
+        self.timings: dict[int, list[StepTiming]] = {}
+        self.acceptance: list[float] = []
+
+    def begin(self) -> None:
+        self.target.begin(self.sequences.batch_size, self.sequences.length_limit)
+        self.drafter.begin(self.sequences, self.sampling)
+        self.target.prefill(self.sequences.ids, self.sequences.lengths - 1)
+
+    def run(self, k: int, count: int = 1, is_timed: bool = True) -> None:
+        """Run `count` steps of this K."""
+        for _ in range(count):
+            timing = self._run_step(k)
+            if is_timed:
+                self.timings.setdefault(k, []).append(timing)
+
+    def run_first_draft(self) -> tuple[float, int]:
+        """Begin the drafter again and draft one id: -> seconds of the draft, number of ids that the drafter read."""
+        self.drafter.begin(self.sequences, self.sampling)
+        num_unread = self.sequences.longest
+        return self._run_step(1).draft_s, num_unread
+
+    def can_draft(self, num_ids: int) -> bool:
+        """Whether each row can still draft this many ids."""
+        return bool((self.sequences.limit(num_ids) == num_ids).all())
+
+    def _run_step(self, k: int) -> StepTiming:
+        timer = StepTimer(self.sequences.device)
+        result = step(self.target, self.drafter, self.sequences, self.sampling, k, self.run_part, timer.mark)
+        self.sequences.retire(result)
+        for row in result.steps:
+            self.acceptance += [chance for chance in (row.chances() if row and k else ()) if chance is not None]
+        timer.mark("other")
+        (timing,) = timer.timing().steps
         return timing
 
-    with _restored_seeds(device, was_alone):
-        target.begin(len(prompt), sequences.length_limit)
-        drafter.begin(sequences, sampling)
-        target.prefill(sequences.ids, sequences.lengths - 1)
-        drafted = drafted_ids(most)
-        for k in (0, most):
-            for _ in range(first_runs):
-                run(k, is_timed=False)
-            run(k)
-        slowest_s = _seconds(timed[most][0])
-        if agree(2 * slowest_s * len(drafted) < SECONDS):
-            for k in first_runs * drafted[:-1]:
-                run(k, is_timed=False)
-        else:
-            drafted = [most]
-        box = time.perf_counter() + SECONDS / 3  # first runs, and reading the prompts, take most of the rest
-        for _ in range(ROUNDS):
-            for k in (*drafted, 0):
-                if agree(time.perf_counter() < box) and _has_room(sequences, DRAFT_RUN * (most + 1) + PLAIN_RUN):
-                    for _ in range(DRAFT_RUN if k else PLAIN_RUN):  # as calls make them; the first find the caches cold
-                        run(k)
-        drafter.begin(sequences, sampling)
-        unread = sequences.longest
-        reading_s = run(1, is_timed=False).draft_s
 
-    def least(part: str) -> list[float]:
-        """What else a machine does only adds."""
-        return interpolated({k: min(getattr(timing, part) for timing in timings) for k, timings in timed.items()})
-
-    verification_s, other_s = least("verification_s"), least("other_s")
-    times = StepTimes(
-        draft_s=[0.0, *least("draft_s")[1:]],
-        target_s=least("target_s"),
-        rest_s=[a + b for a, b in zip(verification_s, other_s, strict=True)],
+def _last_columns(sequences: Sequences, max_draft_tokens: int) -> Sequences:
+    """New sequences of the prompts' last columns; where the context allows it, all steps of a profile fit in."""
+    columns = min(settings.ADAPTIVE_K.profile_columns, sequences.prompt.shape[1])
+    max_length = columns + _max_emitted_tokens()
+    if sequences.context is not None:
+        columns = min(columns, max(sequences.context // 2, 1))
+        max_length = max(min(max_length, sequences.context), columns + 1)
+    return Sequences(
+        sequences.prompt[:, -columns:],
+        sequences.lengths.clamp(max=columns),
+        max_length=max_length,
+        context=sequences.context,
+        num_draft_tokens=max_draft_tokens,
     )
-    catch_up_s = max(reading_s - times.draft_s[1], 0.0) / unread
-    return Profile(times, catch_up_s, chances, time.perf_counter() - started)
+
+
+def _max_emitted_tokens() -> int:
+    """The largest number of ids that all steps of a profile emit for a row."""
+    constants = settings.ADAPTIVE_K
+    steps_per_k = constants.draft_run_steps * constants.profile_rounds + 4  # up to 3 to warm up, and 1 timed
+    tokens_per_turn = sum(constants.profile_grid) + len(constants.profile_grid)
+    return steps_per_k * tokens_per_turn + constants.plain_run_steps * constants.profile_rounds + 6  # 4 plain, 1 draft
+
+
+def _warm_up(steps: _TimedSteps, max_draft_tokens: int, num_steps: int, agree: Callable[[bool], bool]) -> list[int]:
+    """Run the first steps of each K, which may compile or record: -> the K to time, fewer where steps are slow."""
+    draft_lengths = profiled_draft_lengths(max_draft_tokens)
+    for k in (0, max_draft_tokens):
+        steps.run(k, num_steps, is_timed=False)
+        steps.run(k)
+    slowest_s = _total_s(steps.timings[max_draft_tokens][0])
+    if not agree(2 * slowest_s * len(draft_lengths) < settings.ADAPTIVE_K.profile_s):
+        return [max_draft_tokens]
+    for k in num_steps * draft_lengths[:-1]:
+        steps.run(k, is_timed=False)
+    return draft_lengths
+
+
+def _run_rounds(
+    steps: _TimedSteps, draft_lengths: list[int], max_draft_tokens: int, agree: Callable[[bool], bool]
+) -> None:
+    """Time steps of each K in runs, as calls make them, in interleaved rounds while time and length suffice."""
+    constants = settings.ADAPTIVE_K
+    deadline = time.perf_counter() + constants.profile_s / 3  # warming up and reading the prompts take most of the rest
+    max_run_tokens = constants.draft_run_steps * (max_draft_tokens + 1) + constants.plain_run_steps
+    for _ in range(constants.profile_rounds):
+        for k in (*draft_lengths, 0):
+            if agree(time.perf_counter() < deadline) and steps.can_draft(max_run_tokens):
+                steps.run(k, constants.draft_run_steps if k else constants.plain_run_steps)
+
+
+def _step_times(timings: dict[int, list[StepTiming]]) -> StepTimes:
+    """The least seconds of each part by K, interpolated between the K that were timed.
+
+    The least, since other work on the machine only adds: by the median a plain step was 1.3 times too slow beside busy
+    neighbours, and K=7 was chosen at 0.80 of plain (benchmarks/LOG.md).
+    """
+
+    def least_s(part: str) -> list[float]:
+        return interpolate({k: min(getattr(step, part) for step in steps) for k, steps in timings.items()})
+
+    return StepTimes(
+        draft_s=[0.0, *least_s("draft_s")[1:]],
+        target_s=least_s("target_s"),
+        rest_s=[a + b for a, b in zip(least_s("verification_s"), least_s("other_s"), strict=True)],
+    )
+
+
+def _total_s(timing: StepTiming) -> float:
+    return timing.draft_s + timing.target_s + timing.verification_s + timing.other_s
 
 
 @contextmanager
-def _restored_seeds(device: torch.device, was_alone: Callable[[], bool]) -> Iterator[None]:
-    """Set torch's generators back behind the block, unless another thread drew from them: it would draw the same again."""
+def _restored_generators(device: torch.device, was_alone: Callable[[], bool]) -> Iterator[None]:
+    """Restore torch's generators after the block, unless another thread drew from them and would repeat its numbers."""
     on_gpu = device.type == "cuda"
     state, gpu_state = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None
     try:
@@ -126,12 +198,3 @@ def _restored_seeds(device: torch.device, was_alone: Callable[[], bool]) -> Iter
             torch.set_rng_state(state)
             if gpu_state is not None:
                 torch.cuda.set_rng_state(gpu_state, device)
-
-
-def _seconds(timing: StepTiming) -> float:
-    return timing.draft_s + timing.target_s + timing.verification_s + timing.other_s
-
-
-def _has_room(sequences: Sequences, most: int) -> bool:
-    """Whether each row can draft as many ids as are asked for."""
-    return bool((sequences.limit(most) == most).all())

@@ -1,9 +1,9 @@
-"""What speculation comes to: tokens a step and speed, from acceptance and the times of a step's parts. Arithmetic only.
+"""Arithmetic of speculation: speedup from acceptance and step times, and the replay of a text with another K.
 
-    time per token / plain = (T_draft(K) + T_target(K + 1) + rest) / (mean acceptance length * plain step)
+    time per token / plain = (T_draft(K) + T_target(K + 1) + T_rest) / (mean acceptance length * plain step)
 
-of steps that draft, as SpecMQuant (2025) puts it; steps that do not draft cost a plain step a token. A draft pays while what it
-adds to the acceptance length is more than what it adds to the step.
+for steps that draft, as SpecMQuant (2025) has it; a step that does not draft costs one plain step and emits one token.
+A longer draft pays while it adds relatively more to the acceptance length than to the step.
 """
 
 from __future__ import annotations
@@ -23,74 +23,81 @@ def speedup(
     step_s: Sequence[float],
     prompt_s: float = 0.0,
 ) -> Any:
-    """Over plain decoding, of texts or of arrays of them: tokens written in steps that draft and in steps that do not.
+    """Speed relative to plain decoding.
 
-    step_s: seconds of a step, by K. prompt_s: seconds that reading the prompt adds to each generated token, draft or no draft.
+    tokens, spec_steps, plain_steps: of a text, or arrays of many: generated tokens, steps that draft, steps that do
+    not. step_s: seconds of a step, by K. prompt_s: seconds that reading the prompt adds to each generated token, with
+    and without drafts.
     """
     return (prompt_s + step_s[0]) / (
         prompt_s + (spec_steps * step_s[num_draft_tokens] + plain_steps * step_s[0]) / tokens
     )
 
 
-def acceptance_lengths(acceptance: float, room: int, most: int) -> list[float]:
-    """The acceptance length to expect of a row at each K = 0 … most: 1 + a + a^2 + …, with room for so many drafted ids."""
-    lengths = [1.0] * (most + 1)
-    reached = 1.0
-    for k in range(1, most + 1):
-        if k <= room:
-            reached *= acceptance
-            lengths[k] = lengths[k - 1] + reached
+def expected_acceptance_lengths(acceptance: float, remaining_draft_tokens: int, max_draft_tokens: int) -> list[float]:
+    """The expected acceptance length of a row's step, for each K = 0 … max_draft_tokens: 1 + a + a^2 + … + a^K.
+
+    remaining_draft_tokens: the number of ids that the row may still draft; a larger K adds nothing.
+    """
+    lengths = [1.0] * (max_draft_tokens + 1)
+    probability = 1.0  # that the first k draft ids are all accepted
+    for k in range(1, max_draft_tokens + 1):
+        if k <= remaining_draft_tokens:
+            probability *= acceptance
+            lengths[k] = lengths[k - 1] + probability
         else:
             lengths[k] = lengths[k - 1]
     return lengths
 
 
-def to_the_end(rows: Sequence[tuple[int, Sequence[float]]]) -> list[float]:
-    """Tokens a step, by K, that bring a batch to its end: those of the row that ends last, however many the others write.
+def batch_acceptance_lengths(rows: Sequence[tuple[int, Sequence[float]]]) -> list[float]:
+    """The acceptance length of a batch, by K: the tokens of its longest row over the steps of the row that ends last.
 
-    rows: of each the tokens that it has to write, and its acceptance lengths by K.
+    rows: for each row, the number of tokens that it still generates and its acceptance lengths by K.
     """
-    longest = max(left for left, _ in rows)
-    return [longest / max(left / lengths[k] for left, lengths in rows) for k in range(len(rows[0][1]))]
+    longest = max(remaining for remaining, _ in rows)
+    return [longest / max(remaining / lengths[k] for remaining, lengths in rows) for k in range(len(rows[0][1]))]
 
 
-def fastest(lengths: Sequence[float], step_s: Sequence[float], among: Sequence[int]) -> int:
-    """The K among some that gives the most tokens a second; the first of equals."""
-    return max(among, key=lambda k: lengths[k] / step_s[k])
+def fastest_k(lengths: Sequence[float], step_s: Sequence[float], candidates: Sequence[int]) -> int:
+    """The candidate K with the most tokens a second, from acceptance lengths and seconds by K; the first of equals."""
+    return max(candidates, key=lambda k: lengths[k] / step_s[k])
 
 
-def interpolated(known: dict[int, float]) -> list[float]:
-    """Values at 0 … the largest key, straight lines between the known ones, 0 being one of them."""
-    keys = sorted(known)
-    values = [known[0]]
-    for left, right in pairwise(keys):
-        slope = (known[right] - known[left]) / (right - left)
-        values += [known[left] + slope * step for step in range(1, right - left + 1)]
-    return values
+def interpolate(values: dict[int, float]) -> list[float]:
+    """Values at 0 … the largest key, linear between neighbouring keys; 0 is one of the keys."""
+    result = [values[0]]
+    for left, right in pairwise(sorted(values)):
+        slope = (values[right] - values[left]) / (right - left)
+        result += [values[left] + slope * offset for offset in range(1, right - left + 1)]
+    return result
 
 
-def acceptance_along(steps: Sequence[RowStep]) -> list[float | None]:
-    """The chance that a draft id would be accepted at each generated position of a text, from the steps that wrote it."""
+def acceptance_by_position(steps: Sequence[RowStep]) -> list[float | None]:
+    """The probability that a draft id is accepted, at each generated position of a text; see RowStep.chances()."""
     return [chance for step in steps for chance in step.chances()]
 
 
 def replay(
-    steps: Sequence[RowStep], num_draft_tokens: int, at_bonus: float, *, stopped: bool = False
+    steps: Sequence[RowStep], num_draft_tokens: int, bonus_acceptance: float, *, stopped: bool = False
 ) -> tuple[float, float]:
-    """Write a text again with another K: -> the expected numbers of steps that draft and of steps that do not.
+    """Generate a text again with another K: -> the expected numbers of steps that draft and of steps that do not.
 
-    steps: those that wrote the text. Acceptance at each position is as acceptance_along() gives it; at_bonus stands in where it
-    is None. stopped: the text ended by itself, maybe on a draft id; one that came to its limit ends on an id of the target's own.
-    The text's law is the target's whatever K is, so only the steps' borders move: from each step that may start at a position,
-    weight passes on to where it may end. Averages by position would mislead: steps of another K start elsewhere, after other
-    failures. A step does not draft where the limit leaves no draft id, nor where the drafter had nothing to offer.
+    steps: those that generated the text. Acceptance at each position is that of acceptance_by_position(),
+    bonus_acceptance where that is None. stopped: the text ended before its limit, so its last id may be a draft id; at
+    the limit it is the target's own.
+
+    The distribution of the text does not depend on K, so only the boundaries of the steps move: the weight of the steps
+    that start at a position is passed on to the positions where they may end. Averages by position would be biased,
+    since steps of another K start at other positions, after other rejections. A step does not draft where the limit
+    leaves no draft id or where the drafter proposed none.
     """
-    chances = [at_bonus if chance is None else chance for chance in acceptance_along(steps)]
+    acceptance = [bonus_acceptance if chance is None else chance for chance in acceptance_by_position(steps)]
     positions = accumulate((step.emitted for step in steps), initial=0)
     without_draft = {
         position for position, step in zip(positions, steps, strict=False) if step.requested and not step.drafted
     }
-    length = len(chances)
+    length = len(acceptance)
     starts = [0.0] * (length + 1)  # expected number of steps that start at a position
     starts[0] = 1.0
     spec_steps = plain_steps = 0.0
@@ -101,8 +108,8 @@ def replay(
             spec_steps += weight
         else:
             plain_steps += weight
-        for behind in range(position, position + limit):
-            starts[behind + 1] += weight * (1 - chances[behind])
-            weight *= chances[behind]
+        for draft_position in range(position, position + limit):
+            starts[draft_position + 1] += weight * (1 - acceptance[draft_position])
+            weight *= acceptance[draft_position]
         starts[min(position + limit + 1, length)] += weight
     return spec_steps, plain_steps

@@ -1,4 +1,4 @@
-"""The K that the first rank of a tensor-parallel model chooses, on every rank."""
+"""The policy of a tensor-parallel model: all ranks use the K that the first rank chooses."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from specdec.runtime.tensor_parallel import Ranks
 
 
 class SynchronizedPolicy:
-    """The K that the first rank chooses, on every rank. auto: what chooses it; None on the other ranks."""
+    """The first rank's K on every rank. policy: chooses it on the first rank; None on the others."""
 
-    def __init__(self, ranks: Ranks, auto: AdaptiveK | None, most: int) -> None:
+    def __init__(self, ranks: Ranks, policy: AdaptiveK | None, max_draft_tokens: int) -> None:
         self.ranks = ranks
-        self.auto = auto
-        self.max_draft_tokens = most
+        self.policy = policy
+        self.max_draft_tokens = max_draft_tokens
 
     def next(self) -> int:
-        return self.ranks.broadcast(self.auto.next() if self.auto else 0)
+        return self.ranks.broadcast(self.policy.next() if self.policy else 0)
 
     def observe(self, steps: Sequence[RowStep | None]) -> None:
-        if self.auto:
-            self.auto.observe(steps)
+        if self.policy:
+            self.policy.observe(steps)
 
     def end(self) -> Choice | None:
-        return self.ranks.broadcast_choice(self.auto.end() if self.auto else None)
+        return self.ranks.broadcast_choice(self.policy.end() if self.policy else None)

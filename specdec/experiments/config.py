@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specdec.draft_length.adaptive import MAX_DRAFT_TOKENS
+from specdec.draft_length.settings import MAX_DRAFT_TOKENS
 from specdec.drafters.resolve import AUTO
 from specdec.quant.config import Int4Config
 from specdec.runtime.loading import DTYPES, load

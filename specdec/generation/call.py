@@ -20,8 +20,11 @@ from specdec.core.speculative import speculate
 from specdec.core.stats import StatsCounter
 from specdec.core.steps import StepResult
 from specdec.core.timing import StepTimer, no_mark
-from specdec.draft_length.adaptive import MAX_DRAFT_TOKENS, AdaptiveK, ConstantK, PairCostModel
-from specdec.draft_length.profiler import drafted_ids, profile
+from specdec.draft_length.adaptive import AdaptiveK
+from specdec.draft_length.constant import ConstantK
+from specdec.draft_length.cost_model import PairCostModel
+from specdec.draft_length.profiler import profile, profiled_draft_lengths
+from specdec.draft_length.settings import MAX_DRAFT_TOKENS
 from specdec.draft_length.synchronized import SynchronizedPolicy
 from specdec.drafters.none import NoDrafter
 from specdec.generation.callbacks import KnownCriteria, has_eos, known_processors, need_lockstep
@@ -286,6 +289,6 @@ def _pace(
     if not ranks.is_first:
         return SynchronizedPolicy(ranks, None, most)
     rooms = sequences.limit(sequences.max_length).tolist()
-    among = None if graphs is None else [0, *drafted_ids(most)]  # each K is recorded by itself
+    among = None if graphs is None else [0, *profiled_draft_lengths(most)]  # each K is recorded by itself
     auto = AdaptiveK(learned[kind], rooms, sequences.longest, is_new, among)
     return auto if ranks.group is None else SynchronizedPolicy(ranks, auto, most)

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from specdec.core.interfaces import Drafter
 from specdec.core.stats import Stats
-from specdec.draft_length.adaptive import PairCostModel
+from specdec.draft_length.cost_model import PairCostModel
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup

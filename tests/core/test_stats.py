@@ -21,7 +21,7 @@ from specdec.core.sequences import Sequences
 from specdec.core.speculative import speculate
 from specdec.core.stats import Stats, StatsCounter
 from specdec.core.steps import Draft, RowStep, StepResult, TargetOutput
-from specdec.draft_length.adaptive import ConstantK
+from specdec.draft_length.constant import ConstantK
 from specdec.drafters.none import NoDrafter
 from specdec.runtime.runner import ModelRunner
 from tests.helpers.draft_length import erratic_k

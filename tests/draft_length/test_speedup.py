@@ -1,4 +1,4 @@
-"""The cost model's arithmetic, and replay() against writing texts anew with another K."""
+"""The arithmetic of speculation, and replay() against texts that are generated again with another K."""
 
 from __future__ import annotations
 
@@ -13,55 +13,55 @@ from hypothesis import strategies as st
 from specdec.core.steps import RowStep
 from specdec.core.timing import StepTimes
 from specdec.draft_length.speedup import (
-    acceptance_along,
-    acceptance_lengths,
-    fastest,
-    interpolated,
+    acceptance_by_position,
+    batch_acceptance_lengths,
+    expected_acceptance_lengths,
+    fastest_k,
+    interpolate,
     replay,
     speedup,
-    to_the_end,
 )
 
 TIMES = StepTimes(draft_s=[0.0, 1.0, 2.0], target_s=[4.0, 4.5, 5.0], rest_s=[1.0, 1.0, 1.5])
-chances = st.lists(st.floats(0, 1), min_size=1, max_size=12)
+texts = st.lists(st.floats(0, 1), min_size=1, max_size=12)  # acceptance at each position
 
 
-def written(
-    along: list[float], k: int, coins: random.Random, stopped: bool = False, without_draft: Collection[int] = ()
+def generate(
+    acceptance: list[float], k: int, coins: random.Random, stopped: bool = False, without_draft: Collection[int] = ()
 ) -> list[RowStep]:
-    """The steps of one text whose draft ids are accepted with the given chances; it came to its limit, or stopped by itself.
+    """The steps of one text, from the acceptance at each position; it reaches its limit, or is stopped before.
 
-    without_draft: positions at which the drafter has nothing to offer.
+    without_draft: positions at which the drafter proposes nothing.
     """
     steps, position = [], 0
-    while position < len(along):
-        asked = min(k, len(along) - position - (not stopped))
-        drafted = 0 if position in without_draft else asked
+    while position < len(acceptance):
+        requested = min(k, len(acceptance) - position - (not stopped))
+        drafted = 0 if position in without_draft else requested
         accepted = 0
-        while accepted < drafted and coins.random() < along[position + accepted]:
+        while accepted < drafted and coins.random() < acceptance[position + accepted]:
             accepted += 1
-        tried = along[position : position + min(drafted, accepted + 1)]
-        emitted = min(accepted + 1, len(along) - position)
-        steps.append(RowStep(asked, drafted, accepted, emitted, tried))
+        tried = acceptance[position : position + min(drafted, accepted + 1)]
+        emitted = min(accepted + 1, len(acceptance) - position)
+        steps.append(RowStep(requested, drafted, accepted, emitted, tried))
         position += emitted
     return steps
 
 
-def one_by_one(along: list[float], without_draft: Collection[int] = ()) -> list[RowStep]:
-    """Steps that tell the chance at every position but those where the drafter has nothing to offer."""
+def single_id_steps(acceptance: list[float], without_draft: Collection[int] = ()) -> list[RowStep]:
+    """Steps that emit one id each, with the acceptance at every position where the drafter proposes one."""
     return [
-        RowStep(1, 0, 0, 1, []) if at in without_draft else RowStep(1, 1, 0, 1, [chance])
-        for at, chance in enumerate(along)
+        RowStep(1, 0, 0, 1, []) if position in without_draft else RowStep(1, 1, 0, 1, [overlap])
+        for position, overlap in enumerate(acceptance)
     ]
 
 
-def counted(steps: list[RowStep]) -> tuple[int, int]:
+def count_steps(steps: list[RowStep]) -> tuple[int, int]:
     """Steps that drafted and steps that did not."""
     drafting = sum(step.drafted > 0 for step in steps)
     return drafting, len(steps) - drafting
 
 
-def test_speed_is_the_law_of_times_and_acceptance() -> None:
+def test_speedup_from_step_times_and_acceptance() -> None:
     step_s = TIMES.step_s
     assert step_s == [5.0, 6.5, 8.5]
     assert speedup(0, 7, 0, 7, step_s) == 1.0
@@ -73,83 +73,87 @@ def test_speed_is_the_law_of_times_and_acceptance() -> None:
     assert speedup(1, np.array([1.0, 2.0]), 1, 0, step_s).tolist() == pytest.approx([5 / 6.5, 10 / 6.5])
 
 
-def test_expected_lengths_end_at_each_row_s_room() -> None:
-    assert acceptance_lengths(0.5, 9, 3) == [1.0, 1.5, 1.75, 1.875]
-    assert acceptance_lengths(1.0, 1, 3) == [1.0, 2.0, 2.0, 2.0]
-    assert acceptance_lengths(0.9, 0, 2) == [1.0, 1.0, 1.0]
+def test_expected_lengths_are_limited_by_the_ids_that_a_row_may_still_draft() -> None:
+    assert expected_acceptance_lengths(0.5, 9, 3) == [1.0, 1.5, 1.75, 1.875]
+    assert expected_acceptance_lengths(1.0, 1, 3) == [1.0, 2.0, 2.0, 2.0]
+    assert expected_acceptance_lengths(0.9, 0, 2) == [1.0, 1.0, 1.0]
 
 
 def test_a_batch_ends_with_its_last_row() -> None:
     alone = [1.0, 1.5, 1.75]
-    assert to_the_end([(7, alone)]) == alone
-    assert to_the_end([(100, [1.0, 1.9, 2.7]), (100, alone)]) == alone, "the one that accepts least"
-    assert to_the_end([(100, [1.0, 2.0, 3.0]), (10, [1.0, 1.0, 1.0])]) == [1.0, 2.0, 3.0], (
-        "the one that has most to write"
+    assert batch_acceptance_lengths([(7, alone)]) == alone
+    assert batch_acceptance_lengths([(100, [1.0, 1.9, 2.7]), (100, alone)]) == alone, (
+        "the row with the lowest acceptance"
     )
-    assert to_the_end([(100, [1.0, 2.0, 4.0]), (50, [1.0, 1.0, 1.0])]) == [1.0, 2.0, 2.0], "which may change with K"
+    assert batch_acceptance_lengths([(100, [1.0, 2.0, 3.0]), (10, [1.0, 1.0, 1.0])]) == [1.0, 2.0, 3.0], (
+        "the row with the most ids to generate"
+    )
+    assert batch_acceptance_lengths([(100, [1.0, 2.0, 4.0]), (50, [1.0, 1.0, 1.0])]) == [1.0, 2.0, 2.0], (
+        "the row that ends last depends on K"
+    )
 
 
-def test_the_fastest_k_is_the_one_of_most_tokens_a_second() -> None:
-    lengths = acceptance_lengths(0.8, 9, 3)
+def test_the_fastest_k_gives_the_most_tokens_a_second() -> None:
+    lengths = expected_acceptance_lengths(0.8, 9, 3)
     for step_s in ([1.0, 1.1, 1.2, 9.0], [1.0, 1.5, 1.6, 1.7], [1.0, 2.0, 3.0, 4.0], [1.0, 1.8, 3.0, 4.0]):
         rates = [length / seconds for length, seconds in zip(lengths, step_s, strict=True)]
-        assert rates[fastest(lengths, step_s, range(len(lengths)))] == max(rates)
-    assert fastest([1.0, 2.0, 2.0], [1.0, 1.0, 1.0], range(3)) == 1
-    assert fastest([1.0, 2.0, 2.0], [1.0, 1.0, 1.0], [0, 2]) == 2
+        assert rates[fastest_k(lengths, step_s, range(len(lengths)))] == max(rates)
+    assert fastest_k([1.0, 2.0, 2.0], [1.0, 1.0, 1.0], range(3)) == 1
+    assert fastest_k([1.0, 2.0, 2.0], [1.0, 1.0, 1.0], [0, 2]) == 2
 
 
-def test_what_lies_between_known_values_lies_on_a_line() -> None:
-    assert interpolated({0: 1.0, 1: 2.0, 3: 6.0, 5: 4.0}) == [1.0, 2.0, 4.0, 6.0, 5.0, 4.0]
-    assert interpolated({8: 9.0, 0: 1.0}) == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
+def test_interpolation_is_linear_between_the_given_keys() -> None:
+    assert interpolate({0: 1.0, 1: 2.0, 3: 6.0, 5: 4.0}) == [1.0, 2.0, 4.0, 6.0, 5.0, 4.0]
+    assert interpolate({8: 9.0, 0: 1.0}) == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
 
 
-@given(chances, st.integers(1, 5), st.booleans())
-def test_replay_of_certainties_is_the_text_itself(along: list[float], k: int, stopped: bool) -> None:
-    certain = [float(chance > 0.5) for chance in along]
-    steps = written(certain, k, random.Random(0), stopped)
-    assert replay(one_by_one(certain), k, 0.5, stopped=stopped) == counted(steps)
-    assert replay(steps, k, 0.5, stopped=stopped) == counted(steps), "its own K"
+@given(texts, st.integers(1, 5), st.booleans())
+def test_replay_of_certain_acceptance_is_the_text_itself(acceptance: list[float], k: int, stopped: bool) -> None:
+    certain = [float(overlap > 0.5) for overlap in acceptance]
+    steps = generate(certain, k, random.Random(0), stopped)
+    assert replay(single_id_steps(certain), k, 0.5, stopped=stopped) == count_steps(steps)
+    assert replay(steps, k, 0.5, stopped=stopped) == count_steps(steps), "with the K of the text"
 
 
 @pytest.mark.parametrize("without_draft", [(), (2, 3, 9)])
 @pytest.mark.parametrize("stopped", [False, True])
-def test_replay_of_chances_is_what_coins_come_to(stopped: bool, without_draft: tuple[int, ...]) -> None:
+def test_replay_is_the_mean_of_generated_texts(stopped: bool, without_draft: tuple[int, ...]) -> None:
     coins = random.Random(1)
-    along = [0.0 if at in without_draft else coins.random() for at in range(12)]
-    texts = [counted(written(along, 4, coins, stopped, without_draft)) for _ in range(8000)]
-    spec_steps, plain_steps = replay(one_by_one(along, without_draft), 4, 0.5, stopped=stopped)
-    assert spec_steps == pytest.approx(sum(drafting for drafting, _ in texts) / 8000, rel=0.01)
-    assert plain_steps == pytest.approx(sum(plain for _, plain in texts) / 8000, rel=0.05)
-    assert bool(plain_steps) == (not stopped or bool(without_draft)), "at a limit, and where nothing was offered"
+    acceptance = [0.0 if position in without_draft else coins.random() for position in range(12)]
+    counts = [count_steps(generate(acceptance, 4, coins, stopped, without_draft)) for _ in range(8000)]
+    spec_steps, plain_steps = replay(single_id_steps(acceptance, without_draft), 4, 0.5, stopped=stopped)
+    assert spec_steps == pytest.approx(sum(drafting for drafting, _ in counts) / 8000, rel=0.01)
+    assert plain_steps == pytest.approx(sum(plain for _, plain in counts) / 8000, rel=0.05)
+    assert bool(plain_steps) == (not stopped or bool(without_draft)), "at the limit, and where nothing is proposed"
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
-def test_one_run_at_the_largest_k_tells_what_smaller_ones_come_to(k: int) -> None:
-    """Acceptance that comes in stretches, as in real text: averages by position are off there, replay is not."""
+def test_replay_of_texts_of_the_largest_k_predicts_smaller_k(k: int) -> None:
+    """Acceptance is correlated along the text, as in real ones, so averages by position would be biased."""
     coins = random.Random(2)
     source_steps = measured_steps = 0
     expected = 0.0
     for _ in range(300):
-        easy, along = True, []
+        is_easy, acceptance = True, []
         for _ in range(60):
-            easy = easy if coins.random() < 0.85 else not easy
-            along.append(0.97 if easy else 0.3)
-        source = written(along, 8, coins)
+            is_easy = is_easy if coins.random() < 0.85 else not is_easy
+            acceptance.append(0.97 if is_easy else 0.3)
+        source = generate(acceptance, 8, coins)
         source_steps += len(source)
-        measured_steps += len(written(along, k, coins))
+        measured_steps += len(generate(acceptance, k, coins))
         expected += sum(replay(source, k, 0.9))
     assert source_steps > 2400
     assert expected == pytest.approx(measured_steps, rel=0.02)
 
 
-def test_acceptance_along_a_text() -> None:
+def test_acceptance_by_position() -> None:
     steps = [
-        RowStep(3, 3, 3, 4, [0.9, 0.8, 0.7]),  # a bonus id: nothing to compare it with
+        RowStep(3, 3, 3, 4, [0.9, 0.8, 0.7]),  # a bonus id has no draft id to compare with
         RowStep(3, 3, 1, 2, [0.5, 0.25]),
-        RowStep(3, 1, 1, 2, [0.6]),  # offered less than it was asked for
+        RowStep(3, 1, 1, 2, [0.6]),  # proposed less than requested
         RowStep(3, 0, 0, 1, []),
         RowStep(1, 1, 1, 2, [0.4]),  # another K
         RowStep(0, 0, 0, 1, []),
-        RowStep(3, 2, 2, 2, [1.0, 0.5]),  # the stop fell on a draft id
+        RowStep(3, 2, 2, 2, [1.0, 0.5]),  # the text stops at a draft id
     ]
-    assert acceptance_along(steps) == [0.9, 0.8, 0.7, None, 0.5, 0.25, 0.6, 0.0, 0.0, 0.4, None, None, 1.0, 0.5]
+    assert acceptance_by_position(steps) == [0.9, 0.8, 0.7, None, 0.5, 0.25, 0.6, 0.0, 0.0, 0.4, None, None, 1.0, 0.5]

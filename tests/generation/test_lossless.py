@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import specdec
-from specdec.draft_length.adaptive import MAX_DRAFT_TOKENS
+from specdec.draft_length.settings import MAX_DRAFT_TOKENS
 from tests.helpers.draft_length import erratic_k
 from tests.helpers.drafters import AlwaysRight, AlwaysWrong, Empty, Random, Uneven
 from tests.helpers.families import FAMILIES, REFUSED, WEIGHTS, family, make_model, prompts

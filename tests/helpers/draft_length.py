@@ -1,30 +1,39 @@
-"""Ways to drive the K that chooses itself: a world with a clock of its own, and one whose times jump."""
+"""Simulated step times and acceptance for AdaptiveK, and a K that changes at random in real calls."""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
 from specdec.core.stats import Choice
 from specdec.core.steps import RowStep
 from specdec.core.timing import StepTimes
-from specdec.draft_length import adaptive
-from specdec.draft_length.adaptive import MAX_DRAFT_TOKENS, AdaptiveK, PairCostModel, Profile
+from specdec.draft_length import adaptive, settings
+from specdec.draft_length.adaptive import AdaptiveK
+from specdec.draft_length.cost_model import PairCostModel, Profile, StepTimeEstimator
+from specdec.draft_length.settings import MAX_DRAFT_TOKENS
 
 
 def profile_of(step_s: Sequence[float], catch_up_s: float = 0.0) -> Profile:
-    """Of steps that take so long, with nothing seen of the drafter."""
+    """A profile with these seconds by K and without drafts whose acceptance was observed."""
     zeros = [0.0] * len(step_s)
     return Profile(StepTimes(zeros, list(step_s), zeros), catch_up_s, [], 0.0)
 
 
-class World:
-    """Steps that take step_s[K] and catch_up_s for each id that the drafter lacks; drafts are accepted with chances of one's own.
+def patch_settings(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Replace constants of AdaptiveK."""
+    monkeypatch.setattr(settings, "ADAPTIVE_K", dataclasses.replace(settings.ADAPTIVE_K, **changes))
 
-    asked: K of each step so far. seconds: of each step.
+
+class Simulation:
+    """Calls whose steps take step_s[K] and catch_up_s for each id that the drafter has not read, by a clock of its own.
+
+    now_s: the clock. chosen_k: K of each step so far. seconds: of each step.
     """
 
     def __init__(
@@ -32,61 +41,74 @@ class World:
     ) -> None:
         self.step_s, self.catch_up_s = list(step_s), catch_up_s
         self.coins = random.Random(seed)
-        self.time = 0.0
-        self.asked: list[int] = []
+        self.now_s = 0.0
+        self.chosen_k: list[int] = []
         self.seconds: list[float] = []
-        monkeypatch.setattr(adaptive, "perf_counter", lambda: self.time)
+        monkeypatch.setattr(adaptive, "perf_counter", lambda: self.now_s)
 
     def call(
         self,
-        known: PairCostModel,
-        chances: Sequence[Callable[[int], float]],
+        cost_model: PairCostModel,
+        acceptance: Sequence[Callable[[int], float]],
         tokens: int,
         prompt: int = 0,
         limit: int | None = None,
     ) -> Choice:
-        """One call that writes so many tokens a row, of as many as its limit; chances: by row, of the number of tokens it has."""
-        auto = AdaptiveK(known, [(limit or tokens) - 1] * len(chances), prompt)
-        left, lacking = [tokens] * len(chances), prompt
-        while any(left):
-            k = auto.next()
+        """One call that generates `tokens` ids a row after `prompt` ids; limit: of generated ids, `tokens` by default.
+
+        acceptance: for each row, the probability that a draft id is accepted, from the number of ids generated so far.
+        """
+        policy = AdaptiveK(cost_model, [(limit or tokens) - 1] * len(acceptance), prompt)
+        remaining, unread = [tokens] * len(acceptance), prompt
+        while any(remaining):
+            k = policy.next()
             steps: list[RowStep | None] = []
-            for row, chance_at in enumerate(chances):
-                if not left[row]:
+            for row, acceptance_at in enumerate(acceptance):
+                if not remaining[row]:
                     steps.append(None)
                     continue
-                asked = min(k, left[row] - 1)
-                accepted, chance = 0, chance_at(tokens - left[row])
-                while accepted < asked and self.coins.random() < chance:
+                requested = min(k, remaining[row] - 1)
+                accepted, chance = 0, acceptance_at(tokens - remaining[row])
+                while accepted < requested and self.coins.random() < chance:
                     accepted += 1
-                steps.append(RowStep(asked, asked, accepted, accepted + 1, [chance] * min(asked, accepted + 1)))
-                left[row] -= accepted + 1
-            spent = self.step_s[k] + (self.catch_up_s * lacking if k else 0.0)
-            lacking = 0 if k else lacking + 1
-            self.time += spent
-            self.asked.append(k)
-            self.seconds.append(spent)
-            auto.observe(steps)
-        return auto.end()
+                overlap = [chance] * min(requested, accepted + 1)
+                steps.append(RowStep(requested, requested, accepted, accepted + 1, overlap))
+                remaining[row] -= accepted + 1
+            spent_s = self.step_s[k] + (self.catch_up_s * unread if k else 0.0)
+            unread = 0 if k else unread + 1
+            self.now_s += spent_s
+            self.chosen_k.append(k)
+            self.seconds.append(spent_s)
+            policy.observe(steps)
+        return policy.end()
 
 
 def erratic_k(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Profiles and clocks of chance, believed at once: K changes from step to step, 0 included, in each run alike."""
+    """Make K change from step to step, 0 included: step times and clocks are random, the same in each run of a seed."""
     coins = random.Random(seed)
     monkeypatch.setattr("specdec.generation.call.COST_MODELS", weakref.WeakKeyDictionary())
     times = iter(lambda: coins.uniform(0, 1e3), None)
     monkeypatch.setattr(adaptive, "perf_counter", lambda: next(times))
     monkeypatch.setattr(
-        PairCostModel, "follow", lambda self, *step: vars(self).update(step_s=jumped(coins), run=adaptive.PLAIN_RUN)
+        StepTimeEstimator,
+        "observe",
+        lambda self, *step: vars(self).update(
+            step_s=random_step_s(coins), run_steps=settings.ADAPTIVE_K.plain_run_steps
+        ),
     )
-    monkeypatch.setattr("specdec.generation.call.profile", lambda *args: profile_of(jumped(coins)[: args[4] + 1]))
-    monkeypatch.setattr(adaptive, "FIRST_PLAIN", 2)
-    monkeypatch.setattr(adaptive, "LAST_PLAIN", 2)
-    monkeypatch.setattr(adaptive, "FIRST_PROBE", 1)
-    monkeypatch.setattr(adaptive, "LAST_PROBE", 1)
-    monkeypatch.setattr(adaptive, "BUDGET", 1e9)
+    monkeypatch.setattr(
+        "specdec.generation.call.profile", lambda *args: profile_of(random_step_s(coins)[: args[4] + 1])
+    )
+    patch_settings(
+        monkeypatch,
+        first_plain_interval=2,
+        last_plain_interval=2,
+        first_probe_interval=1,
+        last_probe_interval=1,
+        probe_budget=1e9,
+    )
 
 
-def jumped(coins: random.Random) -> list[float]:
-    """Seconds by K that any one may be best of."""
+def random_step_s(coins: random.Random) -> list[float]:
+    """Seconds by K of which any may be the best."""
     return [coins.uniform(0.5, 1.5) * (k + 1) ** coins.uniform(0, 1.2) for k in range(MAX_DRAFT_TOKENS + 1)]

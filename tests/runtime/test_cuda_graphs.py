@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 import specdec
 from specdec.core import speculative
-from specdec.draft_length.profiler import drafted_ids
+from specdec.draft_length.profiler import profiled_draft_lengths
 from specdec.runtime import cuda_graphs as graphs
 from tests.helpers.families import FAMILIES, make_model, prompts
 from tests.helpers.plain import pair, stop_at
@@ -195,7 +195,7 @@ def test_auto_asks_for_what_the_profile_has_recorded(model: PreTrainedModel) -> 
         assert text_of(model) == plain_text(model)
         choice = specdec.last_stats(model).choice
         asked = {k for k, count in enumerate(choice.steps_by_k) if count}
-        assert asked <= {0, *drafted_ids(len(choice.steps_by_k) - 1)}
+        assert asked <= {0, *profiled_draft_lengths(len(choice.steps_by_k) - 1)}
         assert sum(choice.steps_by_k) == specdec.last_stats(model).num_target_forwards
 
 

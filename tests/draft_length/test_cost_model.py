@@ -1,0 +1,45 @@
+"""The cost model: how the step times follow the steps that run."""
+
+from __future__ import annotations
+
+import pytest
+
+from specdec.draft_length.cost_model import StepTimeEstimator
+from specdec.draft_length.settings import ADAPTIVE_K, MAX_DRAFT_TOKENS
+from tests.helpers.draft_length import profile_of
+
+STEP_S = [1.0 + 0.15 * k for k in range(MAX_DRAFT_TOKENS + 1)]  # seconds of a step by K
+PLAIN_RUN, DRAFT_RUN = ADAPTIVE_K.plain_run_steps, ADAPTIVE_K.draft_run_steps
+
+
+def test_one_slow_step_changes_little_and_a_lasting_change_is_followed() -> None:
+    step_times = StepTimeEstimator(profile_of(STEP_S))
+    before = list(step_times.step_s)
+    for index in range(3 * PLAIN_RUN):
+        k = 0 if index // PLAIN_RUN % 2 else 2
+        step_times.observe(k, 50.0 if index == DRAFT_RUN else STEP_S[k])
+    assert all(0.8 < now / then < 1.2 for now, then in zip(step_times.step_s, before, strict=True))
+    for index in range(100 * PLAIN_RUN):
+        k = 2 if index // PLAIN_RUN % 2 else 0
+        step_times.observe(k, 3.0 if k else STEP_S[0])
+    assert step_times.step_s[2] / step_times.step_s[0] == pytest.approx(3.0, rel=0.05)
+
+
+def test_a_machine_that_slows_down_changes_no_comparison() -> None:
+    step_times = StepTimeEstimator(profile_of(STEP_S))
+    before = list(step_times.step_s)
+    for index in range(300):
+        k = 0 if index % 30 < PLAIN_RUN else 3
+        step_times.observe(k, STEP_S[k] * (1 + index / 100))
+    assert step_times.step_s == pytest.approx(before, rel=0.05)
+    assert step_times.plain_s == pytest.approx(4.0, rel=0.05)
+
+
+def test_steps_that_draft_do_not_change_the_time_of_plain_steps() -> None:
+    """The first step after another K is always slow; the mean of both K stays the same relative to plain steps."""
+    step_times = StepTimeEstimator(profile_of(STEP_S))
+    for index in range(5000):
+        k = (3, 8)[index // 4 % 2]
+        step_times.observe(k, STEP_S[k] * (1.3 if index % 4 == 0 else 1.0))
+    assert step_times.plain_s == pytest.approx(STEP_S[0], rel=0.15)
+    assert step_times.step_s[8] / step_times.step_s[3] == pytest.approx(STEP_S[8] / STEP_S[3], rel=0.15)
