@@ -23,7 +23,7 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.generation.routing import Request, user_hook
-from specdec.runtime.attention.select import implementation_of
+from specdec.runtime.attention.override import implementation_of
 from specdec.runtime.cpu_compile import Compile, PairMember
 from specdec.runtime.cuda_graphs import Graphs, why_not_recorded
 from specdec.runtime.identity import Identity
@@ -224,7 +224,7 @@ class State:
             member.runner.graphs is graphs and model.device == graphs.device and why_not_recorded(model) is None
             for member, model in zip(parts, models, strict=True)
         )
-        if not graphs.renew(models):
+        if not graphs.refresh(models):
             for member in parts:
                 member.runner.begin(0)
         return graphs if graphs.is_on else None

@@ -38,18 +38,21 @@ from specdec.quant import cpu as int4_on_cpu
 from specdec.quant import int4
 from specdec.quant.batch_invariant import ATTENTION, MAX_WINDOW
 from specdec.quant.quantizer import is_4bit
-from specdec.runtime import runner as models
-from specdec.runtime.attention import select as attention
+from specdec.runtime import model_forward
+from specdec.runtime.attention import blocks, fused, override, select, stock
 from specdec.runtime.cuda_graphs import Graphs, why_not_recorded
 from specdec.runtime.identity import Identity, enter_layouts, opaque
-from specdec.runtime.kv_cache import ragged as cache
+from specdec.runtime.kv_cache import layers, masks, ragged, window
 from specdec.runtime.kv_cache.ragged import RaggedCache
 from specdec.runtime.runner import ModelRunner
 from specdec.runtime.support import PROBE_TOLERANCE, precision_of
 from specdec.runtime.tensor_parallel import tensor_parallel_group
 
 Compile = Literal["auto"] | bool
-SOURCES: tuple[ModuleType, ...] = (cache, attention, models, int4, int4_on_cpu, rows)  # what is traced, with this file
+# What is traced, with this file.
+SOURCES: tuple[ModuleType, ...] = (
+    ragged, layers, masks, window, select, override, fused, blocks, stock, model_forward, int4, int4_on_cpu, rows
+)  # fmt: skip
 SHAPES = "buffers"  # a package's note of each layer's heads and widths, keys and values in turn
 MASKS_BY_SLOT = "it tells by the number of keys where a query stands"
 SIZES = (3, 5)  # rows and columns of the example that is traced; left open, as the buffers' length is
@@ -387,7 +390,7 @@ class _Traced(nn.Module):
 
     def forward(self, ids: Tensor, positions: Tensor, columns: Tensor, buffers: list[Tensor]) -> Tensor:
         cache = RaggedCache.over(buffers, positions)
-        return self.runner[0].call(ids, positions, cache, torch.int32, columns).float()
+        return self.runner[0].model_forward.call(ids, positions, cache, torch.int32, columns).float()
 
 
 @torch.no_grad()
@@ -410,7 +413,7 @@ def _trace(member: PairMember) -> tuple[Any, list[list[int]]]:
         {0: any_size},
         [{0: any_size, 2: any_size}] * len(buffers),
     )
-    with attention.attention_override(runner.config):
+    with override.attention_override(runner.config):
         program = torch.export.export(
             _Traced(runner),
             (ids[:, width:].contiguous(), positions, torch.arange(width), buffers),

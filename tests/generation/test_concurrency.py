@@ -27,7 +27,7 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.generation import call as call_module
 from specdec.generation import state as state_module
-from specdec.runtime.attention import select as attention
+from specdec.runtime.attention import override as attention
 from tests.generation.test_distribution import (
     NO_CUT,
     PROMPT,

@@ -78,6 +78,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# One family of each kind of attention: rotary, learned positions, sliding, eager with two masks, no position_ids.
+CACHE_FAMILIES = ["llama", "gpt2", "mistral", "gemma2", "mpt"]
+
 # Families that cannot run on the ragged cache, with the model they are refused for.
 REFUSED: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
 
 import specdec
-from specdec.runtime.attention.select import attention_override
+from specdec.runtime.attention.override import attention_override
 from specdec.runtime.identity import Identity, hooked, opaque
 from tests.helpers.families import FAMILIES, family, make_model, prompts
 

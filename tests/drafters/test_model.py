@@ -1,11 +1,9 @@
-"""A draft model's cache stays right after any history; the ragged cache equals no cache; prompt lookup equals a plain search."""
+"""A draft model's cache is right after any history of accepted, rejected and missing drafts."""
 
 from __future__ import annotations
 
-import gc
-import weakref
 from copy import deepcopy
-from itertools import cycle, product
+from itertools import cycle
 
 import pytest
 import torch
@@ -20,20 +18,11 @@ from specdec.core.sequences import Sequences
 from specdec.core.speculative import step
 from specdec.core.steps import Draft, StepResult
 from specdec.drafters.model import ModelDrafter
-from specdec.drafters.prompt_lookup import PromptLookup
-from specdec.runtime.kv_cache.ragged import grown_capacity
 from specdec.runtime.runner import ModelRunner
 from tests.helpers.drafters import AlwaysRight
-from tests.helpers.families import FAMILIES, VOCAB_SIZE, family, make_model, prompts
+from tests.helpers.families import CACHE_FAMILIES, FAMILIES, VOCAB_SIZE, family, make_model, prompts
 
 K = 4
-CACHE_FAMILIES = [
-    "llama",
-    "gpt2",
-    "mistral",
-    "gemma2",
-    "mpt",
-]  # rotary, learned, sliding, eager with two masks, no position_ids
 
 schedules = st.lists(st.integers(0, K), min_size=1, max_size=6).filter(any)  # K of each step
 
@@ -188,129 +177,3 @@ def test_ids_outside_either_vocabulary_are_never_drafted(draft_vocab_size: int) 
         assert draft.ids.max() < min(draft_vocab_size, VOCAB_SIZE)
         if draft.probs is not None:
             assert (draft.probs[..., draft_vocab_size:] == 0).all()
-
-
-@pytest.mark.parametrize("model_type", CACHE_FAMILIES)
-@torch.no_grad()
-def test_ragged_logits_equal_those_of_each_row_alone_with_garbage_in_rejected_slots(model_type: str) -> None:
-    model, generator = family(model_type), torch.Generator().manual_seed(0)
-    ids = torch.randint(VOCAB_SIZE, (3, 40), generator=generator)
-    lengths = torch.tensor([1, 9, 17])
-    runner = ModelRunner(model)
-    runner.begin(3)
-    runner.prefill(ids, lengths - 2)
-    for width, kept in ((4, [3, 0, 2]), (6, [0, 5, 1]), (1, [0, 0, 0]), (3, [2, 1, 0]), (2, [0, 0, 0]), (4, [3, 3, 3])):
-        columns = torch.arange(width)
-        positions = lengths[:, None] - 1 + columns
-        garbage = torch.randint(VOCAB_SIZE, (3, width), generator=generator)
-        window = torch.where(columns <= torch.tensor(kept)[:, None], ids.gather(1, positions), garbage)
-        logits = runner.forward(window, positions).logits
-        for row, count in enumerate(kept):
-            want = model(input_ids=ids[[row], : lengths[row] + count], use_cache=False).logits[0, -count - 1 :]
-            torch.testing.assert_close(logits[row, : count + 1], want, rtol=1e-3, atol=1e-3)
-        lengths += torch.tensor(kept) + 1
-
-
-@pytest.mark.parametrize("batch_size", [1, 2])
-@torch.no_grad()
-def test_a_window_that_comes_back_to_its_first_position_leaves_the_cache_right(batch_size: int) -> None:
-    model, runner = family("llama"), ModelRunner(family("llama"))
-    ids = torch.randint(VOCAB_SIZE, (batch_size, 12), generator=torch.Generator().manual_seed(0))
-    runner.prefill(ids, torch.full((batch_size,), 6))
-    for positions in ([7, 8, 7, 7], [9, 9, 9], [10, 11]):
-        window = torch.tensor(positions).expand(batch_size, -1)
-        want = model(input_ids=ids, use_cache=False).logits[:, positions]
-        torch.testing.assert_close(runner.forward(ids.gather(1, window), window).logits, want, rtol=1e-3, atol=1e-3)
-
-
-@torch.no_grad()
-def test_a_growing_cache_keeps_its_content() -> None:
-    model, runner = family("llama"), ModelRunner(family("llama"))
-    ids = torch.randint(VOCAB_SIZE, (2, 1400), generator=torch.Generator().manual_seed(0))
-    want = model(input_ids=ids, use_cache=False).logits
-    for last, width in (
-        ([200, 250], 251),
-        ([254, 300], 54),
-        ([300, 520], 220),
-        ([1100, 1395], 875),
-    ):  # over 256, 512, 1024 slots
-        got = runner.feed(ids, torch.tensor(last), width)
-        assert got is not None
-        torch.testing.assert_close(got.logits[:, 0], want[torch.arange(2), last], rtol=1e-3, atol=1e-3)
-
-
-def test_a_calls_buffers_end_where_its_texts_can() -> None:
-    runner = ModelRunner(family("llama"))
-    ids = torch.randint(VOCAB_SIZE, (2, 700), generator=torch.Generator().manual_seed(0))
-    runner.begin(2, 600)
-    for last, slots in (
-        ([90, 100], 256),
-        ([255, 255], 256),
-        ([256, 200], 512),
-        ([511, 511], 512),
-        ([512, 9], 600),
-        ([599, 9], 600),
-    ):
-        runner.feed(ids, torch.tensor(last), 4)
-        assert runner.cache.layers[0].keys.shape[2] == slots
-    assert grown_capacity(600, 640, 600) == 640  # a text that goes on all the same is not cut
-
-
-def test_a_cache_is_freed_as_soon_as_it_is_let_go() -> None:
-    runner = ModelRunner(family("llama"))
-    runner.begin(1)
-    runner.feed(torch.zeros(1, 8, dtype=torch.int64), torch.tensor([5]), 4)
-    keys = weakref.ref(runner.cache.layers[0].keys)
-    gc.disable()
-    try:
-        runner.begin(0)
-        assert keys() is None
-    finally:
-        gc.enable()
-
-
-def naive_lookup(text: list[int], max_ngram: int, limit: int) -> list[int]:
-    """What followed the most recent earlier occurrence of the longest n-gram that ends the text."""
-    for n in range(min(max_ngram, len(text) - 1), 0, -1):
-        for start in range(len(text) - n - 1, -1, -1):
-            if text[start : start + n] == text[-n:]:
-                return text[start + n : start + n + limit]
-    return []
-
-
-def assert_lookup_is_the_naive_one(texts: list[list[int]], max_ngram: int, num_draft_tokens: int = K) -> None:
-    width = max(map(len, texts))
-    prompt = torch.tensor([[0] * (width - len(text)) + text for text in texts])
-    sequences = Sequences(prompt, torch.tensor([len(text) for text in texts]), max_length=width + 3, num_draft_tokens=K)
-    sequences.stage(
-        torch.ones(len(texts), K + 1, dtype=torch.int64)
-    )  # stale ids behind the text are none of its business
-    limit = sequences.begin_step(num_draft_tokens)
-    drafter = PromptLookup(max_ngram)
-    drafter.begin(sequences, Sampling())
-    draft = drafter.propose(sequences, limit)
-    assert draft.probs is None
-    got = [draft.ids[row, :length].tolist() for row, length in enumerate(draft.lengths.tolist())]
-    assert got == [naive_lookup(text, max_ngram, int(limit[row])) for row, text in enumerate(texts)]
-
-
-@given(
-    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_size=1, max_size=4),
-    st.integers(1, 5),
-    st.integers(1, K),
-)
-@settings(deadline=None)
-def test_prompt_lookup_proposes_what_followed_the_most_recent_longest_ngram(
-    texts: list[list[int]], n: int, k: int
-) -> None:
-    assert_lookup_is_the_naive_one(texts, max_ngram=n, num_draft_tokens=k)
-
-
-@pytest.mark.parametrize("max_ngram", [1, 2, 3, 9])
-def test_prompt_lookup_is_right_on_every_short_text_of_two_ids(max_ngram: int) -> None:
-    assert_lookup_is_the_naive_one([list(ids) for n in range(1, 8) for ids in product(range(2), repeat=n)], max_ngram)
-
-
-def test_prompt_lookup_needs_an_ngram_of_one_or_more() -> None:
-    with pytest.raises(ValueError, match="max_ngram=0 must be at least 1"):
-        PromptLookup(0)

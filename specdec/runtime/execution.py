@@ -1,0 +1,131 @@
+"""How a runner's forwards are executed: eagerly, by a compiled forward on a CPU, or in static buffers for CUDA graphs."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from specdec.core.interfaces import Run, run_eager
+from specdec.quant.batch_invariant import MAX_WINDOW
+from specdec.runtime.cuda_graphs import Graphs
+from specdec.runtime.identity import Identity
+from specdec.runtime.kv_cache.layers import static_capacity
+from specdec.runtime.kv_cache.ragged import RaggedCache
+from specdec.runtime.model_forward import ModelForward
+
+
+class EagerExecution:
+    """Runs the model's own forward, operator by operator, in a new cache for each call; the other executions fall back to it.
+
+    run: runs a part of a step, as `Graphs.run`.
+    """
+
+    run: Run = staticmethod(run_eager)
+
+    def __init__(self, model_forward: ModelForward, right_aligned: bool) -> None:
+        """right_aligned: as `Window` takes it."""
+        self.model_forward = model_forward
+        self.right_aligned = right_aligned
+
+    def begin(self, batch_size: int, max_slots: int | None, unchanged: Identity | None) -> RaggedCache:
+        """Start a call: -> its cache. unchanged: the identity that the model was just found to have, None where nobody compared."""
+        return RaggedCache(self.model_forward.key_block, max_slots, self.right_aligned)
+
+    def reserve(self, cache: RaggedCache, slots: int) -> None:
+        """Prepare for a step after which no row has more than `slots` positions."""
+
+    def forward(self, cache: RaggedCache, ids: Tensor, positions: Tensor, last_only: bool) -> Tensor:
+        """Run ids [B, W] at positions [B, W]: -> logits [B, W, V] float32, or [B, 1, V] of the last column."""
+        cache.window.move(positions, last_only)
+        return self.model_forward.run(ids, positions, last_only, cache)
+
+
+class OptimizedForward(Protocol):
+    """A compiled form of a model's decoding forward: `CompiledForward` of specdec/runtime/cpu_compile.py.
+
+    any_width: whether it serves windows of more than MAX_WINDOW positions. identity: of the model that it was made from.
+    """
+
+    any_width: bool
+    identity: Identity
+
+    def renew(self, unchanged: Identity | None) -> bool:
+        """Start a call: take over replaced weights. False where the model is no longer the one that this was made from.
+
+        unchanged: the identity that the model was just found to have, None where nobody compared.
+        """
+
+    def __call__(self, ids: Tensor, positions: Tensor, last_only: bool, cache: RaggedCache) -> Tensor:
+        """As `ModelForward.run`."""
+
+
+class CompiledExecution(EagerExecution):
+    """Runs decoding windows by a compiled forward, the rest eagerly.
+
+    is_current: whether the compiled forward serves the current call; one that does not may serve a later call.
+    """
+
+    def __init__(self, model_forward: ModelForward, right_aligned: bool, compiled: OptimizedForward) -> None:
+        super().__init__(model_forward, right_aligned)
+        self.compiled = compiled
+        self.is_current = True
+
+    def begin(self, batch_size: int, max_slots: int | None, unchanged: Identity | None) -> RaggedCache:
+        if batch_size:
+            self.is_current = self.compiled.renew(unchanged)
+        return super().begin(batch_size, max_slots, unchanged)
+
+    def forward(self, cache: RaggedCache, ids: Tensor, positions: Tensor, last_only: bool) -> Tensor:
+        if not self.is_current or not (positions.shape[1] <= MAX_WINDOW or self.compiled.any_width):
+            return super().forward(cache, ids, positions, last_only)
+        cache.window.move(positions, last_only)
+        return self.compiled(ids, positions, last_only, cache)
+
+
+class RecordedExecution(EagerExecution):
+    """Runs forwards that can be recorded as CUDA graphs.
+
+    Buffers stay in place from call to call, and a window of up to MAX_WINDOW positions attends to all of their slots, so that the
+    host reads none of its positions.
+    """
+
+    def __init__(self, model_forward: ModelForward, right_aligned: bool, context: int | None, graphs: Graphs) -> None:
+        """context: the most slots that the model takes, None: any number."""
+        super().__init__(model_forward, right_aligned)
+        self.context = context
+        self.graphs = graphs
+        self.run = graphs.run
+        self.batch_size = 0
+        self.cache: RaggedCache | None = None  # of the current batch size
+        self.recorded_buffers: list[Tensor] | None = None  # cache buffers that recordings may use
+
+    def begin(self, batch_size: int, max_slots: int | None, unchanged: Identity | None) -> RaggedCache:
+        if max_slots is not None:
+            max_slots = static_capacity(max_slots, self.context)
+        cache = self.cache
+        if cache is None or batch_size != self.batch_size:
+            self.drop_recordings()
+            cache = super().begin(batch_size, max_slots, unchanged)
+        self.cache, self.batch_size = cache if batch_size else None, batch_size
+        cache.window.limit(max_slots)
+        return cache
+
+    def reserve(self, cache: RaggedCache, slots: int) -> None:
+        if not cache.layers:
+            return
+        buffers = cache.reserve(slots)
+        if buffers is not self.recorded_buffers:
+            self.drop_recordings()
+            self.recorded_buffers = buffers
+
+    def forward(self, cache: RaggedCache, ids: Tensor, positions: Tensor, last_only: bool) -> Tensor:
+        if positions.shape[1] > MAX_WINDOW or not cache.layers:
+            return super().forward(cache, ids, positions, last_only)
+        return self.model_forward.run(ids, positions, last_only, RaggedCache.over(cache.buffers(), positions))
+
+    def drop_recordings(self) -> None:
+        """Drop what was recorded with the buffers, which are about to be replaced."""
+        if self.recorded_buffers is not None:
+            self.graphs.drop()
+        self.recorded_buffers = None
