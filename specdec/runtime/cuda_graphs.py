@@ -1,8 +1,8 @@
 """Parts of a step as CUDA graphs: recorded once, then replayed with one launch for all their kernels.
 
-A part is a function of tensors that never waits for the device and changes only tensors that stay in place: the committed ids and
-the caches. Its first run is eager, which builds and tunes its kernels; its second, with the same key and shapes, is recorded; the
-later ones are replays. If a recording fails, parts run eagerly from then on.
+A part is a function of tensors that never waits for the device and changes only tensors that stay in place: the
+committed ids and the caches. Its first run is eager, which builds and tunes its kernels. Its second run, with the same
+key and shapes, is recorded; later ones are replays. If a recording fails, parts run eagerly from then on.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class _RecordedPart:
 class Graphs:
     """The recorded parts of one pair of models on one device, and the static buffers that they use.
 
-    is_on: whether the current call uses them. failure: why nothing can be recorded any more, None while there is no failure.
+    is_on: whether the current call uses them. failure: why nothing is recorded any more, None if no recording failed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -92,9 +92,9 @@ class Graphs:
         self.drop()
 
     def static_buffer(self, name: str, tensor: Tensor) -> Tensor:
-        """The buffer of this name with the tensor's content, in the same place in each call. A matrix may come back wider.
+        """The buffer of this name with the tensor's content, at the same address in each call. A matrix may be wider.
 
-        A new buffer, and all recordings dropped, where the tensor does not fit into the one there is.
+        Where the tensor does not fit into the buffer, a new one is made and all recordings are dropped.
         """
         buffer = self._static_buffers.get(name)
         with outside_inference_mode():
@@ -106,7 +106,7 @@ class Graphs:
         return buffer
 
     def run(self, key: Any, function: Callable[..., Any], *inputs: Tensor | None) -> Any:
-        """function(*inputs) -> a tensor, or a tuple of tensors and None. Outputs are valid until the same part runs again.
+        """Run a part: -> function(*inputs), a tensor or a tuple of tensors and None, valid until the part runs again.
 
         key: equal where functions do the same with other inputs. A part that runs within another part belongs to it.
         """
@@ -127,7 +127,7 @@ class Graphs:
         return part.outputs
 
     def refresh(self, models: Sequence[nn.Module]) -> bool:
-        """Start a call of these models. Returns False, and drops all recordings, where one of them was recorded and has changed."""
+        """Start a call of these models: -> whether they are as recorded. If not, all recordings are dropped."""
         is_same = True
         for model in models:
             identity, addresses = self._models.get(model, (None, None))

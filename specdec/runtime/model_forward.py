@@ -21,14 +21,16 @@ from specdec.runtime.kv_cache.ragged import RaggedCache
 
 
 class ModelForward:
-    """Runs a model's forward on ids [B, W], positions [B, W] and a ragged cache whose window has moved to these positions.
+    """Runs a model's forward on ids [B, W], positions [B, W] and a ragged cache whose window is at these positions.
 
-    config: the model's text config. parameters: names of the arguments that its forward takes. cache_argument: its name of the KV
-    cache. key_block: what `RaggedCache` takes. The last three are read anew by `refresh`.
+    config: the model's text config.
+    parameters: names of the arguments that its forward takes. cache_argument: the name of the KV cache among them.
+    right_aligned, key_block: of its caches, see `Window`.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, right_aligned: bool) -> None:
         self.model = model
+        self.right_aligned = right_aligned
         self.config = model.config.get_text_config(decoder=True)
         self.kinds = attention_kinds(self.config)
         self.refresh()
@@ -42,6 +44,10 @@ class ModelForward:
         self.mask_dtype = self.model.dtype if implementation == "eager" else torch.bool
         self.takes_intervals = takes_intervals(self.model)
 
+    def new_cache(self, max_slots: int | None = None) -> RaggedCache:
+        """An empty cache, whose buffers grow to max_slots at most; None: no limit."""
+        return RaggedCache(self.key_block, max_slots, self.right_aligned)
+
     def run(self, ids: Tensor, positions: Tensor, last_only: bool, cache: RaggedCache) -> Tensor:
         """Run the model eagerly: -> logits [B, W, V] float32, or [B, 1, V] of the last column."""
         decodes = self.takes_intervals and is_decoding(positions.shape[1], positions.device)
@@ -54,7 +60,10 @@ class ModelForward:
     def call(
         self, ids: Tensor, positions: Tensor, cache: RaggedCache, mask_dtype: torch.dtype, columns: int | Tensor
     ) -> Tensor:
-        """Call the model: -> logits of its last `columns` columns (0: of all), or of the columns with these indices, in the model's dtype."""
+        """Call the model: -> logits [B, columns, V] in its dtype.
+
+        columns: how many of the last columns, 0 for all; or the indices of the columns.
+        """
         window = cache.window
         query_positions = positions if window.padding is None else window.positions
         inputs: dict[str, Any] = {
@@ -78,7 +87,7 @@ class ModelForward:
 
 
 def forward_parameters(model: PreTrainedModel) -> frozenset[str]:
-    """Names of the arguments that the model's forward takes, with those of the forwards it overrides while it takes **kwargs."""
+    """Names of the arguments that the model's forward takes; with **kwargs, also those of the one it overrides."""
     overridden = [cls.__dict__["forward"] for cls in type(model).__mro__ if "forward" in cls.__dict__]
     names: frozenset[str] = frozenset()
     for function in (model.forward, *overridden):
@@ -90,7 +99,7 @@ def forward_parameters(model: PreTrainedModel) -> frozenset[str]:
 
 
 def cache_argument(parameters: Container[str]) -> str:
-    """The name of the KV cache among a forward's parameters: `cache` since transformers 5.24, `past_key_values` before."""
+    """A forward's name of the KV cache: `cache` since transformers 5.24, `past_key_values` before."""
     return "cache" if "cache" in parameters else "past_key_values"
 
 

@@ -23,10 +23,10 @@ PREFILL_MASK = 1 << 26  # elements of a mask: a prompt of 8192 in one forward, a
 class ModelRunner:
     """A causal language model with its own KV cache: forward(ids [B, W], positions [B, W]) -> logits float32.
 
-    vocab_size: V, the width of the logits. num_embeddings: how many ids it can read. context: positions the model was made for, None
-    where its config names no limit. masks_by_slot: see the function.
-    model_forward: the model's own forward. cache: the KV cache of the current call.
-    unchanged: the identity that the model was found to have when the current call began, None where nobody compared.
+    vocab_size: V, the width of the logits. num_embeddings: how many ids it can read.
+    context: positions the model was made for, None where its config names no limit. masks_by_slot: see the function.
+    model_forward: the model's own forward.
+    unchanged: the identity that the model was found to have before the current call; None where it was not compared.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -34,10 +34,9 @@ class ModelRunner:
         self.context = context_of(model)
         self.masks_by_slot = masks_by_slot(model)
         self.unchanged: Identity | None = None
-        self.model_forward = ModelForward(model)
-        self._execution = self._eager = EagerExecution(self.model_forward, self.masks_by_slot)
-        self.cache: RaggedCache
-        self.begin(0)
+        self.model_forward = ModelForward(model, self.masks_by_slot)
+        self._execution = EagerExecution(self.model_forward)
+        self.refresh()
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -55,6 +54,11 @@ class ModelRunner:
         return self.model_forward.cache_argument
 
     @property
+    def cache(self) -> RaggedCache:
+        """The KV cache of the current call."""
+        return self._execution.cache
+
+    @property
     def run(self) -> Run:
         """Runs a part of a step on this model, as `Graphs.run` does."""
         return self._execution.run
@@ -70,10 +74,9 @@ class ModelRunner:
 
     @compiled.setter
     def compiled(self, compiled: OptimizedForward | None) -> None:
-        execution = self._eager
-        if compiled is not None:
-            execution = CompiledExecution(self.model_forward, self.masks_by_slot, compiled)
-        self._execute_by(execution)
+        self._set_execution(
+            EagerExecution(self.model_forward) if compiled is None else CompiledExecution(self.model_forward, compiled)
+        )
 
     @property
     def graphs(self) -> Graphs | None:
@@ -85,14 +88,17 @@ class ModelRunner:
 
     @graphs.setter
     def graphs(self, graphs: Graphs | None) -> None:
-        execution = self._eager
-        if graphs is not None:
-            execution = RecordedExecution(self.model_forward, self.masks_by_slot, self.context, graphs)
-        self._execute_by(execution)
+        self._set_execution(
+            EagerExecution(self.model_forward)
+            if graphs is None
+            else RecordedExecution(self.model_forward, self.context, graphs)
+        )
 
-    def _execute_by(self, execution: EagerExecution) -> None:
+    def _set_execution(self, execution: EagerExecution) -> None:
+        """Run the rest of the current call by another execution, with the same cache."""
         if isinstance(self._execution, RecordedExecution):
             self._execution.drop_recordings()
+        execution.cache = self._execution.cache
         self._execution = execution
 
     def refresh(self) -> None:
@@ -109,16 +115,19 @@ class ModelRunner:
         return runner
 
     def begin(self, batch_size: int, max_slots: int | None = None) -> None:
-        """Start a call with an empty cache, whose buffers grow to max_slots at most; None: no limit. batch_size 0 frees the cache."""
+        """Start a call with an empty cache, whose buffers grow to max_slots at most; None: no limit.
+
+        batch_size 0 frees the cache.
+        """
         self.refresh()
-        self.cache = self._execution.begin(batch_size, max_slots, self.unchanged)
+        self._execution.begin(batch_size, max_slots, self.unchanged)
 
     def reserve(self, slots: int) -> None:
-        """Start a step after which no row has more than `slots` positions; the step itself does not read them on the host."""
-        self._execution.reserve(self.cache, slots)
+        """Start a step after which no row has more than `slots` positions, so that the step need not read them."""
+        self._execution.reserve(slots)
 
     def prefill(self, ids: Tensor, last: Tensor) -> TargetOutput | None:
-        """Feed positions up to last [B] of ids [B, L]: -> logits [B, 1, V] at `last`; None where there is nothing to feed."""
+        """Feed positions up to last [B] of ids [B, L]: -> logits [B, 1, V] at `last`; None where there are none."""
         width = int(last.max()) + 1
         self.reserve(width)
         return self.feed(ids, last, width)
@@ -137,7 +146,7 @@ class ModelRunner:
 
     def forward(self, ids: Tensor, positions: Tensor, last_only: bool = False) -> TargetOutput:
         """Run ids [B, W] at positions [B, W]: -> logits [B, W, V] float32, or [B, 1, V] of the last column."""
-        return TargetOutput(self._execution.forward(self.cache, ids, positions, last_only))
+        return TargetOutput(self._execution.forward(ids, positions, last_only))
 
 
 def widths(model: PreTrainedModel) -> tuple[int, int]:
@@ -157,7 +166,7 @@ def _num_rows(module: Any, name: str, default: int) -> int:
 def masks_by_slot(model: PreTrainedModel) -> bool:
     """Whether the model derives a query's position from the number of keys.
 
-    Such a model has a causal mask of its own, a bool buffer [1, 1, P, P], and takes the rows that follow its cache's length.
+    Such a model has its own causal mask, a bool buffer [1, 1, P, P], and takes its rows from the cache's length on.
     """
     masks = (buffer for buffer in model.buffers() if buffer.dtype == torch.bool and buffer.ndim == 4)
     return any(mask.shape[:2] == (1, 1) and mask.shape[2] == mask.shape[3] > 1 for mask in masks)

@@ -27,8 +27,8 @@ K = 4
 schedules = st.lists(st.integers(0, K), min_size=1, max_size=6).filter(any)  # K of each step
 
 
-class Watched:
-    """A ModelDrafter, each of whose proposals is compared with the plain draft model on the committed ids, without a cache."""
+class CheckedDrafter:
+    """A ModelDrafter whose proposals are compared with the draft model on the committed ids without a cache."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.drafter = ModelDrafter(model, VOCAB_SIZE)
@@ -51,13 +51,13 @@ class Watched:
             self.num_compared += length
         return draft
 
-    def observe(self, outcome: StepResult) -> None:
-        self.drafter.observe(outcome)
-        self.num_accepted += int(outcome.accepted.sum())
+    def observe(self, result: StepResult) -> None:
+        self.drafter.observe(result)
+        self.num_accepted += int(result.accepted.sum())
 
 
-def relative(model_type: str, noise: float) -> PreTrainedModel:
-    """The family's model with other weights, the less so the smaller the noise."""
+def noisy(model_type: str, noise: float) -> PreTrainedModel:
+    """The family's model with noise added to its weights."""
     model = deepcopy(family(model_type))
     torch.manual_seed(5)
     for parameter in model.parameters():
@@ -67,10 +67,10 @@ def relative(model_type: str, noise: float) -> PreTrainedModel:
 
 @torch.no_grad()
 def run(
-    target: PreTrainedModel, drafter: Watched, schedule: list[int], batch_size: int = 3, do_sample: bool = False,
+    target: PreTrainedModel, drafter: CheckedDrafter, schedule: list[int], batch_size: int = 3, do_sample: bool = False,
     length: int = 40, stop_ids: Tensor | None = None,
 ) -> Sequences:  # fmt: skip
-    """Steps with K from the schedule, over and over, until all rows have finished."""
+    """Run steps with K from the schedule, repeated, until all rows have finished."""
     batch = prompts(batch_size) if batch_size > 1 else {k: v[1:] for k, v in prompts(2).items()}  # a prompt of one id
     lengths = batch["attention_mask"].sum(1)
     sequences = Sequences(batch["input_ids"], lengths, max_length=11 + length, num_draft_tokens=K, stop_ids=stop_ids)
@@ -91,15 +91,15 @@ def run(
 def test_the_draft_cache_is_right_after_acceptance_and_rejection(
     noise: float, batch_size: int, do_sample: bool
 ) -> None:
-    drafter = Watched(relative("llama", noise))
+    drafter = CheckedDrafter(noisy("llama", noise))
     run(family("llama"), drafter, [K], batch_size, do_sample)
-    share = drafter.num_accepted / drafter.num_compared
-    assert {0.0: share == 1, 0.03: 0 < share < 1, 0.5: share < 0.5}[noise]
+    rate = drafter.num_accepted / drafter.num_compared
+    assert {0.0: rate == 1, 0.03: 0 < rate < 1, 0.5: rate < 0.5}[noise]
 
 
 @pytest.mark.parametrize("model_type", CACHE_FAMILIES)
 def test_the_draft_cache_is_right_in_every_kind_of_attention(model_type: str) -> None:
-    run(family(model_type), drafter := Watched(relative(model_type, 0.03)), [K])
+    run(family(model_type), drafter := CheckedDrafter(noisy(model_type, 0.03)), [K])
     assert drafter.num_compared > 20
 
 
@@ -108,8 +108,15 @@ def test_the_draft_cache_is_right_in_every_kind_of_attention(model_type: str) ->
 def test_the_draft_cache_is_right_after_any_history(
     schedule: list[int], noise: float, do_sample: bool, stride: int
 ) -> None:
-    stop_ids = torch.arange(0, VOCAB_SIZE, stride)  # a stop that is drafted and then rejected is history too
-    run(family("llama"), Watched(relative("llama", noise)), schedule, do_sample=do_sample, length=20, stop_ids=stop_ids)
+    stop_ids = torch.arange(0, VOCAB_SIZE, stride)  # history includes a stop that is drafted and rejected
+    run(
+        family("llama"),
+        CheckedDrafter(noisy("llama", noise)),
+        schedule,
+        do_sample=do_sample,
+        length=20,
+        stop_ids=stop_ids,
+    )
 
 
 @pytest.mark.parametrize(("schedule", "length"), [([0] * 100 + [K] * 5, 112), ([K, 0, 0, 2, 0, K], 30)])
@@ -117,12 +124,12 @@ def test_the_draft_cache_is_right_after_any_history(
 def test_the_draft_cache_is_right_after_steps_without_a_draft(
     schedule: list[int], length: int, batch_size: int, noise: float
 ) -> None:
-    run(family("llama"), drafter := Watched(relative("llama", noise)), schedule, batch_size, length=length)
+    run(family("llama"), drafter := CheckedDrafter(noisy("llama", noise)), schedule, batch_size, length=length)
     assert drafter.num_compared >= K
 
 
 def test_a_draft_model_goes_through_the_processors_of_the_call() -> None:
-    """Seen from outside: where draft and target are one model, p == q at every position, so nothing is rejected."""
+    """Where draft and target are one model, p == q at every position, so nothing is rejected."""
     model = deepcopy(family("llama"))
     specdec.enable(model, family("llama"), num_draft_tokens=K)
     call = {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.8, "no_repeat_ngram_size": 2, "pad_token_id": 0}
@@ -131,15 +138,15 @@ def test_a_draft_model_goes_through_the_processors_of_the_call() -> None:
     assert specdec.last_stats(model).draft_acceptance_rate == 1
 
 
-def test_a_drafter_begins_each_call_afresh() -> None:
-    drafter = Watched(relative("llama", 0.03))
+def test_a_drafter_starts_each_call_with_an_empty_cache() -> None:
+    drafter = CheckedDrafter(noisy("llama", 0.03))
     for schedule, batch_size in (([K], 3), ([2, 0, K], 1), ([K], 3)):
         run(family("llama"), drafter, schedule, batch_size, length=12)
 
 
-def test_a_draft_model_begins_where_it_is_first_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_draft_model_begins_with_the_first_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that drafts nothing does not pay for a draft model."""
-    drafter = Watched(relative("llama", 0.03))
+    drafter = CheckedDrafter(noisy("llama", 0.03))
     begun: list[ModelRunner] = []
     stock = ModelRunner.begin
     monkeypatch.setattr(ModelRunner, "begin", lambda self, *args: begun.append(self) or stock(self, *args))
@@ -154,13 +161,13 @@ def test_a_draft_model_with_a_smaller_context_stops_drafting_there() -> None:
     small.transformer.h.load_state_dict(family("gpt2").transformer.h.state_dict())
     offered: list[tuple[int, int]] = []
 
-    class Recorded(Watched):
+    class RecordingDrafter(CheckedDrafter):
         def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
             draft = super().propose(sequences, limit)
             offered.extend(zip(sequences.lengths.tolist(), draft.lengths.tolist(), strict=True))
             return draft
 
-    assert run(family("gpt2"), Recorded(small), [K], length=30).lengths.max() > 24
+    assert run(family("gpt2"), RecordingDrafter(small), [K], length=30).lengths.max() > 24
     assert max(length + count for length, count in offered if count) == 24
 
 

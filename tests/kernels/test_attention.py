@@ -1,4 +1,4 @@
-"""The attention kernel is the formula, whatever the shapes; and a query's result does not depend on what is beside it."""
+"""The attention kernel equals the formula, for all shapes, and a query's result is batch-invariant."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def tensors(
     batch: int, heads: int, kv_heads: int, width: int, length: int, dim: int, value_dim: int | None = None,
     device: str = "cpu", dtype: torch.dtype = torch.float16, capacity: int | None = None, seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Query, key, value as a model has them: heads behind positions, and a buffer of NaN behind its first `length` slots."""
+    """Query, key, value as a model has them: positions before heads in memory; slots from `length` on are NaN."""
     generator = torch.Generator().manual_seed(seed)
 
     def buffer(size: int) -> Tensor:
-        room = torch.full((batch, kv_heads, capacity or length + 37, size), torch.nan, dtype=dtype)
-        room[:, :, :length] = torch.randn(batch, kv_heads, length, size, generator=generator).to(dtype)
-        return room.to(device)[:, :, :length]
+        slots = torch.full((batch, kv_heads, capacity or length + 37, size), torch.nan, dtype=dtype)
+        slots[:, :, :length] = torch.randn(batch, kv_heads, length, size, generator=generator).to(dtype)
+        return slots.to(device)[:, :, :length]
 
     query = torch.randn(batch, width, heads, dim, generator=generator).to(dtype).to(device).transpose(1, 2)
     return query, buffer(dim), buffer(value_dim or dim)
@@ -65,7 +65,7 @@ def formula(query: Tensor, key: Tensor, value: Tensor, first: Tensor, last: Tens
 
 
 def hide(first: Tensor, last: Tensor, *states: Tensor) -> None:
-    """NaN before the first and behind the last slot that a query of the row sees."""
+    """Set slots to NaN before the first and after the last slot that any query of the row sees."""
     for state in states:
         for row in range(len(first)):
             seeing = first[row] <= last[row]
@@ -148,7 +148,7 @@ def test_many_chunks_are_added_up_by_groups(device: str, poisoned: list[Tensor])
 
 
 @pytest.mark.skipif(not interpreting(), reason="a device's own order differs from launch to launch")
-def test_the_order_in_which_blocks_end_is_nothing_to_the_result(
+def test_the_result_does_not_depend_on_the_order_in_which_blocks_end(
     monkeypatch: pytest.MonkeyPatch, poisoned: list[Tensor]
 ) -> None:
     from triton.runtime.interpreter import interpreter_builder
@@ -167,7 +167,7 @@ def test_the_order_in_which_blocks_end_is_nothing_to_the_result(
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_empty_and_hostile_intervals(device: str) -> None:
-    """Rows of one block that see nothing, one slot, far apart stretches, or more than there is."""
+    """Rows of one block that see nothing, one slot, distant intervals, or more slots than there are."""
     first = torch.tensor([[5, 0, 0, 600, -7, 580, 300]], dtype=torch.int32, device=device)
     last = torch.tensor([[4, 0, -1, 601, 9, 9999, 300]], dtype=torch.int32, device=device)
     states = tensors(1, 4, 2, 7, 620, 16, device=device)
@@ -201,13 +201,13 @@ def test_a_query_is_the_same_bits_in_any_window_batch_and_length(
         got = kernel.launch(*part, first[rows, columns].contiguous(), last[rows, columns].contiguous(), 0.2)
         assert got.equal(whole[rows, columns]), (row, at, width, length)
     order = torch.tensor([2, 0, 1, 0], device=device)
-    neighbours = kernel.launch(*(state[order] for state in states), first[order], last[order], 0.2)
-    assert neighbours.equal(whole[order])
+    reordered = kernel.launch(*(state[order] for state in states), first[order], last[order], 0.2)
+    assert reordered.equal(whole[order])
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_other_queries_of_a_block_leave_a_query_alone(device: str) -> None:
-    """What a block reads for its other rows is nothing to a row: tiles and chunks that it does not see."""
+def test_a_query_does_not_depend_on_other_queries_of_its_block(device: str) -> None:
+    """Tiles and chunks that a block reads only for its other rows do not change a row's result."""
     query, key, value = tensors(1, 2, 1, 5, 900, 16, device=device)
     first = torch.tensor([[300, 0, 890, 310, 1]], dtype=torch.int32, device=device)
     last = torch.tensor([[420, 899, 899, 312, 0]], dtype=torch.int32, device=device)
@@ -219,7 +219,7 @@ def test_other_queries_of_a_block_leave_a_query_alone(device: str) -> None:
 
 
 def test_a_row_that_sees_little_reads_and_counts_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a batch with a long row, a short row's other chunks are not read, not written and not counted."""
+    """In a batch with a long row, chunks that a short row does not see are not read, written or counted."""
     first, last = windows([3, 1000], 2)
     states = tensors(2, 2, 1, 2, 1002, 16)
     hide(first, last, *states[1:])
@@ -232,7 +232,7 @@ def test_a_row_that_sees_little_reads_and_counts_little(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_nothing_in_nothing_out(device: str) -> None:
+def test_empty_inputs_give_empty_or_zero_outputs(device: str) -> None:
     for batch, width, length in ((0, 3, 9), (2, 0, 9), (2, 3, 0)):
         states = tensors(batch, 4, 2, width, length, 16, device=device)
         limits = torch.zeros(batch, width, dtype=torch.int32, device=device)
@@ -243,7 +243,7 @@ def test_nothing_in_nothing_out(device: str) -> None:
 
 
 def test_the_launch_is_a_shipped_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a launch passes by name and place is what its Configuration describes, and what is built ahead of time."""
+    """A launch passes the arguments that its Configuration describes, which is what is compiled ahead of time."""
     launched: dict[str, Any] = {}
 
     class Recorder:
@@ -300,7 +300,7 @@ def test_it_goes_into_a_cuda_graph(device: str) -> None:
         assert got.equal(want)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_inputs_that_do_not_fit_are_refused() -> None:
     query, key, value = tensors(2, 4, 2, 3, 40, 16)
     first, last = windows([5, 30], 3)
 

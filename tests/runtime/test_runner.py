@@ -23,19 +23,26 @@ def test_ragged_logits_equal_those_of_each_row_alone_with_garbage_in_rejected_sl
     runner = ModelRunner(model)
     runner.begin(3)
     runner.prefill(ids, lengths - 2)
-    for width, kept in ((4, [3, 0, 2]), (6, [0, 5, 1]), (1, [0, 0, 0]), (3, [2, 1, 0]), (2, [0, 0, 0]), (4, [3, 3, 3])):
+    for width, accepted in (
+        (4, [3, 0, 2]),
+        (6, [0, 5, 1]),
+        (1, [0, 0, 0]),
+        (3, [2, 1, 0]),
+        (2, [0, 0, 0]),
+        (4, [3, 3, 3]),
+    ):
         columns = torch.arange(width)
         positions = lengths[:, None] - 1 + columns
         garbage = torch.randint(VOCAB_SIZE, (3, width), generator=generator)
-        window = torch.where(columns <= torch.tensor(kept)[:, None], ids.gather(1, positions), garbage)
+        window = torch.where(columns <= torch.tensor(accepted)[:, None], ids.gather(1, positions), garbage)
         logits = runner.forward(window, positions).logits
-        for row, count in enumerate(kept):
+        for row, count in enumerate(accepted):
             want = model(input_ids=ids[[row], : lengths[row] + count], use_cache=False).logits[0, -count - 1 :]
             torch.testing.assert_close(logits[row, : count + 1], want, rtol=1e-3, atol=1e-3)
-        lengths += torch.tensor(kept) + 1
+        lengths += torch.tensor(accepted) + 1
 
 
-def test_a_cache_is_freed_as_soon_as_it_is_let_go() -> None:
+def test_a_cache_is_freed_when_the_next_call_begins() -> None:
     runner = ModelRunner(family("llama"))
     runner.begin(1)
     runner.feed(torch.zeros(1, 8, dtype=torch.int64), torch.tensor([5]), 4)

@@ -1,4 +1,4 @@
-"""Attention in blocks of 8 queries and 128 keys, by PyTorch's matmul: batch-invariant on a CPU without the fused kernel.
+"""Attention in blocks of 8 queries and 128 keys by PyTorch's matmul, batch-invariant on a CPU without the fused kernel.
 
 Every matmul has one shape, whatever the window and the number of keys, so a query's result is the same in all of them.
 """
@@ -27,7 +27,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
 
 
 def _key_blocks(key: Tensor, value: Tensor, missing: int) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values [B, H', S, D] in pieces of whole blocks of 128; only partial blocks at the ends are padded copies."""
+    """Keys and values [B, H', S, D] in pieces of whole blocks of 128; partial blocks at the ends are padded copies."""
     length = key.shape[2]
     head = min(KEY_BLOCK - missing, length) if missing else 0
     tail = (length - head) % KEY_BLOCK

@@ -1,6 +1,7 @@
 """Attention by a fused kernel: in C++ on a CPU, where it has been built; in Triton on a CUDA device.
 
-The kernel reads only the interval of slots that each query sees, and a query's result does not depend on the rest of the batch.
+The kernel reads only the interval of slots that each query sees. A query's result does not depend on the window, the
+batch and the other rows.
 """
 
 from __future__ import annotations

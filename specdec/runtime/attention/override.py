@@ -28,8 +28,8 @@ _OVERRIDES: dict[int, _Override] = {}  # by id of the config; not in the config,
 def attention_override(config: PreTrainedConfig) -> Iterator[None]:
     """Within the block, the layers of `config` run `batch_invariant_attention`.
 
-    Blocks may overlap; the last one that ends restores the original implementation, so that one that ends early does not change it
-    for another, whose layers still get intervals. A stock call in another thread may run either, with the same result.
+    Blocks may overlap; the last one that ends restores the original implementation, so that layers of the others still
+    get their intervals. A stock call in another thread may run either implementation, with the same result.
     """
     key = id(config)
     with _LOCK:

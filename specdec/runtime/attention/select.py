@@ -1,14 +1,14 @@
-"""Batch-invariant attention: a query's result does not depend on the window, the batch and the other rows that it runs with.
+"""Batch-invariant attention: a query's result does not depend on the window, the batch and the rows that it runs with.
 
-`batch_invariant_attention` is registered with transformers' AttentionInterface as "specdec_rows" and dispatches each call to a
-backend:
+`batch_invariant_attention` is registered with transformers' AttentionInterface as "specdec_rows" and dispatches each
+call to a backend:
 
-    fused    a decoding window on a CUDA device in float16 or bfloat16, or on a CPU where the C++ kernels have been built
-    blocks   a decoding window on a CPU without them
+    fused    decoding windows on a CUDA device in float16 or bfloat16, and on a CPU whose C++ kernels have been built
+    blocks   decoding windows on a CPU without them
     stock    everything else: transformers' sdpa, so any model may use the name
 
-A wider window is prefill: sdpa computes it, but for its last position, which the backend of decoding windows computes. The first
-id is sampled from that position, and the first verification computes it again.
+A wider window is prefill: sdpa computes it, except for the last position, which the backend of decoding windows
+computes. The first id is sampled from that position, and the first verification computes it again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from specdec.runtime.attention import blocks, fused, stock
 from specdec.runtime.attention.override import implementation_of
 from specdec.runtime.kv_cache.masks import causal_intervals, intervals_of, is_intervals, seen_slots
 
-# Devices on which sdpa models keep their sdpa: on a CPU the kernel sums in another order, which changes texts in bfloat16.
+# Device types on which sdpa models keep sdpa: a CPU's kernel sums in another order, which changes texts in bfloat16.
 KEEP_SDPA = ("cpu",)
 # transformers' keywords that change the formula; only sdpa computes calls with one of them.
 OTHER_FORMULAS = ("softcap", "s_aux", "position_bias", "cache")
@@ -44,8 +44,9 @@ class Backend(Enum):
 def select_backend(device: torch.device, is_standard: bool, can_fuse: bool, has_bool_mask: bool) -> Backend:
     """The backend of a call: of a decoding window, or of the last position of a prefill.
 
-    is_standard: the formula is plain causal attention. can_fuse: a fused kernel supports the states, and the slots that each query
-    sees are an interval. has_bool_mask: those slots are known as intervals or as a bool mask, not as an additive one.
+    is_standard: the formula is plain causal attention.
+    can_fuse: a fused kernel supports the states, and the slots that each query sees are an interval.
+    has_bool_mask: those slots are known as intervals or as a bool mask, not as an additive one.
     """
     if is_standard and can_fuse:
         return Backend.FUSED
@@ -55,7 +56,7 @@ def select_backend(device: torch.device, is_standard: bool, can_fuse: bool, has_
 
 
 def takes_intervals(model: PreTrainedModel) -> bool:
-    """Whether decoding windows of the model get intervals instead of a mask: its layers reach `batch_invariant_attention`."""
+    """Whether decoding windows of the model get intervals, not masks: its layers call `batch_invariant_attention`."""
     implementation = implementation_of(model.config.get_text_config(decoder=True))
     can_override = implementation == "sdpa" and model.device.type not in KEEP_SDPA and model._supports_attention_backend
     return implementation == ATTENTION or (can_override and fused.has_kernel(model.device, model.dtype))
@@ -75,7 +76,8 @@ def batch_invariant_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention call: query [B, H, W, D], key [B, H', S, D], value [B, H', S, DV] -> [B, W, H, DV].
 
-    attention_mask: bool [B, 1, W, S]; int32 [B, 2, W, 1], the first and the last slot that each query sees; or None, causal.
+    attention_mask: bool [B, 1, W, S]; int32 [B, 2, W, 1], the first and the last slot that each query sees; None for
+        causal attention.
     """
     width = query.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -89,21 +91,21 @@ def batch_invariant_attention(
     intervals = None
     if is_standard and fused.is_supported(query, key, value):
         intervals = _visible_intervals(query, key, attention_mask)
-    has_bool_mask = attention_mask is None or is_intervals(attention_mask, width) or attention_mask.dtype == torch.bool
+    has_bool_mask = attention_mask is None or attention_mask.dtype in (torch.bool, torch.int32)
     backend = select_backend(query.device, is_standard, intervals is not None, has_bool_mask)
 
     attend: Callable[..., Tensor]
     if backend is Backend.FUSED:
-        attend, visible, is_window = fused.attend, intervals, is_decoding(width, query.device)
+        attend, visible, decodes = fused.attend, intervals, is_decoding(width, query.device)
     elif backend is Backend.BLOCKS:
         attend = partial(blocks.attend, missing=_missing_slots(attention_mask, position_ids, width, key.shape[2]))
-        visible, is_window = _as_mask(attention_mask, query, key), width <= MAX_WINDOW
+        visible, decodes = _as_mask(attention_mask, query, key), width <= MAX_WINDOW
     else:
         mask = None if attention_mask is None else _as_mask(attention_mask, query, key)
         return sdpa(key, value, mask), None
 
     assert visible is not None
-    if is_window:
+    if decodes:
         return attend(query, key, value, visible, scale), None
     is_causal_on_gpu = attention_mask is None and query.device.type != "cpu"
     output = stock.over_whole_blocks(sdpa, key, value, None if is_causal_on_gpu else _as_mask(visible, query, key))
@@ -112,9 +114,9 @@ def batch_invariant_attention(
 
 
 def _visible_intervals(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The slots that each query sees as intervals, None where they are only known as a mask.
+    """The slots that each query sees as intervals; None where they are only known as a mask.
 
-    A bool mask, which stock calls bring, is converted for the CPU's kernel alone: reading it would make the host wait for a GPU.
+    A bool mask, as stock calls have it, is converted only on a CPU: on a GPU, reading it would make the host wait.
     """
     if mask is None:
         return causal_intervals(query, key.shape[2])
@@ -133,8 +135,8 @@ def _as_mask(visible: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
 def _missing_slots(mask: Tensor | None, position_ids: Tensor | None, width: int, num_slots: int) -> int:
     """How many slots of the first block of keys precede the first key.
 
-    Blocks begin at multiples of 128 of the keys' positions, also where a sliding cache hands over only the last keys. The ragged
-    cache, whose windows come with intervals, hands over all of them.
+    Blocks begin at multiples of 128 of the keys' positions, also where a sliding cache passes only the last keys. The
+    ragged cache, whose windows come with intervals, passes all of them.
     """
     if is_intervals(mask, width) or position_ids is None or position_ids.ndim != 2:
         return 0

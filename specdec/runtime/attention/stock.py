@@ -1,4 +1,4 @@
-"""transformers' sdpa attention: for calls that no other backend computes, and for all of a prompt but its last position."""
+"""transformers' sdpa attention: for calls that no other backend computes, and for prefill except its last position."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def sdpa_of(module: nn.Module, query: Tensor, **keywords: Any) -> Sdpa:
 
 
 def over_whole_blocks(sdpa: Sdpa, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """sdpa; on a CPU, where its sums depend on the number of keys, over whole blocks of them, as the ragged cache has them."""
+    """sdpa; on a CPU, where its sums depend on the number of keys, over whole blocks, as the ragged cache has."""
     missing = -key.shape[2] % KEY_BLOCK
     if key.device.type != "cpu" or not missing or mask is None:
         return sdpa(key, value, mask)

@@ -1,7 +1,7 @@
 """How one layer of the ragged KV cache stores keys and values: in the model's dtype.
 
-A layer of another storage format is a class with the members of `RaggedLayer` that `RaggedCache` calls: `update`, `reserve`,
-`over` and `get_*`. Rejected entries need no rollback in any format, since slot == position.
+A layer of another storage format is a class with the members of `RaggedLayer` that `RaggedCache` and transformers call:
+`update`, `reserve`, `over` and `get_*`. Rejected entries need no rollback in any format, since slot == position.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ GROWTH = 256  # slots; a buffer at least doubles and gains this many when it gro
 
 
 class RaggedLayer(CacheLayerMixin):
-    """Keys and values of one layer: [B, H, S, D] buffers, written at the window's positions, read up to its key length."""
+    """Keys and values of one layer: buffers [B, H, S, D], written at the window's positions, read up to key_length."""
 
     is_sliding = False
 
@@ -38,7 +38,7 @@ class RaggedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write states [B, H, W, D] at the window's positions: -> keys and values that attention reads, [B, H, key_length, D]."""
+        """Write states [B, H, W, D] at the window's positions: -> keys and values to read, [B, H, key_length, D]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self.reserve()
@@ -58,7 +58,7 @@ class RaggedLayer(CacheLayerMixin):
         return self.window.key_length, 0
 
     def get_seq_length(self) -> int:
-        """Slots before the window, as if all rows had one length: models without position_ids derive the key length from it."""
+        """Slots before the window, as if all rows had one length: models without position_ids count on it."""
         return max(self.window.end - self.window.positions.shape[1], 0)
 
     def get_max_length(self) -> int:
@@ -71,7 +71,7 @@ def grown_capacity(capacity: int, needed: int, max_slots: int) -> int:
 
 
 def static_capacity(max_slots: int, context: int | None) -> int:
-    """Slots of buffers that are reused from call to call: max_slots, rounded up so that calls of similar length share them.
+    """Slots of buffers that are reused from call to call: max_slots, rounded up so that similar calls share them.
 
     Not beyond the model's context, unless max_slots is: some models take no more keys than that.
     """

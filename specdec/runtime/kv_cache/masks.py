@@ -34,8 +34,8 @@ def attention_masks(
 ) -> Tensor | dict[str, Tensor]:
     """Finished 4-D masks for queries at positions [B, W] over slots 0 … S-1; a dict by kind where there are several.
 
-    dtype: torch.bool for a mask as sdpa takes it, a floating dtype for an additive one as eager attention takes it, torch.int32
-        for intervals as specdec/runtime/attention/select.py takes them.
+    dtype: torch.bool for a mask as sdpa takes it, a floating dtype for an additive one as eager attention takes it,
+        torch.int32 for intervals as specdec/runtime/attention/select.py takes them.
     padding: int64 [B], the number of slots before position 0; None: none.
     """
     masks = {}
@@ -66,7 +66,7 @@ def seen_slots(intervals: Tensor, key_length: int) -> Tensor:
 
 
 def causal_intervals(query: Tensor, key_length: int) -> Tensor:
-    """Intervals of queries [B, H, W, D] that stand at the last W of S slots, each of which sees itself and all before."""
+    """Intervals of queries [B, H, W, D] that stand at the last W of S slots; each sees its slot and those before."""
     last = torch.arange(key_length - query.shape[2], key_length, dtype=torch.int32, device=query.device)
     return torch.stack([torch.zeros_like(last), last])[None, :, :, None].expand(len(query), -1, -1, -1)
 

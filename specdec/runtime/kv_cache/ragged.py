@@ -1,9 +1,11 @@
 """The ragged KV cache: slot == position, for each row independently.
 
-The KV entry for position i of row b lies in slot i of row b, and a query at position q sees only slots <= q. So a rejected draft
-leaves stale slots after the committed length, which are overwritten before any query sees them: rollback, uneven acceptance and
-finished rows cost nothing. `window.py` keeps the positions of the current forward, `layers.py` stores the entries, `masks.py` says
-which slots a query sees.
+The KV entry for position i of row b lies in slot i of row b, and a query at position q sees only slots <= q. So a
+rejected draft leaves stale slots after the committed length, which are overwritten before any query sees them:
+rollback, uneven acceptance and finished rows cost nothing.
+
+window.py holds the positions of the current forward, layers.py stores the entries, masks.py computes which slots each
+query sees.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from specdec.runtime.kv_cache.window import Window
 
 
 class RaggedCache(Cache):
-    """A transformers KV cache of B rows that advance independently. Call `window.move(positions)` before each forward."""
+    """A transformers KV cache of rows that advance independently. Call `window.move(positions)` before each forward."""
 
     def __init__(self, key_block: int = 1, max_slots: int | None = None, right_aligned: bool = False) -> None:
         """Arguments as in `Window`."""
@@ -31,14 +33,17 @@ class RaggedCache(Cache):
 
     @classmethod
     def over(cls, buffers: list[Tensor], positions: Tensor) -> RaggedCache:
-        """A cache on the buffers() of another one, for one forward at positions [B, W]; the host reads none of their values."""
+        """A cache on the buffers() of another one, for one forward at positions [B, W] that the host does not read."""
         cache = cls()
         cache.window.move_static(positions, key_length=buffers[0].shape[2])
         cache._use(buffers)
         return cache
 
     def fill(self, shapes: Sequence[Sequence[int]], batch_size: int, dtype: torch.dtype) -> None:
-        """Make empty layers, for a first forward that cannot make them. shapes: heads and width of each of the buffers()."""
+        """Make empty layers, for a first forward that cannot make them.
+
+        shapes: heads and width of each of the buffers().
+        """
         device = self.window.positions.device
         self._use([torch.zeros(batch_size, heads, 0, width, dtype=dtype, device=device) for heads, width in shapes])
 
@@ -53,9 +58,9 @@ class RaggedCache(Cache):
         return self.buffers()
 
     def buffers(self) -> list[Tensor]:
-        """Keys and values of each layer in turn, [B, H, S, D] each, S >= the window's key length; none before the first forward.
+        """Keys and values of each layer in turn, [B, H, S, D] each; S is at least the window's key length.
 
-        The same list object as long as the buffers are the same.
+        Empty before the first forward. The same list object as long as the buffers are the same.
         """
         layers = cast("list[RaggedLayer]", self.layers)
         buffers = self._buffers

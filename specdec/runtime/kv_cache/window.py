@@ -13,9 +13,9 @@ class Window:
 
     key_block: attention gets whole blocks of this many slots; masks hide the slots after the last position.
     max_slots: the most positions that a row of the call can have; buffers do not grow beyond its block. None: no limit.
-    right_aligned: attention gets keys as left-padded rows have them, so that in every row the last column of the window
-        stands at the last key. For models that derive a query's position from the number of keys.
-    padding: with right_aligned, the number of keys before position 0 of each row, int64 [B]; may be negative; else None.
+    right_aligned: attention gets keys as left-padded rows have them, so that the last column of the window stands at
+        the last key in every row. For models that derive a query's position from the number of keys.
+    padding: the number of keys before position 0 of each row, int64 [B], may be negative; None unless right_aligned.
     rows, positions: int64 [B, 1] and [B, W], the index of the slots that the forward writes.
     first: the first slot, where one row's positions are consecutive and can be written as a slice; else None.
     end: the largest position + 1. key_length: S, the number of slots that attention reads.
@@ -41,7 +41,10 @@ class Window:
         self.key_length = round_up(slots, self.key_block)
 
     def move(self, positions: Tensor, last_only: bool = False) -> None:
-        """Start a forward at positions [B, W] int64; last_only: only the last column's logits are used, else the first ones."""
+        """Start a forward at positions [B, W] int64.
+
+        last_only: only the last column is used; otherwise the first ones are, as many as a row's draft has.
+        """
         batch, width = positions.shape
         if self.right_aligned:  # unused columns get consecutive positions too, or positions before the text
             first = positions[:, -1:] - (width - 1) if last_only else positions[:, :1]
@@ -62,7 +65,7 @@ class Window:
             self.padding = self.key_length - width - positions[:, 0]
 
     def move_static(self, positions: Tensor, key_length: int) -> None:
-        """As `move`, for a recorded or traced forward: attention reads all key_length slots, and the host reads nothing."""
+        """As `move`, for a recorded or traced forward: attention reads key_length slots, the host no positions."""
         self.rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
         self.positions, self.key_length = positions, key_length
 

@@ -1,4 +1,4 @@
-"""These tests run interpreted kernels too, with NumPy's matmul as the kernels' own tests have it."""
+"""These tests run interpreted kernels too, with the same matmul as tests/kernels."""
 
 from tests.kernels.conftest import rows_of_a_dot_do_not_depend_on_each_other
 

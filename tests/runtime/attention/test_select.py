@@ -78,10 +78,10 @@ def ragged_logits(model: PreTrainedModel) -> list[Tensor]:
     runner = ModelRunner(model)
     runner.prefill(ids, lengths - 2)
     logits = []
-    for width, kept in ((4, [3, 0, 2]), (1, [1, 1, 1]), (6, [0, 5, 1])):
+    for width, accepted in ((4, [3, 0, 2]), (1, [1, 1, 1]), (6, [0, 5, 1])):
         positions = lengths[:, None] - 1 + torch.arange(width)
         logits.append(runner.forward(ids.gather(1, positions), positions).logits)
-        lengths = lengths + torch.tensor(kept)
+        lengths = lengths + torch.tensor(accepted)
     return logits
 
 
@@ -130,7 +130,7 @@ def test_texts_are_those_of_the_stock_loop(model_type: str, fused_shapes: list[t
 def test_stock_and_speculative_decoding_of_a_4bit_model_are_the_same_bits(
     model_type: str, prompt_length: int, fused_shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Plain generate() gives no mask, so the kernel reads all keys; a verification window of the runner gives intervals."""
+    """Plain generate() gives no mask, so the kernel reads all keys; a verification window gives intervals."""
     monkeypatch.setattr(fused, "attention", in_half)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 512}

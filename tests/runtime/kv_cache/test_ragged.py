@@ -38,7 +38,7 @@ def test_a_growing_cache_keeps_its_content() -> None:
         torch.testing.assert_close(got.logits[:, 0], want[torch.arange(2), last], rtol=1e-3, atol=1e-3)
 
 
-def test_a_calls_buffers_end_where_its_texts_can() -> None:
+def test_a_calls_buffers_end_at_its_longest_text() -> None:
     runner = ModelRunner(family("llama"))
     ids = torch.randint(VOCAB_SIZE, (2, 700), generator=torch.Generator().manual_seed(0))
     runner.begin(2, 600)
@@ -52,7 +52,7 @@ def test_a_calls_buffers_end_where_its_texts_can() -> None:
     ):
         runner.feed(ids, torch.tensor(last), 4)
         assert runner.cache.layers[0].keys.shape[2] == slots
-    assert grown_capacity(600, 640, 600) == 640  # a text that goes on all the same is not cut
+    assert grown_capacity(600, 640, 600) == 640  # a text that exceeds its limit is not cut
 
 
 @pytest.mark.parametrize(
