@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from specdec.core.interfaces import Run
 from specdec.core.steps import TargetOutput
 from specdec.runtime.cuda_graphs import Graphs
-from specdec.runtime.execution import CompiledExecution, EagerExecution, OptimizedForward, RecordedExecution
+from specdec.runtime.executors import CompiledExecutor, EagerExecutor, OptimizedForward, RecordedExecutor
 from specdec.runtime.identity import Identity
 from specdec.runtime.kv_cache.ragged import RaggedCache
 from specdec.runtime.model_forward import ModelForward
@@ -35,7 +35,7 @@ class ModelRunner:
         self.masks_by_slot = masks_by_slot(model)
         self.unchanged: Identity | None = None
         self.model_forward = ModelForward(model, self.masks_by_slot)
-        self._execution = EagerExecution(self.model_forward)
+        self._executor = EagerExecutor(self.model_forward)
         self.refresh()
 
     @property
@@ -56,26 +56,26 @@ class ModelRunner:
     @property
     def cache(self) -> RaggedCache:
         """The KV cache of the current call."""
-        return self._execution.cache
+        return self._executor.cache
 
     @property
     def run(self) -> Run:
         """Runs a part of a step on this model, as `Graphs.run` does."""
-        return self._execution.run
+        return self._executor.run
 
     @property
     def compiled(self) -> OptimizedForward | None:
         """The compiled forward that serves decoding windows of the current call; None where there is none.
 
-        Assigning it replaces a recorded execution; None: forwards run eagerly.
+        Assigning it replaces a recorded executor; None: forwards run eagerly.
         """
-        execution = self._execution
-        return execution.compiled if isinstance(execution, CompiledExecution) and execution.is_current else None
+        executor = self._executor
+        return executor.compiled if isinstance(executor, CompiledExecutor) and executor.is_current else None
 
     @compiled.setter
     def compiled(self, compiled: OptimizedForward | None) -> None:
-        self._set_execution(
-            EagerExecution(self.model_forward) if compiled is None else CompiledExecution(self.model_forward, compiled)
+        self._set_executor(
+            EagerExecutor(self.model_forward) if compiled is None else CompiledExecutor(self.model_forward, compiled)
         )
 
     @property
@@ -84,22 +84,22 @@ class ModelRunner:
 
         Assigning them replaces a compiled forward; None: forwards run eagerly.
         """
-        return self._execution.graphs if isinstance(self._execution, RecordedExecution) else None
+        return self._executor.graphs if isinstance(self._executor, RecordedExecutor) else None
 
     @graphs.setter
     def graphs(self, graphs: Graphs | None) -> None:
-        self._set_execution(
-            EagerExecution(self.model_forward)
+        self._set_executor(
+            EagerExecutor(self.model_forward)
             if graphs is None
-            else RecordedExecution(self.model_forward, self.context, graphs)
+            else RecordedExecutor(self.model_forward, self.context, graphs)
         )
 
-    def _set_execution(self, execution: EagerExecution) -> None:
-        """Run the rest of the current call by another execution, with the same cache."""
-        if isinstance(self._execution, RecordedExecution):
-            self._execution.drop_recordings()
-        execution.cache = self._execution.cache
-        self._execution = execution
+    def _set_executor(self, executor: EagerExecutor) -> None:
+        """Run the rest of the current call by another executor, with the same cache."""
+        if isinstance(self._executor, RecordedExecutor):
+            self._executor.drop_recordings()
+        executor.cache = self._executor.cache
+        self._executor = executor
 
     def refresh(self) -> None:
         """Read from the model what its forward takes, and how wide its head and embeddings are now."""
@@ -109,8 +109,8 @@ class ModelRunner:
     def spare(self) -> ModelRunner:
         """Another runner of the same model, with its own cache and without recordings."""
         runner = ModelRunner(self.model)
-        if isinstance(self._execution, CompiledExecution):
-            runner.compiled = self._execution.compiled
+        if isinstance(self._executor, CompiledExecutor):
+            runner.compiled = self._executor.compiled
         runner.unchanged = self.unchanged
         return runner
 
@@ -120,11 +120,11 @@ class ModelRunner:
         batch_size 0 frees the cache.
         """
         self.refresh()
-        self._execution.begin(batch_size, max_slots, self.unchanged)
+        self._executor.begin(batch_size, max_slots, self.unchanged)
 
     def reserve(self, slots: int) -> None:
         """Start a step after which no row has more than `slots` positions, so that the step need not read them."""
-        self._execution.reserve(slots)
+        self._executor.reserve(slots)
 
     def prefill(self, ids: Tensor, last: Tensor) -> TargetOutput | None:
         """Feed positions up to last [B] of ids [B, L]: -> logits [B, 1, V] at `last`; None where there are none."""
@@ -146,7 +146,7 @@ class ModelRunner:
 
     def forward(self, ids: Tensor, positions: Tensor, last_only: bool = False) -> TargetOutput:
         """Run ids [B, W] at positions [B, W]: -> logits [B, W, V] float32, or [B, 1, V] of the last column."""
-        return TargetOutput(self._execution.forward(ids, positions, last_only))
+        return TargetOutput(self._executor.forward(ids, positions, last_only))
 
 
 def widths(model: PreTrainedModel) -> tuple[int, int]:

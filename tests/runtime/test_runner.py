@@ -1,4 +1,4 @@
-"""A runner's logits equal those of the model without a cache; how it executes forwards can be replaced."""
+"""A runner's logits equal those of the model without a cache; its executor can be replaced."""
 
 from __future__ import annotations
 

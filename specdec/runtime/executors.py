@@ -15,10 +15,10 @@ from specdec.runtime.kv_cache.ragged import RaggedCache
 from specdec.runtime.model_forward import ModelForward
 
 
-class EagerExecution:
+class EagerExecutor:
     """Runs the model's own forward, operator by operator, with a new cache for each call.
 
-    The other executions fall back to it. run: runs a part of a step, as `Graphs.run` does. cache: of the current call.
+    The other executors fall back to it. run: runs a part of a step, as `Graphs.run` does. cache: of the current call.
     """
 
     run: Run = staticmethod(run_eager)
@@ -62,7 +62,7 @@ class OptimizedForward(Protocol):
         """As `ModelForward.run`."""
 
 
-class CompiledExecution(EagerExecution):
+class CompiledExecutor(EagerExecutor):
     """Runs decoding windows by a compiled forward, the rest eagerly.
 
     is_current: whether the compiled forward serves the current call; one that does not may serve a later call.
@@ -85,7 +85,7 @@ class CompiledExecution(EagerExecution):
         return self.compiled(ids, positions, last_only, self.cache)
 
 
-class RecordedExecution(EagerExecution):
+class RecordedExecutor(EagerExecutor):
     """Runs forwards that can be recorded as CUDA graphs.
 
     Buffers stay in place from call to call, and a window of up to MAX_WINDOW positions attends to all of their slots,
