@@ -1,4 +1,4 @@
-"""No test needs a network, and none may ask one: hub look-ups end at once. Without a GPU, Triton kernels are interpreted."""
+"""Fixtures of all tests. Hub requests fail at once: no test needs a network. Without a GPU, Triton is interpreted."""
 
 import os
 import subprocess
@@ -18,8 +18,8 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True)
-def _cold_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing has been compiled when a test begins, whatever another one has left."""
+def _no_cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test starts with the CPU kernels not loaded, whatever earlier tests have built."""
     from specdec_kernels import cpu
 
     monkeypatch.setattr(cpu, "_IS_LOADED", False)
@@ -27,7 +27,7 @@ def _cold_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["eager", "recorded"])
 def either_way(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The steps of what is enabled run as they are, and then as they run on a CUDA device: recorded, heard of a step late."""
+    """Run the test with eager steps, and with recorded ones as on a CUDA device, which the host reads one step late."""
     from tests.helpers.recording import recorded
 
     if request.param == "eager":
@@ -38,8 +38,8 @@ def either_way(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
-def cpu_kernels(_cold_machine: None) -> None:
-    """The CPU's own kernels, built where no run of these tests has done so."""
+def cpu_kernels(_no_cpu_kernels: None) -> None:
+    """The CPU kernels, built if no earlier run has done so."""
     from specdec_kernels import cpu
 
     cpu.build()
@@ -47,7 +47,7 @@ def cpu_kernels(_cold_machine: None) -> None:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package as it would be installed."""
+    """The wheel of the package."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)

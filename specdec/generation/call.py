@@ -30,7 +30,8 @@ from specdec.drafters.none import NoDrafter
 from specdec.generation.callbacks import KnownCriteria, has_eos, known_processors, need_lockstep
 from specdec.generation.state import CALLS, COST_MODELS, State, members_of, runner_of
 from specdec.runtime.cuda_graphs import Graphs
-from specdec.runtime.runner import ModelRunner, cache_argument
+from specdec.runtime.model_forward import cache_argument
+from specdec.runtime.runner import ModelRunner
 from specdec.runtime.tensor_parallel import Ranks
 
 CACHE_FIELD = cache_argument(GenerateDecoderOnlyOutput.__dataclass_fields__)  # where generate() returns the cache

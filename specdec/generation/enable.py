@@ -37,8 +37,8 @@ from specdec.generation.call import decode, max_draft_tokens
 from specdec.generation.routing import BEFORE_INPUTS, WITH_INPUTS, Request, user_hook, why_stock
 from specdec.generation.state import CALLS, Call, State, Trials, members_of, runner_of, take_drafter
 from specdec.runtime.cuda_graphs import RECORDINGS, Graphs
-from specdec.runtime.execution import Compile, prepare
 from specdec.runtime.identity.snapshot import Identity
+from specdec.runtime.prepare import Compile, prepare
 from specdec.runtime.runner import ModelRunner, masks_by_slot, widths
 from specdec.runtime.support import Support, support_of
 

@@ -23,11 +23,11 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.generation.routing import Request, user_hook
-from specdec.runtime.attention.select import implementation_of
+from specdec.runtime.attention.override import implementation_of
 from specdec.runtime.cuda_graphs import Graphs, why_not_recorded
-from specdec.runtime.execution import Compile
 from specdec.runtime.identity.snapshot import Identity
 from specdec.runtime.pair import PairMember
+from specdec.runtime.prepare import Compile
 from specdec.runtime.runner import ModelRunner
 from specdec.runtime.support import Support, autocast_of, draws_random_numbers, ruled_out, support_of, unsupported
 
@@ -225,7 +225,7 @@ class State:
             member.runner.graphs is graphs and model.device == graphs.device and why_not_recorded(model) is None
             for member, model in zip(parts, models, strict=True)
         )
-        if not graphs.renew(models):
+        if not graphs.refresh(models):
             for member in parts:
                 member.runner.begin(0)
         return graphs if graphs.is_on else None

@@ -46,9 +46,12 @@ from specdec.quant.formats.layer import Scheme
 from specdec.quant.int4 import Int4Tensor
 from specdec.quant.layers import layers_to_quantize, linear_layers, shape_of
 from specdec.quant.linear import TILE_WEIGHTS
-from specdec.runtime.attention.select import KEYS
-from specdec.runtime.kv_cache.ragged import RaggedCache, attention_kinds, attention_masks, grown_capacity, kept_slots
-from specdec.runtime.runner import PREFILL_CHUNK, PREFILL_MASK, cache_argument, context_of
+from specdec.runtime.attention.blocks import KEY_BLOCK
+from specdec.runtime.kv_cache.layers import grown_capacity, static_capacity
+from specdec.runtime.kv_cache.masks import attention_kinds, attention_masks
+from specdec.runtime.kv_cache.ragged import RaggedCache
+from specdec.runtime.model_forward import cache_argument
+from specdec.runtime.runner import PREFILL_CHUNK, PREFILL_MASK, context_of
 from specdec.runtime.support import LINEAR_KINDS
 
 GIB = 2**30
@@ -128,7 +131,7 @@ class Footprint:
         on_cpu = self.device == "cpu"
         decodes = width <= MAX_WINDOW or (on_cpu and int4 and self.has_kernels)
         slots = (
-            -(-slots // KEYS) * KEYS if int4 and on_cpu else slots
+            -(-slots // KEY_BLOCK) * KEY_BLOCK if int4 and on_cpu else slots
         )  # in whole blocks, see specdec/runtime/attention/select.py
         size, positions, pairs = self.dtype.itemsize, batch * width, batch * width * slots
         mask = self.num_masks * pairs * (size if self.is_eager else 1)
@@ -263,8 +266,8 @@ def plan(
 
     def cache(model: Footprint, int4: bool) -> tuple[int, int, int]:
         """Its bytes behind prefill and at the end, and those of the last buffer that grows."""
-        block = KEYS if int4 and model.device == "cpu" else 1
-        end = kept_slots(context, model.context) if model.device == "cuda" else context
+        block = KEY_BLOCK if int4 and model.device == "cpu" else 1
+        end = static_capacity(context, model.context) if model.device == "cuda" else context
         first, before, last = _slots(prompt, end, block)
         size = batch * model.token_bytes
         return first * size, last * size, model.growth_bytes(batch, before)

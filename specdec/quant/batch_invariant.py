@@ -31,7 +31,7 @@ from torch import Tensor, nn
 MAX_WINDOW = 64  # positions of one row of a batch; a wider window is prefill
 BLOCK = 8  # rows of one matmul on a CPU
 CUDA_BLOCK = 64  # and on a CUDA device, where reading the weights takes the time, so 64 rows take no longer than one
-ATTENTION = "specdec_rows"  # the name of specdec/runtime/attention/select.py's row_attention in transformers
+ATTENTION = "specdec_rows"  # the name of specdec/runtime/attention/select.py's function in transformers
 
 
 def is_decoding(width: int, device: torch.device) -> bool:

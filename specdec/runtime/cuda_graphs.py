@@ -1,8 +1,8 @@
-"""Parts of a step as CUDA graphs: recorded once, replayed with one launch for all their kernels.
+"""Parts of a step as CUDA graphs: recorded once, then replayed with one launch for all their kernels.
 
-A part is a function of tensors that asks the device nothing and changes only what stays where it is: the committed ids, the
-caches. It is run as it is the first time, which builds and tunes its kernels; recorded the second time, when the same key and
-shapes come back; replayed from then on. Where recording fails it goes on being run as it is.
+A part is a function of tensors that never waits for the device and changes only tensors that stay in place: the
+committed ids and the caches. Its first run is eager, which builds and tunes its kernels. Its second run, with the same
+key and shapes, is recorded; later ones are replays. If a recording fails, parts run eagerly from then on.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
 
@@ -20,26 +21,27 @@ from torch import Tensor, nn
 from specdec.runtime.identity.hooks import find_hook
 from specdec.runtime.identity.snapshot import Identity
 
-MOST = 64  # recordings at a time; what they are made for changes little from call to call
+MAX_RECORDINGS = 64  # at a time; calls of one kind need a few
 
 
 class Recording(Protocol):
-    """What a device replays."""
+    """A recorded part of a step, in the form that a type of device replays."""
 
     def record(self, function: Callable[[], Any]) -> Any:
-        """Take down what function() does, without doing it: -> its outputs, which a replay fills."""
+        """Record the operations of function() without executing them: -> its outputs, which each replay overwrites."""
 
     def replay(self) -> None:
-        """Do it."""
+        """Execute the recorded operations."""
 
     def close(self) -> None:
-        """Free it, once it is done."""
+        """Free the recording, once its last replay is done."""
 
 
 class CudaRecording:
-    """A CUDA graph, in a pool of memory that all of one pair share: only one of them runs at a time."""
+    """A CUDA graph. All graphs of one `Graphs` share a memory pool, since only one of them runs at a time."""
 
     def __init__(self, pool: list[Any]) -> None:
+        """pool: the shared pool's handle; empty before the first recording, which adds it."""
         if not pool:
             pool.append(torch.cuda.graph_pool_handle())
         self.pool = pool[0]
@@ -51,7 +53,7 @@ class CudaRecording:
             with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
                 return function()
         finally:
-            torch.cuda.set_stream(stream)  # where a recording fails, torch stays on its own
+            torch.cuda.set_stream(stream)  # after a failed recording, torch stays on the recording's stream
 
     def replay(self) -> None:
         self.graph.replay()
@@ -61,13 +63,23 @@ class CudaRecording:
         self.graph.reset()
 
 
-RECORDINGS: dict[str, Callable[[list[Any]], Recording]] = {"cuda": CudaRecording}  # by type of device
+# The recorder of each type of device that has one: called with the pool, it makes a Recording.
+RECORDINGS: dict[str, Callable[[list[Any]], Recording]] = {"cuda": CudaRecording}
+
+
+@dataclass(frozen=True, eq=False)
+class _RecordedPart:
+    """A recorded part of a step with the static tensors that it reads and writes."""
+
+    recording: Recording
+    inputs: list[Tensor | None]
+    outputs: Any
 
 
 class Graphs:
-    """The recorded parts of one pair on its device, and the tensors that stay where they are.
+    """The recorded parts of one pair of models on one device, and the static buffers that they use.
 
-    is_on: whether the call in progress goes by them. failure: why nothing is recorded any more, None while all is well.
+    is_on: whether the current call uses them. failure: why nothing is recorded any more, None if no recording failed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -75,91 +87,88 @@ class Graphs:
         self.is_on = True
         self.failure: str | None = None
         self._models: weakref.WeakKeyDictionary[nn.Module, tuple[Identity, list[int]]] = weakref.WeakKeyDictionary()
-        self._held: dict[str, Tensor] = {}
+        self._static_buffers: dict[str, Tensor] = {}
         self._is_running = False
-        self._parts: dict[Any, _Part] = {}
+        self._parts: dict[Any, _RecordedPart] = {}
         self.drop()
 
     def static_buffer(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor of this content that stays where it is from call to call. A matrix may come back wider."""
-        kept = self._held.get(name)
-        fits = (
-            kept is not None
-            and kept.dtype == tensor.dtype
-            and kept.ndim == tensor.ndim
-            and kept.device == tensor.device
-        )
-        if fits and kept is not None and tensor.ndim == 2:
-            fits = kept.shape[0] == tensor.shape[0] and kept.shape[1] >= tensor.shape[1]
-        elif fits and kept is not None:
-            fits = kept.shape == tensor.shape
+        """The buffer of this name with the tensor's content, at the same address in each call. A matrix may be wider.
+
+        Where the tensor does not fit into the buffer, a new one is made and all recordings are dropped.
+        """
+        buffer = self._static_buffers.get(name)
         with outside_inference_mode():
-            if kept is None or not fits:
+            if buffer is None or not _fits(tensor, buffer):
                 self.drop()
-                self._held[name] = kept = tensor.clone()
+                self._static_buffers[name] = buffer = tensor.clone()
             else:
-                kept[..., : tensor.shape[-1]] = tensor
-        return kept
+                buffer[..., : tensor.shape[-1]] = tensor
+        return buffer
 
     def run(self, key: Any, function: Callable[..., Any], *inputs: Tensor | None) -> Any:
-        """function(*inputs) -> a tensor, or a tuple of tensors and None. What it returns holds until the same part runs again.
+        """Run a part: -> function(*inputs), a tensor or a tuple of tensors and None, valid until the part runs again.
 
-        key: equal where function does the same with other inputs. A part that runs within another one is part of that.
+        key: equal where functions do the same with other inputs. A part that runs within another part belongs to it.
         """
         if self._is_running or not self.is_on or self.failure is not None:
             return function(*inputs)
-        form = key, *(None if given is None else (given.shape, given.dtype) for given in inputs)
-        part = self._parts.get(form)
-        if part is None and form in self._seen:
-            part = self._record(form, function, inputs)
+        cache_key = key, *(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in inputs)
+        part = self._parts.get(cache_key)
+        if part is None and cache_key in self._run_before:
+            part = self._record(cache_key, function, inputs)
         if part is None:
-            self._seen.add(form)
-            return self._guarded(lambda: function(*inputs))
+            self._run_before.add(cache_key)
+            return self._run_whole(lambda: function(*inputs))
         with outside_inference_mode():
-            for kept, given in zip(part.inputs, inputs, strict=True):
-                if kept is not None and given is not None and kept is not given:
-                    kept.copy_(given)
+            for static, tensor in zip(part.inputs, inputs, strict=True):
+                if static is not None and tensor is not None and static is not tensor:
+                    static.copy_(tensor)
         part.recording.replay()
         return part.outputs
 
-    def renew(self, models: Sequence[nn.Module]) -> bool:
-        """A call of these models begins: whether they are what was recorded of them; if not, that is forgotten."""
+    def refresh(self, models: Sequence[nn.Module]) -> bool:
+        """Start a call of these models: -> whether they are as recorded. If not, all recordings are dropped."""
         is_same = True
         for model in models:
-            identity, places = self._models.get(model, (None, None))
-            if identity is not None and identity.change() is None and places == _places(model):
+            identity, addresses = self._models.get(model, (None, None))
+            if identity is not None and identity.change() is None and addresses == _addresses(model):
                 continue
-            is_same = is_same and identity is None  # of a new one nothing is recorded
+            is_same = is_same and identity is None  # nothing is recorded of a new model
             identity = Identity(model)  # which may move weights
-            self._models[model] = identity, _places(model)
+            self._models[model] = identity, _addresses(model)
         if not is_same:
             self.drop()
         return is_same
 
     def drop(self) -> None:
-        """Forget all that is recorded, and free its memory: what it was recorded over is no longer there."""
+        """Free all recordings, because memory that they use is about to be freed or the models have changed."""
         for part in self._parts.values():
             part.recording.close()
         self._parts.clear()
-        self._seen: set[Any] = set()
-        self._ours: set[int] = set()  # outputs, by id: as inputs of another part they are in their place
+        self._run_before: set[Any] = set()  # keys of parts that ran eagerly once
+        self._output_ids: set[int] = set()  # id() of recorded outputs, which are static inputs of the next part
         self._pool: list[Any] = []
 
     def close(self) -> None:
-        """Let go of everything, kept tensors too."""
+        """Free everything, static buffers too."""
         self.drop()
-        self._held = {}
+        self._static_buffers = {}
         self._models.clear()
 
-    def _record(self, form: Any, function: Callable[..., Any], inputs: tuple[Tensor | None, ...]) -> _Part | None:
-        if len(self._parts) >= MOST:
+    def _record(
+        self, cache_key: Any, function: Callable[..., Any], inputs: tuple[Tensor | None, ...]
+    ) -> _RecordedPart | None:
+        if len(self._parts) >= MAX_RECORDINGS:
             self.drop()
         try:
             with outside_inference_mode():
-                kept = [given if given is None or id(given) in self._ours else given.clone() for given in inputs]
+                static = [
+                    tensor if tensor is None or id(tensor) in self._output_ids else tensor.clone() for tensor in inputs
+                ]
                 recording = RECORDINGS[self.device.type](self._pool)
-                outputs = self._guarded(lambda: recording.record(lambda: function(*kept)))
-        except Exception as error:  # a model, a driver or the memory may have its own reasons
+                outputs = self._run_whole(lambda: recording.record(lambda: function(*static)))
+        except Exception as error:  # raised by the model, the driver or the allocator
             reason = (str(error).strip() or "no reason given").splitlines()[0]
             self.failure = f"{type(error).__name__}: {reason}"
             self.drop()
@@ -169,11 +178,12 @@ class Graphs:
                 f"specdec runs without CUDA graphs, and slower: recording one failed ({self.failure})", stacklevel=2
             )
             return None
-        self._ours |= {id(output) for output in (outputs if isinstance(outputs, tuple) else (outputs,))}
-        self._parts[form] = part = _Part(recording, kept, outputs)
+        self._output_ids |= {id(output) for output in (outputs if isinstance(outputs, tuple) else (outputs,))}
+        self._parts[cache_key] = part = _RecordedPart(recording, static, outputs)
         return part
 
-    def _guarded(self, function: Callable[[], Any]) -> Any:
+    def _run_whole(self, function: Callable[[], Any]) -> Any:
+        """Run one part; parts within it belong to it."""
         self._is_running = True
         try:
             return function()
@@ -183,7 +193,7 @@ class Graphs:
 
 @contextmanager
 def outside_inference_mode() -> Iterator[None]:
-    """What is made within can be written to by any call, whether it runs under inference_mode or not."""
+    """Tensors made within the block can be written by any call, under inference_mode or not."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
@@ -197,13 +207,15 @@ def why_not_recorded(model: nn.Module) -> str | None:
     return None
 
 
-def _places(model: nn.Module) -> list[int]:
-    """Where weights lie, which a recording goes by."""
+def _fits(tensor: Tensor, buffer: Tensor) -> bool:
+    """Whether a tensor can be written into a buffer: of the same shape, or a matrix that is as high and no wider."""
+    if buffer.dtype != tensor.dtype or buffer.ndim != tensor.ndim or buffer.device != tensor.device:
+        return False
+    if tensor.ndim == 2:
+        return buffer.shape[0] == tensor.shape[0] and buffer.shape[1] >= tensor.shape[1]
+    return buffer.shape == tensor.shape
+
+
+def _addresses(model: nn.Module) -> list[int]:
+    """Where the model's weights lie in memory; a recording uses these addresses."""
     return [weight.data_ptr() for weight in chain(model.parameters(), model.buffers())]
-
-
-class _Part:
-    """One recorded part, over inputs that stay where they are."""
-
-    def __init__(self, recording: Recording, inputs: list[Tensor | None], outputs: Any) -> None:
-        self.recording, self.inputs, self.outputs = recording, inputs, outputs

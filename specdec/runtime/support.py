@@ -20,8 +20,8 @@ from transformers import DynamicCache, PreTrainedModel
 from specdec.quant.batch_invariant import ATTENTION
 from specdec.quant.config import METHOD
 from specdec.quant.linear import Int4Linear
-from specdec.runtime.attention.select import implementation_of
-from specdec.runtime.kv_cache.ragged import attention_kinds
+from specdec.runtime.attention.override import implementation_of
+from specdec.runtime.kv_cache.masks import attention_kinds
 from specdec.runtime.runner import ModelRunner, context_of, masks_by_slot, widths
 from specdec.utils.numerics import relative_error
 

@@ -27,7 +27,7 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.generation import call as call_module
 from specdec.generation import state as state_module
-from specdec.runtime.attention import select as attention
+from specdec.runtime.attention import override as attention
 from tests.generation.test_distribution import (
     NO_CUT,
     PROMPT,
@@ -41,7 +41,7 @@ from tests.generation.test_distribution import (
 from tests.helpers.drafters import Random, Uneven
 from tests.helpers.families import VOCAB_SIZE, prompts
 from tests.helpers.plain import pair
-from tests.helpers.recording import MADE, recorded
+from tests.helpers.recording import CPU_RECORDINGS, recorded
 
 TIMEOUT_S = 30
 NEW_TOKENS = 18
@@ -470,7 +470,7 @@ def test_a_call_that_fails_leaves_the_other_alone(model: PreTrainedModel, kind: 
 
 def caches() -> list[Tensor]:
     """Key and value buffers that are alive: [B, H, S, D] with this family's heads and width."""
-    MADE.clear()
+    CPU_RECORDINGS.clear()
     gc.collect()
     alive = [thing for thing in gc.get_objects() if type(thing) is Tensor]
     return [tensor for tensor in alive if tensor.ndim == 4 and tensor.shape[1::2] == (2, 8) and tensor.numel()]

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, LlamaForCausalLM, Pr
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 import specdec
-from specdec.runtime.runner import cache_argument, forward_parameters
+from specdec.runtime.model_forward import cache_argument, forward_parameters
 from tests.helpers.families import FAMILIES, REFUSED, VOCAB_SIZE, make_model, prompts
 from tests.helpers.plain import WIDTH, continuation, drafter, target
 

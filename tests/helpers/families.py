@@ -50,8 +50,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gptj": _GPT | _ROTARY,
     "codegen": _GPT | _ROTARY | {"n_ctx": CONTEXT},
     "gpt_neo": {
-        "hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 9,
-        "max_position_embeddings": CONTEXT,
+        "hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
+        "window_size": 9, "max_position_embeddings": CONTEXT,
     },
     "gpt_neox": _MULTI_HEAD,
     "opt": {
@@ -69,7 +69,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
     "llama4_text": _LLAMA | {
-        "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 9, "pad_token_id": 0,
+        "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 9,
+        "pad_token_id": 0,
     },
     "deepseek_v3": _MULTI_HEAD | {
         "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
@@ -78,7 +79,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# Families that cannot run on the ragged cache, with the model they are refused for.
+# One family of each kind of attention: rotary, learned positions, sliding, eager with two masks, no position_ids.
+CACHE_FAMILIES = ["llama", "gpt2", "mistral", "gemma2", "mpt"]
+
+# Families that cannot run on the ragged cache, with a model that is refused.
 REFUSED: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "falcon": FAMILIES["falcon"] | {"alibi": True},
@@ -92,7 +96,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 def make_model(model_type: str, seed: int = 0, **values: Any) -> PreTrainedModel:
-    """A random model in float32, in eval mode, with weights large enough that its greedy text is no constant."""
+    """A random model in float32, in eval mode, with weights so large that its greedy text is not constant."""
     values = {"vocab_size": VOCAB_SIZE, "bos_token_id": None, "eos_token_id": None} | values
     attn = values.pop("attn", None)
     torch.manual_seed(seed)
@@ -106,17 +110,17 @@ def make_model(model_type: str, seed: int = 0, **values: Any) -> PreTrainedModel
     return model
 
 
-# What the target's linear layers run on: their own float32; 4 bits in float32 arithmetic; 4 bits by the device's kernel.
+# The target's linear layers: in float32; in 4 bits with float32 arithmetic; in 4 bits by the device's kernel.
 WEIGHTS = ("float32", "int4", "int4_kernel")
 
 
 @cache
 def family(model_type: str, weights: str = "float32") -> PreTrainedModel:
-    """The family's test model; shared, so leave it as you found it."""
+    """The family's test model. It is shared: do not change it."""
     model = make_model(model_type, **FAMILIES[model_type])
     if weights != "float32":
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of layers whose width no group divides
+            warnings.simplefilter("ignore", UserWarning)  # about layers whose width no group divides
             specdec.quantize(model, specdec.Int4Config(group_size=32))
         for module in model.modules():
             if isinstance(module, Int4Linear):

@@ -1,4 +1,4 @@
-"""A CUDA graph for CPUs: what a part of a step does is taken down operator by operator, and done again over the same memory."""
+"""Recordings for a CPU, in place of CUDA graphs: operators are logged and executed again on the same tensors."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from specdec.runtime import cuda_graphs as graphs
+from specdec.runtime import cuda_graphs
 
 aten = torch.ops.aten
-# Operators whose answer goes to the host, or whose result's shape does: a CUDA device would be waited for.
-ASKS = {
-    aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default, aten.equal.default, aten.allclose.default,
-    aten.nonzero.default, aten.nonzero_numpy.default, aten.argwhere.default, aten.masked_select.default,
-    aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default, aten.repeat_interleave.Tensor,
+# Operators whose result, or its shape, the host reads: on a CUDA device it would wait.
+SYNCHRONIZING = {
+    aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default, aten.equal.default,
+    aten.allclose.default, aten.nonzero.default, aten.nonzero_numpy.default, aten.argwhere.default,
+    aten.masked_select.default, aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default,
+    aten.repeat_interleave.Tensor,
 }  # fmt: skip
-INDEXES = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
 class Log(TorchDispatchMode):
-    """Every operator that runs."""
+    """Logs every operator that runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,37 +40,42 @@ class Log(TorchDispatchMode):
         return output
 
     @property
-    def asked(self) -> list[str]:
-        """What would have waited for the device, indexing by a mask included."""
-        return [str(func) for func, args, *_ in self.calls if func in ASKS or (func in INDEXES and _has_mask(args[1]))]
+    def synchronizing(self) -> list[str]:
+        """Operators that would make the host wait for the device, indexing by a mask included."""
+        return [
+            str(func)
+            for func, args, *_ in self.calls
+            if func in SYNCHRONIZING or (func in INDEXING and _has_mask(args[1]))
+        ]
 
 
 def _has_mask(indices: Any) -> bool:
     return any(index is not None and index.dtype == torch.bool for index in indices)
 
 
-class OnCpu:
-    """Recording does the thing once, for its operators; replaying does them again over the same tensors, and runs no Python."""
+class CpuRecording:
+    """Recording runs the function and logs its operators; a replay runs these on the same tensors, without Python."""
 
     def __init__(self, pool: list[Any]) -> None:
         self.log = Log()
         self.is_done = False
         self.num_replays = 0
-        MADE.append(self)
+        CPU_RECORDINGS.append(self)
 
     def record(self, function: Callable[[], Any]) -> Any:
         with self.log:
-            RECORDING.add(threading.get_ident())
+            RECORDING_THREADS.add(threading.get_ident())
             try:
                 outputs = function()
             finally:
-                RECORDING.discard(threading.get_ident())
-        assert not self.log.asked, f"a recorded part asks the device: {self.log.asked}"
+                RECORDING_THREADS.discard(threading.get_ident())
+        operators = self.log.synchronizing
+        assert not operators, f"a recorded part makes the host wait for the device: {operators}"
         self.is_done = True
         return outputs
 
     def replay(self) -> None:
-        if self.is_done:  # by its recording, where a CUDA device would do nothing
+        if self.is_done:  # recording ran the function, which recording a CUDA graph does not
             self.is_done = False
             return
         self.num_replays += 1
@@ -84,21 +90,21 @@ class OnCpu:
         self.log.calls = []
 
 
-MADE: list[OnCpu] = []
-RECORDING: set[int] = set()  # threads that record
+CPU_RECORDINGS: list[CpuRecording] = []  # made since the last `recorded` began
+RECORDING_THREADS: set[int] = set()
 STOCK_TOLIST = Tensor.tolist
 
 
 def _tolist(tensor: Tensor) -> Any:
-    assert threading.get_ident() not in RECORDING, "a recorded part reads a tensor on the host"
+    assert threading.get_ident() not in RECORDING_THREADS, "a recorded part reads a tensor on the host"
     return STOCK_TOLIST(tensor)
 
 
 @contextmanager
-def recorded() -> Iterator[list[OnCpu]]:
-    """Within, what is enabled records its steps, on a CPU too: -> what was recorded."""
-    MADE.clear()
+def recorded() -> Iterator[list[CpuRecording]]:
+    """Within the block, enabled models record their steps on a CPU too: -> the recordings."""
+    CPU_RECORDINGS.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(graphs.RECORDINGS, "cpu", OnCpu)
+        patch.setitem(cuda_graphs.RECORDINGS, "cpu", CpuRecording)
         patch.setattr(Tensor, "tolist", _tolist)
-        yield MADE
+        yield CPU_RECORDINGS

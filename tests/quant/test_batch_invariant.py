@@ -14,8 +14,9 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import specdec
 from specdec.quant.batch_invariant import ATTENTION, MAX_WINDOW, BatchInvariantLinear, by_phase
-from specdec.runtime.attention.select import KEYS, row_attention
-from specdec.runtime.kv_cache.ragged import attention_masks
+from specdec.runtime.attention.blocks import KEY_BLOCK
+from specdec.runtime.attention.select import batch_invariant_attention
+from specdec.runtime.kv_cache.masks import attention_masks
 from tests.helpers.drafters import Random
 from tests.helpers.families import make_model
 
@@ -27,7 +28,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None) 
     mask = None
     if positions is not None:
         mask = attention_masks(positions, key.shape[2], LlamaConfig(), {"full_attention"}, torch.bool)
-    return row_attention(MODULE, query, key, value, mask)[0]
+    return batch_invariant_attention(MODULE, query, key, value, mask)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -42,7 +43,7 @@ def test_attention_agrees_with_sdpa(heads: int, kv_heads: int, dim: int, dtype: 
         repeated = (t.repeat_interleave(heads // kv_heads, 1) for t in (key, value))
         expected = F.scaled_dot_product_attention(query[:, :, :width], *repeated, attn_mask=mask).transpose(1, 2)
         module = SimpleNamespace(is_causal=True, training=False, num_key_value_groups=heads // kv_heads)
-        got, _ = row_attention(module, query[:, :, :width], key, value, mask)
+        got, _ = batch_invariant_attention(module, query[:, :, :width], key, value, mask)
         assert (got - expected).norm() / expected.norm() < (1e-5 if dtype == torch.float32 else 2e-2), (start, width)
 
 
@@ -59,13 +60,15 @@ def test_a_query_is_the_same_in_any_window_batch_and_length(dtype: torch.dtype) 
         for position in at.tolist():
             end = position + 1
             alone.append(
-                row_attention(module, query[:1, :, position:end], key[:1, :, :end], value[:1, :, :end], None)[0]
+                batch_invariant_attention(
+                    module, query[:1, :, position:end], key[:1, :, :end], value[:1, :, :end], None
+                )[0]
             )
         expected = torch.cat(alone, dim=1)
         for width in (2, 6, 9, 17):
-            for end in (-(-(first + 17) // KEYS) * KEYS, length):
+            for end in (-(-(first + 17) // KEY_BLOCK) * KEY_BLOCK, length):
                 mask = (torch.arange(end) <= at[:width, None])[None, None]
-                windowed = row_attention(
+                windowed = batch_invariant_attention(
                     module, query[:, :, first : first + width], key[:, :, :end], value[:, :, :end], mask
                 )[0]
                 assert windowed[:1].equal(expected[:, :width]), (first, width, end)
@@ -73,7 +76,7 @@ def test_a_query_is_the_same_in_any_window_batch_and_length(dtype: torch.dtype) 
         if start >= 0:  # the last position of a prefill
             last = query[:1, :, start : first + 1], key[:1, :, : first + 1], value[:1, :, : first + 1]
             mask = (torch.arange(first + 1) <= torch.arange(start, first + 1)[:, None])[None, None]
-            assert row_attention(module, *last, mask)[0][:, -1:].equal(expected[:, :1])
+            assert batch_invariant_attention(module, *last, mask)[0][:, -1:].equal(expected[:, :1])
 
 
 def test_without_a_mask_attention_is_causal() -> None:
@@ -86,7 +89,7 @@ def test_a_row_that_sees_nothing_is_finite() -> None:
     """Left padding: a query before the first token of its row."""
     query, key, value = torch.randn(3, 1, 2, 5, 16)
     mask = torch.ones(5, 5, dtype=torch.bool).tril()[None, None] & (torch.arange(5) >= 2)
-    assert row_attention(MODULE, query, key, value, mask)[0].isfinite().all()
+    assert batch_invariant_attention(MODULE, query, key, value, mask)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -28,13 +28,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 import specdec
-from specdec.runtime.attention.select import attention_override
+from specdec.runtime.attention.override import attention_override
 from specdec.runtime.cpu_compile import forward as compiled_forward
 from specdec.runtime.cpu_compile import packages, tracing
 from specdec.runtime.cpu_compile.forward import CompiledForward
-from specdec.runtime.execution import prepare
 from specdec.runtime.identity.snapshot import Identity
 from specdec.runtime.pair import PairMember
+from specdec.runtime.prepare import prepare
 from specdec.runtime.runner import ModelRunner
 from specdec.utils import embedded
 from tests.conftest import ROOT

@@ -1,6 +1,6 @@
-"""Static steps: recorded, replayed over the same memory, heard of a step late; and what becomes of them when the world changes.
+"""Recorded steps: replayed in the same memory, processed by the host one step late, dropped when something changes.
 
-Texts are held to plain ones by the other lossless tests, which run both ways; here, that it is what they ran.
+The lossless tests compare texts, with eager and with recorded steps; these check what is recorded and replayed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 import specdec
 from specdec.core import speculative
 from specdec.draft_length.profiler import profiled_draft_lengths
-from specdec.runtime import cuda_graphs as graphs
+from specdec.runtime.cuda_graphs import Graphs
 from tests.helpers.families import FAMILIES, make_model, prompts
 from tests.helpers.plain import pair, stop_at
-from tests.helpers.recording import MADE, Log, OnCpu, recorded
+from tests.helpers.recording import CPU_RECORDINGS, CpuRecording, Log, recorded
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -59,11 +59,11 @@ def plain_text(model: PreTrainedModel, batch_size: int = 4, **call: Any) -> list
     return text_of(model, batch_size, **call)
 
 
-def replays() -> int:
-    return sum(member.num_replays for member in MADE)
+def num_replays() -> int:
+    return sum(recording.num_replays for recording in CPU_RECORDINGS)
 
 
-def graphs_of(model: PreTrainedModel) -> graphs.Graphs | None:
+def graphs_of(model: PreTrainedModel) -> Graphs | None:
     return model.__dict__["_specdec_state"].target.graphs
 
 
@@ -81,11 +81,11 @@ CALLS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize("kind", ["model", "prompt_lookup", "none"])
-def test_no_step_asks_the_device_and_the_host_reads_once(
-    model: PreTrainedModel, kind: str, batch_size: int, call: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("drafter", ["model", "prompt_lookup", "none"])
+def test_no_step_waits_for_the_device_and_the_host_reads_once(
+    model: PreTrainedModel, drafter: str, batch_size: int, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Replays included: a recorded member's operators run where its replay does."""
+    """In replays too: a replay runs the operators of its recording."""
     logs: list[Log] = []
     read: list[Tensor] = []
     stock_step, stock_read = speculative.step, Tensor.tolist
@@ -93,35 +93,36 @@ def test_no_step_asks_the_device_and_the_host_reads_once(
     def step(*args: Any) -> Any:
         before = len(read)
         with Log() as log:
-            outcome = stock_step(*args)
+            result = stock_step(*args)
         assert len(read) == before, "a step reads a tensor on the host"
         logs.append(log)
-        return outcome
+        return result
 
     def tolist(tensor: Tensor) -> Any:
         read.append(tensor)
         return stock_read(tensor)
 
     monkeypatch.setattr(speculative, "step", step)
-    specdec.enable(model, noisy() if kind == "model" else kind, num_draft_tokens=3)
+    specdec.enable(model, noisy() if drafter == "model" else drafter, num_draft_tokens=3)
     for _ in range(3):
         text_of(model, batch_size, **CALLS[call])
     logs.clear()
-    heard = len(MADE), replays()
+    recordings_before, replays_before = len(CPU_RECORDINGS), num_replays()
     with monkeypatch.context() as patch:
         patch.setattr(Tensor, "tolist", tolist)
         text = model.generate(**prompts(batch_size), max_new_tokens=30, **CALLS[call])
     del text
-    assert [log.asked for log in logs] == [[]] * len(logs)
+    assert [log.synchronizing for log in logs] == [[]] * len(logs)
     assert sum(len(log.calls) for log in logs) > 100
-    of_steps = [tensor for tensor in read if tensor.ndim == 2 and tensor.shape[1] in (6, 9)]  # what an Outcome tells
-    assert len(of_steps) == specdec.last_stats(model).num_target_forwards == len(logs) - 1, "one step was thrown away"
-    assert (len(MADE), replays() > heard[1]) == (heard[0], True), "an equal call records nothing"
+    summaries = [tensor for tensor in read if tensor.ndim == 2 and tensor.shape[1] in (6, 9)]  # StepResult.host_summary
+    assert len(summaries) == specdec.last_stats(model).num_target_forwards == len(logs) - 1, "one step is discarded"
+    assert len(CPU_RECORDINGS) == recordings_before, "an equal call records nothing"
+    assert num_replays() > replays_before
 
 
-def test_the_log_notices_what_asks() -> None:
+def test_the_log_notices_what_waits() -> None:
     x = torch.arange(4)
-    for asks in (
+    for waits in (
         lambda: int(x.max()),
         lambda: bool((x > 2).any()),
         lambda: x[x > 2],
@@ -129,23 +130,25 @@ def test_the_log_notices_what_asks() -> None:
         lambda: x.unique(),
     ):
         with Log() as log:
-            asks()
-        assert log.asked
+            waits()
+        assert log.synchronizing
     with pytest.raises(AssertionError, match="reads a tensor"):
-        OnCpu([]).record(lambda: x.tolist())
+        CpuRecording([]).record(lambda: x.tolist())
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("k", [1, 4])
-def test_a_step_that_is_heard_of_late_counts_as_if_it_were_not(model: PreTrainedModel, k: int, batch_size: int) -> None:
-    found = []
+def test_statistics_do_not_depend_on_when_the_host_reads_a_step(
+    model: PreTrainedModel, k: int, batch_size: int
+) -> None:
+    stats = []
     for compile in (False, True):
         specdec.enable(model, noisy(), num_draft_tokens=k, compile=compile)
         for _ in range(3):
             text_of(model, batch_size, eos_token_id=[40, 41])
-        found.append(specdec.last_stats(model))
-    assert found[0] == found[1]
-    assert replays()
+        stats.append(specdec.last_stats(model))
+    assert stats[0] == stats[1]
+    assert num_replays()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -158,13 +161,13 @@ def test_buffers_grow_and_nothing_is_cut(batch_size: int) -> None:
     assert slots_of(model) == 256
     assert text_of(model, batch_size, **call) == want
     assert slots_of(model) >= 1211
-    before = len(MADE), slots_of(model)
+    before = len(CPU_RECORDINGS), slots_of(model)
     assert text_of(model, batch_size, max_new_tokens=300) == [row[:311] for row in want]
-    assert (len(MADE), slots_of(model)) == before, "a shorter call takes what is there"
+    assert (len(CPU_RECORDINGS), slots_of(model)) == before, "a shorter call reuses the buffers"
     assert text_of(model, 4 - batch_size, **call) == plain_text(model, 4 - batch_size, **call), "another batch"
 
 
-def test_a_step_looks_no_further_than_the_bucket_of_its_texts(model: PreTrainedModel) -> None:
+def test_buffers_are_no_longer_than_the_context(model: PreTrainedModel) -> None:
     specdec.enable(model, noisy(), num_draft_tokens=3)
     text_of(model, max_length=120, max_new_tokens=None)
     assert slots_of(model) == min(256, model.config.max_position_embeddings)
@@ -176,7 +179,7 @@ def test_the_same_seed_gives_the_same_text_recorded_or_replayed(model: PreTraine
     for _ in range(4):
         torch.manual_seed(7)
         texts.append(text_of(model, do_sample=True))
-    assert replays()
+    assert num_replays()
     assert texts == texts[:1] * 4
 
 
@@ -186,16 +189,16 @@ def test_calls_under_inference_mode_and_others_share_recordings(model: PreTraine
     for turn in range(6):
         with torch.inference_mode(turn % 2 == 0):
             assert text_of(model, eos_token_id=40) == want
-    assert replays()
+    assert num_replays()
 
 
-def test_auto_asks_for_what_the_profile_has_recorded(model: PreTrainedModel) -> None:
+def test_auto_chooses_among_the_profiled_lengths(model: PreTrainedModel) -> None:
     specdec.enable(model, noisy())
     for _ in range(3):
         assert text_of(model) == plain_text(model)
         choice = specdec.last_stats(model).choice
-        asked = {k for k, count in enumerate(choice.steps_by_k) if count}
-        assert asked <= {0, *profiled_draft_lengths(len(choice.steps_by_k) - 1)}
+        chosen = {k for k, count in enumerate(choice.steps_by_k) if count}
+        assert chosen <= {0, *profiled_draft_lengths(len(choice.steps_by_k) - 1)}
         assert sum(choice.steps_by_k) == specdec.last_stats(model).num_target_forwards
 
 
@@ -207,17 +210,18 @@ def test_a_calls_own_draft_model_is_recorded_and_kept(model: PreTrainedModel) ->
     for draft in (noisy(), noisy(), noisy(), other, other, noisy()):
         assert text_of(model, assistant_model=draft) == want
         assert (specdec.last_stats(model).draft_acceptance_rate == 1.0) == (draft is other)
-    before = len(MADE), replays()
+    recordings_before, replays_before = len(CPU_RECORDINGS), num_replays()
     assert text_of(model, assistant_model=noisy()) == want
-    assert (len(MADE), replays() > before[1]) == (before[0], True)
-    held = weakref.ref(model.__dict__["_specdec_state"].assistant)
+    assert len(CPU_RECORDINGS) == recordings_before
+    assert num_replays() > replays_before
+    assistant = weakref.ref(model.__dict__["_specdec_state"].assistant)
     text_of(model, assistant_model=other)
     gc.collect()
-    assert held() is None, "a draft model that is no longer used is let go"
+    assert assistant() is None, "a draft model that is no longer used is freed"
 
 
 def only_warning(action: Callable[[], Any], words: str) -> Any:
-    """What it gives; it must warn once, of this."""
+    """The action's result; it must warn exactly once, with these words."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = action()
@@ -226,20 +230,20 @@ def only_warning(action: Callable[[], Any], words: str) -> Any:
 
 
 @pytest.mark.parametrize("after", range(5))
-def test_no_memory_left_while_recording_frees_what_was_taken_and_goes_on(
+def test_out_of_memory_while_recording_frees_all_recordings_and_goes_on_eagerly(
     model: PreTrainedModel, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """after: so many recordings; the first two are enable's trials."""
+    """after: how many recordings succeed; the first two are enable's trials."""
     want = plain_text(model)
-    stock_record, living = OnCpu.record, weakref.WeakSet[OnCpu]()
+    stock_record, alive = CpuRecording.record, weakref.WeakSet[CpuRecording]()
 
-    def record(self: OnCpu, function: Callable[[], Any]) -> Any:
-        if len(MADE) > after:
+    def record(self: CpuRecording, function: Callable[[], Any]) -> Any:
+        if len(CPU_RECORDINGS) > after:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        living.add(self)
+        alive.add(self)
         return stock_record(self, function)
 
-    monkeypatch.setattr(OnCpu, "record", record)
+    monkeypatch.setattr(CpuRecording, "record", record)
 
     def run() -> list[list[list[int]]]:
         specdec.enable(model, noisy(), num_draft_tokens=3)
@@ -249,21 +253,21 @@ def test_no_memory_left_while_recording_frees_what_was_taken_and_goes_on(
         run, "without CUDA graphs, and slower: recording one failed (OutOfMemoryError: CUDA out of memory"
     )
     assert texts == [want] * 3
-    assert len(MADE) == after + 1, "it is tried once"
-    MADE.clear()
+    assert len(CPU_RECORDINGS) == after + 1, "it is tried once"
+    CPU_RECORDINGS.clear()
     gc.collect()
-    assert not living
-    assert slots_of(model) == 0, "caches are freed with the call again"
+    assert not alive
+    assert slots_of(model) == 0, "caches are freed after each call again"
 
 
-def test_a_device_that_replays_wrongly_is_found_out(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OnCpu, "replay", lambda self: None)
+def test_a_device_that_replays_wrongly_is_detected(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CpuRecording, "replay", lambda self: None)
     words = "without CUDA graphs, and slower: of the target, a replay gave other logits"
     only_warning(lambda: specdec.enable(model, noisy(), num_draft_tokens=3), words)
     assert text_of(model) == plain_text(model)
 
 
-def test_a_model_that_asks_its_device_runs_as_it_is(model: PreTrainedModel) -> None:
+def test_a_model_that_waits_for_its_device_runs_eagerly(model: PreTrainedModel) -> None:
     layer = model.model.layers[0]
     stock = layer.forward
 
@@ -276,33 +280,33 @@ def test_a_model_that_asks_its_device_runs_as_it_is(model: PreTrainedModel) -> N
         lambda: specdec.enable(model, noisy(), num_draft_tokens=3), "recording one failed (AssertionError: a recorded"
     )
     assert len(text_of(model)[0]) == 11 + 30
-    assert replays() == 0
+    assert num_replays() == 0
 
 
-def test_a_model_with_hooks_is_left_to_the_stock_loop_and_replayed_again_behind_it(model: PreTrainedModel) -> None:
+def test_a_model_with_hooks_runs_in_the_stock_loop_and_is_replayed_again_without_them(model: PreTrainedModel) -> None:
     want = plain_text(model)
     specdec.enable(model, noisy(), num_draft_tokens=3)
     text_of(model)
     called: list[int] = []
     handle = model.lm_head.register_forward_hook(lambda *args: called.append(1))
-    before = replays()
+    replays_before = num_replays()
     with pytest.warns(UserWarning, match="a hook on lm_head would see several positions a forward"):
         assert text_of(model) == want
     assert len(called) == len(want[0]) - 11, "once for each token, as in plain decoding"
     assert specdec.last_stats(model) is None
-    assert replays() == before
+    assert num_replays() == replays_before
     handle.remove()
     assert [text_of(model) for _ in range(3)] == [want] * 3
-    assert replays() > before
+    assert num_replays() > replays_before
 
 
 def test_a_model_on_another_device_than_it_was_enabled_on_is_not_replayed(model: PreTrainedModel) -> None:
     """A recording of one device does nothing to tensors on another."""
     specdec.enable(model, noisy(), num_draft_tokens=3)
-    tried = replays()
+    replays_before = num_replays()
     graphs_of(model).device = torch.device("cuda")
     assert [text_of(model) for _ in range(3)] == [plain_text(model)] * 3
-    assert replays() == tried
+    assert num_replays() == replays_before
 
 
 def replace_a_weight(model: PreTrainedModel) -> None:
@@ -320,20 +324,20 @@ def change_a_setting(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("change", [replace_a_weight, write_a_weight, change_a_setting, lambda model: model.double()])
-@pytest.mark.parametrize("who", ["target", "draft"])
-def test_what_is_changed_between_calls_counts(model: PreTrainedModel, who: str, change: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("changed", ["target", "draft"])
+def test_changes_between_calls_take_effect(model: PreTrainedModel, changed: str, change: Callable[..., Any]) -> None:
     draft = copy.deepcopy(model)
     specdec.enable(model, draft, num_draft_tokens=3)
     for _ in range(3):
         text_of(model)
-    assert replays()
-    change(model if who == "target" else draft)
+    assert num_replays()
+    change(model if changed == "target" else draft)
     for _ in range(3):
         assert text_of(model) == plain_text(model)
         assert (specdec.last_stats(model).draft_acceptance_rate < 1) == (change.__name__ != "<lambda>")
 
 
-def test_a_call_that_fails_leaves_nothing_behind(model: PreTrainedModel) -> None:
+def test_a_call_that_fails_frees_its_buffers(model: PreTrainedModel) -> None:
     def fail(ids: Tensor) -> bool:
         if ids.shape[1] > 20:
             raise KeyError("of the caller")
@@ -349,11 +353,11 @@ def test_a_call_that_fails_leaves_nothing_behind(model: PreTrainedModel) -> None
     assert [text_of(model) for _ in range(3)] == [want] * 3
 
 
-def test_disable_frees_all(model: PreTrainedModel) -> None:
+def test_disable_frees_the_recordings(model: PreTrainedModel) -> None:
     specdec.enable(model, noisy(), num_draft_tokens=3)
     for _ in range(3):
         text_of(model)
-    MADE.clear()
+    CPU_RECORDINGS.clear()
     alive = weakref.ref(graphs_of(model))
     specdec.disable(model)
     gc.collect()
@@ -364,15 +368,15 @@ def test_compile_false_records_nothing(model: PreTrainedModel) -> None:
     specdec.enable(model, noisy(), num_draft_tokens=3, compile=False)
     assert text_of(model) == plain_text(model)
     assert graphs_of(model) is None
-    assert not MADE
+    assert not CPU_RECORDINGS
 
 
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize("kind", ["model", "prompt_lookup", "none"])
-def test_a_gpu_writes_the_same_texts_with_graphs_and_waits_for_nothing(
-    model: PreTrainedModel, kind: str, batch_size: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("drafter", ["model", "prompt_lookup", "none"])
+def test_a_gpu_generates_the_same_texts_with_graphs_and_never_synchronizes(
+    model: PreTrainedModel, drafter: str, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stock_step = speculative.step
 
@@ -387,7 +391,7 @@ def test_a_gpu_writes_the_same_texts_with_graphs_and_waits_for_nothing(
     batch = {name: tensor.cuda() for name, tensor in prompts(batch_size).items()}
     texts = []
     for compile in (False, True):
-        specdec.enable(model, draft if kind == "model" else kind, num_draft_tokens=3, compile=compile)
+        specdec.enable(model, draft if drafter == "model" else drafter, num_draft_tokens=3, compile=compile)
         for turn in range(4):
             if compile and turn == 3:
                 monkeypatch.setattr(speculative, "step", step)

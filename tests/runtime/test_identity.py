@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
 
 import specdec
-from specdec.runtime.attention.select import attention_override
+from specdec.runtime.attention.override import attention_override
 from specdec.runtime.identity.hooks import find_hook, why_not_traceable
 from specdec.runtime.identity.snapshot import Identity
 from tests.helpers.families import FAMILIES, family, make_model, prompts

@@ -34,7 +34,10 @@ from specdec.runtime.trial import RaggedBatch
 from specdec.utils.numerics import relative_error
 
 PACKAGE = Path(__file__).parents[2]  # specdec
-TRACED = ("runtime/cpu_compile", "runtime/kv_cache", "runtime/attention", "runtime/runner.py", "quant")
+TRACED = (
+    *("runtime/cpu_compile", "runtime/kv_cache", "runtime/attention", "runtime/model_forward.py"),
+    *("quant/batch_invariant.py", "quant/cpu.py", "quant/experts.py", "quant/int4.py", "quant/linear.py"),
+)
 PROGRESS_FORMAT = "{desc} |{bar}| {n}/{total} [{elapsed}]"
 INDUCTOR_SETTINGS = {
     "aot_inductor.package_constants_in_so": False,

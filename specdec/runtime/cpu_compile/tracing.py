@@ -15,7 +15,7 @@ from specdec_kernels import cpu
 from torch import Tensor, nn
 
 from specdec.quant.layers import is_4bit
-from specdec.runtime.attention.select import attention_override
+from specdec.runtime.attention.override import attention_override
 from specdec.runtime.kv_cache.ragged import RaggedCache
 from specdec.runtime.pair import PairMember
 from specdec.runtime.runner import ModelRunner
@@ -33,7 +33,7 @@ class _Forward(nn.Module):
 
     def forward(self, ids: Tensor, positions: Tensor, columns: Tensor, buffers: list[Tensor]) -> Tensor:
         cache = RaggedCache.over(buffers, positions)
-        return self.runner[0].call(ids, positions, cache, torch.int32, columns).float()
+        return self.runner[0].model_forward.call(ids, positions, cache, torch.int32, columns).float()
 
 
 @torch.no_grad()
