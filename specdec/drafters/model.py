@@ -29,7 +29,7 @@ class ModelDrafter:
         self.runner = ModelRunner(model)
         self.vocab_size = self.num_ids = vocab_size
 
-    def fit(self, vocab_size: int, num_embeddings: int) -> None:
+    def match_target(self, vocab_size: int, num_embeddings: int) -> None:
         """Take the widths of the target's head and embeddings as they are now."""
         self.vocab_size, self.num_ids = vocab_size, max(vocab_size, num_embeddings)
 

@@ -31,7 +31,7 @@ def resolve_drafter(drafter: PreTrainedModel | Drafter | str | Path, model: PreT
         if str(drafter) in NAMED_DRAFTERS:
             return NAMED_DRAFTERS[str(drafter)]()
         drafter = _load_draft(str(drafter), model)
-    drafter = unwrapped(drafter)
+    drafter = unwrap_peft(drafter)
     if isinstance(drafter, PreTrainedModel):
         check_pair(model, drafter)
         return ModelDrafter(drafter, widths(model)[0])
@@ -43,7 +43,7 @@ def resolve_drafter(drafter: PreTrainedModel | Drafter | str | Path, model: PreT
     return drafter
 
 
-def unwrapped(model: Any) -> Any:
+def unwrap_peft(model: Any) -> Any:
     """The transformers model that a PeftModel adapts; anything else as it is."""
     is_adapted = isinstance(model, nn.Module) and hasattr(model, "peft_config") and hasattr(model, "get_base_model")
     return model.get_base_model() if is_adapted and not isinstance(model, PreTrainedModel) else model
@@ -65,12 +65,12 @@ def check_pair(model: PreTrainedModel, draft: PreTrainedModel) -> None:
     tokenizer, draft_tokenizer = _tokenizer_of(model), _tokenizer_of(draft)
     if tokenizer is None or draft_tokenizer is None:
         return
-    ours, theirs = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
-    if ours != theirs:
-        token = min(ours.items() ^ theirs.items(), key=lambda item: item[1])[0]
+    target_vocab, draft_vocab = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
+    if target_vocab != draft_vocab:
+        token = min(target_vocab.items() ^ draft_vocab.items(), key=lambda item: item[1])[0]
         raise ValueError(
-            f"the draft model has another tokenizer than the target: {token!r} is id {theirs.get(token)} in {draft.name_or_path}"
-            f" and {ours.get(token)} in {model.name_or_path}; take a draft that was trained with the target's tokenizer"
+            f"the draft model has another tokenizer than the target: {token!r} is id {draft_vocab.get(token)} in {draft.name_or_path}"
+            f" and {target_vocab.get(token)} in {model.name_or_path}; take a draft that was trained with the target's tokenizer"
         )
 
 

@@ -81,7 +81,7 @@ def state_of(model: PreTrainedModel) -> Any:
 
 def assert_idle(model: PreTrainedModel) -> None:
     state = state_of(model)
-    assert not state.is_busy
+    assert not state.is_target_in_use
     assert not state.calls
     assert not state_module._DRAFTERS_IN_USE
 

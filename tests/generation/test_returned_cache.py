@@ -19,8 +19,8 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 
 import specdec
 from specdec.core.steps import Draft
-from specdec.generation import call as call_module
-from specdec.generation.call import CACHE_FIELD
+from specdec.generation import output as output_module
+from specdec.generation.output import CACHE_FIELD
 from tests.generation.test_lossless import perturbed
 from tests.helpers.drafters import AlwaysRight
 from tests.helpers.families import VOCAB_SIZE, family, prompts
@@ -212,7 +212,7 @@ def test_rows_end_at_different_places() -> None:
 
 def test_nothing_is_built_that_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     model = specdec.enable(copy.deepcopy(family("llama")), "prompt_lookup", num_draft_tokens=3)
-    monkeypatch.setattr(call_module, "plain_cache", None)
+    monkeypatch.setattr(output_module, "plain_cache", None)
     assert model.generate(**prompts(4), max_new_tokens=4).shape == (4, 15)
 
 
