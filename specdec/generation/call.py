@@ -31,7 +31,10 @@ from specdec.runtime.tensor_parallel import Ranks
 
 
 def decode(state: State, target: ModelRunner, drafter: Drafter, request: Request, callbacks: Callbacks) -> Any:
-    """Decode request.input_ids [B, P]: left-padded, rows repeated for num_return_sequences: -> what generate() returns."""
+    """Decode request.input_ids [B, P]: -> what generate() returns.
+
+    The prompts are left-padded, and their rows are already repeated for num_return_sequences.
+    """
     loop = _build_loop(state, target, drafter, request, callbacks)
     scores = ScoreCollector(loop.lockstep, request.config, loop.sequences.batch_size)
     state.last_stats = _run_loop(loop, scores, callbacks.streamer)

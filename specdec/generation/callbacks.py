@@ -1,7 +1,7 @@
-"""A call's logits processors and stopping criteria: which are known to specdec, and which have to be called in lockstep.
+"""A call's logits processors and stopping criteria: which are known to specdec, and which must be called in lockstep.
 
-Known are those of transformers whose result for a row depends on its ids and scores alone, not on earlier calls. They are
-called for several positions at once, or not at all. All others are called as plain decoding calls them: see
+Known ones are transformers' own whose result for a row depends on its ids and scores alone, not on earlier calls. They
+are called for several positions at once, or not at all. All others are called as plain decoding calls them: see
 specdec/core/lockstep.py.
 """
 
@@ -102,6 +102,6 @@ class Callbacks:
         return min([2**62, *(c.max_length for c in self.criteria if type(c) is MaxLengthCriteria)])
 
     def stop_at_string(self) -> Callable[[Tensor], bool] | None:
-        """A function that returns whether a stop string ends one row's text [1, L]; None where there are no stop strings."""
+        """A function (one row's text [1, L]) -> whether a stop string ends it; None where there are no stop strings."""
         criteria = [c for c in self.criteria if type(c) is StopStringCriteria]
         return (lambda text: any(bool(criterion(text, None)) for criterion in criteria)) if criteria else None

@@ -1,8 +1,8 @@
 """The drop-in: `enable(model, drafter)`, then `model.generate(...)` as before.
 
-`enable` gives the model a subclass of its own class (same name, same module) whose decoding methods run `speculate`. generate()
-itself stays transformers': it prepares prompts, processors and stopping criteria, and picks the decoding loop. A call that
-routing.py gives a reason for goes to the stock loop, with one warning that names the reason.
+`enable` gives the model a subclass of its own class (same name, same module) whose decoding methods run `speculate`.
+generate() itself stays transformers': it prepares prompts, processors and stopping criteria, and picks the decoding
+loop. A call for which routing.py gives a reason goes to the stock loop, with one warning that names the reason.
 """
 
 from __future__ import annotations
@@ -60,24 +60,26 @@ def enable(
 ) -> PreTrainedModel:
     """Make model.generate() speculative, in place: same arguments, same results, less time.
 
-    Greedy text is that of plain decoding; sampled text has the same distribution. Calls that specdec cannot serve in this way
-    run in transformers' own loop, with a warning that names the reason. Enabling a model again replaces the earlier settings.
+    Greedy text is that of plain decoding; sampled text has the same distribution. A call for which specdec cannot
+    ensure this runs in transformers' own loop, with a warning that names the reason. Enabling a model again replaces
+    the earlier settings.
 
     Args:
-        model: The target, a transformers causal language model. A PeftModel is enabled through the model that it adapts.
-        drafter: What proposes draft tokens: a draft model, its hub id or folder, "prompt_lookup", "none" (plain decoding in
-            specdec's loop), or a `Drafter` of your own. With None, calls run in transformers' loop unless they bring an
-            `assistant_model` or `prompt_lookup_num_tokens`.
-        num_draft_tokens: K, the number of draft tokens in each step, at least 1. A call's own `num_assistant_tokens` takes
-            precedence. With "auto", each step uses the K that is expected to give the most tokens per second, from measured
-            step times and acceptance; K is 0, plain decoding, where drafting does not pay. The first call of each batch size
-            is preceded by a profile, which takes a few seconds at most. As K then depends on measured times, the same seed
-            may give another sampled text; with a number it gives the same text.
-        compile: Whether to run decoding forwards compiled. On a CPU, True compiles what is not on disk yet, once for each
-            machine and architecture, in about a minute, with a progress bar; "auto" uses what is on disk; False runs eagerly.
-            A 4-bit target's logits stay the same, bit for bit; those of other targets differ by rounding. On a CUDA device,
-            True and "auto" record decoding steps as CUDA graphs; the graphs and their KV caches are kept from call to call,
-            until `disable`. If compiling or recording fails, a warning says why, and the model runs eagerly.
+        model: The target, a transformers causal language model. A PeftModel is enabled through the model it adapts.
+        drafter: What proposes draft tokens: a draft model, its hub id or folder, "prompt_lookup", "none" (plain
+            decoding in specdec's loop), or a `Drafter` of your own. With None, calls run in transformers' loop unless
+            they bring an `assistant_model` or `prompt_lookup_num_tokens`.
+        num_draft_tokens: K, the number of draft tokens in each step, at least 1. A call's own `num_assistant_tokens`
+            takes precedence. With "auto", each step uses the K that is expected to give the most tokens per second,
+            from measured step times and acceptance; K is 0, plain decoding, where drafting does not pay. The first call
+            of each batch size is preceded by a profile, which takes a few seconds at most. Since K then depends on
+            measured times, the same seed may give another sampled text; with a number it gives the same text.
+        compile: Whether decoding forwards run compiled. On a CPU, True compiles what is not on disk yet, once for each
+            machine and architecture, in about a minute, with a progress bar; "auto" uses what is on disk; False runs
+            eagerly. The logits of a 4-bit target stay the same, bit for bit; those of other targets differ by rounding.
+            On a CUDA device, True and "auto" record decoding steps as CUDA graphs. The graphs and their KV caches are
+            kept from call to call, until `disable`. If compiling or recording fails, a warning says why, and the model
+            runs eagerly.
         timing: Whether to measure where each call's time goes, in seconds, as `Stats.timing`.
 
     Returns:
@@ -128,7 +130,7 @@ def disable(model: PreTrainedModel) -> None:
 
 
 def last_stats(model: PreTrainedModel) -> Stats | None:
-    """Statistics of the model's last generate() call; None where the model is not enabled or the stock loop served the call."""
+    """Statistics of the last generate() call; None where the model is not enabled or the stock loop served the call."""
     state: State | None = unwrap_peft(model).__dict__.get(_STATE)
     return state.last_stats if state else None
 
@@ -216,7 +218,8 @@ def _drop_in_class(stock: Any) -> Any:
         return copyreg._reconstructor, (stock, object, None), attributes  # type: ignore[attr-defined]
 
     methods = (
-        generate, _validate_generation_mode, _prepare_cache_for_generation, _sample, _assisted_decoding, __init__, __reduce_ex__,
+        generate, _validate_generation_mode, _prepare_cache_for_generation, _sample, _assisted_decoding, __init__,
+        __reduce_ex__,
     )  # fmt: skip
     namespace: dict[str, Any] = {method.__name__: method for method in methods}
     namespace |= {
@@ -230,7 +233,7 @@ def _drop_in_class(stock: Any) -> Any:
 
 @contextmanager
 def _in_progress(state: State, call: Call) -> Iterator[None]:
-    """Within, the call is this thread's innermost one of the model; a criterion or a processor may itself call generate()."""
+    """Within, the call is this thread's innermost one. Calls nest: a criterion or a processor may call generate()."""
     if not state.calls:
         state.last_stats = None
     state.calls.append(call)
@@ -251,15 +254,15 @@ def _check_prompt(prompt: Any) -> None:
 def _call_of(model: Any, config: GenerationConfig | None) -> Call | None:
     """This thread's innermost call, where generate() has made this config for it.
 
-    None where the class's own generate() was called instead of the model's; a callback or a streamer may do so within a call of
-    the model's.
+    None where the class's own generate() was called instead of the model's, which a callback or a streamer may do
+    within a call of the model's.
     """
     calls = model.__dict__[_STATE].calls
     return calls[-1] if calls and calls[-1].config is config else None
 
 
 def _requests_speculation(model: Any, config: GenerationConfig, mode: GenerationMode) -> bool:
-    """Whether enable() or the call brings a drafter; False for a draft model's calls within transformers' assisted decoding."""
+    """Whether enable() or the call brings a drafter; False for a draft model that transformers' own loop calls."""
     has_drafter = model.__dict__[_STATE].drafter is not None or mode == GenerationMode.ASSISTED_GENERATION
     return has_drafter and not config.is_assistant
 
@@ -349,7 +352,7 @@ def _acquire_drafter(state: State, target: ModelRunner, request: Request, assist
 
 
 def _assistant_drafter(state: State, target: ModelRunner, assistant: PreTrainedModel) -> ModelDrafter:
-    """The drafter of a call's own assistant_model: the last such call's where its steps are recorded, else a new one."""
+    """The drafter of a call's own assistant_model: the last call's where its steps are recorded, else a new one."""
     if assistant not in state.checked_drafts:
         check_pair(target.model, assistant)
         state.checked_drafts.add(assistant)

@@ -1,7 +1,7 @@
 """What generate() feeds the model, compared with what specdec feeds it.
 
-It is not derived from the model's class: the model's own `prepare_inputs_for_generation` prepares the first two forwards of each
-call, and specdec serves the call only where they equal its own.
+It is not derived from the model's class: the model's own `prepare_inputs_for_generation` prepares the inputs of the
+first two forwards of each call, and specdec serves the call only where they equal its own.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def find_other_inputs(request: Request) -> str | None:
 
 
 def is_empty(model: Any, name: str, value: Any) -> bool:
-    """Whether a model input has no content: None, an empty list of images, the token types of text in a multimodal model."""
+    """Whether a model input has no content: None, an empty list, the token types of text in a multimodal model."""
     if value is None or (isinstance(value, dict | list | tuple) and not value):
         return True
     modalities = getattr(model, "input_modalities", "text")  # one name, or several

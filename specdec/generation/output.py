@@ -1,4 +1,4 @@
-"""What a call returns: streamed ids, padded text, scores and logits, the KV cache, each as plain decoding returns it."""
+"""What a call returns: streamed ids, padded text, scores, logits and the KV cache, as plain decoding returns them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ CACHE_FIELD = cache_argument(GenerateDecoderOnlyOutput.__dataclass_fields__)  # 
 class ScoreCollector:
     """Collects the scores and logits of a call, where it requests them.
 
-    scores, logits: for each generated position [B, V]; None where they are not requested. In lockstep they are plain decoding's.
-    Otherwise they are 0 after a row's stop, where plain decoding has those of its padding.
+    scores, logits: for each generated position [B, V]; None where they are not requested. In lockstep they are plain
+    decoding's. Otherwise they are 0 after a row's stop, where plain decoding has those of its padding.
     """
 
     def __init__(self, lockstep: Lockstep | None, config: GenerationConfig, batch_size: int) -> None:
@@ -74,7 +74,7 @@ def stream(streamer: Any, sequences: Sequences, result: StepResult) -> None:
 
 
 def padded_text(sequences: Sequences, pad_token_id: int) -> Tensor:
-    """[B, P + longest continuation] int64: the prompts as they were passed, the new ids, padding after each row's stop."""
+    """[B, P + longest continuation] int64: the prompts as passed, the new ids, padding after each row's stop."""
     lengths = sequences.padded_lengths
     text = sequences.padded(int(lengths.max()))
     is_padding = torch.arange(text.shape[1], device=text.device) >= lengths[:, None]

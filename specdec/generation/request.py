@@ -20,10 +20,11 @@ class Request:
     """One generate() call, as the checks see it.
 
     runner: of the enabled model. num_draft_tokens: K, or "auto". max_draft_tokens: the largest K of a step.
-    arguments: of generate(), by name. mode_kwargs: what generate() keeps for the decoding loop (streamer, tokenizer, …).
-    input_ids: int64 [B, L]. target_trial: the trial of the target in its current state. Both are there from Stage.INPUTS on.
-    drafter: the one the call asks for. draft_trial: the trial of its model, None where it has none. acquired_drafter: the
-    drafter that serves the call, None where there is none to be had. They are there from Stage.DRAFTER on.
+    arguments: of generate(), by name.
+    mode_kwargs: what generate() keeps for the decoding loop (streamer, tokenizer, …).
+    input_ids: int64 [B, L]. target_trial: of the target in its current state. Both are set for Stage.INPUTS.
+    drafter: the one the call requests. draft_trial: of its model, None where it has none. acquired_drafter: the drafter
+    that serves the call, None where all are in use. They are set for Stage.DRAFTER.
     """
 
     model: Any

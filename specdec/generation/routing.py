@@ -1,7 +1,7 @@
 """Which calls of an enabled model specdec serves: one table of checks, each with the reason for the stock loop.
 
-A call that cannot be shown to give plain decoding's result goes to the stock loop, transformers' own. The checks run in the order
-of the table: some on generate()'s arguments, the others once there is more of the call.
+A call that cannot be shown to give plain decoding's result goes to the stock loop, transformers' own. The checks run in
+the order of the table: some on generate()'s arguments, the others when ids, mask and drafter are there.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ SERVED_INPUTS = {"attention_mask", "position_ids", "logits_to_keep", "use_cache"
 
 
 class Stage(Enum):
-    """When a check runs, by what is there of the call."""
+    """When a check runs, by what the request holds."""
 
-    ARGUMENTS = auto()  # generate()'s arguments and config; it has not prepared ids and mask
-    INPUTS = auto()  # ids, mask and the trial of the target
-    DRAFTER = auto()  # the drafter
+    ARGUMENTS = auto()  # generate()'s arguments and config
+    INPUTS = auto()  # ids and mask as well, and the trial of the target
+    DRAFTER = auto()  # all of that and the drafter
 
 
 @dataclass(frozen=True)
 class Route:
     """A kind of call that the stock loop serves.
 
-    calls: the kind in words, a row of the README's table.
-    check: of a request, the reason for the stock loop; None where the request is not of this kind.
+    calls: which calls these are, a row of the README's table.
+    check: request -> the reason for the stock loop; None where the request is not of this kind.
     """
 
     stage: Stage
@@ -96,7 +96,7 @@ def _other_inputs(request: Request) -> str | None:
 
 
 def _offloaded(request: Request) -> str | None:
-    return "its weights are offloaded, so it has no device of its own" if request.model.device.type == "meta" else None
+    return "its weights are offloaded, so the model is on no device" if request.model.device.type == "meta" else None
 
 
 def _growing_rope(request: Request) -> str | None:
@@ -120,7 +120,7 @@ def _longer_than_trial(request: Request) -> str | None:
     assert request.target_trial is not None
     limit = request.target_trial.support.max_length
     if limit is not None and request.max_length > limit:
-        return f"its text may have {request.max_length} positions, drafts included; the model was found to work up to {limit}"
+        return f"its text may have {request.max_length} positions, drafts included; the model's trial had {limit}"
     return None
 
 
@@ -178,7 +178,8 @@ ROUTES = (
     Route(Stage.ARGUMENTS, "`output_attentions`, `output_hidden_states`", _other_outputs),
     Route(
         Stage.ARGUMENTS,
-        "model inputs other than ids and mask: images, video, audio, `inputs_embeds`, `position_ids`, `past_key_values`",
+        "model inputs other than ids and mask: images, video, audio, `inputs_embeds`, `position_ids`,"
+        " `past_key_values`",
         _other_inputs,
     ),
     Route(Stage.ARGUMENTS, "models whose weights are offloaded", _offloaded),

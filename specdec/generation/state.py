@@ -1,8 +1,8 @@
 """What an enabled model keeps between calls, and what each call acquires of it.
 
-Weights are shared. A KV cache and a drafter with state serve one call at a time. The first call uses the model's own runner and
-drafter; with CUDA graphs their buffers and recorded steps are kept for the next call. A call that begins before the first one has
-ended gets spare ones, which are freed with it.
+Weights are shared. A KV cache and a drafter with state serve one call at a time. The first call uses the model's own
+runner and drafter; with CUDA graphs their buffers and recorded steps are kept for the next call. A call that begins
+before the first one has ended gets spare ones, which are freed when it ends.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class CallTracker:
                     self._num_running -= 1
 
     def watch_other_threads(self) -> Callable[[], bool]:
-        """Start watching, from within a call: -> a function that returns whether no other thread was in a call since."""
+        """Start watching, from within a call: -> a function, whether no other thread has been in a call since."""
         with _LOCK:
             num_others, num_begun = self._num_running - 1, self._num_begun
         return lambda: num_others <= 0 and self._num_begun == num_begun
@@ -73,7 +73,7 @@ CALL_TRACKER = CallTracker()
 
 
 def runner_of(drafter: Drafter | None) -> ModelRunner | None:
-    """The runner of a drafter's model; None where it has none. A drafter that wraps another may expose the other's `runner`."""
+    """The runner of a drafter's model; None where it has none. A drafter that wraps another may expose its `runner`."""
     runner = getattr(drafter, "runner", None)
     return runner if isinstance(runner, ModelRunner) else None
 

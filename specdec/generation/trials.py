@@ -1,7 +1,7 @@
 """Trials of a model in its current state, and their results by the state that the model was in.
 
-A model may change between calls: adapters, dtype, attention implementation, hooks, training mode. A call uses the result of an
-earlier trial where the model is as it was then, and tries the model again where it is not.
+A model may change between calls: adapters, dtype, attention implementation, hooks, training mode. A call uses the
+result of an earlier trial where the model is as it was then, and tries the model again where it is not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_CACHED_TRIALS = 4  # states of one model
 class Trial:
     """What was found of a model in one state.
 
-    support: the result of the trial run. hook: why no trial was run, a forward hook of the user's own; None where it was run.
+    support: the result of the trial. hook: why the model was not tried, a forward hook of the user's own; else None.
     """
 
     support: Support = Support()  # noqa: RUF009
@@ -51,7 +51,7 @@ class TrialCache:
         return trial
 
     def store(self, runner: ModelRunner, trial: Trial, identity: Identity | None = None) -> None:
-        """Store a trial of the runner's model in its current state; identity: of the model in this state, made if None."""
+        """Store a trial of the runner's model in its current state. identity: of that state; made here if None."""
         model = runner.model
         runner.unchanged = identity or Identity(model)
         # entries of weights that are no longer part of the model would keep them in memory
@@ -81,7 +81,7 @@ def try_draft_model(model: PreTrainedModel) -> Trial:
 
 
 def user_hook(model: nn.Module) -> str | None:
-    """Why a model with a forward hook is not tried; None where all its hooks are torch's, transformers' or accelerate's."""
+    """Why a model is not tried: a forward hook that is not torch's, transformers' or accelerate's; None without one."""
     for name, module in (("every module", None), *model.named_modules()):
         hooks = (
             (*_global_forward_hooks.values(), *_global_forward_pre_hooks.values())
@@ -89,7 +89,8 @@ def user_hook(model: nn.Module) -> str | None:
             else (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         )
         if not all(map(_is_of_a_library, hooks)):
-            return f"a hook on {name or 'the model'} would see several positions a forward, where plain decoding shows it one"
+            where = name or "the model"
+            return f"a hook on {where} would see several positions a forward, where plain decoding shows it one"
     return None
 
 
