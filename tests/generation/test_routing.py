@@ -1,4 +1,4 @@
-"""Which calls specdec serves, and which go to the stock loop with a reason; the text is plain generate()'s either way."""
+"""Which calls specdec serves, and which the stock loop, with a reason; the text is plain generate()'s either way."""
 
 from __future__ import annotations
 
