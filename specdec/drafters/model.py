@@ -1,4 +1,4 @@
-"""A smaller model as the drafter, with a KV cache of its own."""
+"""A draft model, with a KV cache of its own."""
 
 from __future__ import annotations
 
@@ -14,98 +14,97 @@ from specdec.core.sequences import Sequences
 from specdec.core.steps import Draft, StepResult
 from specdec.runtime.runner import ModelRunner
 
-LEAST_UNREAD = 2  # committed ids that a step feeds at least: after full acceptance the last draft id was never fed
+MIN_CATCH_UP = 2  # committed ids that a step feeds at least: after full acceptance the last draft id was never fed
 
 
 class ModelDrafter:
     """Drafts with a causal language model that shares the target's tokenizer.
 
-    vocab_size: width of the target's logits; the draft's are cut to it, or padded with -inf. num_ids: ids that a text may hold.
-    unread: the last committed ids of each row that a step begins with, so that all entries before its draft are right. After a
-    step that drafted they are two, after one that did not one more than before.
+    vocab_size: V, the width of the target's logits; the draft model's logits are cut to it, or padded with -inf.
+    num_text_ids: the number of different ids that a text may hold.
+    num_catch_up: the number of last committed ids of each row that a step feeds before it drafts, so that the KV cache
+    is right up to the draft. After a step that drafted these are MIN_CATCH_UP, after any other one more than before.
     """
 
     def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
         self.runner = ModelRunner(model)
-        self.vocab_size = self.num_ids = vocab_size
+        self.vocab_size = self.num_text_ids = vocab_size
 
-    def fit(self, vocab_size: int, num_embeddings: int) -> None:
-        """Take the widths of the target's head and embeddings as they are now."""
-        self.vocab_size, self.num_ids = vocab_size, max(vocab_size, num_embeddings)
+    def match_target(self, vocab_size: int, num_embeddings: int) -> None:
+        """Take the current widths of the target's head and embeddings."""
+        self.vocab_size, self.num_text_ids = vocab_size, max(vocab_size, num_embeddings)
 
     def begin(self, sequences: Sequences, sampling: Sampling) -> None:
         self.sampling = sampling
-        self.has_begun = False  # the model, which does when it is first asked: a call may draft nothing
-        self.unread = max(sequences.longest, LEAST_UNREAD)
+        self.has_begun = False  # the runner begins with the first draft: a call may draft nothing
+        self.num_catch_up = max(sequences.longest, MIN_CATCH_UP)
 
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
         context = self.runner.context
-        num_ids = (
-            sequences.num_requested if context is None else min(sequences.num_requested, context - sequences.shortest)
-        )
+        num_ids = sequences.num_requested
+        if context is not None:
+            num_ids = min(num_ids, context - sequences.shortest)
         if num_ids <= 0:
             return Draft.empty(sequences.batch_size, sequences.device)
         if not self.has_begun:
             self.runner.begin(sequences.batch_size, sequences.length_limit)
             self.has_begun = True
         self.runner.reserve(sequences.longest)
-        width, self.unread = self.unread, LEAST_UNREAD
+        width, self.num_catch_up = self.num_catch_up, MIN_CATCH_UP
         draft = partial(self._draft, sequences, width, num_ids)
-        if width > LEAST_UNREAD or self.sampling.needs_prefix:
+        if width > MIN_CATCH_UP or self.sampling.needs_prefix:
             return Draft(*draft(limit))
         return Draft(*self.runner.run((self, num_ids, self.sampling.cache_key), draft, limit))
 
-    def observe(self, outcome: StepResult) -> None:
-        if outcome.draft.ids.shape[1] == 0:
-            self.unread += 1
+    def observe(self, result: StepResult) -> None:
+        if result.draft.ids.shape[1] == 0:
+            self.num_catch_up += 1
 
     def _draft(
         self, sequences: Sequences, width: int, num_ids: int, limit: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Feed the last `width` committed ids, then draft num_ids: -> what a Draft is made of."""
+        """Feed the last `width` committed ids, then draft num_ids: -> ids, probs and lengths of a Draft."""
         last = sequences.lengths - 1
         if self.runner.context is not None:
             limit = torch.minimum(limit, (self.runner.context - sequences.lengths).clamp(min=0))
             last = last.clamp(max=self.runner.context - 1)
-        output = self.runner.feed(self._known(sequences.ids), last, width)
+        output = self.runner.feed(self._within_vocabulary(sequences.ids), last, width)
         assert output is not None  # width is at least 2
         logits = output.logits
 
+        # a row that drafts fewer ids repeats its last committed id: the same entry in the same slot
         last_ids = sequences.ids.gather(1, last[:, None])
         steps = torch.arange(num_ids, device=limit.device)
-        offered = (
-            steps < limit[:, None]
-        )  # a row that is offered fewer repeats its last id: the same entry in the same slot
-        positions = last[:, None] + torch.where(offered, steps, 0)
+        is_drafted = steps < limit[:, None]
+        positions = last[:, None] + torch.where(is_drafted, steps, 0)
         ids: list[Tensor] = []
         probs: list[Tensor] = []
         for index in range(num_ids):
             if index:
                 at = slice(index, index + 1)
-                next_ids = self._known(torch.where(offered[:, at], ids[-1], last_ids))
+                next_ids = self._within_vocabulary(torch.where(is_drafted[:, at], ids[-1], last_ids))
                 logits = self.runner.forward(next_ids, positions[:, at]).logits
             next_ids, next_probs = self._choose(logits, sequences, index, limit)
             ids.append(next_ids)
             probs.append(next_probs)
-            if (
-                self.sampling.needs_prefix
-            ):  # processors read the text so far, and are not asked behind an id that ends the row
+            if self.sampling.needs_prefix:  # processors read the text so far, and are not called after a row's stop id
                 sequences.stage(next_ids, skip=index)
                 limit = torch.where(sequences.stops_at(next_ids[:, 0]), limit.clamp(max=index + 1), limit)
         return torch.cat(ids, dim=1), torch.cat(probs, dim=1) if self.sampling.do_sample else None, limit
 
-    def _known(self, ids: Tensor) -> Tensor:
-        """Ids that a narrower draft vocabulary lacks stand as its last one: a worse draft, the same text."""
-        return ids if self.runner.num_embeddings >= self.num_ids else ids.clamp(max=self.runner.num_embeddings - 1)
+    def _within_vocabulary(self, ids: Tensor) -> Tensor:
+        """Replace ids that a smaller draft vocabulary lacks by its last one: worse drafts, the same text."""
+        num_embeddings = self.runner.num_embeddings
+        return ids if num_embeddings >= self.num_text_ids else ids.clamp(max=num_embeddings - 1)
 
     def _choose(self, logits: Tensor, sequences: Sequences, index: int, limit: Tensor) -> tuple[Tensor, Tensor]:
-        """The next id of each row [B, 1] and the distribution it was drawn from [B, 1, V] (unused when greedy: [B, 1] scores)."""
+        """The next id of each row [B, 1] and its distribution [B, 1, V]; for greedy calls its score [B, 1], unused."""
         missing = self.vocab_size - logits.shape[-1]
         if missing:
             logits = F.pad(logits, (0, missing), value=-torch.inf)  # a negative width cuts
         used = (limit - index).clamp(0, 1) if self.sampling.needs_prefix else None
         scores = self.sampling.scores(logits, sequences, skip=index, used=used)
-        if missing > 0:  # the processors may leave nothing of a narrower vocabulary: then any id is as good a draft
+        if missing > 0:  # where the processors exclude all of a smaller vocabulary, any id is as good a draft
             scores = scores.masked_fill(scores.amax(-1, keepdim=True) == -torch.inf, 0.0)
         if not self.sampling.do_sample:
             best, ids = scores.max(-1)

@@ -1,4 +1,4 @@
-"""No drafter: plain decoding in the same loop, the baseline that shares every line."""
+"""No drafter: plain decoding in the same loop, the baseline of measurements."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from specdec.core.steps import Draft, StepResult
 
 
 class NoDrafter:
-    """Proposes nothing."""
+    """Proposes no draft tokens."""
 
     def begin(self, sequences: Sequences, sampling: Sampling) -> None:
         pass
@@ -18,5 +18,5 @@ class NoDrafter:
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
         return Draft.empty(sequences.batch_size, sequences.device)
 
-    def observe(self, outcome: StepResult) -> None:
+    def observe(self, result: StepResult) -> None:
         pass

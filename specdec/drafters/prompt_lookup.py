@@ -1,6 +1,6 @@
-"""Prompt lookup: propose what followed the last time that the text ended as it ends now.
+"""Prompt lookup: propose the ids that followed the last earlier occurrence of the n-gram that ends the text.
 
-The method of Saxena, Prompt Lookup Decoding (2023). Pays where the output repeats the input: summaries, edits, code.
+Saxena, Prompt Lookup Decoding (2023). It is fast where the output repeats the input: summaries, edits, code.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from specdec.core.steps import Draft, StepResult
 
 
 class PromptLookup:
-    """Looks up the longest n-gram, of at most max_ngram ids, that ends each row; among equals the most recent one."""
+    """Matches the longest n-gram, of at most max_ngram ids, that ends each row; the most recent one of equal length."""
 
     def __init__(self, max_ngram: int = 3) -> None:
         if max_ngram < 1:
@@ -33,7 +33,7 @@ class PromptLookup:
         width = sequences.longest
         columns = torch.arange(width, device=ids.device)
 
-        # matched[b, c]: how many ids up to and with column c equal the ids that end row b
+        # matched[b, c]: the number of ids up to and including column c that equal the ids at the end of row b
         matched = torch.zeros(len(ids), width, dtype=torch.int64, device=ids.device)
         running = columns < lengths - 1
         for back in range(self.max_ngram):
@@ -44,9 +44,9 @@ class PromptLookup:
         best = (matched * width + columns).argmax(1, keepdim=True)
         found = matched.gather(1, best) > 0
 
-        behind = (best + 1 + torch.arange(num_ids, device=ids.device)).clamp(max=ids.shape[1] - 1)
-        offered = torch.where(found, lengths - 1 - best, 0)[:, 0]
-        return Draft(ids.gather(1, behind), None, torch.minimum(limit, offered))
+        following = (best + 1 + torch.arange(num_ids, device=ids.device)).clamp(max=ids.shape[1] - 1)
+        num_following = torch.where(found, lengths - 1 - best, 0)[:, 0]
+        return Draft(ids.gather(1, following), None, torch.minimum(limit, num_following))
 
-    def observe(self, outcome: StepResult) -> None:
+    def observe(self, result: StepResult) -> None:
         pass

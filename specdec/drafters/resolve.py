@@ -1,4 +1,4 @@
-"""From whatever enable() or a call was given to a Drafter, and whether it fits its target."""
+"""From what enable() or a call is given to a Drafter that fits its target."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ NAMED_DRAFTERS: dict[str, Callable[[], Drafter]] = {"none": NoDrafter, "prompt_l
 
 
 def resolve_drafter(drafter: PreTrainedModel | Drafter | str | Path, model: PreTrainedModel) -> Drafter:
-    """A Drafter from whatever enable() or a call was given; raises where it does not fit the target."""
+    """The Drafter for what enable() or a call is given. Raises TypeError or ValueError where it does not fit."""
     if isinstance(drafter, str | Path):
         if str(drafter) in NAMED_DRAFTERS:
             return NAMED_DRAFTERS[str(drafter)]()
         drafter = _load_draft(str(drafter), model)
-    drafter = unwrapped(drafter)
+    drafter = unwrap_peft(drafter)
     if isinstance(drafter, PreTrainedModel):
         check_pair(model, drafter)
         return ModelDrafter(drafter, widths(model)[0])
     if isinstance(drafter, type) or not isinstance(drafter, Drafter):
         raise TypeError(
-            f"drafter={drafter!r} is none of: a transformers model, a hub id or folder, {sorted(NAMED_DRAFTERS)}, an object with"
-            " begin(), propose() and observe()"
+            f"drafter={drafter!r} must be a transformers model, a hub id or folder, one of {sorted(NAMED_DRAFTERS)}, or"
+            " an object with begin(), propose() and observe()"
         )
     return drafter
 
 
-def unwrapped(model: Any) -> Any:
+def unwrap_peft(model: Any) -> Any:
     """The transformers model that a PeftModel adapts; anything else as it is."""
     is_adapted = isinstance(model, nn.Module) and hasattr(model, "peft_config") and hasattr(model, "get_base_model")
     return model.get_base_model() if is_adapted and not isinstance(model, PreTrainedModel) else model
@@ -57,7 +57,7 @@ def _load_draft(name: str, model: PreTrainedModel) -> PreTrainedModel:
 
 
 def check_pair(model: PreTrainedModel, draft: PreTrainedModel) -> None:
-    """Raise where a draft model cannot draft for this target."""
+    """Raise ValueError where a draft model cannot draft for this target."""
     check_device(model, draft)
     with in_eval_mode(draft):
         if reason := unsupported(draft):
@@ -65,12 +65,13 @@ def check_pair(model: PreTrainedModel, draft: PreTrainedModel) -> None:
     tokenizer, draft_tokenizer = _tokenizer_of(model), _tokenizer_of(draft)
     if tokenizer is None or draft_tokenizer is None:
         return
-    ours, theirs = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
-    if ours != theirs:
-        token = min(ours.items() ^ theirs.items(), key=lambda item: item[1])[0]
+    target_vocab, draft_vocab = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
+    if target_vocab != draft_vocab:
+        token = min(target_vocab.items() ^ draft_vocab.items(), key=lambda item: item[1])[0]
         raise ValueError(
-            f"the draft model has another tokenizer than the target: {token!r} is id {theirs.get(token)} in {draft.name_or_path}"
-            f" and {ours.get(token)} in {model.name_or_path}; take a draft that was trained with the target's tokenizer"
+            f"the draft model has another tokenizer than the target: {token!r} is id {draft_vocab.get(token)} in"
+            f" {draft.name_or_path} and {target_vocab.get(token)} in {model.name_or_path}; use a draft model that was"
+            " trained with the target's tokenizer"
         )
 
 
@@ -82,9 +83,9 @@ def check_device(model: PreTrainedModel, draft: PreTrainedModel) -> None:
 
 
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in the model's folder; None where there is none, or it needs code or packages that are not there.
+    """The tokenizer in the model's folder; None where there is none, or it needs code or packages that are missing.
 
-    No network, no code of the folder's own. Raises ValueError where its files are damaged.
+    Uses no network and runs no code from the folder. Raises ValueError where its files are damaged.
     """
     path = model.name_or_path
     if not path or (
@@ -94,7 +95,7 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     check_tokenizer_files(path)
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception:  # of whatever kind: tokenizers raises bare ones
+    except Exception:  # tokenizers raises bare exceptions
         return None
 
 
@@ -103,8 +104,8 @@ def check_num_draft_tokens(num_draft_tokens: int | str, model: PreTrainedModel) 
         return
     if not isinstance(num_draft_tokens, int) or isinstance(num_draft_tokens, bool) or num_draft_tokens < 1:
         raise ValueError(
-            f"num_draft_tokens={num_draft_tokens!r} must be a whole number, 1 or more, or 'auto'; for plain decoding use"
-            " drafter='none'"
+            f"num_draft_tokens={num_draft_tokens!r} must be a whole number, 1 or more, or 'auto'; for plain decoding"
+            " use drafter='none'"
         )
     context = context_of(model)
     if context is not None and num_draft_tokens >= context:
@@ -113,14 +114,14 @@ def check_num_draft_tokens(num_draft_tokens: int | str, model: PreTrainedModel) 
         )
     if num_draft_tokens >= MAX_WINDOW and is_4bit(model):
         raise ValueError(
-            f"num_draft_tokens={num_draft_tokens} makes a window that a 4-bit model takes for a prompt, and rounds otherwise; the"
-            f" most is {MAX_WINDOW - 1}, and 2 to 8 is usual"
+            f"num_draft_tokens={num_draft_tokens} makes a window that a 4-bit model takes for a prompt, with other"
+            f" rounding; use at most {MAX_WINDOW - 1} (2 to 8 is usual)"
         )
 
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within, no dropout acts; behind it each module is in its own mode again."""
+    """Within, dropout is off; afterwards each module is in its own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     model.train(False)
     try:

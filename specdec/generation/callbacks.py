@@ -1,17 +1,20 @@
-"""A call's logits processors and stopping criteria: which are known to specdec, and which have to be called in lockstep.
+"""A call's logits processors and stopping criteria: which are known to specdec, and which must be called in lockstep.
 
-Known are transformers' own whose result for a row follows from its ids and scores alone, whatever was asked before. They are
-called for several positions at once, or not at all. Everything else is called as plain decoding calls it: see lockstep.py.
+Known ones are transformers' own whose result for a row depends on its ids and scores alone, not on earlier calls. They
+are called for several positions at once, or not at all. All others are called as plain decoding calls them: see
+specdec/core/lockstep.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation import logits_process as stock
+from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
@@ -21,7 +24,7 @@ from transformers.generation.stopping_criteria import (
 
 from specdec.core.sampling import Processor
 
-# The scores alone decide, row by row: these run on all positions of a window at once.
+# Their result depends on the scores alone, row by row: they run on all positions of a window at once.
 POINTWISE = (
     stock.EpsilonLogitsWarper,
     stock.EtaLogitsWarper,
@@ -34,7 +37,7 @@ POINTWISE = (
     stock.TopPLogitsWarper,
     stock.TypicalLogitsWarper,
 )
-# The ids before a position decide too: these run once for each prefix length.
+# Their result depends on the ids before a position too: they run once for each prefix length.
 BY_PREFIX = (
     stock.EncoderNoRepeatNGramLogitsProcessor,
     stock.EncoderRepetitionPenaltyLogitsProcessor,
@@ -52,42 +55,53 @@ BY_PREFIX = (
 )
 
 
-def known_processors(processors: Iterable[Any]) -> list[Processor]:
-    """Those that drafts go through as well; the others are called with committed text alone."""
-    return [
-        Processor(function, needs_prefix=type(function) in BY_PREFIX)
-        for function in processors
-        if type(function) in (*POINTWISE, *BY_PREFIX)
-    ]
+KNOWN_PROCESSORS = (*POINTWISE, *BY_PREFIX)
 
 
-def has_eos(criteria: StoppingCriteriaList) -> bool:
-    """Whether plain decoding goes on with padding in a row that has ended; else the row goes on with ids of its own."""
-    return any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+@dataclass(frozen=True)
+class Callbacks:
+    """What a call has the decoding loop call: logits processors, stopping criteria, a streamer or None."""
 
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    streamer: Any = None
 
-def need_lockstep(processors: Iterable[Any], criteria: StoppingCriteriaList, batch_size: int) -> bool:
-    """Whether some callback has to be called for each committed position in order, with the full batch."""
-    if any(type(function) not in (*POINTWISE, *BY_PREFIX) for function in processors):
-        return True
-    known: tuple[type, ...] = (EosTokenCriteria, MaxLengthCriteria)
-    if batch_size == 1 or has_eos(criteria):
-        known = (*known, StopStringCriteria)
-    return any(type(criterion) not in known for criterion in criteria)
+    def known_processors(self) -> list[Processor]:
+        """The known processors. Drafts go through these too; the others are called with committed text alone."""
+        return [
+            Processor(function, needs_prefix=type(function) in BY_PREFIX)
+            for function in self.processors
+            if type(function) in KNOWN_PROCESSORS
+        ]
 
+    @property
+    def has_eos(self) -> bool:
+        """Whether plain decoding pads a row that has ended. Without an EOS id the row goes on with ids of its own."""
+        return any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
 
-class KnownCriteria:
-    """What known criteria come to.
+    def need_lockstep(self, batch_size: int) -> bool:
+        """Whether a callback has to be called once for each committed position, in order, with the full batch."""
+        if any(type(function) not in KNOWN_PROCESSORS for function in self.processors):
+            return True
+        known: tuple[type, ...] = (EosTokenCriteria, MaxLengthCriteria)
+        if batch_size == 1 or self.has_eos:
+            known = (*known, StopStringCriteria)
+        if any(type(criterion) not in known for criterion in self.criteria):
+            return True
+        return self.streamer is not None and batch_size > 1
 
-    stop_ids: [S] int64, or None. max_length: of the padded text. stop_strings: criteria that take one row's text at a time.
-    """
+    @property
+    def stop_ids(self) -> Tensor | None:
+        """Ids that end a row, int64 [S]; None where there are none."""
+        stop_ids = [c.eos_token_id.flatten() for c in self.criteria if type(c) is EosTokenCriteria]
+        return torch.cat(stop_ids) if stop_ids else None
 
-    def __init__(self, criteria: StoppingCriteriaList) -> None:
-        stop_ids = [c.eos_token_id.flatten() for c in criteria if type(c) is EosTokenCriteria]
-        self.stop_ids: Tensor | None = torch.cat(stop_ids) if stop_ids else None
-        self.max_length = min([2**62, *(c.max_length for c in criteria if type(c) is MaxLengthCriteria)])
-        self.stop_strings = [c for c in criteria if type(c) is StopStringCriteria]
+    @property
+    def max_length(self) -> int:
+        """The largest length of the padded text."""
+        return min([2**62, *(c.max_length for c in self.criteria if type(c) is MaxLengthCriteria)])
 
-    def stops(self, text: Tensor) -> bool:
-        """Whether a stop string ends this row's text [1, L]."""
-        return any(bool(criterion(text, None)) for criterion in self.stop_strings)
+    def stop_at_string(self) -> Callable[[Tensor], bool] | None:
+        """A function (one row's text [1, L]) -> whether a stop string ends it; None where there are no stop strings."""
+        criteria = [c for c in self.criteria if type(c) is StopStringCriteria]
+        return (lambda text: any(bool(criterion(text, None)) for criterion in criteria)) if criteria else None

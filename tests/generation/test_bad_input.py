@@ -1,4 +1,4 @@
-"""Bad input raises an error that says what was wrong, what was given and what to do, and leaves nothing half done behind."""
+"""Bad input raises an error that says what is wrong, what was given and what to do, and changes nothing."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def writes_plain_text(model: PreTrainedModel) -> bool:
 
 
 def refused_by_enable(error: type[Exception], words: str, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-    """enable() raises, and the model is what it was: not enabled, and then enabled as before."""
+    """enable() raises and leaves the model as it was, whether it was enabled or not."""
     specdec.disable(model)
-    for was in ("stock", "enabled"):
+    for earlier in ("stock", "enabled"):
         with pytest.raises(error, match=words):
             specdec.enable(model, *args, **kwargs)
-        assert (type(model) is LlamaForCausalLM) == (was == "stock")
+        assert (type(model) is LlamaForCausalLM) == (earlier == "stock")
         assert writes_plain_text(model)
-        assert (specdec.last_stats(model) is None) == (was == "stock")
+        assert (specdec.last_stats(model) is None) == (earlier == "stock")
         specdec.enable(model, "none")
 
 
 def refused_by_generate(words: str, call: dict[str, Any], drafter: Any = "prompt_lookup", **values: Any) -> None:
-    """generate() raises; the next call of the enabled model and plain generation work."""
+    """generate() raises; afterwards both the enabled model and plain decoding work."""
     model = specdec.enable(target(), drafter, **values)
     with pytest.raises(ValueError, match=words):
         model.generate(**{"max_new_tokens": 8} | call)
@@ -61,7 +61,7 @@ def test_num_draft_tokens_fits_the_context(given: int) -> None:
 
 
 @pytest.mark.parametrize("given", [0, -1, CONTEXT, 2.5, True])
-def test_num_assistant_tokens_of_a_call_is_checked_alike(given: Any) -> None:
+def test_num_assistant_tokens_of_a_call_is_checked_too(given: Any) -> None:
     refused_by_generate(
         rf"={given!r} (must be a whole number|does not fit)", prompts(4) | {"num_assistant_tokens": given}
     )
@@ -76,20 +76,20 @@ def test_num_assistant_tokens_of_a_call_is_checked_alike(given: Any) -> None:
             ValueError,
             r"'no/such/folder' is not one of .* it is no local folder and cannot be",
         ),
-        (PromptLookup, TypeError, r"<class .*PromptLookup'> is none of: a transformers model.* object with begin\(\)"),
-        (LlamaForCausalLM, TypeError, r"<class .*LlamaForCausalLM'> is none of: a transformers model"),
-        (3, TypeError, r"drafter=3 is none of: a transformers model"),
-        ([], TypeError, r"drafter=\[\] is none of: a transformers model"),
+        (PromptLookup, TypeError, r"<class .*PromptLookup'> must be a transformers model.* object with begin\(\)"),
+        (LlamaForCausalLM, TypeError, r"<class .*LlamaForCausalLM'> must be a transformers model"),
+        (3, TypeError, r"drafter=3 must be a transformers model"),
+        ([], TypeError, r"drafter=\[\] must be a transformers model"),
     ],
 )
-def test_what_is_no_drafter_is_refused(given: Any, error: type[Exception], words: str) -> None:
+def test_anything_but_a_drafter_is_refused(given: Any, error: type[Exception], words: str) -> None:
     refused_by_enable(error, words, target(), given)
 
 
 @pytest.mark.parametrize(
     "given", [None, "gpt2", 3, torch.nn.Linear(2, 2), LlamaForCausalLM, LlamaModel(target().config)]
 )
-def test_what_cannot_generate_is_no_target(given: Any) -> None:
+def test_a_target_that_cannot_generate_is_refused(given: Any) -> None:
     with pytest.raises(TypeError, match=f"takes a transformers model that can generate, got {type(given).__name__}"):
         specdec.enable(given, "none")
 
@@ -193,18 +193,28 @@ def proposal(limit: Tensor, ids: Any = None, probs: Any = None, lengths: Any = N
 
 PROPOSALS: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
     "float ids": (r"ids float32 \[4, 3\]; it must return int64 \[4, K\]", partial(proposal, ids=torch.ones(4, 3))),
-    "ids of another batch": (r"ids int64 \[2, 3\]; it must return int64 \[4, K\]", partial(proposal, ids=torch.full((2, 3), 7))),
+    "ids of another batch": (
+        r"ids int64 \[2, 3\]; it must return int64 \[4, K\]", partial(proposal, ids=torch.full((2, 3), 7)),
+    ),
     "flat ids": (r"ids int64 \[4\]", partial(proposal, ids=torch.full((4,), 7))),
-    "ids too high": (rf"ids from {VOCAB_SIZE} .* is 0 … {VOCAB_SIZE - 1}", partial(proposal, ids=torch.full((4, 3), VOCAB_SIZE))),
+    "ids too high": (
+        rf"ids from {VOCAB_SIZE} .* is 0 … {VOCAB_SIZE - 1}", partial(proposal, ids=torch.full((4, 3), VOCAB_SIZE)),
+    ),
     "ids too low": (r"ids from -1 ", partial(proposal, ids=torch.full((4, 3), -1))),
     "more ids than asked for": (r"50 ids a row", partial(proposal, ids=torch.full((4, 50), 7))),
     "int32 lengths": (r"lengths int32 \[4\]; it must", partial(proposal, lengths=torch.ones(4, dtype=torch.int32))),
-    "lengths of another batch": (r"lengths int64 \[3\]; it must", partial(proposal, lengths=torch.ones(3, dtype=torch.int64))),
-    "lengths beyond limit": (r"lengths \[4, 4, 4, 4\]; each must lie in", lambda limit: proposal(limit, lengths=limit + 1)),
+    "lengths of another batch": (
+        r"lengths int64 \[3\]; it must", partial(proposal, lengths=torch.ones(3, dtype=torch.int64)),
+    ),
+    "lengths beyond limit": (
+        r"lengths \[4, 4, 4, 4\]; each must lie in", lambda limit: proposal(limit, lengths=limit + 1),
+    ),
     "lengths below 0": (r"lengths \[-1, ", partial(proposal, lengths=torch.full((4,), -1))),
     "lengths beyond ids": (r"at most K=2", partial(proposal, ids=torch.full((4, 2), 7))),
     "float64 probs": (r"probs float64 ", partial(proposal, probs=torch.ones(4, 3, VOCAB_SIZE).double())),
-    "narrow probs": (rf"probs float32 \[4, 3, 9\]; .*\[4, 3, {VOCAB_SIZE}\]", partial(proposal, probs=torch.ones(4, 3, 9))),
+    "narrow probs": (
+        rf"probs float32 \[4, 3, 9\]; .*\[4, 3, {VOCAB_SIZE}\]", partial(proposal, probs=torch.ones(4, 3, 9)),
+    ),
     "None": (r"propose returned", lambda limit: None),
     "a list": (r"returned ids as a list", partial(proposal, ids=[[7, 7, 7]] * 4)),
 }  # fmt: skip
@@ -230,14 +240,14 @@ def poisoned(model: PreTrainedModel) -> PreTrainedModel:
 def test_nan_logits_are_named(who: str, sample: dict[str, Any]) -> None:
     model, draft = copy.deepcopy(target()), copy.deepcopy(drafter())
     specdec.enable(model, draft)
-    sick = model if who == "target" else draft
-    sick.load_state_dict(poisoned(sick).state_dict())
+    broken = model if who == "target" else draft
+    broken.load_state_dict(poisoned(broken).state_dict())
     if who == "draft model" and not sample:
         assert writes_plain_text(model), "a greedy draft can be no more than wrong"
         return
     with pytest.raises(ValueError, match=f"the {who} returned NaN logits .*; check its weights and dtype"):
         model.generate(**prompts(4), max_new_tokens=8, **sample)
-    sick.load_state_dict((target() if who == "target" else drafter()).state_dict())
+    broken.load_state_dict((target() if who == "target" else drafter()).state_dict())
     assert writes_plain_text(model)
 
 

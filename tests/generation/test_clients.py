@@ -54,10 +54,12 @@ PROMPTS = {
 }
 
 
-def cases(most: int) -> list[Any]:
-    """Batch sizes, one and most, with each K; the `full` ones are left to make test-all."""
-    covering = {(1, 4), (most, 4), (most, "auto")}
-    return [pytest.param(*case, marks=() if case in covering else pytest.mark.full) for case in product((1, most), KS)]
+def cases(batch_size: int) -> list[Any]:
+    """Batch sizes 1 and batch_size with each K; the `full` ones run in make test-all only."""
+    covering = {(1, 4), (batch_size, 4), (batch_size, "auto")}
+    return [
+        pytest.param(*case, marks=() if case in covering else pytest.mark.full) for case in product((1, batch_size), KS)
+    ]
 
 
 @cache
@@ -86,14 +88,14 @@ def enable(kind: str, k: int | str) -> None:
 
 
 def check_stats(k: int | str) -> None:
-    """Our loop served the last call, and its drafts were of use."""
+    """specdec served the last call, and drafts were accepted."""
     stats = specdec.last_stats(target())
     assert stats is not None, "the stock loop served the call"
     assert stats.num_accepted_draft_tokens > 0 or k == "auto", "no draft token was accepted, so this test shows little"
 
 
 def generate(prompts: list[str], **call: Any) -> list[list[int]]:
-    """The new ids of each row, with padding behind its EOS."""
+    """The new ids of each row, with padding after its EOS."""
     inputs = tokenizer()(prompts, return_tensors="pt", padding=True)
     text = target().generate(**inputs, **{"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False} | call)
     return text[:, inputs["input_ids"].shape[1] :].tolist()
@@ -139,7 +141,7 @@ def compiled_grammar(grammar: str) -> Any:
 
 
 def xgrammar_processor(grammar: str) -> Any:
-    """A new one for each call of generate(), as xgrammar asks."""
+    """A new one for each call of generate(), as xgrammar requires."""
     return pytest.importorskip("xgrammar.contrib.hf").LogitsProcessor(compiled_grammar(grammar))
 
 
@@ -161,11 +163,11 @@ def test_xgrammar_greedy_text_is_plain(grammar: str, batch_size: int, kind: str,
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_xgrammar_is_called_as_plain_decoding_calls_it(batch_size: int, kind: str) -> None:
     prompts = PROMPTS["schema"][:batch_size]
-    plain, ours = Recorded(xgrammar_processor("schema")), Recorded(xgrammar_processor("schema"))
+    plain, speculative = Recorded(xgrammar_processor("schema")), Recorded(xgrammar_processor("schema"))
     want = generate(prompts, logits_processor=[plain])
     enable(kind, 4)
-    assert generate(prompts, logits_processor=[ours]) == want
-    assert ours.calls == plain.calls
+    assert generate(prompts, logits_processor=[speculative]) == want
+    assert speculative.calls == plain.calls
     check_stats(4)
 
 
@@ -248,13 +250,13 @@ STOPPED = [
 def test_one_answer_for_a_batch_stops_it_where_plain_decoding_stops(batch_size: int, kind: str, k: int | str) -> None:
     prompts = STOPPED[:batch_size]
     width = tokenizer()(prompts, return_tensors="pt", padding=True)["input_ids"].shape[1]
-    plain, ours = (MultiTokenEOS("self.", width, batch_size) for _ in range(2))
+    plain, speculative = (MultiTokenEOS("self.", width, batch_size) for _ in range(2))
     want = generate(prompts, stopping_criteria=StoppingCriteriaList([plain]))
     assert len(set(plain.widths)) > 1 or batch_size == 1, "rows are done at different places, or this test shows little"
     assert len(want[0]) < MAX_NEW_TOKENS, "the criterion ends the call, or this test shows little"
     enable(kind, k)
-    assert generate(prompts, stopping_criteria=StoppingCriteriaList([ours])) == want
-    assert ours.calls == plain.calls
+    assert generate(prompts, stopping_criteria=StoppingCriteriaList([speculative])) == want
+    assert speculative.calls == plain.calls
     check_stats(k)
 
 

@@ -68,7 +68,7 @@ def draft_model() -> PreTrainedModel:
 
 @pytest.fixture
 def model() -> Iterator[PreTrainedModel]:
-    """A model of the test's own, given back in one piece: whatever a test does, no call may leave anything taken."""
+    """A model of the test's own. Whatever a test does, its calls must release all that they acquired."""
     model = copy.deepcopy(stock())
     yield model
     if "_specdec_state" in model.__dict__:
@@ -81,7 +81,7 @@ def state_of(model: PreTrainedModel) -> Any:
 
 def assert_idle(model: PreTrainedModel) -> None:
     state = state_of(model)
-    assert not state.is_busy
+    assert not state.is_target_in_use
     assert not state.calls
     assert not state_module._DRAFTERS_IN_USE
 
@@ -116,15 +116,15 @@ def in_threads(*functions: Callable[[], Any]) -> list[Any]:
 
 @contextmanager
 def meeting(num_calls: int, num_steps: int = 2) -> Iterator[None]:
-    """Within, so many calls wait for each other: before a profile, and behind each of their first steps."""
+    """Within, this many calls wait for each other: before a profile, and after each of their first steps."""
     barrier = threading.Barrier(num_calls, timeout=TIMEOUT_S)
     stock_speculate, stock_profile = call_module.speculate, call_module.profile
 
     def speculate(*args: Any, **kwargs: Any) -> Iterator[StepResult]:
-        for step, outcome in enumerate(stock_speculate(*args, **kwargs)):
+        for step, result in enumerate(stock_speculate(*args, **kwargs)):
             if step < num_steps:
                 barrier.wait()
-            yield outcome
+            yield result
 
     def profile(*args: Any, **kwargs: Any) -> Any:
         barrier.wait()
@@ -137,7 +137,7 @@ def meeting(num_calls: int, num_steps: int = 2) -> Iterator[None]:
 
 
 def assert_overlapping_texts(model: PreTrainedModel, jobs: tuple[dict[str, Any], ...], rounds: int = 1) -> None:
-    """Every job's text is plain while the others run, and so is each of them afterwards, alone."""
+    """Every job's text is plain while the others run, and afterwards, alone."""
     texts = [plain_text(job) for job in jobs]
     for _ in range(rounds):
         with meeting(len(jobs)):
@@ -150,7 +150,7 @@ def assert_overlapping_texts(model: PreTrainedModel, jobs: tuple[dict[str, Any],
 
 
 def emitted(job: dict[str, Any], text: list[list[int]]) -> int:
-    """Ids of a text, without the padding behind a row's stop."""
+    """Ids of a text, without the padding after a row's stop."""
     width, stop = job["input_ids"].shape[1], job.get("eos_token_id")
     rows = [row[width:] for row in text]
     return sum(row.index(stop) + 1 if stop in row else len(row) for row in rows)
@@ -208,7 +208,7 @@ class Within(LogitsProcessor, StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool) if self.is_criterion else scores
 
 
-# generate() called from within a call, by what becomes of it
+# generate() called from within a call, by the loop that serves it
 INNER: dict[str, Callable[[PreTrainedModel, dict[str, Any]], Any]] = {
     "ours": lambda model, job: text_of(model, job),
     "past ours": lambda model, job: LlamaForCausalLM.generate(model, **job, max_new_tokens=NEW_TOKENS).tolist(),
@@ -237,8 +237,8 @@ def test_a_callback_may_call_generate(model: PreTrainedModel, name: str, is_crit
         assert specdec.last_stats(model).num_emitted_tokens == 2 * NEW_TOKENS
 
 
-class Handing:
-    """A streamer that hands each value over to a consumer, and goes on when that has taken it."""
+class PassingStreamer:
+    """A streamer that passes each value to a consumer, and goes on when the consumer has taken it."""
 
     def __init__(self) -> None:
         self.values: queue.Queue[Any] = queue.Queue(maxsize=1)
@@ -252,7 +252,7 @@ class Handing:
         self.put(None)
 
     def consume(self, between: Callable[[], Any]) -> tuple[list[int], list[Any]]:
-        """All ids, and what `between` gave behind each value."""
+        """All ids, and what `between` returned after each value."""
         ids, results = [], []
         while (value := self.values.get(timeout=TIMEOUT_S)) is not None:
             ids += value.flatten().tolist()
@@ -264,10 +264,10 @@ class Handing:
 
 @pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("name", INNER)
-def test_a_streamer_s_consumer_may_call_generate(model: PreTrainedModel, name: str) -> None:
+def test_the_consumer_of_a_streamer_may_call_generate(model: PreTrainedModel, name: str) -> None:
     specdec.enable(model, draft_model(), num_draft_tokens=3)
     outer, inner = prompts(1, seed=21) | {"max_new_tokens": 6}, prompts(2, seed=22)
-    streamer = Handing()
+    streamer = PassingStreamer()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         text, (ids, results) = in_threads(
@@ -278,7 +278,7 @@ def test_a_streamer_s_consumer_may_call_generate(model: PreTrainedModel, name: s
     assert results == 7 * [inner_plain_text(name, inner)]
 
 
-class Calling:
+class CallingStreamer:
     """A streamer that calls `function` in its own thread, first while generate() prepares: it is given the prompt."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
@@ -295,7 +295,7 @@ class Calling:
 def test_a_streamer_may_call_generate_itself(model: PreTrainedModel, name: str) -> None:
     specdec.enable(model, draft_model(), num_draft_tokens=3)
     outer, inner = prompts(1, seed=21) | {"max_new_tokens": 4}, prompts(2, seed=22)
-    streamer = Calling(lambda: INNER[name](model, inner))
+    streamer = CallingStreamer(lambda: INNER[name](model, inner))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         text = text_of(model, outer | {"streamer": streamer, "num_assistant_tokens": 2})
@@ -324,7 +324,7 @@ STOCK_CALLS: dict[str, Callable[[PreTrainedModel, dict[str, Any]], Any]] = {
 def test_stock_calls_of_another_thread_are_left_alone(model: PreTrainedModel, name: str) -> None:
     specdec.enable(model, draft_model(), num_draft_tokens=3)
     job, other = prompts(2, seed=31), prompts(4, seed=32)
-    want = STOCK_CALLS[name](copy.deepcopy(stock()), other)  # hidden states leave transformers' hooks behind
+    want = STOCK_CALLS[name](copy.deepcopy(stock()), other)  # hidden states leave transformers' hooks on the model
     inside, may_end = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -346,7 +346,7 @@ def test_stock_calls_of_another_thread_are_left_alone(model: PreTrainedModel, na
 
 
 class OwnLookup(PromptLookup):
-    """A drafter that derives from ours and keeps something of its call."""
+    """A drafter derived from a stateless one, with state of its own."""
 
     def begin(self, sequences: Any, sampling: Any) -> None:
         self.sequences = sequences
@@ -357,7 +357,7 @@ class OwnLookup(PromptLookup):
 
 
 class Around:
-    """A drafter that hands on to another."""
+    """A drafter that wraps another."""
 
     def __init__(self, inner: ModelDrafter) -> None:
         self.inner, self.runner = inner, inner.runner
@@ -378,7 +378,7 @@ EXCLUSIVE = ("a subclass of PromptLookup", "random", "uneven")
 @pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("name", SHARED)
 def test_two_targets_may_share_a_drafter(model: PreTrainedModel, name: str) -> None:
-    """One that cannot be copied serves one call at a time; the others go to the stock loop, which says why."""
+    """One that cannot be copied serves one call at a time; other calls go to the stock loop, with a reason."""
     drafter, second = SHARED[name](), copy.deepcopy(stock())
     for target in (model, second):
         specdec.enable(target, drafter, num_draft_tokens=3)
@@ -401,7 +401,7 @@ def test_two_targets_may_share_a_drafter(model: PreTrainedModel, name: str) -> N
         assert specdec.last_stats(target).num_draft_tokens > 0
 
 
-def test_drafters_around_one_model_drafter_take_turns(model: PreTrainedModel) -> None:
+def test_drafters_that_wrap_one_model_drafter_serve_one_call_at_a_time(model: PreTrainedModel) -> None:
     inner = ModelDrafter(draft_model(), VOCAB_SIZE)
     second = copy.deepcopy(stock())
     specdec.enable(model, inner, num_draft_tokens=3)
@@ -479,7 +479,7 @@ def caches() -> list[Tensor]:
 @pytest.mark.parametrize("is_recorded", [False, True])
 @pytest.mark.parametrize("kind", ["model", "assistant", "none"])
 def test_the_caches_of_idle_calls_are_freed(model: PreTrainedModel, kind: str, is_recorded: bool) -> None:
-    """But for those that recorded steps go on with: two layers' keys and values, of the model's own runners alone."""
+    """Except those of recorded steps: two layers' keys and values, of the model's own runners alone."""
     before = len(caches())
     jobs = JOBS[:3]
     if kind == "assistant":
@@ -547,7 +547,7 @@ def test_overlapping_sampled_calls_keep_their_distribution(kind: str) -> None:
 
 
 def test_a_profile_does_not_take_back_random_numbers_that_another_call_drew(model: PreTrainedModel) -> None:
-    """Else that call would draw them again, for the rest of its text."""
+    """Otherwise that call would draw them again, for the rest of its text."""
     specdec.enable(model, draft_model())
     states: list[Tensor] = []
     stock_step = profiling.step
@@ -566,7 +566,7 @@ def test_a_profile_does_not_take_back_random_numbers_that_another_call_drew(mode
 
 
 def test_a_config_may_be_copied_and_saved_while_a_forward_runs() -> None:
-    """Another thread may do so; what the forward changes of it stays out of both, but for the attention's name."""
+    """Another thread may do so; what the forward changes in the config is in neither."""
     config = copy.deepcopy(stock().config)
     before = config.to_dict()
     with attention.attention_override(config), attention.attention_override(config):

@@ -1,7 +1,7 @@
-"""Sampled texts have the target's distribution: chi-square over whole texts of three ids, end to end through generate().
+"""Sampled texts have the target's distribution: chi-square over texts of three ids, through generate().
 
-What is expected comes from transformers alone: the stock model's own scores after every prefix. Equal rows of one batch are the
-samples. The same check must fail for two broken loops, else it would prove nothing.
+The expected probabilities come from transformers alone: the stock model's own scores after every prefix. Equal rows of
+one batch are the samples. Control tests run the same check on broken loops, where it must fail.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 NO_CUT = {"do_sample": True, "top_k": 0, "top_p": 1.0, "pad_token_id": PAD}
 
-# Each is made anew for a test; the target is passed to them.
+# Each test makes its own, from the target.
 DRAFTERS: dict[str, Callable[[PreTrainedModel], Drafter]] = {
     "model": lambda target: ModelDrafter(tiny_model(1), V),
     "prompt_lookup": lambda target: PromptLookup(),
@@ -85,7 +85,7 @@ def batch(prompts: tuple[Text, ...]) -> dict[str, Tensor]:
 
 @cache
 def expected(prompt: Text, width: int, call: str) -> dict[Text, float]:
-    """Probability of every text of LENGTH ids behind a prompt padded to `width`, from stock generate()'s scores of one id."""
+    """Probability of every text of LENGTH ids after a prompt padded to `width`, from stock generate()'s scores."""
     probability: dict[Text, float] = {(): 1.0}
     for length in range(LENGTH):
         texts = list(product(range(V), repeat=length))
@@ -113,7 +113,7 @@ def p_value(counts: Counter[Text], probability: dict[Text, float]) -> float:
     rest = total * (1 - sum(probability[text] for text in large))
     if rest >= 1:
         cells.append((total - sum(counts[text] for text in large), rest))
-    statistic = sum((seen - wanted) ** 2 / wanted for seen, wanted in cells)
+    statistic = sum((observed - want) ** 2 / want for observed, want in cells)
     return float(
         torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2).double(), torch.tensor(statistic / 2).double())
     )
@@ -150,7 +150,7 @@ def test_unevenly_padded_rows_each_have_their_own_distribution(drafter: str) -> 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("drafter", ["model", "prompt_lookup", "always_right", "uneven"])
-def test_k_that_changes_from_step_to_step_leaves_the_distribution(
+def test_changing_k_from_step_to_step_keeps_the_distribution(
     drafter: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     erratic_k(monkeypatch, seed)
@@ -158,8 +158,8 @@ def test_k_that_changes_from_step_to_step_leaves_the_distribution(
     assert p > SIGNIFICANCE
 
 
-def test_the_expected_distribution_is_no_easy_one() -> None:
-    """Many texts share the mass, and the draft model differs: else a broken loop could pass."""
+def test_the_expected_distribution_is_not_trivial() -> None:
+    """Many texts share the probability mass, so that a broken loop cannot pass."""
     probability = expected(PROMPT, len(PROMPT), "temperature")
     assert sum(probability.values()) == pytest.approx(1)
     assert max(probability.values()) < 0.2

@@ -1,4 +1,4 @@
-"""enable() and disable(): what they leave behind, which calls go to the stock loop, and what they refuse, in clear words."""
+"""enable() and disable(): what they change, which calls go to the stock loop, and which models they refuse."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def sampling_loop(model: PreTrainedModel, input_ids: torch.Tensor, **kwargs: Any
     return torch.cat([input_ids, input_ids.new_full((len(input_ids), 2), 77)], dim=1)
 
 
-# What brings the stock loop, by a word of the warning: (model's config, what the call brings with it)
+# Calls that go to the stock loop, by a word of the warning: (model's config, the call's keywords)
 HOLE = torch.tensor([[1] * 6 + [0, 0, 1, 1, 1]])
 STOCK: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], dict[str, Any]]]] = {
     "beam search": ({}, lambda ids: {"num_beams": 2}),
@@ -177,13 +177,16 @@ STOCK: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], dict[str, Any]]]
     "attention_mask": ({}, lambda ids: {"attention_mask": HOLE}),
     "custom_generate": ({}, lambda ids: {"custom_generate": sampling_loop}),
     "rotary frequencies": (
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}, "max_position_embeddings": 32},
+        {
+            "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+            "max_position_embeddings": 32,
+        },
         lambda ids: {"max_new_tokens": 40},
     ),
 }  # fmt: skip
 
 
-def heard_from_us(model: PreTrainedModel, **call: Any) -> tuple[Any, list[str]]:
+def generate_with_warnings(model: PreTrainedModel, **call: Any) -> tuple[Any, list[str]]:
     """What generate() returns, and specdec's warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -192,33 +195,36 @@ def heard_from_us(model: PreTrainedModel, **call: Any) -> tuple[Any, list[str]]:
 
 
 @pytest.mark.parametrize("reason", STOCK)
-def test_the_stock_loop_serves_what_is_not_ours_with_one_warning(reason: str) -> None:
+def test_the_stock_loop_serves_other_calls_with_one_warning(reason: str) -> None:
     values, make_call = STOCK[reason]
     model, ids = fresh(**values), prompts(1)["input_ids"]
 
     def run() -> tuple[Any, list[str]]:
         call = {"max_new_tokens": 9, **make_call(ids)}
-        return heard_from_us(model, **call) if "inputs_embeds" in call else heard_from_us(model, input_ids=ids, **call)
+        prompt = {} if "inputs_embeds" in call else {"input_ids": ids}
+        return generate_with_warnings(model, **prompt, **call)
 
-    want, silent = run()
+    want, before = run()
     specdec.enable(model, drafter())
-    got, heard = run()
-    assert silent == []
-    assert len(heard) == 1
-    assert reason in heard[0]
+    got, warned = run()
+    assert before == []
+    assert len(warned) == 1
+    assert reason in warned[0]
     assert specdec.last_stats(model) is None
     want, got = (text if isinstance(text, torch.Tensor) else text.sequences for text in (want, got))
     assert got.tolist() == want.tolist()
     specdec.enable(model)
-    assert run()[1] == [], "nothing was asked of us, so there is nothing to warn of"
+    assert run()[1] == [], "no speculation was requested, so there is no warning"
 
 
-def test_dynamic_rotary_frequencies_are_ours_within_the_context() -> None:
+def test_dynamic_rotary_frequencies_are_served_within_the_context() -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = fresh(rope_parameters=rope, max_position_embeddings=32)
     want = model.generate(**prompts(4), max_length=32 - 5)
-    got, heard = heard_from_us(specdec.enable(model, drafter(), num_draft_tokens=5), **prompts(4), max_length=32 - 5)
-    assert heard == []
+    got, warned = generate_with_warnings(
+        specdec.enable(model, drafter(), num_draft_tokens=5), **prompts(4), max_length=32 - 5
+    )
+    assert warned == []
     assert specdec.last_stats(model).num_draft_tokens > 0
     assert got.tolist() == want.tolist()
 
@@ -253,7 +259,7 @@ def test_generate_may_be_called_through_the_class() -> None:
     assert text[:, WIDTH:].tolist() == continuation("llama", 4)
 
 
-def test_dynamic_rotary_frequencies_beyond_the_context_are_not_ours_whatever_sets_the_length() -> None:
+def test_dynamic_rotary_frequencies_beyond_the_context_go_to_the_stock_loop_whatever_sets_the_length() -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = fresh(rope_parameters=rope, max_position_embeddings=32)
     call = {"max_new_tokens": 5, "stopping_criteria": [MaxLengthCriteria(64)], **prompts(4)}

@@ -1,4 +1,4 @@
-"""After enable(), generate() gives what it gave before: the same ids, scores, streams and errors, whatever the call asks for."""
+"""After enable(), generate() gives what it gave before, for any arguments: the same ids, scores, streams and errors."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from tests.helpers.plain import (
     WAYS,
     WIDTH,
     K,
-    asked,
     both,
     continuation,
     drafter,
+    keywords,
     stop_at,
     target,
 )
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("either_way")
 @cache
 def plain_text(name: str, model_type: str, batch_size: int) -> list[list[int]]:
     specdec.disable(target(model_type))
-    return target(model_type).generate(**prompts(batch_size), **asked(name, model_type, batch_size)()).tolist()
+    return target(model_type).generate(**prompts(batch_size), **keywords(name, model_type, batch_size)()).tolist()
 
 
 COVERING = [("llama", kind, 4) for kind in DRAFTERS] + [("gpt2", "model", 4), ("gpt2", "itself", 1)]
@@ -53,7 +53,7 @@ PRODUCT = [
 def test_greedy_text_is_plain(name: str, model_type: str, kind: str, batch_size: int) -> None:
     want = plain_text(name, model_type, batch_size)
     model = specdec.enable(target(model_type), drafter(kind, model_type), num_draft_tokens=K)
-    assert model.generate(**prompts(batch_size), **asked(name, model_type, batch_size)()).tolist() == want
+    assert model.generate(**prompts(batch_size), **keywords(name, model_type, batch_size)()).tolist() == want
     assert specdec.last_stats(model) is not None, "the stock loop served the call"
 
 
@@ -65,7 +65,7 @@ def test_any_number_of_draft_tokens_gives_plain_text(k: int, kind: str) -> None:
     stats = specdec.last_stats(target())
     assert len(stats.acceptance_histogram) == k + 1
     if kind == "model":
-        assert 0.1 < stats.draft_acceptance_rate < 0.9, "drafts are to be partly accepted, or these tests show little"
+        assert 0.1 < stats.draft_acceptance_rate < 0.9, "drafts must be partly accepted, or these tests show little"
     if kind == "itself":
         assert stats.draft_acceptance_rate == 1
 
@@ -74,7 +74,7 @@ SEVEN = GenerationConfig(num_assistant_tokens=7)
 
 
 @pytest.mark.parametrize("how", ["keyword", "config", "positional config"])
-def test_num_assistant_tokens_of_a_call_goes_before_that_of_enable(how: str) -> None:
+def test_num_assistant_tokens_of_a_call_takes_precedence_over_enable(how: str) -> None:
     specdec.enable(target(), drafter(), num_draft_tokens=K)
     args = (None, SEVEN) if how == "positional config" else ()
     own = {"keyword": {"num_assistant_tokens": 7}, "config": {"generation_config": SEVEN}}.get(how, {})
@@ -95,7 +95,7 @@ def test_learned_positions_reach_the_end_of_the_context(k: int, kind: str, model
 
 
 @pytest.mark.parametrize("kind", DRAFTERS)
-def test_without_an_eos_a_row_goes_on_behind_its_own_stop_until_all_have_ended(kind: str) -> None:
+def test_without_an_eos_a_row_goes_on_after_its_own_stop_until_all_have_ended(kind: str) -> None:
     call = stop_at(lambda ids: ids[:, -1] % 5 == 0, eos_token_id=None, pad_token_id=1, max_new_tokens=18)
     want, got = (text[:, WIDTH:].tolist() for text in both(prompts(4), call, kind))
     stops = [next((i + 1 for i, token in enumerate(row) if token % 5 == 0), 18) for row in want]
@@ -148,7 +148,7 @@ def test_a_draft_vocabulary_may_be_narrower_or_wider(vocab_size: int, sample: di
 
 @pytest.mark.parametrize("kind", DRAFTERS)
 @pytest.mark.parametrize("name", WAYS)
-def test_any_way_to_call_gives_what_it_gave(name: str, kind: str) -> None:
+def test_any_way_to_call_gives_the_plain_result(name: str, kind: str) -> None:
     call = {**prompts(4), "max_new_tokens": 18, "pad_token_id": 0, "eos_token_id": continuation("llama", 4)[0][9]}
     ids, mask = call.pop("input_ids"), call.pop("attention_mask")
     specdec.disable(target())
@@ -159,7 +159,7 @@ def test_any_way_to_call_gives_what_it_gave(name: str, kind: str) -> None:
 
 
 def grammar(path: list[int]) -> dict[str, Any]:
-    """Allows one text only and, as tries do, nothing at all behind any other."""
+    """Allows one text only and, as tries do, no id at all after any other."""
 
     def allowed(row: int, ids: Tensor) -> list[int]:
         made = ids[WIDTH:].tolist()
@@ -182,10 +182,12 @@ def guided(input_ids: Tensor, scores: Tensor) -> Tensor:
     return (scores + 5 * scores.grad).detach()
 
 
-# (rows, drafter, what the call asks for)
+# (rows, drafter, the call's keywords)
 EDGES: dict[str, tuple[int, str, Callable[[], dict[str, Any]]]] = {
     "MaxLengthCriteria inside the prompt": (4, "model", lambda: {"stopping_criteria": [MaxLengthCriteria(5)]}),
-    "MaxLengthCriteria behind max_new_tokens": (4, "model", lambda: {"stopping_criteria": [MaxLengthCriteria(WIDTH + 20)]}),
+    "MaxLengthCriteria behind max_new_tokens": (
+        4, "model", lambda: {"stopping_criteria": [MaxLengthCriteria(WIDTH + 20)]},
+    ),
     "a grammar, drafts leave it": (1, "prompt_lookup", lambda: grammar([9, 9, 8, 9, 9, 7, 9, 9, 6, NEVER])),
     "a grammar, drafts run on behind its eos": (1, "model", lambda: grammar([9, 8, 7, 6, 5, NEVER])),
     "a processor that takes gradients": (4, "model", lambda: {"logits_processor": [guided]}),
@@ -195,7 +197,7 @@ EDGES: dict[str, tuple[int, str, Callable[[], dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("name", EDGES)
-def test_calls_on_the_edge_give_plain_text(name: str) -> None:
+def test_edge_cases_give_plain_text(name: str) -> None:
     batch_size, kind, call = EDGES[name]
     want, got = both(prompts(batch_size), lambda: {"max_new_tokens": 14} | call(), kind)
     want, got = (text if isinstance(text, Tensor) else text.sequences for text in (want, got))
@@ -216,7 +218,7 @@ def test_sampling_follows_the_seed(kind: str) -> None:
     assert len(specdec.last_stats(target()).per_row) == 6
 
 
-def test_a_grammar_that_knows_its_own_texts_alone_holds_for_uneven_rows() -> None:
+def test_a_grammar_that_raises_for_other_texts_works_with_uneven_rows() -> None:
     trie = {
         (): [3, 4],
         (3,): [5],

@@ -33,7 +33,13 @@ def perturbed(model_type: str) -> PreTrainedModel:
     return draft
 
 
-NUM_DRAFT_TOKENS: tuple[int | str, ...] = (1, 2, 5, 8, "auto")  # with "auto" times jump, and K from step to step
+NUM_DRAFT_TOKENS: tuple[int | str, ...] = (
+    1,
+    2,
+    5,
+    8,
+    "auto",
+)  # "auto": with random step times, so K changes from step to step
 BATCHES = (1, 4)
 STOPS = (False, True)
 
@@ -54,13 +60,13 @@ DRAFTERS: dict[str, Callable[[Case], Any]] = {
     "prompt_lookup": lambda case: "prompt_lookup",
     "always_right": lambda case: AlwaysRight(family(case.family, case.weights)),
     "always_wrong": lambda case: AlwaysWrong(family(case.family, case.weights)),
-    "random": lambda case: Random(seed=most(case)),
-    "uneven": lambda case: Uneven(seed=most(case)),
-    "empty": lambda case: Empty(width=most(case)),
+    "random": lambda case: Random(seed=largest_k(case)),
+    "uneven": lambda case: Uneven(seed=largest_k(case)),
+    "empty": lambda case: Empty(width=largest_k(case)),
 }
 
 
-def most(case: Case) -> int:
+def largest_k(case: Case) -> int:
     return case.num_draft_tokens if isinstance(case.num_draft_tokens, int) else MAX_DRAFT_TOKENS
 
 
@@ -68,7 +74,7 @@ FULL = [Case(*values) for values in itertools.product(FAMILIES, WEIGHTS, DRAFTER
 
 
 def covering() -> list[Case]:
-    """Every family and weights with every drafter; the other values are dealt out, so that all pairs meet (tested below)."""
+    """Every family and weights with every drafter; the other values rotate, so that all pairs occur (tested below)."""
     return [
         Case(
             model_type,

@@ -1,4 +1,4 @@
-"""Models that read pictures too: text alone is speculated on, calls with a picture go to the stock loop."""
+"""Models that read images too: specdec serves calls with text alone; calls with an image go to the stock loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import specdec
 from tests.generation.test_routing import assert_served, count_trials, served
 from tests.helpers.families import CONTEXT, VOCAB_SIZE, prompts
 
-PICTURE = 100  # the id that stands for a member of a picture
+IMAGE = 100  # the id that stands for a part of an image
 BEGIN, END, VIDEO = 97, 98, 99
 TEXT_IDS = 97  # ids below are text
 
@@ -43,7 +43,7 @@ CLIP = {
 QWEN_TEXT = TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
 QWEN_VISION = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
 QWEN_IDS = {
-    "image_token_id": PICTURE, "video_token_id": VIDEO, "vision_start_token_id": BEGIN, "vision_end_token_id": END,
+    "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": BEGIN, "vision_end_token_id": END,
 }  # fmt: skip
 WIDER = {"hidden_size": 16, "intermediate_size": 16, "out_hidden_size": 32}
 
@@ -51,7 +51,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": TEXT | {"model_type": "gemma3_text", "sliding_window": 9},
         "vision_config": CLIP | {"model_type": "siglip_vision_model"},
-        "mm_tokens_per_image": 4, "image_token_index": PICTURE, "boi_token_index": BEGIN, "eoi_token_index": END,
+        "mm_tokens_per_image": 4, "image_token_index": IMAGE, "boi_token_index": BEGIN, "eoi_token_index": END,
     },
     "qwen2_vl": QWEN_IDS | {
         "text_config": QWEN_TEXT | {"model_type": "qwen2_vl_text"},
@@ -68,20 +68,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llava": {
         "text_config": TEXT | {"model_type": "llama"},
         "vision_config": CLIP | {"model_type": "clip_vision_model"},
-        "image_token_index": PICTURE, "image_seq_length": 4, "vision_feature_layer": -1,
+        "image_token_index": IMAGE, "image_seq_length": 4, "vision_feature_layer": -1,
     },
     "idefics3": {
         "text_config": TEXT | {"model_type": "llama"},
         "vision_config": CLIP | {"model_type": "idefics3_vision"},
-        "image_token_id": PICTURE, "scale_factor": 2,
+        "image_token_id": IMAGE, "scale_factor": 2,
     },
     "mistral3": {
         "text_config": TEXT | {"model_type": "mistral", "sliding_window": None},
         "vision_config": CLIP | {"model_type": "pixtral", "head_dim": 8, "image_size": 16},
-        "image_token_index": PICTURE, "spatial_merge_size": 2, "vision_feature_layer": -1,
+        "image_token_index": IMAGE, "spatial_merge_size": 2, "vision_feature_layer": -1,
     },
 }  # fmt: skip
-# What their processors add to a text without a picture: zeros.
+# What their processors add to a text without an image: zeros.
 TOKEN_TYPES = {"gemma3": "token_type_ids", **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "mm_token_type_ids")}
 
 
@@ -107,10 +107,10 @@ def text(batch_size: int, **call: Any) -> dict[str, Any]:
     return prompts(batch_size, vocab_size=TEXT_IDS) | {"max_new_tokens": 12} | call
 
 
-def with_picture(model_type: str) -> dict[str, Any]:
-    """The smallest picture, of four ids (idefics3: one)."""
+def with_image(model_type: str) -> dict[str, Any]:
+    """The smallest image, of four ids (idefics3: one)."""
     num_ids = 1 if model_type == "idefics3" else 4
-    ids = torch.tensor([[5, BEGIN, *[PICTURE] * num_ids, END, 33, 12]])
+    ids = torch.tensor([[5, BEGIN, *[IMAGE] * num_ids, END, 33, 12]])
     generator = torch.Generator().manual_seed(2)
 
     def pixels(*shape: int) -> Tensor:
@@ -124,17 +124,17 @@ def with_picture(model_type: str) -> dict[str, Any]:
     elif model_type.startswith("qwen"):
         extra = {"pixel_values": pixels(16, 3 * 2 * 4 * 4), "image_grid_thw": torch.tensor([[1, 4, 4]])}
     if model_type in TOKEN_TYPES:
-        extra[TOKEN_TYPES[model_type]] = (ids == PICTURE).int()
+        extra[TOKEN_TYPES[model_type]] = (ids == IMAGE).int()
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 8, **extra}
 
 
 @pytest.mark.parametrize("kind", ["model", "prompt_lookup"])
 @pytest.mark.parametrize("model_type", CONFIGS)
-def test_text_alone_is_ours_and_a_picture_is_not(model_type: str, kind: str) -> None:
+def test_text_alone_is_served_and_an_image_goes_to_the_stock_loop(model_type: str, kind: str) -> None:
     model, draft = pair(model_type)
     specdec.enable(model, draft if kind == "model" else kind, num_draft_tokens=3)
-    picture = with_picture(model_type)
-    for _ in range(2):  # a call leaves nothing behind for the next one
+    inputs_with_image = with_image(model_type)
+    for _ in range(2):  # a call does not affect the next one
         for batch_size in (1, 4):
             assert served(model, text(batch_size)) is None
             if name := TOKEN_TYPES.get(model_type):
@@ -143,14 +143,15 @@ def test_text_alone_is_ours_and_a_picture_is_not(model_type: str, kind: str) -> 
         if kind == "model":
             assert specdec.last_stats(model).num_accepted_draft_tokens > 0
         assert_served(
-            served(model, picture), "^(pictures, video or sound were|pixel_values was|(mm_)?token_type_ids was) passed$"
+            served(model, inputs_with_image),
+            "^(images, video or audio were|pixel_values was|(mm_)?token_type_ids was) passed$",
         )
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
-def test_a_picture_makes_a_difference(model_type: str) -> None:
+def test_an_image_makes_a_difference(model_type: str) -> None:
     """Else the test above would show nothing."""
-    model, inputs = pair(model_type)[0], with_picture(model_type)
+    model, inputs = pair(model_type)[0], with_image(model_type)
     specdec.disable(model)
     del inputs["max_new_tokens"]
     logits = [model(**inputs | {"pixel_values": sign * inputs["pixel_values"]}).logits for sign in (1, -1)]
@@ -163,7 +164,7 @@ def test_several_continuations_of_text(model_type: str) -> None:
     assert served(model, text(4, do_sample=True, top_k=1, num_return_sequences=2)) is None
 
 
-def test_positions_that_a_call_leaves_on_the_model_bring_no_new_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_positions_that_a_call_stores_on_the_model_cause_no_new_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     model = specdec.enable(pair("qwen2_5_vl")[0], "prompt_lookup", num_draft_tokens=3)
     assert served(model, text(1)) is None
     tried = count_trials(monkeypatch)

@@ -1,4 +1,4 @@
-"""Models under peft's adapters: a PeftModel's text is its own, whatever happens to the adapters between calls."""
+"""Models with peft's adapters: a PeftModel writes its plain text, however its adapters change between calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import specdec
-from tests.generation.test_routing import assert_served, count_trials, outcome, stock_class
+from tests.generation.test_routing import assert_served, count_trials, result_of, stock_class
 from tests.helpers.families import FAMILIES, make_model, prompts
 from tests.helpers.plain import pair
 
@@ -44,11 +44,11 @@ def add_adapter(model: Any, name: str, config: Any, seed: int = 4) -> None:
 
 
 def text_of(model: Any, batch_size: int = 4) -> Any:
-    return outcome(model, prompts(batch_size) | NEW)[0]
+    return result_of(model, prompts(batch_size) | NEW)[0]
 
 
 def served(model: Any, **call: Any) -> str | None:
-    """As test_feeding's, of a call through the PeftModel, at both batch sizes: -> the reason of the stock loop."""
+    """As test_routing's, of a call through the PeftModel, at both batch sizes: -> the reason of the stock loop."""
     reasons = {_served(model, prompts(batch_size) | NEW | call) for batch_size in (1, 4)}
     assert len(reasons) == 1
     return reasons.pop()
@@ -59,8 +59,8 @@ def _served(model: Any, call: dict[str, Any]) -> str | None:
     if isinstance(call.get("adapter_names"), list):
         call["adapter_names"] = call["adapter_names"][: len(call["input_ids"])]
     with stock_class(inner):
-        want, _ = outcome(model, call)
-    got, given = outcome(model, call)
+        want, _ = result_of(model, call)
+    got, given = result_of(model, call)
     assert not isinstance(want, str), want
     assert got == want
     if specdec.last_stats(model) is not None:
@@ -107,7 +107,7 @@ def test_adapters_that_change_between_calls(monkeypatch: pytest.MonkeyPatch) -> 
     assert texts[:3] == texts[3:]
     assert len({str(text) for text in texts}) == 3
     assert texts[2] == text_of(base())
-    assert len(tried) == counted, "states that were tried before are not tried anew"
+    assert len(tried) == counted, "states that were tried before are not tried again"
     model.delete_adapter("second")
     assert served(model) is None
     add_adapter(model, "third", lora(lora_dropout=0.5))
@@ -144,7 +144,7 @@ def test_a_peft_model_drafts(as_keyword: bool) -> None:
     want = text_of(base())
     for change in (lambda: None, draft.merge_adapter, lambda: add_adapter(draft, "second", lora(ALL_LINEAR))):
         change()
-        got, given = outcome(model, prompts(4) | NEW | call)
+        got, given = result_of(model, prompts(4) | NEW | call)
         assert (got, given) == (want, [])
         assert specdec.last_stats(model).num_draft_tokens > 0
     specdec.enable(adapted(model=model), draft.get_base_model(), num_draft_tokens=3)
@@ -161,7 +161,7 @@ TOKENS = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
 IDS = "prepare_inputs_for_generation does not feed the ids of the text"
 HOOK = r"a hook on model\.layers\.0\.self_attn\.q_proj would see several positions"
 ROWS = ["default", "second", "__base__", "second"]
-# How a model is made, what its calls bring, a pattern of the reason (None: our loop).
+# How a model is made, its calls' keywords, a pattern of the reason (None: specdec serves them).
 METHODS: dict[str, tuple[Callable[[], Any], dict[str, Any], str | None]] = {
     "dora": (lambda: adapted(lora(use_dora=True)), {}, None),
     "prompt tuning": (lambda: adapted(peft.PromptTuningConfig(**TOKENS)), {}, IDS),
@@ -187,4 +187,4 @@ def test_a_prompt_that_is_learned_by_a_model_that_is_enabled_already() -> None:
     model = specdec.enable(base(), pair("llama")[1], num_draft_tokens=3)
     wrapped = adapted(peft.PromptTuningConfig(**TOKENS), model)
     assert_served(served(wrapped), IDS)
-    assert served(model) is None, "the base model alone knows nothing of it"
+    assert served(model) is None, "the base model alone has no soft prompt"

@@ -1,4 +1,4 @@
-"""What an enabled model returns with the text: plain decoding's KV cache, to go on from, its scores and its logits."""
+"""What an enabled model returns with the text: plain decoding's KV cache, scores and logits."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 
 import specdec
 from specdec.core.steps import Draft
-from specdec.generation import call as call_module
-from specdec.generation.call import CACHE_FIELD
+from specdec.generation import output as output_module
+from specdec.generation.output import CACHE_FIELD
 from tests.generation.test_lossless import perturbed
 from tests.helpers.drafters import AlwaysRight
 from tests.helpers.families import VOCAB_SIZE, family, prompts
@@ -60,7 +60,7 @@ def covering() -> list[Case]:
 
 
 class Never(StoppingCriteria):
-    """Stops nothing; specdec does not know it, so the call advances in lockstep."""
+    """Stops nothing; of unknown type, so the call advances in lockstep."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return torch.zeros(len(input_ids), dtype=torch.bool)
@@ -86,7 +86,7 @@ def cache_of(output: Any) -> DynamicCache:
 
 
 def next_inputs(inputs: dict[str, Tensor], text: Tensor, seed: int) -> dict[str, Tensor]:
-    """The text with what a user adds behind it."""
+    """The text with the ids that a user appends."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.cat([text, torch.randint(3, VOCAB_SIZE, (len(text), TURN_IDS), generator=generator)], dim=1)
     mask = inputs["attention_mask"]
@@ -107,7 +107,6 @@ def assert_same_cache(got: DynamicCache, want: DynamicCache, mask: Tensor) -> No
             assert states.shape == expected.shape
             assert states.dtype == expected.dtype
             assert states.device == expected.device
-            assert states.untyped_storage().nbytes() <= 2 * states.nbytes, "it keeps what the layer does not"
             assert states.untyped_storage().nbytes() <= 2 * states.nbytes, "it keeps what the layer does not"
             shown = torch.ones(len(states), want.get_seq_length(), dtype=torch.bool)
             shown[:, : mask.shape[1]] = mask.bool()[:, : shown.shape[1]]
@@ -172,7 +171,7 @@ def test_the_cache_is_plain_decodings_in_every_case(case: Case) -> None:
 
 
 class FirstRowEmpty(AlwaysRight):
-    """Offers the first row nothing."""
+    """Drafts nothing for the first row."""
 
     def propose(self, sequences: Any, limit: Tensor) -> Draft:
         draft = super().propose(sequences, limit)
@@ -201,7 +200,7 @@ def test_the_cache_of_a_compiled_call() -> None:
 
 
 def test_rows_end_at_different_places() -> None:
-    """What the conversations are about: padding behind the stop of a row whose batch goes on."""
+    """The conversations cover padding after the stop of a row whose batch goes on."""
     texts = []
     for name in FAMILIES:
         call = {"eos_token_id": list(stops(name, 4)), "pad_token_id": 0}
@@ -210,9 +209,9 @@ def test_rows_end_at_different_places() -> None:
     assert all(len(set((text == 0).sum(1).tolist())) > 1 for text in texts)
 
 
-def test_nothing_is_built_that_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_built_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     model = specdec.enable(copy.deepcopy(family("llama")), "prompt_lookup", num_draft_tokens=3)
-    monkeypatch.setattr(call_module, "plain_cache", None)
+    monkeypatch.setattr(output_module, "plain_cache", None)
     assert model.generate(**prompts(4), max_new_tokens=4).shape == (4, 15)
 
 
@@ -226,7 +225,7 @@ def either(is_recorded: bool) -> Iterator[None]:
 @pytest.mark.parametrize("is_recorded", [False, True])
 @pytest.mark.parametrize("in_lockstep", [True, False])
 def test_scores_and_logits(in_lockstep: bool, is_recorded: bool, has_eos: bool) -> None:
-    """Plain decoding's at each position; out of lockstep there are zeros behind a row's stop, where it has others."""
+    """Plain decoding's at each position; out of lockstep, zeros after a row's stop, where plain decoding has others."""
     model, inputs = copy.deepcopy(family("llama")), prompts(4)
     stop_ids = list(stops("llama", 4)) if has_eos else [NEVER]
     call: dict[str, Any] = {
@@ -243,15 +242,15 @@ def test_scores_and_logits(in_lockstep: bool, is_recorded: bool, has_eos: bool) 
     assert got.sequences.tolist() == want.sequences.tolist()
     new_ids = got.sequences[:, 11:]
     stopped = torch.isin(new_ids, torch.tensor(stop_ids)).long().cumsum(1)
-    behind = (stopped - torch.isin(new_ids, torch.tensor(stop_ids)).long()) > 0  # [B, L], behind a row's stop
-    assert behind.any() == has_eos
+    is_padding = (stopped - torch.isin(new_ids, torch.tensor(stop_ids)).long()) > 0  # [B, L], after a row's stop
+    assert is_padding.any() == has_eos
     for name in ("scores", "logits"):
-        ours, plain = (torch.stack(output[name], dim=1) for output in (got, want))
+        speculative, plain = (torch.stack(output[name], dim=1) for output in (got, want))
         assert len(got[name]) == len(want[name]) == new_ids.shape[1]
-        assert ours.shape == plain.shape
-        assert ours.dtype == plain.dtype
+        assert speculative.shape == plain.shape
+        assert speculative.dtype == plain.dtype
         if not in_lockstep:
-            assert not ours[behind].any()
-            assert plain[behind].any() or not has_eos
-            ours, plain = ours[~behind], plain[~behind]
-        torch.testing.assert_close(ours, plain, atol=ATOL, rtol=0)
+            assert not speculative[is_padding].any()
+            assert plain[is_padding].any() or not has_eos
+            speculative, plain = speculative[~is_padding], plain[~is_padding]
+        torch.testing.assert_close(speculative, plain, atol=ATOL, rtol=0)

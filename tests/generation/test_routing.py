@@ -1,4 +1,4 @@
-"""What the model is fed: an enabled model writes plain generate()'s text, or the stock loop does, with a reason."""
+"""Which calls specdec serves, and which the stock loop, with a reason; the text is plain generate()'s either way."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def stock_class(model: PreTrainedModel) -> Iterator[None]:
         model.__class__ = enabled
 
 
-def outcome(model: PreTrainedModel, call: dict[str, Any]) -> tuple[Any, list[str]]:
-    """What generate() returns, or the words of its error, and specdec's warnings."""
+def result_of(model: PreTrainedModel, call: dict[str, Any]) -> tuple[Any, list[str]]:
+    """What generate() returns, or its error as text, and specdec's warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.manual_seed(0)
@@ -62,13 +62,13 @@ def outcome(model: PreTrainedModel, call: dict[str, Any]) -> tuple[Any, list[str
 
 
 def served(model: Any, call: dict[str, Any], exact: bool = True) -> str | None:
-    """Compare a call of an enabled model to plain generate(): -> the reason of the stock loop, None for our loop.
+    """Compare a call of an enabled model with plain generate(): -> the reason of the stock loop, or None.
 
-    An error that both raise is a reason too. exact=False: 16-bit logits are rounded, so texts may member at a near tie.
+    An error that both raise is a reason too. exact=False: 16-bit logits are rounded, so texts may differ at a near tie.
     """
     with stock_class(model):
-        want, _ = outcome(model, call)
-    got, given = outcome(model, call)
+        want, _ = result_of(model, call)
+    got, given = result_of(model, call)
     if isinstance(want, str) or exact:
         assert got == want
     else:
@@ -88,19 +88,19 @@ def assert_equal_but_for_ties(model: Any, want: list[list[int]], got: list[list[
     """Where texts of such prompts first differ, the model's logits for the two ids are as good as equal."""
     assert [len(row) for row in got] == [len(row) for row in want]
     starts = (1 - prompts(len(want))["attention_mask"]).sum(1).tolist()
-    for start, ours, plain in zip(starts, got, want, strict=True):
-        at = next((i for i, (one, other) in enumerate(zip(ours, plain, strict=True)) if one != other), None)
+    for start, speculative, plain in zip(starts, got, want, strict=True):
+        at = next((i for i, (one, other) in enumerate(zip(speculative, plain, strict=True)) if one != other), None)
         if at is not None:
             logits = model(input_ids=torch.tensor([plain[start:at]])).logits[0, -1].float()
-            assert abs(logits[ours[at]] - logits[plain[at]]) < 0.1 * logits.std()
+            assert abs(logits[speculative[at]] - logits[plain[at]]) < 0.1 * logits.std()
 
 
 def assert_served(reason: str | None, words: str | None) -> None:
-    """words: a pattern of the reason, None for our loop."""
+    """words: a pattern of the reason; None if specdec has to serve the call."""
     if words is None:
         assert reason is None
     else:
-        assert reason is not None, "our loop served the call"
+        assert reason is not None, "specdec served the call"
         assert re.search(words, reason), reason
 
 
@@ -116,7 +116,7 @@ class Shifted(LlamaForCausalLM):
 
 
 class LaterIds(LlamaForCausalLM):
-    """Feeds another id, behind the first forward alone."""
+    """Feeds another id, in every forward but the first."""
 
     def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> Any:
         inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
@@ -156,7 +156,7 @@ class Embedded(LlamaForCausalLM):
 
 
 class Odd(LlamaForCausalLM):
-    """Feeds positions that cannot be compared, behind the first forward."""
+    """Feeds positions that cannot be compared, in every forward but the first."""
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
         inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
@@ -179,7 +179,7 @@ class Raising(LlamaForCausalLM):
 
 
 class Careful(LlamaForCausalLM):
-    """Raises behind the first forward where its cache is not what a forward of its own has left."""
+    """Raises after the first forward where the cache is not what a forward of its own leaves."""
 
     def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> Any:
         cache = kwargs.get(CACHE)
@@ -203,7 +203,7 @@ class Prefixed(LlamaForCausalLM):
 
 
 class Updating(LlamaForCausalLM):
-    """Skips a position behind the prompt."""
+    """Skips a position after the prompt."""
 
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: Any, **kwargs: Any) -> Any:
         width = model_kwargs["position_ids"].shape[-1]
@@ -264,7 +264,7 @@ def test_a_model_that_prepares_its_inputs_itself(cls: type, batch_size: int, kin
     assert_served(served(model, prompts(batch_size) | NEW), OWN_CLASSES[cls])
 
 
-def test_inputs_without_content_are_as_good_as_none() -> None:
+def test_inputs_without_content_are_served() -> None:
     model = specdec.enable(of_class(NoTokenTypes), "prompt_lookup")
     assert served(model, prompts(1) | NEW) is None
 
@@ -362,7 +362,7 @@ def test_a_trial_fits_a_short_context(context: int) -> None:
     assert served(model, {"input_ids": IDS[:1, :2], "max_new_tokens": context}) is None
 
 
-def test_the_ensemble_of_target_and_draft_is_not_ours() -> None:
+def test_the_ensemble_of_target_and_draft_goes_to_the_stock_loop() -> None:
     model = specdec.enable(fresh(), fresh_draft())
     model.generation_config.assistant_ensemble_weight = 0.5
     with stock_class(model):
@@ -373,7 +373,7 @@ def test_the_ensemble_of_target_and_draft_is_not_ours() -> None:
     assert specdec.last_stats(model) is None
 
 
-def test_inputs_beside_ids_and_mask() -> None:
+def test_other_inputs_than_ids_and_mask() -> None:
     model = specdec.enable(fresh("gpt2"), "prompt_lookup")
     ones = torch.ones_like(prompts(4)["input_ids"])
     assert_served(served(model, prompts(4) | NEW | {"token_type_ids": ones}), "^token_type_ids was passed")
@@ -441,7 +441,7 @@ def test_padding_and_length(name: str) -> None:
         assert_served(served(model, call | NEW), words)
 
 
-def test_past_learned_positions_plain_decoding_s_error_is_raised() -> None:
+def test_beyond_learned_positions_plain_decodings_error_is_raised() -> None:
     model = specdec.enable(fresh("gpt2"), "prompt_lookup", num_draft_tokens=3)
     for length in (CONTEXT - 4, CONTEXT + 2):
         for batch_size in (1, 4):
@@ -485,7 +485,7 @@ def test_a_model_that_is_trained_between_calls(monkeypatch: pytest.MonkeyPatch) 
         assert served(model, prompts(4) | NEW) is None
         counts.append(len(tried))
     assert counts[0] <= 4
-    assert counts == counts[:1] * 3, "known modes are not tried anew"
+    assert counts == counts[:1] * 3, "states that were tried before are not tried again"
 
 
 def test_a_model_is_enabled_in_training_mode() -> None:
@@ -570,7 +570,7 @@ def narrower_head(model: Any) -> None:
 
 
 def wider_head(model: Any) -> None:
-    """Its further ids cannot be read, and are never the best."""
+    """Its additional ids have no embedding, and are never the best."""
     head = nn.Linear(model.config.hidden_size, VOCAB_SIZE + 3, bias=False)
     head.weight.data = torch.cat([model.lm_head.weight.data, torch.zeros(3, model.config.hidden_size)])
     model.lm_head = head
@@ -581,7 +581,7 @@ def implementation(name: str) -> Callable[[Any], None]:
 
 
 def adapted(model: Any) -> None:
-    """What an adapter does: a module in the place of another."""
+    """As adapters do: a module replaces another."""
 
     class Adapted(nn.Module):
         def __init__(self, base: nn.Module) -> None:
@@ -610,7 +610,7 @@ class Mixing(nn.Module):
         return self.base(states) + 0.5 * self.base(states.mean(1, keepdim=True))
 
 
-# How a model changes; the reason of the stock loop where it is the target, where it is the draft (None: ours).
+# How a model changes; the reason of the stock loop where it is the target, and the draft (None: specdec serves it).
 CHANGES: dict[str, tuple[Callable[[Any], Any], str | None, str | None]] = {
     "eager": (implementation("eager"), None, None),
     "sdpa": (implementation("sdpa"), None, None),
@@ -638,7 +638,7 @@ def test_a_model_that_changes_after_enable(name: str, who: str) -> None:
     reason = words[0] if who == "target" else words[1]
     for batch_size, sampled in ((1, {}), (4, {"do_sample": True, "top_k": 1}), (4, {})):
         call = prompts(batch_size, vocab_size=VOCAB_SIZE - 30) | NEW | sampled
-        if reason is not None and reason.startswith("^ValueError"):  # plain decoding has no draft model to complain of
+        if reason is not None and reason.startswith("^ValueError"):  # plain decoding has no draft model
             with pytest.raises(ValueError, match=reason.removeprefix("^ValueError: ")):
                 model.generate(**call)
         else:
@@ -711,7 +711,7 @@ def test_hooks_of_accelerate(who: str) -> None:
     assert served(model, call) is None
 
 
-def test_a_hook_of_the_caller_s() -> None:
+def test_a_hook_of_the_user() -> None:
     model = specdec.enable(fresh(), "prompt_lookup")
     hook = model.model.layers[0].register_forward_hook(lambda module, args, output: output * 1.5)
     assert_served(served(model, prompts(4) | NEW), r"^a hook on model\.layers\.0 would see several positions")
@@ -723,10 +723,10 @@ def test_a_hook_of_the_caller_s() -> None:
 
 REMOTE = """
 from pathlib import Path
-Path(MARK).write_text("")  # not beside this file: transformers runs a copy of it
+Path(MARK).write_text("")  # in the folder: transformers runs a copy of this file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 class RemoteConfig(LlamaConfig):
-    model_type = "never heard of"
+    model_type = "unknown"
 class RemoteModel(LlamaForCausalLM): ...
 class RemoteTokenizer(PreTrainedTokenizerFast): ...
 """
@@ -741,12 +741,12 @@ def edit(file: Path, **values: Any) -> None:
 
 @pytest.fixture
 def closed_input(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nobody answers a question, and none is asked."""
-    asked = []
-    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "n")
+    """No question is put to the user, who could not answer."""
+    questions = []
+    monkeypatch.setattr("builtins.input", lambda *words: questions.append(words) or "n")
     monkeypatch.setattr("sys.stdin", None)
     yield
-    assert asked == []
+    assert questions == []
 
 
 def saved(folder: Path, model: PreTrainedModel) -> Path:
@@ -757,7 +757,9 @@ def saved(folder: Path, model: PreTrainedModel) -> Path:
 
 
 @pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "RemoteTokenizer", None])
-def test_code_beside_a_tokenizer_is_not_run(tokenizer_class: str | None, tmp_path: Path, closed_input: None) -> None:
+def test_code_in_a_tokenizers_folder_is_not_run(
+    tokenizer_class: str | None, tmp_path: Path, closed_input: None
+) -> None:
     folders = [saved(tmp_path / name, model) for name, model in zip(("target", "draft"), pair("llama"), strict=True)]
     model = LlamaForCausalLM.from_pretrained(folders[0])
     draft = LlamaForCausalLM.from_pretrained(folders[1])
@@ -775,7 +777,7 @@ def test_tokenizers_that_need_code_of_their_folder_are_not_compared(tmp_path: Pa
     model, draft = (LlamaForCausalLM.from_pretrained(folder) for folder in folders)
     for folder in folders:
         edit(folder / "tokenizer_config.json", auto_map=TOKENIZER_MAP, tokenizer_class="RemoteTokenizer")
-        edit(folder / "config.json", auto_map=MODEL_MAP | TOKENIZER_MAP, model_type="never heard of")
+        edit(folder / "config.json", auto_map=MODEL_MAP | TOKENIZER_MAP, model_type="unknown")
     specdec.enable(model, draft, num_draft_tokens=3)
     assert served(model, prompts(4) | NEW) is None
     assert not list(tmp_path.rglob("was_imported"))
@@ -783,7 +785,7 @@ def test_tokenizers_that_need_code_of_their_folder_are_not_compared(tmp_path: Pa
 
 def test_a_draft_that_needs_code_of_its_folder_is_refused(tmp_path: Path, closed_input: None) -> None:
     folder = saved(tmp_path, pair("llama")[1])
-    edit(folder / "config.json", auto_map=MODEL_MAP, model_type="never heard of", architectures=["RemoteModel"])
+    edit(folder / "config.json", auto_map=MODEL_MAP, model_type="unknown", architectures=["RemoteModel"])
     model = fresh()
     with pytest.raises(ValueError, match=r"no model could be loaded from '.*': .*code"):
         specdec.enable(model, folder)
@@ -791,10 +793,10 @@ def test_a_draft_that_needs_code_of_its_folder_is_refused(tmp_path: Path, closed
     assert not list(tmp_path.rglob("was_imported"))
 
 
-# -- generation modes that the model's own generation_config asks for
+# -- generation modes that the model's own generation_config sets
 
 SINGLE = ("prompt_lookup_num_tokens", "assistant_early_exit")  # transformers drafts for one row alone
-# Values of the generation_config; a pattern of the reason, None for our loop.
+# Values of the generation_config; a pattern of the reason, None if specdec serves the call.
 MODES: dict[str, tuple[dict[str, Any], str | None]] = {
     "beams": ({"num_beams": 2}, "beam search is not sampling or greedy search"),
     "sampled beams": ({"num_beams": 2, "do_sample": True, "top_k": 1}, "beam sample|beam search"),

@@ -1,4 +1,4 @@
-"""Drafters for tests: always right, always wrong, random, uneven, empty-handed. All hold to the protocol, sampled or greedy."""
+"""Drafters for tests: always right, always wrong, random, uneven, empty. All keep to the protocol."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tests.helpers.families import VOCAB_SIZE
 
 
 class AlwaysRight:
-    """Proposes the model's own greedy continuation (no processors): a plain forward of each row alone, without a cache."""
+    """Proposes the model's own greedy continuation, without processors, from forwards of each row without a cache."""
 
     def __init__(self, model: PreTrainedModel, vocab_size: int = VOCAB_SIZE) -> None:
         self.model = model
         self.vocab_size = vocab_size
-        self.known: dict[tuple[int, ...], int] = {}  # thousands of equal rows ask for the same few texts
+        self.greedy_ids: dict[tuple[int, ...], int] = {}  # by text: batches have thousands of equal rows
 
     def begin(self, sequences: Sequences, sampling: Sampling) -> None:
         pass
@@ -32,7 +32,7 @@ class AlwaysRight:
                 ids[row, index] = text[-1]
         return Draft(ids, None, limit)
 
-    def observe(self, outcome: StepResult) -> None:
+    def observe(self, result: StepResult) -> None:
         pass
 
     def choose(self, text: list[int]) -> int:
@@ -41,21 +41,21 @@ class AlwaysRight:
     @torch.no_grad()
     def greedy(self, text: list[int]) -> int:
         key = tuple(text)
-        if key not in self.known:
+        if key not in self.greedy_ids:
             ids = torch.tensor([text], device=self.model.device)
-            self.known[key] = int(self.model(input_ids=ids, use_cache=False).logits[0, -1].argmax())
-        return self.known[key]
+            self.greedy_ids[key] = int(self.model(input_ids=ids, use_cache=False).logits[0, -1].argmax())
+        return self.greedy_ids[key]
 
 
 class AlwaysWrong(AlwaysRight):
-    """Proposes ids that the model's greedy choice is not."""
+    """Proposes ids other than the model's greedy choice."""
 
     def choose(self, text: list[int]) -> int:
         return (self.greedy(text) + 1) % self.vocab_size
 
 
 class Random:
-    """Proposes uniform ids, and says so where the call samples."""
+    """Proposes uniform ids, with their probabilities where the call samples."""
 
     def __init__(self, seed: int, vocab_size: int = VOCAB_SIZE) -> None:
         self.seed = seed
@@ -73,7 +73,7 @@ class Random:
         )
         return Draft(ids, probs, self.lengths(limit))
 
-    def observe(self, outcome: StepResult) -> None:
+    def observe(self, result: StepResult) -> None:
         pass
 
     def lengths(self, limit: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class Random:
 
 
 class Uneven(Random):
-    """The same, but each row offers any number of ids from none to its limit."""
+    """As Random, but each row drafts a random number of ids, from 0 to its limit."""
 
     def lengths(self, limit: Tensor) -> Tensor:
         share = torch.rand(len(limit), generator=self.generator, dtype=torch.float64).to(limit.device)
@@ -89,7 +89,7 @@ class Uneven(Random):
 
 
 class Empty:
-    """Offers no row anything, in a window that is `width` ids wide all the same; at most the call's num_draft_tokens."""
+    """Proposes no ids, in a draft that is `width` columns wide; at most the call's num_draft_tokens."""
 
     def __init__(self, width: int = 2) -> None:
         self.width = width
@@ -100,5 +100,5 @@ class Empty:
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
         return Draft(limit.new_zeros(len(limit), self.width), None, torch.zeros_like(limit))
 
-    def observe(self, outcome: StepResult) -> None:
+    def observe(self, result: StepResult) -> None:
         pass

@@ -1,4 +1,4 @@
-"""A model beside itself: one call served by plain decoding and by ours, and the calls that the tests compare."""
+"""One call served by plain decoding and by specdec, and the calls that the tests compare."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from tests.helpers.families import FAMILIES, VOCAB_SIZE, make_model, prompts
 
 K = 3
 WIDTH = 11  # of the padded prompts
-# "model" is sometimes right (see pair), "itself", the target as its own draft model, always: every stop then lies in a draft.
+# "model" is sometimes right (see pair). "itself", the target as its own draft model, always is: every stop then lies in
+# a draft.
 DRAFTERS = ("model", "itself", "prompt_lookup", "none")
-# Plain decoding pads a row that another criterion has ended only where the call has an EOS; no text here holds this one.
+# An EOS id that no text here holds: plain decoding pads a row that another criterion has ended only where there is one.
 NEVER = 2
 
 
@@ -51,7 +52,7 @@ def drafter(kind: str = "model", model_type: str = "llama") -> Any:
 def both(
     inputs: dict[str, Tensor], call: Any, kind: str = "model", model_type: str = "llama", k: int = K
 ) -> tuple[Any, Any]:
-    """What a call (keywords, or a function that makes them) returns from plain decoding and from ours."""
+    """What a call (keywords, or a function that makes them) returns from plain decoding and from specdec."""
     model = target(model_type)
     specdec.disable(model)
     want = model.generate(**inputs, **(call() if callable(call) else call))
@@ -79,7 +80,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>", padding_side="left")
 
 
-class PrefixJudge(LogitsProcessor):
+class PrefixBias(LogitsProcessor):
     """Favours an id that depends on all of the padded prefix and on the row."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -88,18 +89,18 @@ class PrefixJudge(LogitsProcessor):
 
 
 class StopAt(StoppingCriteria):
-    """Judges texts [B, L] with judge -> [B] bool, or one bool for all; counts its calls."""
+    """Stops where condition(texts [B, L]) -> [B] bool, or one bool for all, holds; counts its calls."""
 
-    def __init__(self, judge: Callable[[Tensor], Tensor | bool]) -> None:
-        self.judge, self.calls = judge, 0
+    def __init__(self, condition: Callable[[Tensor], Tensor | bool]) -> None:
+        self.condition, self.calls = condition, 0
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self.calls += 1
-        return torch.as_tensor(self.judge(input_ids)).expand(len(input_ids))
+        return torch.as_tensor(self.condition(input_ids)).expand(len(input_ids))
 
 
-def stop_at(judge: Callable[[Tensor], Tensor | bool], **call: Any) -> dict[str, Any]:
-    return {"stopping_criteria": StoppingCriteriaList([StopAt(judge)]), "eos_token_id": NEVER} | call
+def stop_at(condition: Callable[[Tensor], Tensor | bool], **call: Any) -> dict[str, Any]:
+    return {"stopping_criteria": StoppingCriteriaList([StopAt(condition)]), "eos_token_id": NEVER} | call
 
 
 def stop_string(text: list[list[int]]) -> dict[str, Any]:
@@ -108,7 +109,8 @@ def stop_string(text: list[list[int]]) -> dict[str, Any]:
     return {"stop_strings": [written[1:-1], "never written"], "tokenizer": tokenizer(), "eos_token_id": NEVER}
 
 
-# What a call asks for, given plain continuations of its prompts. 18 new ids, no multiple of K + 1, where it names no length.
+# Keywords of a call, given plain continuations of its prompts. Where they set no length it is 18 new ids, no multiple
+# of K + 1.
 CALLS: dict[str, Callable[[list[list[int]]], dict[str, Any]]] = {
     "nothing": lambda text: {},
     "one eos": lambda text: {"eos_token_id": text[0][4]},
@@ -133,7 +135,7 @@ CALLS: dict[str, Callable[[list[list[int]]], dict[str, Any]]] = {
     "prefix_allowed_tokens_fn": lambda text: {
         "prefix_allowed_tokens_fn": lambda row, ids: list(range(3 + (int(ids[-1]) + len(ids) + row) % 5, VOCAB_SIZE, 5))
     },
-    "logits_processor": lambda text: {"logits_processor": [PrefixJudge()]},
+    "logits_processor": lambda text: {"logits_processor": [PrefixBias()]},
     "renormalize_logits": lambda text: {"renormalize_logits": True, "repetition_penalty": 1.5},
     "stop_strings": stop_string,
     "criterion by length": lambda text: stop_at(lambda ids: ids.shape[1] >= WIDTH + 3),
@@ -148,27 +150,27 @@ CALLS: dict[str, Callable[[list[list[int]]], dict[str, Any]]] = {
 }
 
 
-def asked(name: str, model_type: str = "llama", batch_size: int = 4) -> Callable[[], dict[str, Any]]:
-    """The keywords of a call, made anew each time: criteria and processors may keep a state."""
+def keywords(name: str, model_type: str = "llama", batch_size: int = 4) -> Callable[[], dict[str, Any]]:
+    """The keywords of a call, made for each call: criteria and processors may have state."""
     default = {} if name == "config" else {"max_new_tokens": 18}
     return lambda: default | CALLS[name](continuation(model_type, batch_size))
 
 
-class Recorder:
+class RecordingStreamer:
     def __init__(self) -> None:
-        self.heard: list[Any] = []
+        self.values: list[Any] = []
 
     def put(self, value: Tensor) -> None:
-        self.heard.append((list(value.shape), value.tolist()))
+        self.values.append((list(value.shape), value.tolist()))
 
     def end(self) -> None:
-        self.heard.append("end")
+        self.values.append("end")
 
 
-def heard(name: str, ids: Tensor, mask: Tensor, **call: Any) -> list[Any]:
-    recorder = Recorder()
-    target().generate(**prompts(1), streamer=recorder, **asked(name, "llama", 1)())
-    return recorder.heard
+def streamed(name: str, ids: Tensor, mask: Tensor, **call: Any) -> list[Any]:
+    recorder = RecordingStreamer()
+    target().generate(**prompts(1), streamer=recorder, **keywords(name, "llama", 1)())
+    return recorder.values
 
 
 def read_in_another_thread(ids: Tensor, mask: Tensor, **call: Any) -> str:
@@ -203,26 +205,26 @@ def under_inference_mode(ids: Tensor, mask: Tensor, **call: Any) -> Tensor:
 
 def again_and_again(ids: Tensor, mask: Tensor, **call: Any) -> list[Any]:
     """Other prompts, lengths, processors and stops between two equal calls."""
-    judged, one_id = asked("logits_processor")(), {"max_new_tokens": 1}
-    rounds = [(slice(0, 4), {}), (slice(2, 3), one_id), (slice(1, 4), judged), (slice(0, 4), {})]
+    with_processor, one_id = keywords("logits_processor")(), {"max_new_tokens": 1}
+    rounds = [(slice(0, 4), {}), (slice(2, 3), one_id), (slice(1, 4), with_processor), (slice(0, 4), {})]
     return [target().generate(ids[rows], attention_mask=mask[rows], **call | extra).tolist() for rows, extra in rounds]
 
 
 def errors_of_plain_decoding(ids: Tensor, mask: Tensor, **call: Any) -> list[str]:
-    words = []
+    messages = []
     for wrong in (
         {"num_return_sequences": 3},
-        {"num_beams": 2, "streamer": Recorder()},
+        {"num_beams": 2, "streamer": RecordingStreamer()},
         {"stop_strings": "x"},
         {"max_length": WIDTH},
     ):
         with pytest.raises(ValueError, match=next(iter(wrong)).partition("_")[0]) as raised:
             target().generate(ids, attention_mask=mask, **call | {"max_new_tokens": None} | wrong)
-        words.append(str(raised.value))
-    return words
+        messages.append(str(raised.value))
+    return messages
 
 
-# Each gets ids [4, 11], their mask, and keywords; what it returns is the same from plain decoding and from ours.
+# Each gets ids [4, 11], their mask, and keywords; what it returns is the same from plain decoding and from specdec.
 WAYS: dict[str, Callable[..., Any]] = {
     "positional inputs": lambda ids, mask, **call: target().generate(ids, attention_mask=mask, **call),
     "inputs=": lambda ids, mask, **call: target().generate(inputs=ids, attention_mask=mask, **call),
@@ -237,7 +239,7 @@ WAYS: dict[str, Callable[..., Any]] = {
     "rows of one token": lambda ids, mask, **call: target().generate(ids[:, -1:], **call),
     "top_k=1": lambda ids, mask, **call: target().generate(ids, attention_mask=mask, do_sample=True, top_k=1, **call),
     "a batch streamer": lambda ids, mask, **call: target().generate(
-        ids, attention_mask=mask, streamer=Recorder(), **call
+        ids, attention_mask=mask, streamer=RecordingStreamer(), **call
     ),
     "calls of a criterion": count_calls_of_a_criterion,
     "under inference_mode": under_inference_mode,
@@ -248,4 +250,4 @@ WAYS: dict[str, Callable[..., Any]] = {
     "errors of plain decoding": errors_of_plain_decoding,
 }
 STREAMED = ("nothing", "one eos", "one id", "criterion by length", "stop_strings")
-WAYS |= {f"streamed, {name}": partial(heard, name) for name in STREAMED}
+WAYS |= {f"streamed, {name}": partial(streamed, name) for name in STREAMED}
