@@ -27,8 +27,10 @@ from specdec.cli.main import main
 from specdec.experiments.config import DraftModel, ExperimentConfig, QuantConfig, SamplingConfig, TargetConfig
 from specdec.experiments.pair import Pair
 from specdec.experiments.records import PLAIN, SPECULATIVE, Failure, Header, Key, Record, Run, read_run
-from specdec.experiments.report.figures import COLUMN, figures, ratio, tally
-from specdec.experiments.report.page import as_json, markdown, page
+from specdec.experiments.report.estimates import ratio
+from specdec.experiments.report.exports import to_json, to_markdown
+from specdec.experiments.report.figures import COLUMN, figures, tally
+from specdec.experiments.report.page import render_page
 from specdec.experiments.run import run
 from specdec.experiments.workloads import Prompt, Stdlib
 from specdec.runtime.loading import load_tokenizer
@@ -430,7 +432,7 @@ def test_a_model_that_cannot_be_planned_runs_all_the_same(tmp_path: Path, monkey
     assert finished.memory is not None
     assert (finished.memory.predicted, finished.memory.unplanned) == ({}, "only attention can be planned")
     assert finished.memory.measured_bytes > 0
-    assert "only attention can be planned" in page([finished])
+    assert "only attention can be planned" in render_page([finished])
 
 
 def test_a_target_is_quantized_while_it_loads(tmp_path: Path) -> None:
@@ -541,7 +543,7 @@ def test_expected_and_realized_acceptance_agree_and_what_if_foretells_a_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sampled, 8 drafts a step, some 2,400 steps; then the same prompts with fewer."""
-    monkeypatch.setattr("specdec.experiments.run.warm_up", lambda *_: None)  # no times are looked at here
+    monkeypatch.setattr("specdec.experiments.run.calibrate", lambda *_: None)  # no times are looked at here
     common: dict[str, Any] = {
         "workload": Stdlib(limit=80, shuffle_seed=1),
         "sampling": SamplingConfig(temperature=1.0, max_new_tokens=96),
@@ -590,11 +592,11 @@ def test_a_run_whose_k_chooses_itself(tmp_path: Path) -> None:
         assert not any(step.drafted for step in record.steps)
     fixed = done(small(tmp_path / "fixed", num_draft_tokens=2, workload=Stdlib(limit=5, shuffle_seed=3), batch_size=2))
     for runs in ([finished], [finished, fixed], [fixed, finished]):
-        for told in (page(runs), markdown(runs)):
+        for told in (render_page(runs), to_markdown(runs)):
             assert "K chose itself: K=" in told
-        assert "K=auto" in page(runs)
-    assert as_json([fixed])["runs"][0]["choice"] is None
-    assert as_json([finished])["runs"][0]["choice"]["measured_speedup"] > 0
+        assert "K=auto" in render_page(runs)
+    assert to_json([fixed])["runs"][0]["choice"] is None
+    assert to_json([finished])["runs"][0]["choice"]["measured_speedup"] > 0
 
 
 BAD: dict[str, tuple[list[str], str]] = {
