@@ -218,11 +218,11 @@ BAD: dict[str, tuple[str, str]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_malformed_line_is_an_error_with_its_number(tmp_path: Path, name: str) -> None:
-    text, words = BAD[name]
+    text, message = BAD[name]
     path = write(tmp_path / "records.jsonl", record())
     with path.open("a") as stream:
         stream.write(text + "\n")
-    with pytest.raises(ValueError, match=words) as error:
+    with pytest.raises(ValueError, match=message) as error:
         read_run(tmp_path)
     assert "records.jsonl" in str(error.value)
 
@@ -231,9 +231,8 @@ def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "records.jsonl", record())
     first, rest = path.read_text().split("\n", 1)
     path.write_text(json.dumps(json.loads(first) | {"version": FORMAT + 1}) + "\n" + rest)
-    with pytest.raises(
-        ValueError, match=f"has record format {FORMAT + 1}, but this version of specdec reads formats 1 to {FORMAT}"
-    ):
+    message = f"has record format {FORMAT + 1}, but this version of specdec reads formats 1 to {FORMAT}"
+    with pytest.raises(ValueError, match=message):
         read_run(tmp_path)
 
 

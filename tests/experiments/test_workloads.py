@@ -114,8 +114,8 @@ BAD: dict[str, tuple[list[Any], dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_an_error_that_names_it(tmp_path: Path, name: str) -> None:
-    rows, options, words = BAD[name]
-    with pytest.raises(ValueError, match=words):
+    rows, options, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
         Dataset(jsonl(tmp_path / "a.jsonl", *rows), **options).prompts()
 
 
