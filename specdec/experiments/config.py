@@ -119,7 +119,7 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.num_draft_tokens, str) and self.num_draft_tokens != AUTO:
-            raise ValueError(f"num_draft_tokens={self.num_draft_tokens!r} must be a whole number, 1 or more, or auto")
+            raise ValueError(f"num_draft_tokens={self.num_draft_tokens!r} must be an integer, 1 or more, or auto")
         for name in ("num_draft_tokens", "batch_size", "repetitions"):
             if getattr(self, name) != AUTO and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")

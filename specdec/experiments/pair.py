@@ -165,7 +165,8 @@ def _uses_chat_template(config: ExperimentConfig, tokenizer: Any) -> bool:
     requested: bool | None = config.workload.chat_template
     if requested and not has_template:
         raise ValueError(
-            f"workload.chat_template=true, but the tokenizer of {config.target.path} has no chat template; set it to false"
+            f"workload.chat_template=true, but the tokenizer of {config.target.path} has no chat template;"
+            " set it to false"
         )
     return has_template if requested is None else requested
 

@@ -12,7 +12,7 @@ A run folder contains `records.jsonl`, or, until the run is complete, one `recor
 
 Format 3 is written; older formats are read:
 
-    1    records hold counts (FORMAT_1_COUNTS) that follow other definitions, and steps name `asked` or nothing
+    1    records contain counts (FORMAT_1_COUNTS) that follow other definitions, and steps name `asked` or nothing
     2    steps name `asked` instead of `requested`
 """
 
@@ -63,8 +63,8 @@ class Header:
 class Seconds:
     """Times of the generate() call that a record's row took part in; `other_s` is the rest of `total_s`.
 
-    first_token_s: until the first step is verified. token_s: after that, per further token of the record's row; None where
-    there is no further token.
+    first_token_s: until the first step is verified. token_s: after that, per further token of the record's row; None
+    where there is no further token.
     """
 
     total_s: float
@@ -173,9 +173,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class SampleToken:
-    """A generated token. origin: as in RowStep.origins(). target, draft: each model's most likely tokens with probabilities.
+    """A generated token. origin: as in RowStep.origins().
 
-    draft is empty where there is no draft token.
+    target, draft: each model's most likely tokens with probabilities; draft is empty where there is no draft token.
     """
 
     text: str
@@ -219,7 +219,7 @@ class Run:
 
 
 class RecordFile:
-    """The record file of one process, appended to line by line; write() returns after the line is passed to the system."""
+    """The record file of one process. When write() returns, the operating system has the line."""
 
     def __init__(self, path: Path, header: Header) -> None:
         self.path = path
@@ -242,9 +242,9 @@ def repair(path: Path) -> None:
         return
     with path.open("rb+") as stream:
         content = stream.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            stream.truncate(whole)
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            stream.truncate(end)
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -256,8 +256,8 @@ def files_of(folder: Path) -> list[Path]:
 def read_run(path: Path) -> Run:
     """Read a run from its folder or from one record file, in any format up to FORMAT.
 
-    Of several lines with the same key (a failed prompt and its retry) the last one counts. Raises ValueError, with file and
-    line number, for a line that is not a record, and for a file in an unknown format.
+    Of several lines with the same key (a failed prompt and its retry) the last one counts. Raises ValueError, with file
+    and line number, for a line that is not a record, and for a file in an unknown format.
     """
     files = [path] if path.is_file() else files_of(path)
     if not files:

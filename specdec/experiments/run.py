@@ -1,8 +1,8 @@
 """One run: every prompt with every engine, alternating, each result written as it arrives.
 
 The plain engine is the same loop with no drafter, on the same prompts, between the speculative calls, so a drift of the
-machine's speed affects both. Under `accelerate launch` the processes take batches in turn and each writes a file of its own;
-seeds depend on the prompts, the turn and the repetition, so the texts do not depend on the number of processes.
+machine's speed affects both. Under `accelerate launch` the processes take batches in turn and each writes a file of its
+own; seeds depend on the prompts, the turn and the repetition, so the texts do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Worker:
     def _rows(
         self, turn: int, repetition: int, batch: list[Prompt], answers: dict[str, list[str]]
     ) -> list[tuple[Prompt, list[int]]]:
-        """The prompts that have this turn and all answers before it, with their ids; those that do not fit are skipped."""
+        """The prompts that have this turn and all earlier answers, with their ids; skips those that do not fit."""
         rows: list[tuple[Prompt, list[int]]] = []
         for prompt in batch:
             if turn < len(prompt.turns) and len(answers[prompt.id]) == turn:

@@ -55,8 +55,9 @@ class Dataset:
 
     path: the file, or the dataset's hub id. name, split: configuration and split of a dataset on the hub.
     prompt: the column with the prompt, a text or a list of turns; each line of a text file is a prompt.
-    template: the text of a turn, with columns in braces ("Question: {question}\\nAnswer:"); None: the prompt column alone.
-    id, task: columns with a prompt's id and the group in which it is reported; by default its row number and the file's name.
+    template: a turn's text, with columns in braces ("Question: {question}\\nAnswer:"); None: the prompt column alone.
+    id, task: columns with a prompt's id and the group in which it is reported; where they are missing, the row number
+        and the file's name.
     limit, shuffle_seed: as in Stdlib.
     chat_template: whether turns go through the tokenizer's chat template; None: where it has one.
     """
@@ -92,7 +93,7 @@ class Dataset:
         if not file.is_file():
             if file.exists() or loader is not None or self.path.startswith((".", "/", "~")):
                 raise ValueError(
-                    f"workload.path={self.path!r} is not a file; pass a {', '.join(LOADERS)} file or a dataset on the hub"
+                    f"workload.path={self.path!r} is not a file; pass a {', '.join(LOADERS)} file or a dataset's hub id"
                 )
             try:
                 rows: Iterable[dict[str, Any]] = datasets.load_dataset(self.path, self.name, split=self.split)
@@ -134,7 +135,7 @@ class Dataset:
                 ) from error
         if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
             raise ValueError(
-                f"{where}: a prompt must be a text or a list of texts, none of them empty, but this one is {value!r:.60}"
+                f"{where}: a prompt must be a text or a list of texts, none of them empty, but it is {value!r:.60}"
             )
         stem = Path(self.path).stem
         return Prompt(str(row.get(self.id) or f"{stem}/{number}"), str(row.get(self.task) or stem), tuple(turns))

@@ -615,7 +615,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a word for a number": (["sampling.temperature=hot"], "could not be converted to Float"),
     "negative temperature": (["sampling.temperature=-1"], "sampling.temperature=-1.0 must be 0 (greedy) or more"),
     "no drafts": (["num_draft_tokens=0"], "num_draft_tokens=0 must be 1 or more"),
-    "a word for K": (["num_draft_tokens=many"], "num_draft_tokens='many' must be a whole number, 1 or more, or auto"),
+    "a word for K": (["num_draft_tokens=many"], "num_draft_tokens='many' must be an integer, 1 or more, or auto"),
     "no token": (["sampling.max_new_tokens=0"], "sampling.max_new_tokens=0 must be 1 or more"),
     "too_long": (["too_long=cut"], "too_long='cut' must be skip or error"),
     "dtype": (["target.dtype=int3"], "target.dtype='int3' must be auto"),

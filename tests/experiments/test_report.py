@@ -96,7 +96,7 @@ def test_alt_texts_of_charts_contain_their_figures() -> None:
     [
         (
             DEMO,
-            r"With a draft model drafting up to 4 tokens per step, .* generated 24 texts of up to 64 tokens at 1\.8\d times",
+            r"With a draft model drafting up to 4 tokens per step, .* 24 texts of up to 64 tokens at 1\.8\d times",
         ),
         (DEMO, r"\(95 % interval 1\.\d\d to 1\.\d\d\), and every text is identical, token for token"),
         (
@@ -176,9 +176,8 @@ def test_the_automatic_choice_of_k_is_summarized_over_all_calls() -> None:
     run.records = [
         record
         if record.engine == PLAIN
-        else replace(
-            record, choice=choices[record.call], call=one if record.call == same else record.call
-        )  # two rows of a call
+        # two of the records are rows of the same call
+        else replace(record, choice=choices[record.call], call=one if record.call == same else record.call)
         for record in run.records
     ]
     choice_of_k = "K=3 in 75 % of steps, 2 in 19 %, 0 in 6 %; predicted 1.25×, measured 1.30×"
@@ -229,7 +228,7 @@ FORMAT_1 = Path(__file__).parents[1] / "data" / "run-format-1"
 def test_a_run_in_format_1_is_reported_with_the_current_definitions_and_a_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its reports stated 2.67: 1 + 10 accepted ids / 6 steps, two of them without a draft, one that ends on a draft id."""
+    """Its reports stated 2.67: 1 + 10 accepted ids / 6 steps, two without a draft, one that ends on a draft id."""
     note = "This run was recorded in format 1, whose counts include steps without a draft"
     (old,) = read_runs([FORMAT_1])
     assert figures(old).metrics["mean_acceptance_length"].value == 13 / 4

@@ -137,8 +137,8 @@ def _summary_notes(reports: Sequence[RunReport]) -> list[str]:
     )
     notes = [f"{join_words(counts)}; the report gives the reasons"] if counts else []
     return notes + [
-        f"{report.label}: recorded in format {report.run.header.version}; the figures are recomputed from its steps with"
-        " the current definitions"
+        f"{report.label}: recorded in format {report.run.header.version}; the figures are recomputed from its steps"
+        " with the current definitions"
         for report in reports
         if has_format_1_counts(report.run)
     ]

@@ -49,7 +49,7 @@ COLUMN = {field.name: index for index, field in enumerate(fields(Tally))}
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a run. of(column) -> its value, where column(name) is a sum of Tally, or one sum for each resample."""
+    """A figure of a run. of(column) -> value, where column(name) is a sum of Tally, or one sum for each resample."""
 
     label: str
     of: Callable[[Callable[[str], Array]], Array]

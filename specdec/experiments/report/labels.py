@@ -39,7 +39,7 @@ class RunReport:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs of run folders, record files and sweep folders, which contain run folders, in the order of their numbers."""
+    """The runs of run folders, record files and sweep folders; those of a sweep in the order of their numbers."""
     runs = []
     for path in paths:
         inner = [] if path.is_file() or files_of(path) else [folder for folder in path.glob("*") if files_of(folder)]

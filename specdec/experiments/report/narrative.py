@@ -59,7 +59,7 @@ def terms(report: RunReport) -> list[tuple[str, str]]:
         ("K", f"how many tokens are drafted per step, here {'chosen step by step' if k == AUTO else k}."),
         (
             "Acceptance",
-            "how many draft tokens the target accepts. A rejected one costs time and never changes the target's output.",
+            "how many draft tokens the target accepts. A rejected one costs time, but does not change the output.",
         ),
     ]
 
@@ -88,8 +88,8 @@ def caveats(report: RunReport) -> list[str]:
         caveats.append(_interruption(report))
     if has_format_1_counts(run):
         caveats.append(
-            f"This run was recorded in format {run.header.version}, whose counts include steps without a draft and whose"
-            " mean acceptance length is 1 + accepted / steps. All figures here are recomputed from its steps with the"
+            f"This run was recorded in format {run.header.version}, whose counts include steps without a draft and"
+            " whose mean acceptance length is 1 + accepted / steps. All figures here are recomputed from its steps with the"
             " current definitions; reports made by earlier versions of specdec show other values."
         )
     if report.figures.prompts == 1:
@@ -179,8 +179,8 @@ def comparison_notes(reports: Sequence[RunReport]) -> list[tuple[str, str]]:
             ("lead", f"{fastest.label} has the highest speedup over plain decoding, {number(speedup, '×')}{lead}.")
         )
     differences = (
-        f"Differences are relative to {reports[0].label}, on the same prompts, with 95 % intervals; a difference is marked"
-        " where its interval excludes 0."
+        f"Differences are relative to {reports[0].label}, on the same prompts, with 95 % intervals; a difference is"
+        " marked where its interval excludes 0."
     )
     notes.append(("about", differences))
     if any(has_format_1_counts(report.run) for report in reports):
@@ -194,8 +194,8 @@ def comparison_notes(reports: Sequence[RunReport]) -> list[tuple[str, str]]:
         notes.append(
             (
                 "caveat",
-                "The speed of plain decoding differs between these runs, so the machine's speed did too: compare speedups,"
-                " not times.",
+                "The speed of plain decoding differs between these runs, so the machine's speed did too: compare"
+                " speedups, not times.",
             )
         )
     return notes

@@ -88,7 +88,7 @@ def task_rows(report: RunReport) -> list[list[TableCell]]:
 
 
 def comparison_rows(reports: Sequence[RunReport]) -> list[tuple[str, list[TableCell]]]:
-    """A row for each metric: its label, the first run's cell, each further run's with its difference; [] for one run."""
+    """A row for each metric: label, the first run's cell, further runs' with their differences; [] for one run."""
     if len(reports) == 1:
         return []
     first, further = reports[0], changes_from_first(reports)
