@@ -77,7 +77,7 @@ def test_alt_texts_of_charts_contain_their_figures() -> None:
     first = figures(DEMO).positions[0].conditional
     assert first.value is not None
     assert first.low is not None
-    column = "conditional: accepted where all preceding tokens were"
+    column = "conditional: accepted, if all preceding were"
     expected = (
         f"Acceptance by draft position. position 1: {column} {100 * first.value:.1f}\u00a0% ({100 * first.low:.1f} to "
     )
@@ -98,13 +98,13 @@ def test_alt_texts_of_charts_contain_their_figures() -> None:
             DEMO,
             r"With a draft model drafting up to 4 tokens per step, .* 24 texts of up to 64 tokens at 1\.8\d times",
         ),
-        (DEMO, r"\(95 % interval 1\.\d\d to 1\.\d\d\), and every text is identical, token for token"),
+        (DEMO, r"\(95.% interval 1\.\d\d to 1\.\d\d\), and every text is identical, token for token"),
         (
             DEMO,
             r"of the draft tokens were accepted, so each step of the target emitted 3\.\d\d tokens on average",
         ),
-        (speculative(0.4), r"0\.7\d times the speed of plain decoding, which is slower \(95 %"),
-        (speculative(0.54), r"at (0\.9|1\.0)\d times the speed of plain decoding, not clearly faster or slower \(95 %"),
+        (speculative(0.4), r"0\.7\d times the speed of plain decoding, which is slower \(95.%"),
+        (speculative(0.54), r"at (0\.9|1\.0)\d times the speed of plain decoding, not clearly faster or slower \(95.%"),
         (WITHOUT_BASELINE, r"tokens per second; plain decoding was not run, so the speedup is unknown\."),
         (synthetic_run(prompts=1), r"1 text of .* \(no interval for a single prompt\), and the text is identical"),
         (synthetic_run(prompts=3, **SAMPLED), r"; texts are sampled, so they are not compared one by one\."),

@@ -179,7 +179,7 @@ def comparison_notes(reports: Sequence[RunReport]) -> list[tuple[str, str]]:
             ("lead", f"{fastest.label} has the highest speedup over plain decoding, {number(speedup, '×')}{lead}.")
         )
     differences = (
-        f"Differences are relative to {reports[0].label}, on the same prompts, with 95 % intervals; a difference is"
+        f"Differences are relative to {reports[0].label}, on the same prompts, with 95\u00a0% intervals; a difference is"
         " marked where its interval excludes 0."
     )
     notes.append(("about", differences))
@@ -234,7 +234,7 @@ def _speed(report: RunReport) -> str:
     if speedup.value is None:
         rate = with_interval(report.figures.metrics["tokens_per_s"])
         return f"at {rate} tokens per second; plain decoding was not run, so the speedup is unknown"
-    bounds = f"95 % interval {interval(speedup)}" if speedup.low is not None else "no interval for a single prompt"
+    bounds = f"95\u00a0% interval {interval(speedup)}" if speedup.low is not None else "no interval for a single prompt"
     if speedup.low is not None and speedup.high is not None and speedup.low <= 1 <= speedup.high:
         return f"at {speedup.value:.2f} times the speed of plain decoding, not clearly faster or slower ({bounds})"
     slower = ", which is slower" if speedup.value < 1 else ""

@@ -122,9 +122,9 @@ def _mark(difference: Difference, higher_is_better: bool | None) -> str:
 
 
 def _positions(report: RunReport) -> NumberTable:
-    columns = {"conditional: accepted where all preceding tokens were": "conditional"}
+    columns = {"conditional: accepted, if all preceding were": "conditional"}
     if is_sampled(report):
-        columns["expected: mean of sum(min(p, q)) over the same drafts"] = "expected"
+        columns["expected: mean of sum(min(p, q))"] = "expected"
     columns["unconditional: accepted, of all drafts"] = "unconditional"
     rows = [
         [str(at.position), *(with_interval(getattr(at, name), "%") for name in columns.values())]
