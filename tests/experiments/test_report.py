@@ -77,7 +77,7 @@ def test_alt_texts_of_charts_contain_their_figures() -> None:
     first = figures(DEMO).positions[0].conditional
     assert first.value is not None
     assert first.low is not None
-    column = "conditional: accepted, if all preceding were"
+    column = "conditional: all preceding accepted"
     expected = (
         f"Acceptance by draft position. position 1: {column} {100 * first.value:.1f}\u00a0% ({100 * first.low:.1f} to "
     )

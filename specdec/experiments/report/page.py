@@ -137,13 +137,13 @@ def _cards(report: RunReport) -> list[Card]:
         rate,
         card(
             "mean_acceptance_length",
-            "tokens per step that drafts: the accepted draft tokens and one token of the target; over all steps: "
+            "tokens per step that drafts, the target's own included; over all steps: "
             + number(metrics["tokens_per_step"].value),
         ),
         card("draft_acceptance_rate", "of all draft tokens; those after a rejected one are discarded"),
         card(
             "expected_acceptance",
-            "chance that a draft token is accepted where all preceding tokens are, from both models' probabilities",
+            "mean probability of acceptance where all preceding tokens are accepted",
         ),
         *_identical_card(report),
         card("first_token_ms", f"prefill included{plain}"),

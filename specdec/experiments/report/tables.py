@@ -122,10 +122,10 @@ def _mark(difference: Difference, higher_is_better: bool | None) -> str:
 
 
 def _positions(report: RunReport) -> NumberTable:
-    columns = {"conditional: accepted, if all preceding were": "conditional"}
+    columns = {"conditional: all preceding accepted": "conditional"}
     if is_sampled(report):
         columns["expected: mean of sum(min(p, q))"] = "expected"
-    columns["unconditional: accepted, of all drafts"] = "unconditional"
+    columns["unconditional: of all drafts"] = "unconditional"
     rows = [
         [str(at.position), *(with_interval(getattr(at, name), "%") for name in columns.values())]
         for at in report.figures.positions
