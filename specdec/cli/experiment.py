@@ -23,8 +23,9 @@ import specdec
 from specdec.cli.report import write
 from specdec.experiments.config import ExperimentConfig
 from specdec.experiments.records import Run
+from specdec.experiments.report.exports import summary_table
 from specdec.experiments.report.labels import read_runs
-from specdec.experiments.report.page import page, summary_table
+from specdec.experiments.report.page import render_page
 from specdec.experiments.run import processes, run
 from specdec.utils import embedded
 
@@ -115,7 +116,7 @@ class SweepReport(Callback):
 
 def _report(done: list[Run], folder: Path) -> None:
     file, console = folder / "report.html", Console()
-    write(file, page(done))
+    write(file, render_page(done))
     console.print(summary_table(done))
     console.print(f"report: {file}", soft_wrap=True)
 

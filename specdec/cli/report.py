@@ -14,10 +14,13 @@ from pathlib import Path
 from rich.console import Console
 
 from specdec.experiments.records import Run
-from specdec.experiments.report import page as report
-from specdec.experiments.report.figures import METRICS, Estimate, compare
+from specdec.experiments.report.compare import compare_runs
+from specdec.experiments.report.estimates import Estimate
+from specdec.experiments.report.exports import summary_table, to_json, to_markdown
+from specdec.experiments.report.figures import METRICS
+from specdec.experiments.report.formatting import interval, number
 from specdec.experiments.report.labels import labels, read_runs
-from specdec.experiments.report.plots import interval, number
+from specdec.experiments.report.page import render_page
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,11 @@ def run(options: argparse.Namespace) -> int:
     runs = read_runs([Path(path) for path in options.runs])
     checks = _checks(runs, conditions)
     if options.json:
-        text = (
-            json.dumps(report.as_json(runs) | {"checks": [asdict(check) for check in checks]}, ensure_ascii=False)
-            + "\n"
-        )
+        text = json.dumps(to_json(runs) | {"checks": [asdict(check) for check in checks]}, ensure_ascii=False) + "\n"
     elif options.markdown:
-        text = report.markdown(runs) + "".join(f"- {check.told}\n" for check in checks)
+        text = to_markdown(runs) + "".join(f"- {check.told}\n" for check in checks)
     else:
-        text = report.page(runs)
+        text = render_page(runs)
     output = Path(options.output) if options.output else None
     if output is None and not (options.json or options.markdown):
         output = Path(options.runs[0]) / "report.html"
@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         sys.stdout.write(text)
     else:
         write(output, text)
-        Console().print(report.summary_table(runs))
+        Console().print(summary_table(runs))
         print(f"written: {output}")
     if output is not None or options.json:
         for check in checks:
@@ -109,7 +109,9 @@ def _checks(runs: Sequence[Run], conditions: Sequence[Condition]) -> list[Check]
         raise ValueError("--fail-if compares runs: name two, the one to hold against first")
     names = labels(runs)
     changes = (
-        [(name, compare(runs[0], other)) for name, other in zip(names[1:], runs[1:], strict=True)] if conditions else []
+        [(name, compare_runs(runs[0], other)) for name, other in zip(names[1:], runs[1:], strict=True)]
+        if conditions
+        else []
     )
     checks = []
     for condition in conditions:

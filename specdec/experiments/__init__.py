@@ -1,1 +1,1 @@
-"""From a config to records to a page: workloads, runs, records, figures, reports, memory plans' proof."""
+"""Experiments: configs, workloads, runs, their records, and reports of them."""

@@ -1,4 +1,4 @@
-"""The schema of an experiment. conf/ holds values for these classes; each of its files names its class as `_target_`."""
+"""The schema of an experiment. Files in conf/ contain values for these classes and name their class as `_target_`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from specdec.runtime.loading import DTYPES, load
 
 @dataclass
 class TargetConfig:
-    """path: a folder or a hub id. dtype: of all but 4-bit weights; "auto": float32 on a CPU, elsewhere the checkpoint's own.
+    """The target model.
 
-    device: "cpu", "cuda", …; "auto": this process' own.
+    path: a folder or a hub id. dtype: of all but 4-bit weights; "auto" is float32 on a CPU, elsewhere the checkpoint's.
+    device: "cpu", "cuda", …; "auto" is the device of this process.
     """
 
     path: str
@@ -29,7 +30,7 @@ class TargetConfig:
 
 @dataclass
 class QuantConfig:
-    """Whether the target is quantized while it loads; one that is in 4 bits already is taken as it is, with int4=false."""
+    """Whether the target is quantized while it is loaded. A 4-bit checkpoint is loaded as it is, with int4=false."""
 
     int4: bool = False
     group_size: int = 128
@@ -38,6 +39,7 @@ class QuantConfig:
     quantize_head: bool = False
 
     def int4_config(self) -> Int4Config | None:
+        """How to quantize; None where int4 is false."""
         if not self.int4:
             return None
         return Int4Config(self.group_size, self.symmetric, list(self.skip_modules), self.quantize_head)
@@ -45,7 +47,7 @@ class QuantConfig:
 
 @dataclass
 class DraftModel:
-    """A smaller model as the drafter. dtype: "auto" is the target's. int4: quantize it while loading, in groups of group_size."""
+    """A smaller model as the drafter. dtype: "auto" is the target's. int4: quantize it while it is loaded."""
 
     path: str
     dtype: str = "auto"
@@ -56,15 +58,17 @@ class DraftModel:
         _check_dtype("drafter.dtype", self.dtype)
 
     def load(self, target: Any) -> Any:
-        """The model, beside its target."""
+        """Load the model on the target's device."""
         dtype = str(target.dtype).removeprefix("torch.") if self.dtype == "auto" else self.dtype
         return load(self.path, dtype, str(target.device), Int4Config(self.group_size) if self.int4 else None)
 
 
 @dataclass
 class SamplingConfig:
-    """temperature: 0 is greedy. top_k 0 and top_p 1 leave the distribution whole. What else the model's generation_config asks
-    for holds as in any generate() call."""
+    """How ids are sampled. temperature: 0 is greedy. top_k=0 and top_p=1 change nothing.
+
+    Other settings come from the model's generation_config, as in any generate() call.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -90,11 +94,11 @@ class ExperimentConfig:
     """One run.
 
     drafter: a DraftModel or any specdec.Drafter. workload: any specdec.experiments.workloads.Workload.
-    num_draft_tokens: K, or "auto". batch_size: prompts a generate() call. compile: as in specdec.enable().
-    repetitions: of the whole workload, each with seeds of its own.
-    baseline: plain decoding of the same prompts in between, for an honest speedup.
-    too_long: "skip" a prompt that does not fit the context, and count it, or end with an "error".
-    folder: where records and report go. resume: go on with the records that are there.
+    num_draft_tokens: K, or "auto". batch_size: prompts per generate() call. compile: as in specdec.enable().
+    repetitions: of the whole workload, each with its own seeds.
+    baseline: also decode the same prompts plainly, between the speculative calls, to measure the speedup.
+    too_long: "skip" prompts that do not fit the context and count them, or stop with an "error".
+    folder: for records and report. resume: continue the run in the folder.
     """
 
     name: str
@@ -115,7 +119,7 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.num_draft_tokens, str) and self.num_draft_tokens != AUTO:
-            raise ValueError(f"num_draft_tokens={self.num_draft_tokens!r} must be a whole number, 1 or more, or auto")
+            raise ValueError(f"num_draft_tokens={self.num_draft_tokens!r} must be an integer, 1 or more, or auto")
         for name in ("num_draft_tokens", "batch_size", "repetitions"):
             if getattr(self, name) != AUTO and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")

@@ -1,4 +1,4 @@
-"""The models of a run, and how they are called: one target, enabled once, whose drafters take turns."""
+"""The models of a run: one target, enabled once, and the drafters that it is called with."""
 
 from __future__ import annotations
 
@@ -24,54 +24,58 @@ from specdec.experiments.records import PLAIN, SPECULATIVE
 from specdec.runtime.loading import load, load_tokenizer
 from specdec.runtime.runner import context_of
 
-WATCHED_TOKENS = 5  # the likeliest at each place
+NUM_LIKELIEST = 5  # tokens that are recorded for each position
+
+Likeliest = list[tuple[int, float]]  # ids with their probabilities, in falling order
 
 
 @dataclass(eq=False)
 class SwitchableDrafter:
-    """The drafter of the next call. The engines take turns in it, so that the target is enabled, and tried, once.
+    """Delegates to a drafter that can be replaced between calls, so that the target is enabled and checked only once.
 
-    watched: what was seen of the first row while `watch` holds, the likeliest ids of target and draft for each committed one.
+    recorded: for each token that row 0 of the last call emitted, the likeliest ids of target and draft; filled only
+    where record is True.
     """
 
     drafter: Drafter
-    watch: bool = False
-    watched: list[tuple[list[tuple[int, float]], list[tuple[int, float]]]] = field(default_factory=list)
+    record: bool = False
+    recorded: list[tuple[Likeliest, Likeliest]] = field(default_factory=list)
 
     @property
     def runner(self) -> Any:
-        """Of the one that sits in it, so that its model is compiled too."""
+        """The current drafter's runner, so that its model is compiled too; None where it has none."""
         return getattr(self.drafter, "runner", None)
 
     def begin(self, sequences: Sequences, sampling: Sampling) -> None:
-        self.watched = []
+        self.recorded = []
         self.drafter.begin(sequences, sampling)
 
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
         return self.drafter.propose(sequences, limit)
 
-    def observe(self, outcome: StepResult) -> None:
-        self.drafter.observe(outcome)
-        if not self.watch:
+    def observe(self, result: StepResult) -> None:
+        self.drafter.observe(result)
+        if not self.record:
             return
-        draft = outcome.draft
-        for at in range(int(outcome.emitted[0])):
-            proposed: list[tuple[int, float]] = []
+        draft = result.draft
+        for at in range(int(result.emitted[0])):
+            proposed: Likeliest = []
             if at < int(draft.lengths[0]):
                 proposed = [(int(draft.ids[0, at]), 1.0)] if draft.probs is None else _likeliest(draft.probs[0, at])
-            self.watched.append((_likeliest(outcome.scores[0, at].softmax(-1)), proposed))
+            self.recorded.append((_likeliest(result.scores[0, at].softmax(-1)), proposed))
 
 
 @dataclass
 class Pair:
-    """The models of a run, and how they are called. engines: a drafter by name, the first one's answers go on conversations.
+    """The models of a run, and how they are called.
 
-    plain_call: what the call of the plain engine brings besides, so that a K that is learned is the other engine's alone.
+    engines: a drafter by name; conversations continue with the first engine's answers. call: arguments of generate().
+    plain_call: further arguments for the plain engine; with "auto" they keep its calls out of the choice of K.
     """
 
     target: Any
     tokenizer: Any
-    seat: SwitchableDrafter
+    switch: SwitchableDrafter
     engines: dict[str, Drafter]
     call: dict[str, Any]
     chat_template: bool
@@ -79,7 +83,7 @@ class Pair:
 
     @classmethod
     def load(cls, config: ExperimentConfig, device: str) -> Pair:
-        """From where the config says; raises ValueError where the two don't fit."""
+        """Load the models that the config names; raises ValueError where they do not work together."""
         dtype = config.target.dtype
         if dtype == "auto" and device == "cpu":
             dtype = "float32"
@@ -91,27 +95,27 @@ class Pair:
         if not isinstance(drafter, NoDrafter):
             engines[SPECULATIVE] = drafter
         elif not config.baseline:
-            raise ValueError("drafter=none is the baseline itself; with baseline=false nothing is left to run")
-        seat = SwitchableDrafter(drafter)
+            raise ValueError(
+                "drafter=none runs the baseline alone, and baseline=false excludes it, so there is nothing to run;"
+                " leave out one of them"
+            )
+        switch = SwitchableDrafter(drafter)
         compile: Any = config.compile
-        specdec.enable(target, seat, num_draft_tokens=config.num_draft_tokens, compile=compile, timing=True)
+        specdec.enable(target, switch, num_draft_tokens=config.num_draft_tokens, compile=compile, timing=True)
         call = config.sampling.call() | {"pad_token_id": tokenizer.pad_token_id}
-        has_template = getattr(tokenizer, "chat_template", None) is not None
-        asked = config.workload.chat_template
-        if asked and not has_template:
-            raise ValueError(f"workload.chat_template=true, but the tokenizer of {config.target.path} has none")
         plain_call = {"num_assistant_tokens": 1} if config.num_draft_tokens == AUTO else {}
-        return cls(target, tokenizer, seat, engines, call, has_template if asked is None else asked, plain_call)
+        return cls(target, tokenizer, switch, engines, call, _uses_chat_template(config, tokenizer), plain_call)
 
     def too_long(self, ids: list[int]) -> str | None:
-        """Why a prompt of these ids has no room for its answer, None where it has."""
-        context, asked = context_of(self.target), self.call["max_new_tokens"]
-        if context is None or len(ids) + asked <= context:
+        """Why these prompt ids and the answer do not fit the context, None where they do."""
+        context, max_new_tokens = context_of(self.target), self.call["max_new_tokens"]
+        if context is None or len(ids) + max_new_tokens <= context:
             return None
-        return f"its {len(ids)} tokens and max_new_tokens={asked} are more than the context of {context}"
+        return f"its {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed the context of {context}"
 
     @property
     def models(self) -> list[Any]:
+        """The target, then the draft model where there is one."""
         drafters = [drafter.runner.model for drafter in self.engines.values() if isinstance(drafter, ModelDrafter)]
         return [self.target, *drafters]
 
@@ -119,19 +123,22 @@ class Pair:
         """The ids of a conversation up to the turn that follows the answers."""
         turns = turns[: len(answers) + 1]
         if not self.chat_template:
-            text = "\n\n".join(said + answer for said, answer in zip(turns, [*answers, ""], strict=True))
+            text = "\n\n".join(turn + answer for turn, answer in zip(turns, [*answers, ""], strict=True))
             return list(self.tokenizer(text).input_ids)
         messages = [{"role": "user", "content": turns[0]}]
-        for answer, said in zip(answers, turns[1:], strict=True):
-            messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": said}]
+        for answer, turn in zip(answers, turns[1:], strict=True):
+            messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
         return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
     def generate(
         self, drafter: Drafter, prompts: list[list[int]], seed: int, **changes: Any
     ) -> tuple[list[list[int]], Stats, float]:
-        """One call: -> the ids of each row, its Stats, and the seconds of the whole call. changes: to the call's arguments."""
+        """One call -> the generated ids of each row, the Stats, and the seconds of the whole call.
+
+        changes: arguments of generate() that replace those of the run.
+        """
         batch = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(self.target.device)
-        self.seat.drafter = drafter
+        self.switch.drafter = drafter
         if isinstance(drafter, NoDrafter):
             changes = self.plain_call | changes
         torch.manual_seed(seed)
@@ -147,11 +154,24 @@ class Pair:
             seconds = time.perf_counter() - started
         stats = specdec.last_stats(self.target)
         assert stats is not None
-        width = batch["input_ids"].shape[1]
-        counts = [row.num_emitted_tokens for row in stats.per_row]
-        return [row[width : width + count] for row, count in zip(output.tolist(), counts, strict=True)], stats, seconds
+        prompt_width = batch["input_ids"].shape[1]
+        ends = [prompt_width + row.num_emitted_tokens for row in stats.per_row]
+        return [row[prompt_width:end] for row, end in zip(output.tolist(), ends, strict=True)], stats, seconds
 
 
-def _likeliest(probs: Tensor) -> list[tuple[int, float]]:
-    values, ids = probs.topk(min(WATCHED_TOKENS, probs.shape[-1]))
+def _uses_chat_template(config: ExperimentConfig, tokenizer: Any) -> bool:
+    """Whether turns go through the tokenizer's chat template: as the workload says, by default where there is one."""
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    requested: bool | None = config.workload.chat_template
+    if requested and not has_template:
+        raise ValueError(
+            f"workload.chat_template=true, but the tokenizer of {config.target.path} has no chat template;"
+            " set it to false"
+        )
+    return has_template if requested is None else requested
+
+
+def _likeliest(probs: Tensor) -> Likeliest:
+    """[V] -> at most NUM_LIKELIEST ids with a probability above 0."""
+    values, ids = probs.topk(min(NUM_LIKELIEST, probs.shape[-1]))
     return [(token, value) for token, value in zip(ids.tolist(), values.tolist(), strict=True) if value > 0]

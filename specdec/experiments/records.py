@@ -1,14 +1,19 @@
-"""What a run leaves behind: one JSON object a line, written as it comes, readable after any interruption.
+"""The records of a run: one JSON object per line, appended as results arrive, readable after any interruption.
 
     header    first line of each file: format version, provenance, config
     record    one prompt (one turn of it), one repetition, one engine: ids, steps, seconds
-    error     the same where generate() failed: what it said; no figures
+    error     the same where generate() failed: its message, no figures
     skipped   a prompt that does not fit the context
-    costs     seconds of a step by K, each part a median, from calls beside the prompts'
-    memory    the peak that was predicted for a call and the one that was measured
-    sample    one prompt's tokens with the distributions they were drawn from
+    costs     median seconds of a step's parts by K, from calibration calls
+    memory    predicted and measured peak memory of a call
+    sample    the generated tokens of one prompt with both models' most likely tokens
 
-A run folder holds `records.jsonl`, or, while it is not complete, one `records-RANK.jsonl` a process.
+A run folder contains `records.jsonl`, or, until the run is complete, one `records-RANK.jsonl` for each process.
+
+Format 3 is written; older formats are read:
+
+    1    records contain counts (FORMAT_1_COUNTS) that follow other definitions, and steps name `asked` or nothing
+    2    steps name `asked` instead of `requested`
 """
 
 from __future__ import annotations
@@ -25,14 +30,14 @@ from specdec.core.steps import RowStep
 from specdec.core.timing import StepTimes
 
 FORMAT = 3
-COUNTS = (  # of a record of format 1, by other definitions than today's; they are made of its steps, as they were then
+FORMAT_1_COUNTS = (  # dropped when they are read: figures are computed from the steps
     "num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens", "num_emitted_tokens", "acceptance_histogram",
 )  # fmt: skip
 SPECULATIVE, PLAIN = "speculative", "plain"
 
 
 class Key(NamedTuple):
-    """What a record is of; a run has no two of one key."""
+    """Identifies a result within a run."""
 
     prompt_id: str
     turn: int
@@ -42,7 +47,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """provenance: commit, versions, device, command. config: of the run, resolved, plain values. version: of the format."""
+    """provenance: commit, versions, device, command. config: resolved plain values. version: of the record format."""
 
     kind: ClassVar[str] = "header"
     provenance: dict[str, Any]
@@ -50,16 +55,16 @@ class Header:
     version: int = FORMAT
 
     def flat(self) -> dict[str, Any]:
-        """The config's values by their full names, as on a command line."""
-        return _flat(self.config)
+        """The config's values by their full names, as on a command line: sampling.temperature, …"""
+        return _flatten(self.config)
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of the generate() call that a record's row took part in; `other_s` is what no other part holds.
+    """Times of the generate() call that a record's row took part in; `other_s` is the rest of `total_s`.
 
-    first_token_s: until the first step was verified. token_s: from then on, for each further token of the record's row; None
-    where there is none.
+    first_token_s: until the first step is verified. token_s: after that, per further token of the record's row; None
+    where there is no further token.
     """
 
     total_s: float
@@ -76,9 +81,9 @@ class Seconds:
 class Record:
     """One row of one generate() call.
 
-    engine: "speculative" or "plain". rows: how many shared the call. call: its number, the same for those rows.
+    engine: "speculative" or "plain". call: number of the call. rows: number of rows of the call.
     prompt_hash: of the prompt's ids. ids: generated, the stop included. tokens: their texts.
-    steps: asked, drafted, accepted, emitted and overlap of each step; what figures count is made of them when they are read.
+    steps: what each step did to the row; all counts are computed from them.
     seconds: of the whole call, so a row's share is 1 / rows.
     choice: how the call chose K, where num_draft_tokens is "auto".
     """
@@ -107,7 +112,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Failure:
-    """A prompt that generate() failed on."""
+    """A prompt for which generate() failed."""
 
     kind: ClassVar[str] = "error"
     prompt_id: str
@@ -124,7 +129,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A prompt, from this turn on, that does not fit."""
+    """A prompt that does not fit the context, from this turn on."""
 
     kind: ClassVar[str] = "skipped"
     prompt_id: str
@@ -140,9 +145,9 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Costs:
-    """Median seconds of one step's parts, indexed by the number of drafted ids, 0 … K; `draft_s[0]` is 0.
+    """Median seconds of a step's parts for a batch of `rows` rows, each a list indexed by K; `draft_s[0]` is 0.
 
-    target_s[k]: one forward of the target over k + 1 positions of each of `rows` rows.
+    target_s[k]: one forward of the target over k + 1 positions of each row.
     """
 
     kind: ClassVar[str] = "costs"
@@ -155,9 +160,9 @@ class Costs:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak bytes of one call of the run's first prompts: predicted by part from the configs, and measured.
+    """Peak bytes of one call with the first prompts: predicted by part from the models' configs, and measured.
 
-    unplanned: why there is no prediction, where there is none.
+    unplanned: why there is no prediction, None where there is one.
     """
 
     kind: ClassVar[str] = "memory"
@@ -168,7 +173,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class SampleToken:
-    """text, origin: as in Step.origins(). target, draft: the likeliest tokens with their probability, where there is one."""
+    """A generated token. origin: as in RowStep.origins().
+
+    target, draft: each model's most likely tokens with probabilities; draft is empty where there is no draft token.
+    """
 
     text: str
     origin: str
@@ -178,7 +186,7 @@ class SampleToken:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt's end and what was generated behind it."""
+    """The end of one prompt, and the tokens generated after it."""
 
     kind: ClassVar[str] = "sample"
     prompt_id: str
@@ -186,14 +194,14 @@ class Sample:
     tokens: list[SampleToken]
 
 
-Result = Record | Failure | Skipped  # what there is of one key
+Result = Record | Failure | Skipped  # of one key
 Line = Header | Record | Failure | Skipped | Costs | Memory | Sample
-KINDS: dict[str, Any] = {line.kind: line for line in (Header, Record, Failure, Skipped, Costs, Memory, Sample)}
+LINE_TYPES: dict[str, Any] = {line.kind: line for line in (Header, Record, Failure, Skipped, Costs, Memory, Sample)}
 
 
 @dataclass
 class Run:
-    """All that a run folder holds. torn: an interruption cut a last line short."""
+    """The contents of a run folder. torn: a last line is incomplete after an interruption."""
 
     folder: Path
     header: Header
@@ -206,11 +214,12 @@ class Run:
     torn: bool = False
 
     def of(self, engine: str) -> list[Record]:
+        """The records of one engine."""
         return [record for record in self.records if record.engine == engine]
 
 
 class RecordFile:
-    """A process' own file, appended to line by line; every line is handed to the system before write() returns."""
+    """The record file of one process. When write() returns, the operating system has the line."""
 
     def __init__(self, path: Path, header: Header) -> None:
         self.path = path
@@ -220,7 +229,7 @@ class RecordFile:
             self.write(header)
 
     def write(self, line: Line) -> None:
-        self.stream.write(_encoded(line))
+        self.stream.write(_encode(line))
         self.stream.flush()
 
     def close(self) -> None:
@@ -228,35 +237,35 @@ class RecordFile:
 
 
 def repair(path: Path) -> None:
-    """Cut off a last line that an interruption left unfinished."""
+    """Remove a last line that is incomplete after an interruption."""
     if not path.exists():
         return
     with path.open("rb+") as stream:
         content = stream.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            stream.truncate(whole)
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            stream.truncate(end)
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The record files of a run folder, the merged one first."""
+    """The record files of a run folder, the merged file first."""
     merged = folder / "records.jsonl"
     return [merged] * merged.is_file() + sorted(folder.glob("records-*.jsonl"))
 
 
 def read_run(path: Path) -> Run:
-    """A run from its folder or from one record file.
+    """Read a run from its folder or from one record file, in any format up to FORMAT.
 
-    Of several lines with one key (a failed prompt, tried again) the last one counts. Records of format 1 are read without their
-    counts. Raises ValueError, naming file and line, for what is no record, and for a file of a format that is not known.
+    Of several lines with the same key (a failed prompt and its retry) the last one counts. Raises ValueError, with file
+    and line number, for a line that is not a record, and for a file in an unknown format.
     """
     files = [path] if path.is_file() else files_of(path)
     if not files:
-        raise ValueError(f"{path} holds no records; name a run folder (with a records.jsonl), or a record file")
+        raise ValueError(f"{path} contains no records; pass a run folder (with a records.jsonl) or a record file")
     run: Run | None = None
     results: dict[Key, Result] = {}
     for file in files:
-        lines, torn = _lines(file)
+        lines, torn = _read_lines(file)
         for line in lines:
             if isinstance(line, Header):
                 run = run or Run(file.parent, line)
@@ -268,7 +277,7 @@ def read_run(path: Path) -> Run:
         if run is not None:
             run.torn |= torn
     if run is None:
-        raise ValueError(f"{path} was interrupted before its first line was whole; start the run again")
+        raise ValueError(f"{path} was interrupted before its first line was complete; start the run again")
     for result in results.values():
         if isinstance(result, Record):
             run.records.append(result)
@@ -280,83 +289,97 @@ def read_run(path: Path) -> Run:
 
 
 def merge(folder: Path) -> None:
-    """Make the processes' files one, ordered by prompt id, repetition and engine; nothing is lost if this is interrupted."""
+    """Merge the processes' files into records.jsonl, ordered by key; an interruption loses nothing."""
     run = read_run(folder)
     extras: list[Line] = [line for line in (run.costs, run.memory, run.sample) if line is not None]
     everything: list[Result] = [*run.records, *run.failures, *run.skipped]
     results = sorted(everything, key=lambda line: line.key)
     partial = folder / "merging.tmp"
     with partial.open("w", encoding="utf-8") as stream:
-        stream.writelines(_encoded(line) for line in (run.header, *extras, *results))
+        stream.writelines(_encode(line) for line in (run.header, *extras, *results))
         stream.flush()
         os.fsync(stream.fileno())
-    parts = files_of(folder)
+    merged_files = files_of(folder)
     partial.replace(folder / "records.jsonl")
-    for part in parts:
-        if part.name != "records.jsonl":
-            part.unlink()
+    for file in merged_files:
+        if file.name != "records.jsonl":
+            file.unlink()
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def group_by_prompt(records: Iterable[Record]) -> list[list[Record]]:
+    """The records of each prompt id, in the order in which the ids first occur."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.prompt_id, []).append(record)
+    return list(groups.values())
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 
-def _encoded(line: Line) -> str:
+def _encode(line: Line) -> str:
     return json.dumps({"kind": line.kind} | asdict(line), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _lines(path: Path) -> tuple[list[Line], bool]:
-    """The lines of a file, and whether the last one is torn (then it is left out)."""
-    whole, _, rest = path.read_bytes().rpartition(b"\n")  # bytes: an interruption may have cut a character in two
-    return list(_parsed(path, whole.split(b"\n") if whole else [])), bool(rest)
+def _read_lines(path: Path) -> tuple[list[Line], bool]:
+    """The complete lines of a file, and whether an incomplete one follows."""
+    complete, _, rest = path.read_bytes().rpartition(b"\n")  # bytes: an interruption may split a character
+    return list(_parse(path, complete.split(b"\n") if complete else [])), bool(rest)
 
 
-def _parsed(path: Path, lines: Iterable[bytes]) -> Iterator[Line]:
+def _parse(path: Path, lines: Iterable[bytes]) -> Iterator[Line]:
     version = FORMAT
     for number, line in enumerate(lines, 1):
         try:
             values = json.loads(line.decode())
-            kind = KINDS[values.pop("kind")]
+            line_type = LINE_TYPES[values.pop("kind")]
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             text = line[:60].decode(errors="replace")
-            raise ValueError(f"{path}, line {number}: this is no record of a run: {text!r}") from error
-        if number == 1 and kind is not Header:
+            raise ValueError(f"{path}, line {number} is not a record of a run: {text!r}") from error
+        if number == 1 and line_type is not Header:
             raise ValueError(
-                f"{path}, line 1: a record file begins with a header, this one with a line of kind {kind.kind!r}"
+                f"{path}, line 1: a record file begins with a header, but this line is of kind {line_type.kind!r}"
             )
-        if kind is Header:
+        if line_type is Header:
             version = values.get("version")
             if version not in range(1, FORMAT + 1):
                 raise ValueError(
-                    f"{path} is of record format {version}, this specdec reads formats 1 to {FORMAT};"
-                    " read it with the version that its header names, or run it again"
+                    f"{path} has record format {version}, but this version of specdec reads formats 1 to {FORMAT};"
+                    " use the version that wrote it, or run it again"
                 )
         try:
-            yield _built(kind, values, version)
+            yield _build_line(line_type, values, version)
         except (TypeError, KeyError) as error:
-            names = ", ".join(f.name for f in fields(kind))
+            names = ", ".join(f.name for f in fields(line_type))
             raise ValueError(
-                f"{path}, line {number}: a line of kind {kind.kind!r} has the fields {names}: {error}"
+                f"{path}, line {number}: a line of kind {line_type.kind!r} has the fields {names}: {error}"
             ) from error
 
 
-def _built(kind: Any, values: dict[str, Any], version: int) -> Line:
-    if kind is Record:
-        if version == 1:
-            counts = {name: values.pop(name) for name in COUNTS}
-            asked = len(counts["acceptance_histogram"]) - 1  # of the oldest records, which name one K for all steps
-            values["steps"] = [{"requested": step.pop("asked", asked)} | step for step in values["steps"]]
-        if version == 2:
-            values["steps"] = [{"requested": step.pop("asked")} | step for step in values["steps"]]
+def _build_line(line_type: Any, values: dict[str, Any], version: int) -> Line:
+    """values: the parsed JSON object, which is changed in place."""
+    if line_type is Record:
+        if version < FORMAT:
+            _upgrade_record(values, version)
         values["steps"] = [RowStep(**step) for step in values["steps"]]
         values["seconds"] = Seconds(**values["seconds"])
         if values.get("choice"):
             times = StepTimes(**values["choice"]["times"])
             values["choice"] = Choice(**values["choice"] | {"times": times})
-    if kind is Sample:
+    if line_type is Sample:
         values["tokens"] = [SampleToken(**token) for token in values["tokens"]]
-    line: Line = kind(**values)
+    line: Line = line_type(**values)
     return line
+
+
+def _upgrade_record(values: dict[str, Any], version: int) -> None:
+    """Change the values of a record in format 1 or 2 to those of FORMAT, in place."""
+    if version == 1:
+        counts = {name: values.pop(name) for name in FORMAT_1_COUNTS}
+        for step in values["steps"]:  # the oldest records have the same K in all steps and don't name it
+            step.setdefault("asked", len(counts["acceptance_histogram"]) - 1)
+    values["steps"] = [{"requested": step.pop("asked")} | step for step in values["steps"]]

@@ -1,4 +1,4 @@
-"""What is generated from: prompts of one or more turns, with an id and a task each."""
+"""Workloads: prompts of one or more turns, each with an id and a task."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "te
 
 @dataclass(frozen=True)
 class Prompt:
-    """turns: what the user says, one after the other; the model answers in between."""
+    """turns: the user's messages in order; the model answers after each."""
 
     id: str
     task: str
@@ -25,19 +25,19 @@ class Prompt:
 
 
 class Workload(Protocol):
-    """Anything with prompts; name its class as `_target_` in a file of conf/workload. `chat_template`: see Dataset."""
+    """Any class with these members; a file in conf/workload names it as `_target_`. chat_template: as in Dataset."""
 
     chat_template: bool | None
 
     def prompts(self) -> list[Prompt]:
-        """All of them, in the order that they are run; raises ValueError where there are none."""
+        """All prompts in the order in which they are run; raises ValueError where there are none."""
 
 
 @dataclass
 class Stdlib:
-    """Cuts from modules of Python's standard library that the embedded pair was not trained on.
+    """Excerpts from modules of Python's standard library that the embedded pair was not trained on.
 
-    limit: how many; None: all 216. shuffle_seed: in another order; None: as they come.
+    limit: number of prompts; None: all 216. shuffle_seed: shuffle them with this seed; None: keep their order.
     """
 
     limit: int | None = None
@@ -45,19 +45,21 @@ class Stdlib:
     chat_template: bool | None = None
 
     def prompts(self) -> list[Prompt]:
-        cuts = [Prompt(cut["id"], cut["id"].rpartition("-")[0], (cut["prompt"],)) for cut in embedded.prompts()]
-        return _chosen(cuts, self.limit, self.shuffle_seed, "the stdlib workload")
+        prompts = [Prompt(row["id"], row["id"].rpartition("-")[0], (row["prompt"],)) for row in embedded.prompts()]
+        return _select(prompts, self.limit, self.shuffle_seed, "the stdlib workload")
 
 
 @dataclass
 class Dataset:
-    """A local json, jsonl, parquet or text file, or a set on the hub, through `datasets`.
+    """A local json, jsonl, parquet or text file, or a dataset on the hub, loaded with `datasets`.
 
-    path: the file, or the set's id. name, split: which part of a set on the hub.
-    prompt: the column with the prompt, a text or a list of turns; "text" for a text file, where each line is a prompt.
-    template: what is said, with columns in braces ("Question: {question}\\nAnswer:"); the prompt's column alone where it is None.
-    id, task: columns that name a prompt and the group it is reported under; numbers, and the file's name, where there are none.
-    chat_template: put turns into the tokenizer's chat template; None: where it has one.
+    path: the file, or the dataset's hub id. name, split: configuration and split of a dataset on the hub.
+    prompt: the column with the prompt, a text or a list of turns; each line of a text file is a prompt.
+    template: a turn's text, with columns in braces ("Question: {question}\\nAnswer:"); None: the prompt column alone.
+    id, task: columns with a prompt's id and the group in which it is reported; where they are missing, the row number
+        and the file's name.
+    limit, shuffle_seed: as in Stdlib.
+    chat_template: whether turns go through the tokenizer's chat template; None: where it has one.
     """
 
     path: str
@@ -74,42 +76,44 @@ class Dataset:
     def prompts(self) -> list[Prompt]:
         rows = self._rows()
         prompts = [self._prompt(number, row) for number, row in enumerate(rows, 1)]
-        seen: set[str] = set()
+        ids: set[str] = set()
         for number, prompt in enumerate(prompts, 1):
-            if prompt.id in seen:
-                raise ValueError(
-                    f"{self.path}, row {number}: a second prompt has the id {prompt.id!r}; ids must differ"
-                )
-            seen.add(prompt.id)
-        return _chosen(prompts, self.limit, self.shuffle_seed, self.path)
+            if prompt.id in ids:
+                raise ValueError(f"{self.path}, row {number}: the id {prompt.id!r} occurs twice; ids must be unique")
+            ids.add(prompt.id)
+        return _select(prompts, self.limit, self.shuffle_seed, self.path)
 
     def _rows(self) -> Iterable[dict[str, Any]]:
         import datasets
 
         datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(logging.CRITICAL)  # what went wrong is said below, by its line
+        datasets.logging.set_verbosity(logging.CRITICAL)  # the errors below name the line
         file = Path(self.path).expanduser()
         loader = LOADERS.get(file.suffix.lower())
         if not file.is_file():
             if file.exists() or loader is not None or self.path.startswith((".", "/", "~")):
                 raise ValueError(
-                    f"workload.path={self.path!r} is no file; name a {', '.join(LOADERS)} file or a set on the hub"
+                    f"workload.path={self.path!r} is not a file; pass a {', '.join(LOADERS)} file or a dataset's hub id"
                 )
             try:
                 rows: Iterable[dict[str, Any]] = datasets.load_dataset(self.path, self.name, split=self.split)
             except (OSError, ValueError) as error:
                 raise ValueError(
-                    f"workload.path={self.path!r} is no file here, and no set of that id was loaded: {error}"
+                    f"workload.path={self.path!r} is not a file, and no dataset of that id could be loaded: {error}"
                 ) from error
             return rows
         if loader is None:
-            raise ValueError(f"{self.path} ends in {file.suffix!r}; prompts are read from {', '.join(LOADERS)}")
+            raise ValueError(
+                f"{self.path} has the suffix {file.suffix!r}; prompts are read from {', '.join(LOADERS)} files"
+            )
         if not file.read_bytes().strip():
             return []
         try:
             rows = datasets.load_dataset(loader, data_files=str(file), split="train")
         except datasets.exceptions.DatasetGenerationError as error:
-            raise ValueError(_malformed(file) or f"{self.path} cannot be read: {error.__cause__ or error}") from error
+            raise ValueError(
+                _find_malformed_line(file) or f"{self.path} cannot be read: {error.__cause__ or error}"
+            ) from error
         return [row for row in rows if row["text"].strip()] if loader == "text" else rows
 
     def _prompt(self, number: int, row: dict[str, Any]) -> Prompt:
@@ -117,34 +121,38 @@ class Dataset:
         column = "text" if self.prompt == "prompt" and "text" in row and "prompt" not in row else self.prompt
         value = row.get(column)
         if value is None and self.template is None:
-            known = ", ".join(name for name, content in row.items() if content is not None)
-            raise ValueError(f"{where} has no {column!r}, only {known}; say which column it is with workload.prompt=…")
+            columns = ", ".join(name for name, content in row.items() if content is not None)
+            raise ValueError(
+                f"{where} has no column {column!r}, only {columns}; name the prompt's column with workload.prompt=…"
+            )
         turns: list[Any] = value if isinstance(value, list) else [value]
         if self.template is not None:
             try:
                 turns = [self.template.format(**row | {column: turn}) for turn in turns]
             except (KeyError, IndexError) as error:
-                raise ValueError(f"{where}: the template wants {error}, which is not among {', '.join(row)}") from error
+                raise ValueError(
+                    f"{where}: the template names {error}, but the columns are {', '.join(row)}"
+                ) from error
         if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
             raise ValueError(
-                f"{where}: a prompt is a text, or a list of texts, and not empty; this one is {value!r:.60}"
+                f"{where}: a prompt must be a text or a list of texts, none of them empty, but it is {value!r:.60}"
             )
         stem = Path(self.path).stem
         return Prompt(str(row.get(self.id) or f"{stem}/{number}"), str(row.get(self.task) or stem), tuple(turns))
 
 
-def _chosen(prompts: list[Prompt], limit: int | None, shuffle_seed: int | None, where: str) -> list[Prompt]:
+def _select(prompts: list[Prompt], limit: int | None, shuffle_seed: int | None, name: str) -> list[Prompt]:
     if limit is not None and limit < 1:
-        raise ValueError(f"workload.limit={limit} must be 1 or more; leave it out to take all prompts")
+        raise ValueError(f"workload.limit={limit} must be 1 or more; leave it out to run all prompts")
     if not prompts:
-        raise ValueError(f"{where} holds no prompt, so there is nothing to run")
+        raise ValueError(f"{name} contains no prompt, so there is nothing to run")
     if shuffle_seed is not None:
         random.Random(shuffle_seed).shuffle(prompts)
     return prompts[:limit]
 
 
-def _malformed(file: Path) -> str | None:
-    """What is wrong with the first bad line of a jsonl file, by its number."""
+def _find_malformed_line(file: Path) -> str | None:
+    """An error message for the first malformed line of a jsonl file, None where there is none."""
     text = file.read_text(encoding="utf-8", errors="replace")
     if file.suffix.lower() != ".jsonl":
         return None
@@ -152,7 +160,7 @@ def _malformed(file: Path) -> str | None:
         try:
             row = json.loads(line) if line.strip() else {}
         except ValueError as error:
-            return f"{file}, line {number} is no JSON ({error}): {line[:60]!r}"
+            return f"{file}, line {number} is not valid JSON ({error}): {line[:60]!r}"
         if not isinstance(row, dict):
-            return f"{file}, line {number} is no JSON object: {line[:60]!r}"
+            return f"{file}, line {number} is not a JSON object: {line[:60]!r}"
     return None

@@ -1,4 +1,4 @@
-"""The embedded pair: a small target, its draft and held-out prompts, so that everything runs with no download."""
+"""The embedded pair: a small target, a draft model and held-out prompts, so that everything runs without a download."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ DRAFT = ASSETS / "draft"
 
 
 def prompts() -> list[dict[str, str]]:
-    """Cuts from held-out modules of the standard library: dicts with `id`, `task`, `prompt`."""
+    """Excerpts from held-out modules of the standard library: dicts with `id`, `task`, `prompt`."""
     return [json.loads(line) for line in (ASSETS / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""What a figure needs beside it to be compared and repeated."""
+"""Provenance of a measurement: what is needed to compare and to reproduce it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import torch
 
 
 def provenance(device: str) -> dict[str, str | int | bool]:
-    """Commit, command, versions, device and threads of this run."""
+    """Commit, command, versions, device, threads and date of this run."""
 
     def git(*command: str) -> str:
         return subprocess.run(["git", *command], capture_output=True, text=True, check=False).stdout.strip()
 
-    called = Path(sys.argv[0])  # an installed command goes by its name, a script as it was called
-    program = ["python", sys.argv[0]] if called.suffix == ".py" and not called.is_absolute() else [called.name]
+    script = Path(sys.argv[0])
+    is_relative_script = script.suffix == ".py" and not script.is_absolute()  # else a command, without its folder
+    program = ["python", sys.argv[0]] if is_relative_script else [script.name]
     return {
         "commit": git("rev-parse", "HEAD"),
         "dirty": bool(git("status", "--porcelain")),

@@ -1,4 +1,4 @@
-"""From a hydra command line to records: configs, runs, interruptions, several processes, sweeps, bad input."""
+"""Experiments: configs, runs, resumption, several processes, sweeps, bad input."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ from specdec.cli.experiment import build, conf_dir
 from specdec.cli.main import main
 from specdec.experiments.config import DraftModel, ExperimentConfig, QuantConfig, SamplingConfig, TargetConfig
 from specdec.experiments.pair import Pair
-from specdec.experiments.records import PLAIN, SPECULATIVE, Failure, Header, Key, Record, Run, read_run
-from specdec.experiments.report.figures import COLUMN, figures, ratio, tally
-from specdec.experiments.report.page import as_json, markdown, page
+from specdec.experiments.records import FORMAT, PLAIN, SPECULATIVE, Failure, Header, Key, Record, Run, read_run
+from specdec.experiments.report.estimates import ratio
+from specdec.experiments.report.exports import to_json, to_markdown
+from specdec.experiments.report.figures import COLUMN, figures, tally
+from specdec.experiments.report.page import render_page
 from specdec.experiments.run import run
 from specdec.experiments.workloads import Prompt, Stdlib
 from specdec.runtime.loading import load_tokenizer
@@ -36,8 +38,8 @@ from specdec.utils import embedded
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
-# What a file of conf/ leaves open.
-OPEN = {
+# The values that a file of conf/ requires.
+REQUIRED = {
     "target/model": ["target.path=m"],
     "drafter/model": ["drafter.path=m"],
     "workload/dataset": ["workload.path=a.jsonl"],
@@ -54,7 +56,7 @@ def composed(*overrides: str, folder: Path | None = None) -> ExperimentConfig:
 
 
 def values_of(config: ExperimentConfig) -> dict[str, Any]:
-    """As hydra's plain values of it would be, as far as they are looked at."""
+    """The plain values that hydra would give, as far as the tests need them."""
     groups = {
         "target": vars(config.target),
         "drafter": vars(config.drafter),
@@ -80,27 +82,27 @@ def small(folder: Path, **changes: Any) -> ExperimentConfig:
     return ExperimentConfig(**values | changes)
 
 
-def done(config: ExperimentConfig) -> Run:
+def execute(config: ExperimentConfig) -> Run:
     return run(config, values_of(config), Console(quiet=True))
 
 
 @pytest.fixture(scope="module")
 def greedy(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return done(small(tmp_path_factory.mktemp("greedy")))
+    return execute(small(tmp_path_factory.mktemp("greedy")))
 
 
 @pytest.fixture(scope="module")
 def batched(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Sampled, in batches with a last one that is smaller, twice."""
+    """Sampled, two repetitions, in batches of which the last one is smaller."""
     sampling = SamplingConfig(temperature=1.0, max_new_tokens=16)
     workload = Stdlib(limit=5, shuffle_seed=3)
-    return done(
+    return execute(
         small(tmp_path_factory.mktemp("batched"), sampling=sampling, workload=workload, batch_size=3, repetitions=2)
     )
 
 
 class Fixed:
-    """A workload of these prompts."""
+    """A workload of the given prompts."""
 
     chat_template = None
 
@@ -112,27 +114,27 @@ class Fixed:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_config_is_composed_and_instantiated(name: str) -> None:
+def test_every_config_can_be_composed_and_instantiated(name: str) -> None:
     group, _, option = name.partition("/")
     if name in PLUGINS:
         pytest.importorskip(
             f"hydra_plugins.hydra_{PLUGINS[name]}", reason=f"conf/{name}.yaml needs hydra's {PLUGINS[name]}"
         )
-    config = composed(f"{group}={option}", *OPEN.get(name, []))
+    config = composed(f"{group}={option}", *REQUIRED.get(name, []))
     assert isinstance(config, ExperimentConfig)
     part = getattr(config, group, None)
     if part is not None:
         assert type(part).__name__ in (CONF / f"{name}.yaml").read_text()
 
 
-def test_configs_hold_values_for_the_schema_and_nothing_else() -> None:
+def test_configs_contain_the_fields_of_the_schema_and_nothing_else() -> None:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_container(hydra.compose("config"), resolve=False)
     assert isinstance(config, dict)
     assert set(config) - {"_target_"} == set(ExperimentConfig.__dataclass_fields__)
 
 
-def test_an_installed_wheel_composes_and_instantiates_the_same(wheel: Path, tmp_path: Path) -> None:
+def test_an_installed_wheel_composes_and_instantiates_the_same_configs(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = f"""
 import sys
@@ -146,7 +148,7 @@ with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
     for name in files:
         group, _, option = name.partition("/")
         if name not in {sorted(PLUGINS)!r}:
-            build(hydra.compose("config", [f"{{group}}={{option}}", *{OPEN!r}.get(name, [])]))
+            build(hydra.compose("config", [f"{{group}}={{option}}", *{REQUIRED!r}.get(name, [])]))
 """
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
@@ -159,10 +161,12 @@ def test_values_are_converted_to_the_types_of_the_schema() -> None:
 
 
 def check_identities(record: Record, num_draft_tokens: int) -> None:
-    """Steps and ids are of one text."""
+    """Check that counts, ids and seconds of a record agree with its steps."""
     steps = record.steps
-    on_a_draft = steps[-1].emitted == steps[-1].accepted
-    assert sum(step.accepted for step in steps) + len(steps) - on_a_draft == len(record.ids) == len(record.tokens)
+    ends_on_draft_token = steps[-1].emitted == steps[-1].accepted
+    assert (
+        sum(step.accepted for step in steps) + len(steps) - ends_on_draft_token == len(record.ids) == len(record.tokens)
+    )
     assert sum(step.emitted for step in steps) == len(record.ids)
     for step in steps:
         assert 0 <= step.accepted <= step.drafted <= num_draft_tokens
@@ -177,7 +181,7 @@ def check_identities(record: Record, num_draft_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["greedy", "batched"])
-def test_the_identities_hold_in_every_record(name: str, request: pytest.FixtureRequest) -> None:
+def test_counts_and_seconds_agree_in_every_record(name: str, request: pytest.FixtureRequest) -> None:
     finished: Run = request.getfixturevalue(name)
     assert finished.records
     for record in finished.records:
@@ -202,7 +206,7 @@ def test_every_prompt_has_a_record_of_each_engine(greedy: Run, batched: Run) -> 
         assert rows[0].rows == len(rows)
 
 
-def test_greedy_texts_are_the_plain_ones_and_sampled_ones_differ_by_repetition(greedy: Run, batched: Run) -> None:
+def test_greedy_texts_equal_the_plain_ones_and_sampled_ones_differ_by_repetition(greedy: Run, batched: Run) -> None:
     texts = {record.key: record.ids for record in greedy.records}
     for key, ids in texts.items():
         assert ids == texts[key._replace(engine=PLAIN)]
@@ -213,7 +217,7 @@ def test_greedy_texts_are_the_plain_ones_and_sampled_ones_differ_by_repetition(g
         assert "".join(record.tokens) == tokenizer.decode(record.ids)
 
 
-def test_beside_the_records_stand_provenance_costs_memory_and_a_sample(greedy: Run) -> None:
+def test_a_run_has_provenance_costs_memory_and_a_sample(greedy: Run) -> None:
     origin = greedy.header.provenance
     assert origin["torch"] == torch.__version__
     assert origin["processes"] == 1
@@ -241,67 +245,70 @@ def test_beside_the_records_stand_provenance_costs_memory_and_a_sample(greedy: R
 
 
 @pytest.mark.usefixtures("cpu_kernels")
-def test_a_run_may_decode_compiled_and_says_so(tmp_path: Path) -> None:
-    compiled = done(small(tmp_path / "true", compile=True))
+def test_a_run_with_compile_records_that_it_decoded_compiled(tmp_path: Path) -> None:
+    compiled = execute(small(tmp_path / "true", compile=True))
     assert compiled.header.provenance["decoding"] == "compiled"
-    again = done(small(tmp_path / "auto", compile="auto"))
-    assert again.header.provenance["decoding"] == "compiled", "what the other run has left on disk"
+    again = execute(small(tmp_path / "auto", compile="auto"))
+    assert again.header.provenance["decoding"] == "compiled", "auto uses what the first run compiled to disk"
     texts = {record.key: record.ids for record in (*compiled.records, *again.records)}
     assert all(ids == texts[key._replace(engine=PLAIN)] for key, ids in texts.items())
 
 
 def test_resuming_a_finished_run_changes_no_record(greedy: Run) -> None:
     config = small(greedy.folder, resume=True)
-    again = done(config)
+    again = execute(config)
     assert again.records == greedy.records
     assert (again.costs, again.sample) == (greedy.costs, greedy.sample)
 
 
-def test_a_folder_that_holds_a_run_is_not_written_to_unless_told(greedy: Run, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds a run already; go on with it by resume=true"):
-        done(small(greedy.folder))
+def test_a_folder_with_a_run_is_resumed_only_on_request_with_the_same_config_and_format(
+    greedy: Run, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="already contains a run; resume it with resume=true"):
+        execute(small(greedy.folder))
     old = small(shutil.copytree(ROOT / "tests" / "data" / "run-format-1", tmp_path / "old"), resume=True)
     with pytest.raises(
-        ValueError, match="is of record format 1, this specdec writes format 2; finish it with the specdec that"
+        ValueError,
+        match=f"has record format 1, but this version of specdec writes format {FORMAT}; finish the run with",
     ):
-        done(old)
+        execute(old)
     changed = small(greedy.folder, resume=True, num_draft_tokens=2)
-    with pytest.raises(ValueError, match="was run with num_draft_tokens=3, now it is 2; resume with the same config"):
-        done(changed)
+    with pytest.raises(
+        ValueError, match="was run with num_draft_tokens=3, but now num_draft_tokens=2; resume it with the same"
+    ):
+        execute(changed)
 
 
-def test_a_prompt_that_fails_is_an_error_record_and_is_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prompt_that_fails_is_an_error_record_and_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generate = Pair.generate
     bad = Stdlib(limit=4, shuffle_seed=3).prompts()[1]
 
     def failing(self: Pair, drafter: Any, prompts: list[list[int]], seed: int, **changes: Any) -> Any:
         if not changes and prompts == [self.encode(bad.turns, [])]:
-            raise RuntimeError("out of luck")
+            raise RuntimeError("no such operator")
         return generate(self, drafter, prompts, seed, **changes)
 
     with monkeypatch.context() as patch:
         patch.setattr(Pair, "generate", failing)
-        finished = done(small(tmp_path))
+        finished = execute(small(tmp_path))
     assert {(failure.prompt_id, failure.engine, failure.error) for failure in finished.failures} == {
-        (bad.id, engine, "RuntimeError: out of luck") for engine in (PLAIN, SPECULATIVE)
+        (bad.id, engine, "RuntimeError: no such operator") for engine in (PLAIN, SPECULATIVE)
     }
     assert len(finished.records) == 6
     assert figures(finished).prompts == 3
-    again = done(small(tmp_path, resume=True))
+    again = execute(small(tmp_path, resume=True))
     assert again.failures == []
     assert len(again.records) == 8
 
 
-def test_failed_prompts_are_the_exit_code(
+def test_failed_prompts_set_the_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generate = Pair.generate
 
     def failing(self: Pair, drafter: Any, prompts: list[list[int]], seed: int, **changes: Any) -> Any:
         if not changes and seed % 2:
-            raise RuntimeError("out of luck")
+            raise RuntimeError("no such operator")
         return generate(self, drafter, prompts, seed, **changes)
 
     monkeypatch.setattr(Pair, "generate", failing)
@@ -309,11 +316,11 @@ def test_failed_prompts_are_the_exit_code(
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert "calls failed, the first on " in error
-    assert "RuntimeError: out of luck" in error
+    assert "RuntimeError: no such operator" in error
     assert (tmp_path / "report.html").is_file()
 
 
-def test_a_run_of_which_every_call_fails_has_its_error_records(
+def test_a_run_in_which_every_call_fails_has_error_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def failing(*_: Any, **__: Any) -> Any:
@@ -322,14 +329,14 @@ def test_a_run_of_which_every_call_fails_has_its_error_records(
     monkeypatch.setattr(Pair, "generate", failing)
     assert main(["experiment", "experiment=demo", "workload.limit=2", f"folder={tmp_path}"]) == 1
     error = capsys.readouterr().err
-    assert "step costs are not all there: RuntimeError: out of memory" in error
+    assert "step costs are incomplete: RuntimeError: out of memory" in error
     assert "4 of 4 calls failed, the first on " in error
     finished = read_run(tmp_path)
     assert (len(finished.failures), finished.records) == (4, [])
 
 
-def test_the_main_process_alone_says_that_prompts_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launcher ends all processes at the first error: another's would come before the report."""
+def test_only_the_main_process_reports_that_prompts_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher ends all processes at the first error, which would be before the report is written."""
     failed = Run(tmp_path, Header({}, {}), failures=[Failure("a", "t", 0, 0, PLAIN, "no")])
     monkeypatch.setattr("specdec.cli.experiment.run", lambda *_: failed)
     for is_main, code in ((True, 1), (False, 0)):
@@ -339,14 +346,14 @@ def test_the_main_process_alone_says_that_prompts_failed(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("content", ["", '{"kind": "head'])
-def test_a_run_that_was_killed_in_its_first_line_is_gone_on_with(tmp_path: Path, content: str) -> None:
+def test_a_run_that_was_killed_in_its_first_line_is_resumed(tmp_path: Path, content: str) -> None:
     (tmp_path / "records-0.jsonl").write_text(content)
-    finished = done(small(tmp_path, workload=Stdlib(limit=1), resume=True))
+    finished = execute(small(tmp_path, workload=Stdlib(limit=1), resume=True))
     assert len(finished.records) == 2
     assert not finished.torn
 
 
-def test_a_call_that_the_stock_loop_would_serve_is_no_measurement(tmp_path: Path) -> None:
+def test_a_call_that_the_stock_loop_would_serve_is_an_error(tmp_path: Path) -> None:
     pair = Pair.load(small(tmp_path), "cpu")
     with pytest.raises(
         ValueError, match="cannot be measured: specdec leaves this call to the stock loop: use_cache=False"
@@ -354,35 +361,37 @@ def test_a_call_that_the_stock_loop_would_serve_is_no_measurement(tmp_path: Path
         pair.generate(pair.engines[PLAIN], [[5, 6, 7]], 0, use_cache=False)
 
 
-def test_resuming_where_nothing_is_begins_anew_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resuming_an_empty_folder_begins_a_new_run_with_a_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = small(tmp_path / "new", workload=Stdlib(limit=1), resume=True)
     assert len(run(config, values_of(config), Console(stderr=True, width=200)).records) == 2
-    assert "holds no run to go on with, so this is a new one" in capsys.readouterr().err
+    assert "contains no run to resume, so a new run begins" in capsys.readouterr().err
 
 
 def test_prompts_that_do_not_fit_are_skipped_and_counted_or_refused(tmp_path: Path) -> None:
     long = Prompt("long", "t", ("x = 1\n" * 600,))
     short = Prompt("short", "t", ("import os\n",))
     workload = Fixed(long, short)
-    finished = done(small(tmp_path / "skip", workload=workload))
+    finished = execute(small(tmp_path / "skip", workload=workload))
     assert {record.prompt_id for record in finished.records} == {"short"}
     (skipped,) = finished.skipped
     assert skipped.prompt_id == "long"
-    assert "max_new_tokens=20 are more than the context of 1024" in skipped.reason
-    again = done(small(tmp_path / "skip", workload=workload, resume=True))
+    assert "max_new_tokens=20 exceed the context of 1024" in skipped.reason
+    again = execute(small(tmp_path / "skip", workload=workload, resume=True))
     assert len(again.skipped) == 1
     with pytest.raises(ValueError, match=r"the prompt 'long' does not fit: .*too_long=skip"):
-        done(small(tmp_path / "error", workload=workload, too_long="error"))
+        execute(small(tmp_path / "error", workload=workload, too_long="error"))
     assert not (tmp_path / "error").exists()
-    with pytest.raises(ValueError, match="none of 1 prompts fits: of 'long'"):
-        done(small(tmp_path / "none", workload=Fixed(long)))
+    with pytest.raises(ValueError, match="none of 1 prompts fits; for 'long'"):
+        execute(small(tmp_path / "none", workload=Fixed(long)))
 
 
-def test_conversations_go_on_with_the_plain_answers(tmp_path: Path) -> None:
+def test_conversations_continue_with_the_plain_answers(tmp_path: Path) -> None:
     chat = Prompt("chat", "t", ("def f(x):\n", "def g(y):\n"))
     single = Prompt("single", "t", ("class A:\n",))
     sampling = SamplingConfig(temperature=1.0, max_new_tokens=12)
-    finished = done(small(tmp_path, workload=Fixed(chat, single), batch_size=2, sampling=sampling))
+    finished = execute(small(tmp_path, workload=Fixed(chat, single), batch_size=2, sampling=sampling))
     by_key = {record.key: record for record in finished.records}
     assert set(by_key) == {
         Key(i, t, 0, e) for i, t in (("chat", 0), ("chat", 1), ("single", 0)) for e in (PLAIN, SPECULATIVE)
@@ -397,7 +406,7 @@ def test_conversations_go_on_with_the_plain_answers(tmp_path: Path) -> None:
         assert record.rows == 1
 
 
-def test_turns_go_into_the_tokenizers_chat_template(tmp_path: Path) -> None:
+def test_turns_go_through_the_tokenizer_s_chat_template(tmp_path: Path) -> None:
     pair = Pair.load(small(tmp_path), "cpu")
     assert pair.chat_template is False
     pair.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -406,14 +415,14 @@ def test_turns_go_into_the_tokenizers_chat_template(tmp_path: Path) -> None:
     ids = pair.encode(("one", "two", "three"), ["first"])
     assert pair.tokenizer.decode(ids) == "<user>one<assistant>first<user>two<assistant>"
     workload = Stdlib(limit=1, chat_template=True)
-    with pytest.raises(ValueError, match=r"workload\.chat_template=true, but the tokenizer of .* has none"):
+    with pytest.raises(ValueError, match=r"workload\.chat_template=true, but the tokenizer of .* has no chat template"):
         Pair.load(small(tmp_path, workload=workload), "cpu")
 
 
 @pytest.mark.parametrize("name", ["prompt_lookup", "none"])
-def test_other_drafters_run_too(tmp_path: Path, name: str) -> None:
+def test_other_drafters(tmp_path: Path, name: str) -> None:
     config = composed(f"drafter={name}", "workload.limit=2", "sampling.max_new_tokens=12", f"folder={tmp_path}")
-    finished = done(config)
+    finished = execute(config)
     for record in finished.records:
         check_identities(record, config.num_draft_tokens)
     engines = {record.engine for record in finished.records}
@@ -421,16 +430,16 @@ def test_other_drafters_run_too(tmp_path: Path, name: str) -> None:
     assert figures(finished).prompts == 2
 
 
-def test_a_model_that_cannot_be_planned_runs_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_whose_memory_cannot_be_predicted_still_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise ValueError("only attention can be planned\nmore")
 
-    monkeypatch.setattr("specdec.planning.footprint", refuse)
-    finished = done(small(tmp_path, workload=Stdlib(limit=1)))
+    monkeypatch.setattr("specdec.planning.footprint.footprint", refuse)
+    finished = execute(small(tmp_path, workload=Stdlib(limit=1)))
     assert finished.memory is not None
     assert (finished.memory.predicted, finished.memory.unplanned) == ({}, "only attention can be planned")
     assert finished.memory.measured_bytes > 0
-    assert "only attention can be planned" in page([finished])
+    assert "only attention can be planned" in render_page([finished])
 
 
 def test_a_target_is_quantized_while_it_loads(tmp_path: Path) -> None:
@@ -438,7 +447,7 @@ def test_a_target_is_quantized_while_it_loads(tmp_path: Path) -> None:
 
     original = TargetConfig(str(ROOT / "tests" / "data" / "target"), device="cpu")
     quant = QuantConfig(int4=True, group_size=64, skip_modules=["model.layers.0"])
-    finished = done(small(tmp_path / "run", target=original, quant=quant, workload=Stdlib(limit=1)))
+    finished = execute(small(tmp_path / "run", target=original, quant=quant, workload=Stdlib(limit=1)))
     assert finished.memory is not None
     assert finished.memory.unplanned is None
     assert sum(finished.memory.predicted.values()) == pytest.approx(finished.memory.measured_bytes, rel=0.05)
@@ -457,7 +466,7 @@ def script(*overrides: str) -> list[str]:
 
 
 def contents(finished: Run) -> dict[Key, Any]:
-    """What must be the same however a run came about."""
+    """What must not depend on interruptions and the number of processes."""
     return {r.key: (r.ids, r.steps, r.prompt_hash, r.seed, r.call, r.rows) for r in finished.records}
 
 
@@ -466,39 +475,39 @@ def lines_of(folder: Path) -> Iterator[dict[str, Any]]:
         yield from (json.loads(line) for line in path.read_text().splitlines())
 
 
-def test_killed_at_a_random_moment_and_resumed_it_is_the_same_run(tmp_path: Path) -> None:
+def test_a_run_that_was_killed_at_a_random_moment_and_resumed_is_the_same(tmp_path: Path) -> None:
     overrides = ["workload.limit=12", "sampling.temperature=1", "repetitions=2", "batch_size=2"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    complete, killed = tmp_path / "complete", tmp_path / "killed"
     subprocess.run(
-        [*script(*overrides), f"folder={whole}"], check=True, cwd=ROOT, env=environment(), capture_output=True
+        [*script(*overrides), f"folder={complete}"], check=True, cwd=ROOT, env=environment(), capture_output=True
     )
-    part = broken / "records-0.jsonl"
-    moment = random.Random()
+    part = killed / "records-0.jsonl"
+    rng = random.Random()
     for attempt in range(2):
-        command = [*script(*overrides), f"folder={broken}", f"resume={'true' if attempt else 'false'}"]
+        command = [*script(*overrides), f"folder={killed}", f"resume={'true' if attempt else 'false'}"]
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         size = part.stat().st_size if part.exists() else 0
         while process.poll() is None and (not part.exists() or part.stat().st_size <= size + 3000):
             time.sleep(0.01)
-        time.sleep(moment.uniform(0, 0.5))
+        time.sleep(rng.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert part.exists(), "it was to be killed on its way"
+        assert part.exists(), "the process must be killed while it runs"
     with part.open("a") as stream:
         stream.write('{"kind": "record", "prompt_id": "torn')
-    command = [*script(*overrides), f"folder={broken}", "resume=true"]
+    command = [*script(*overrides), f"folder={killed}", "resume=true"]
     subprocess.run(command, check=True, cwd=ROOT, env=environment(), capture_output=True)
-    assert contents(read_run(broken)) == contents(read_run(whole))
+    assert contents(read_run(killed)) == contents(read_run(complete))
     keys = [
-        (v["prompt_id"], v["turn"], v["repetition"], v["engine"]) for v in lines_of(broken) if v["kind"] == "record"
+        (v["prompt_id"], v["turn"], v["repetition"], v["engine"]) for v in lines_of(killed) if v["kind"] == "record"
     ]
     assert len(keys) == len(set(keys)) == 12 * 2 * 2
-    assert sorted(path.name for path in broken.glob("*.jsonl")) == ["records.jsonl"]
+    assert sorted(path.name for path in killed.glob("*.jsonl")) == ["records.jsonl"]
 
 
-def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
+def test_two_processes_write_the_records_of_one(tmp_path: Path) -> None:
     overrides = ["workload.limit=7", "sampling.temperature=1", "repetitions=2", "batch_size=2"]
     one, two = tmp_path / "one", tmp_path / "two"
     subprocess.run([*script(*overrides), f"folder={one}"], check=True, cwd=ROOT, env=environment(), capture_output=True)
@@ -512,7 +521,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
         "2",
     ]
     launch += ["--main_process_port", "0"]
-    # the folder is named by the clock: both processes must take the main one's word for it
+    # the folder's name contains the time, which both processes must have from the main one
     command = [*launch, *script(*overrides)[1:], f"folder={two}/${{run_stamp:}}"]
     subprocess.run(command, check=True, cwd=ROOT, env=environment(), capture_output=True)
     (folder,) = two.iterdir()
@@ -522,9 +531,9 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {".hydra", "records.jsonl", "report.html"}
 
 
-def test_a_sweep_goes_out_through_joblib_and_gets_one_report(tmp_path: Path) -> None:
+def test_a_sweep_with_joblib_has_one_report(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    # the folder is named by the clock: workers must take the main process' word for it
+    # the folder's name contains the time, which workers must have from the main process
     overrides = ("workload.limit=2", "num_draft_tokens=1,2", f"folder={tmp_path}/${{run_stamp:}}")
     command = script("-m", "launcher=joblib", *overrides)
     finished = subprocess.run(command, check=True, cwd=ROOT, env=environment(), capture_output=True, text=True)
@@ -537,18 +546,18 @@ def test_a_sweep_goes_out_through_joblib_and_gets_one_report(tmp_path: Path) -> 
     assert f"report: {report}" in finished.stdout
 
 
-def test_expected_and_realized_acceptance_agree_and_what_if_foretells_a_sweep(
+def test_expected_and_realized_acceptance_agree_and_predictions_match_a_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sampled, 8 drafts a step, some 2,400 steps; then the same prompts with fewer."""
-    monkeypatch.setattr("specdec.experiments.run.warm_up", lambda *_: None)  # no times are looked at here
+    """Sampled with K=8, about 2,400 steps; then the same prompts with smaller K."""
+    monkeypatch.setattr("specdec.experiments.run.calibrate", lambda *_: None)  # no times are needed
     common: dict[str, Any] = {
         "workload": Stdlib(limit=80, shuffle_seed=1),
         "sampling": SamplingConfig(temperature=1.0, max_new_tokens=96),
         "batch_size": 20,
         "baseline": False,
     }
-    source = done(small(tmp_path / "8", num_draft_tokens=8, **common))
+    source = execute(small(tmp_path / "8", num_draft_tokens=8, **common))
     assert sum(len(record.steps) for record in source.records) > 2000
     found = figures(source)
     tallies = list(tally(source).values())
@@ -561,7 +570,7 @@ def test_expected_and_realized_acceptance_agree_and_what_if_foretells_a_sweep(
     assert difference.high - difference.low < 0.05
     for k in (2, 4):
         measured = (
-            figures(done(small(tmp_path / str(k), num_draft_tokens=k, **common)))
+            figures(execute(small(tmp_path / str(k), num_draft_tokens=k, **common)))
             .metrics["mean_acceptance_length"]
             .value
         )
@@ -571,11 +580,11 @@ def test_expected_and_realized_acceptance_agree_and_what_if_foretells_a_sweep(
     assert own == pytest.approx(found.metrics["mean_acceptance_length"].value, rel=0.02)
 
 
-def test_a_run_whose_k_chooses_itself(tmp_path: Path) -> None:
+def test_a_run_with_automatic_k(tmp_path: Path) -> None:
     config = composed("num_draft_tokens=auto")
     assert (config.num_draft_tokens, config.max_draft_tokens) == ("auto", 8)
     assert (composed("num_draft_tokens=2").num_draft_tokens, config.batch_size) == (2, 1)
-    finished = done(
+    finished = execute(
         small(tmp_path / "run", num_draft_tokens="auto", workload=Stdlib(limit=5, shuffle_seed=3), batch_size=2)
     )
     assert not finished.failures
@@ -588,13 +597,15 @@ def test_a_run_whose_k_chooses_itself(tmp_path: Path) -> None:
     for record in finished.of(PLAIN):
         assert record.choice is None
         assert not any(step.drafted for step in record.steps)
-    fixed = done(small(tmp_path / "fixed", num_draft_tokens=2, workload=Stdlib(limit=5, shuffle_seed=3), batch_size=2))
+    fixed = execute(
+        small(tmp_path / "fixed", num_draft_tokens=2, workload=Stdlib(limit=5, shuffle_seed=3), batch_size=2)
+    )
     for runs in ([finished], [finished, fixed], [fixed, finished]):
-        for told in (page(runs), markdown(runs)):
-            assert "K chose itself: K=" in told
-        assert "K=auto" in page(runs)
-    assert as_json([fixed])["runs"][0]["choice"] is None
-    assert as_json([finished])["runs"][0]["choice"]["measured_speedup"] > 0
+        for text in (render_page(runs), to_markdown(runs)):
+            assert "K was chosen automatically: K=" in text
+        assert "K=auto" in render_page(runs)
+    assert to_json([fixed])["runs"][0]["choice"] is None
+    assert to_json([finished])["runs"][0]["choice"]["measured_speedup"] > 0
 
 
 BAD: dict[str, tuple[list[str], str]] = {
@@ -604,21 +615,21 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a word for a number": (["sampling.temperature=hot"], "could not be converted to Float"),
     "negative temperature": (["sampling.temperature=-1"], "sampling.temperature=-1.0 must be 0 (greedy) or more"),
     "no drafts": (["num_draft_tokens=0"], "num_draft_tokens=0 must be 1 or more"),
-    "a word for K": (["num_draft_tokens=many"], "num_draft_tokens='many' must be a whole number, 1 or more, or auto"),
+    "a word for K": (["num_draft_tokens=many"], "num_draft_tokens='many' must be an integer, 1 or more, or auto"),
     "no token": (["sampling.max_new_tokens=0"], "sampling.max_new_tokens=0 must be 1 or more"),
     "too_long": (["too_long=cut"], "too_long='cut' must be skip or error"),
     "dtype": (["target.dtype=int3"], "target.dtype='int3' must be auto"),
     "missing path": (["target=model"], "target.path has no value; give it one on the command line: target.path=…"),
     "missing model": (["target=model", "target.path=no/such-model"], "no model could be loaded from 'no/such-model'"),
     "missing draft": (["drafter=model", "drafter.path=no/such-draft"], "no model could be loaded from 'no/such-draft'"),
-    "missing file": (["workload=dataset", "workload.path=none.jsonl"], "workload.path='none.jsonl' is no file"),
-    "malformed line": (["workload=dataset", "workload.path={tmp}/bad.jsonl"], "bad.jsonl, line 2 is no JSON"),
+    "missing file": (["workload=dataset", "workload.path=none.jsonl"], "workload.path='none.jsonl' is not a file"),
+    "malformed line": (["workload=dataset", "workload.path={tmp}/bad.jsonl"], "bad.jsonl, line 2 is not valid JSON"),
     "empty workload": (
         ["workload=dataset", "workload.path={tmp}/empty.jsonl"],
-        "holds no prompt, so there is nothing to run",
+        "contains no prompt, so there is nothing to run",
     ),
     "broken override": (["a=b=c{"], "'a=b=c{' is no override: mismatched input"),
-    "nothing to run": (["drafter=none", "baseline=false"], "drafter=none is the baseline itself"),
+    "nothing to run": (["drafter=none", "baseline=false"], "drafter=none runs the baseline alone"),
 }
 
 
@@ -628,23 +639,25 @@ def test_bad_input_ends_with_a_message_and_exit_code_2(
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": oops\n')
     (tmp_path / "empty.jsonl").write_text("")
-    overrides, words = BAD[name]
+    overrides, message = BAD[name]
     folder = tmp_path / "run"
     assert main(["experiment", *(o.replace("{tmp}", str(tmp_path)) for o in overrides), f"folder={folder}"]) == 2
     error = capsys.readouterr().err
-    assert words in error
+    assert message in error
     assert "specdec: " in error
     assert "Traceback" not in error
     assert not list(folder.glob("*.jsonl"))
 
 
-def test_records_of_another_version_are_not_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_records_of_an_unknown_format_are_not_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "records.jsonl").write_text('{"kind": "header", "version": 99}\n')
     assert main(["experiment", "experiment=demo", "resume=true", f"folder={tmp_path}"]) == 2
-    assert "is of record format 99" in capsys.readouterr().err
+    assert "has record format 99" in capsys.readouterr().err
 
 
-def test_a_launcher_that_is_not_installed_names_its_extra(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_launcher_that_is_not_installed_is_an_error_that_names_its_extra(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     for option, plugin, extra in (("slurm", "submitit", "slurm"), ("ray", "ray", "ray")):
         try:
             __import__(f"hydra_plugins.hydra_{plugin}_launcher")
@@ -654,13 +667,13 @@ def test_a_launcher_that_is_not_installed_names_its_extra(capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("module", ["hydra", "accelerate", "datasets"])
-def test_a_missing_package_names_the_extra(module: str, tmp_path: Path) -> None:
+def test_a_missing_package_is_an_error_that_names_the_extra(module: str, tmp_path: Path) -> None:
     code = (
         f"import sys; sys.modules[{module!r}] = None; from specdec.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     call = ["experiment", "workload=dataset", "workload.path=README.txt", f"folder={tmp_path}"]
-    done = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-c", code, *call], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
     )
-    assert done.returncode == 2
-    assert 'pip install "specdec-lossless[experiments]"' in done.stderr
+    assert finished.returncode == 2
+    assert 'pip install "specdec-lossless[experiments]"' in finished.stderr

@@ -1,4 +1,4 @@
-"""Record files: what is written is read, torn and foreign lines are told by their number, files of processes become one."""
+"""Record files: round trip, incomplete and malformed lines, older formats, merging the files of processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from specdec.core.steps import RowStep
 from specdec.core.timing import StepTimes
 from specdec.experiments.records import (
     FORMAT,
-    KINDS,
+    FORMAT_1_COUNTS,
+    LINE_TYPES,
     PLAIN,
     SPECULATIVE,
     Costs,
@@ -32,6 +33,7 @@ from specdec.experiments.records import (
     read_run,
     repair,
 )
+from specdec.experiments.report.labels import has_format_1_counts
 
 FORMAT_1 = Path(__file__).parents[1] / "data" / "run-format-1"
 HEADER = Header({"commit": "abc"}, {"sampling": {"temperature": 0}})
@@ -67,7 +69,7 @@ def write(path: Path, *lines: Any) -> Path:
     return path
 
 
-def test_records_of_format_1_are_read_without_their_counts(tmp_path: Path) -> None:
+def test_format_1_is_read_without_its_counts(tmp_path: Path) -> None:
     run = read_run(FORMAT_1)
     assert run.header.version == 1 < FORMAT
     assert [len(record.ids) for record in run.records] == [7, 7, 8, 8]
@@ -80,21 +82,48 @@ def test_records_of_format_1_are_read_without_their_counts(tmp_path: Path) -> No
             RowStep(0, 0, 0, 1, []),
         ],
     ]
-    file = tmp_path / "records.jsonl"  # as the first of them were, when K could not change yet
+    file = tmp_path / "records.jsonl"  # the oldest records, from before K could change
     text = re.sub(r'"asked": \d, ', "", (FORMAT_1 / "records.jsonl").read_text()).replace(', "choice": null', "")
     file.write_text(text)
     assert read_run(file).of(SPECULATIVE)[1].steps[1] == RowStep(4, 0, 0, 1, [])
 
 
-def test_a_record_of_format_1_has_its_counts(tmp_path: Path) -> None:
+def format_2(path: Path) -> Path:
+    """The fixture of format 1 as format 2 wrote it: without counts, steps name `asked`."""
+    header, *lines = map(json.loads, (FORMAT_1 / "records.jsonl").read_text().splitlines())
+    values = [header | {"version": 2}]
+    values += [{name: value for name, value in line.items() if name not in FORMAT_1_COUNTS} for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in values))
+    return path
+
+
+def test_format_2_is_read_like_format_1(tmp_path: Path) -> None:
+    file = format_2(tmp_path / "records.jsonl")
+    assert '"asked"' in file.read_text()
+    run, format_1 = read_run(file), read_run(FORMAT_1)
+    assert run.header.version == 2 < FORMAT
+    assert run.records == format_1.records
+    assert (run.costs, run.memory, run.sample) == (format_1.costs, format_1.memory, format_1.sample)
+    assert not has_format_1_counts(run)
+    assert has_format_1_counts(format_1)
+
+
+def test_a_step_of_format_2_without_its_requested_ids_is_refused(tmp_path: Path) -> None:
+    file = format_2(tmp_path / "records.jsonl")
+    file.write_text(re.sub(r'"asked": \d, ', "", file.read_text()))
+    with pytest.raises(ValueError, match=r"a line of kind 'record' has the fields .*'asked'"):
+        read_run(file)
+
+
+def test_a_record_of_format_1_without_its_counts_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "records.jsonl"
     file.write_text((FORMAT_1 / "records.jsonl").read_text().replace('"num_spec_steps": 4, ', ""))
     with pytest.raises(ValueError, match=r"line 4: a line of kind 'record' has the fields .*num_spec_steps"):
         read_run(file)
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
-    assert {type(line) for line in LINES} | {Header} == set(KINDS.values())
+def test_lines_are_read_as_they_were_written(tmp_path: Path) -> None:
+    assert {type(line) for line in LINES} | {Header} == set(LINE_TYPES.values())
     write(tmp_path / "records-0.jsonl", *LINES)
     run = read_run(tmp_path)
     assert run.header == HEADER
@@ -108,19 +137,19 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert not run.torn
 
 
-def test_each_line_is_there_as_soon_as_it_is_written(tmp_path: Path) -> None:
+def test_each_line_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
     file = RecordFile(tmp_path / "records-0.jsonl", HEADER)
     file.write(record())
     assert len(read_run(tmp_path).records) == 1
     file.close()
 
 
-@pytest.mark.parametrize("kept", [1, 5, 40])
-def test_a_torn_last_line_is_left_out_then_cut_off(tmp_path: Path, kept: int) -> None:
+@pytest.mark.parametrize("length", [1, 5, 40])
+def test_an_incomplete_last_line_is_ignored_then_removed(tmp_path: Path, length: int) -> None:
     path = write(tmp_path / "records-0.jsonl", record("a"), record("b"))
     content = path.read_bytes()
     start = content.rstrip(b"\n").rfind(b"\n") + 1
-    path.write_bytes(content[: start + kept])
+    path.write_bytes(content[: start + length])
     run = read_run(tmp_path)
     assert [r.prompt_id for r in run.records] == ["a"]
     assert run.torn
@@ -130,7 +159,7 @@ def test_a_torn_last_line_is_left_out_then_cut_off(tmp_path: Path, kept: int) ->
     assert not run.torn
 
 
-def test_a_whole_file_is_not_repaired(tmp_path: Path) -> None:
+def test_a_complete_file_is_not_repaired(tmp_path: Path) -> None:
     path = write(tmp_path / "records-0.jsonl", record())
     before = path.read_bytes()
     repair(path)
@@ -138,87 +167,88 @@ def test_a_whole_file_is_not_repaired(tmp_path: Path) -> None:
     repair(tmp_path / "none")
 
 
-def test_a_line_torn_inside_a_character(tmp_path: Path) -> None:
+def test_a_line_that_ends_inside_a_character(tmp_path: Path) -> None:
     path = write(tmp_path / "records-0.jsonl", record("a"), record("é"))
     content = path.read_bytes()
     path.write_bytes(content[: content.rindex("é".encode()) + 1])
     assert [r.prompt_id for r in read_run(tmp_path).records] == ["a"]
     assert read_run(tmp_path).torn
     path.write_bytes(content.replace("é".encode(), b"\xff"))
-    with pytest.raises(ValueError, match=r"records-0\.jsonl, line 2: this is no record of a run: '\{"):
+    with pytest.raises(ValueError, match=r"records-0\.jsonl, line 2 is not a record of a run: '\{"):
         read_run(tmp_path)
     path.write_bytes(content + b"[" * 100_000 + b"\n")
-    with pytest.raises(ValueError, match=r"line 4: this is no record of a run: '\[\["):
+    with pytest.raises(ValueError, match=r"line 4 is not a record of a run: '\[\["):
         read_run(tmp_path)
 
 
-def test_files_of_processes_become_one_and_none_is_twice(tmp_path: Path) -> None:
+def test_files_of_processes_are_merged_without_duplicates(tmp_path: Path) -> None:
     write(tmp_path / "records-0.jsonl", record("a"), Failure("b", "t", 0, 0, SPECULATIVE, "no"), LINES[4])
     write(tmp_path / "records-1.jsonl", record("b"), record("a", PLAIN))
     merge(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
     run = read_run(tmp_path)
     assert [(r.prompt_id, r.engine) for r in run.records] == [("a", PLAIN), ("a", SPECULATIVE), ("b", SPECULATIVE)]
-    assert run.failures == []  # tried again, it worked
+    assert run.failures == []  # the retry succeeded
     assert run.costs == LINES[4]
     merge(tmp_path)
     assert read_run(tmp_path).records == run.records
 
 
-def test_a_merge_that_was_interrupted_loses_and_doubles_nothing(tmp_path: Path) -> None:
+def test_an_interrupted_merge_neither_loses_nor_duplicates_records(tmp_path: Path) -> None:
     parts = tmp_path / "parts"
     parts.mkdir()
     write(parts / "records-0.jsonl", record("a"), record("b"))
     merged = tmp_path / "merged"
     shutil.copytree(parts, merged)
     merge(merged)
-    shutil.copy(parts / "records-0.jsonl", merged)  # the part was still there
+    shutil.copy(parts / "records-0.jsonl", merged)  # it was not deleted yet
     assert read_run(merged).records == read_run(parts).records
 
 
 BAD: dict[str, tuple[str, str]] = {
-    "no json": ("{", "line 3: this is no record of a run"),
-    "no object": ("[1]", "line 3: this is no record of a run"),
-    "no kind": ('{"a": 1}', "line 3: this is no record of a run"),
-    "another kind": ('{"kind": "poem"}', "line 3: this is no record of a run"),
+    "no json": ("{", "line 3 is not a record of a run"),
+    "no object": ("[1]", "line 3 is not a record of a run"),
+    "no kind": ('{"a": 1}', "line 3 is not a record of a run"),
+    "another kind": ('{"kind": "poem"}', "line 3 is not a record of a run"),
     "a field less": ('{"kind": "memory", "predicted": {}}', "line 3: a line of kind 'memory' has the fields"),
-    "a field more": ('{"kind": "memory", "predicted": {}, "measured_bytes": 1, "mood": 2}', "mood"),
-    "an empty line": ("", "line 3: this is no record of a run"),
+    "a field more": ('{"kind": "memory", "predicted": {}, "measured_bytes": 1, "extra": 2}', "extra"),
+    "an empty line": ("", "line 3 is not a record of a run"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_line_that_is_no_record_is_told_by_its_number(tmp_path: Path, name: str) -> None:
-    text, words = BAD[name]
+def test_a_malformed_line_is_an_error_with_its_number(tmp_path: Path, name: str) -> None:
+    text, message = BAD[name]
     path = write(tmp_path / "records.jsonl", record())
     with path.open("a") as stream:
         stream.write(text + "\n")
-    with pytest.raises(ValueError, match=words) as error:
+    with pytest.raises(ValueError, match=message) as error:
         read_run(tmp_path)
     assert "records.jsonl" in str(error.value)
 
 
-def test_another_format_version_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "records.jsonl", record())
     first, rest = path.read_text().split("\n", 1)
     path.write_text(json.dumps(json.loads(first) | {"version": FORMAT + 1}) + "\n" + rest)
-    with pytest.raises(ValueError, match=f"is of record format {FORMAT + 1}, this specdec reads formats 1 to {FORMAT}"):
+    message = f"has record format {FORMAT + 1}, but this version of specdec reads formats 1 to {FORMAT}"
+    with pytest.raises(ValueError, match=message):
         read_run(tmp_path)
 
 
-def test_a_file_without_header_a_folder_without_files_and_a_torn_header_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no records"):
+def test_a_missing_header_an_empty_folder_and_an_incomplete_header_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="contains no records"):
         read_run(tmp_path)
     path = write(tmp_path / "records.jsonl", record())
     path.write_text(path.read_text().split("\n", 1)[1])
     with pytest.raises(ValueError, match="begins with a header"):
         read_run(path)
     path.write_text('{"kind": "hea')
-    with pytest.raises(ValueError, match="interrupted before its first line was whole"):
+    with pytest.raises(ValueError, match="interrupted before its first line was complete"):
         read_run(path)
 
 
-def test_numbers_that_json_lacks_are_refused_when_written(tmp_path: Path) -> None:
+def test_nan_is_refused_when_it_is_written(tmp_path: Path) -> None:
     file = RecordFile(tmp_path / "records-0.jsonl", HEADER)
     with pytest.raises(ValueError, match="JSON compliant"):
         file.write(Memory({}, float("nan")))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The report: true words in every case, a page that a browser shows to everyone, and a gate that a script can trust."""
+"""The report: its sentences in every case, the page in a browser, exports, and the --fail-if gate."""
 
 from __future__ import annotations
 
@@ -21,23 +21,25 @@ from specdec.core.stats import Choice
 from specdec.core.steps import RowStep
 from specdec.core.timing import StepTimes
 from specdec.experiments.records import FORMAT, PLAIN, SPECULATIVE, Failure, Header, Run, Skipped, read_run
-from specdec.experiments.report import page as report
-from specdec.experiments.report.figures import METRICS, compare, figures
+from specdec.experiments.report.compare import compare_runs
+from specdec.experiments.report.exports import summary_table, to_json, to_markdown
+from specdec.experiments.report.figures import METRICS, figures
 from specdec.experiments.report.labels import labels, read_runs
+from specdec.experiments.report.page import render_page
 from tests.helpers.synthetic_runs import PROVENANCE, config, synthetic_run, write_run
 
 SAMPLED = {"sampling__temperature": 1.0}
 DEMO = synthetic_run()
 WITHOUT_BASELINE = synthetic_run(prompts=3, baseline=False)
-SECTIONS = ("Acceptance", "By task", "Which K", "Where the time goes", "One text, token by token", "Provenance")
+SECTIONS = ("Acceptance", "By task", "Choice of K", "Time and memory", "A sample, token by token", "Provenance")
 
 
-def sentence(run: Run) -> str:
-    return re.search(r'<p class="lead">(.*?)</p>', report.page([run]), re.DOTALL)[1]  # type: ignore[index]
+def headline(run: Run) -> str:
+    return re.search(r'<p class="lead">(.*?)</p>', render_page([run]), re.DOTALL)[1]  # type: ignore[index]
 
 
 def speculative(speed: float) -> Run:
-    """DEMO with the drafter's calls at another speed."""
+    """DEMO with the speculative calls at another speed."""
     records = [
         replace(record, seconds=replace(record.seconds, total_s=record.seconds.total_s / speed))
         if record.engine == SPECULATIVE
@@ -47,16 +49,16 @@ def speculative(speed: float) -> Run:
     return replace(DEMO, records=records)
 
 
-def without_a_draft(run: Run) -> Run:
+def without_drafts(run: Run) -> Run:
     """K = 0 in all steps, as "auto" may choose."""
     return replace(
         run, records=[replace(record, steps=[RowStep(0, 0, 0, 1, []) for _ in record.ids]) for record in run.records]
     )
 
 
-def test_a_page_needs_nothing_else_and_is_the_same_each_time() -> None:
-    text = report.page([DEMO])
-    assert text == report.page([DEMO])
+def test_a_page_is_self_contained_and_deterministic() -> None:
+    text = render_page([DEMO])
+    assert text == render_page([DEMO])
     assert len(text.encode()) < 600_000
     assert "http" not in re.sub(r"http-equiv", "", text)
     assert not re.search(r'(src|href)="(?!#|data:,)', text)
@@ -65,18 +67,21 @@ def test_a_page_needs_nothing_else_and_is_the_same_each_time() -> None:
     identifiers = re.findall(r' id="([^"]+)"', text)
     assert len(identifiers) == len(set(identifiers))
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(identifiers)
-    assert "&lt;b&gt;&amp;amp;&lt;/b&gt;" in text  # the prompt is shown, not obeyed
+    assert "&lt;b&gt;&amp;amp;&lt;/b&gt;" in text  # HTML in a prompt is escaped
 
 
-def test_charts_say_their_figures() -> None:
-    text, told = report.page([DEMO]), figures(DEMO)
+def test_alt_texts_of_charts_contain_their_figures() -> None:
+    text = render_page([DEMO])
     alts = re.findall(r'role="img" aria-label="([^"]+)"', text)
     assert len(alts) == text.count("<svg") == 6
-    first = told.positions[0].conditional
+    first = figures(DEMO).positions[0].conditional
     assert first.value is not None
     assert first.low is not None
-    wanted = f"Acceptance by draft position. position 1: conditional: kept, where all before it were {100 * first.value:.1f}\u00a0%"
-    assert alts[0].startswith(f"{wanted} ({100 * first.low:.1f} to ")
+    column = "conditional: all preceding accepted"
+    expected = (
+        f"Acceptance by draft position. position 1: {column} {100 * first.value:.1f}\u00a0% ({100 * first.low:.1f} to "
+    )
+    assert alts[0].startswith(expected)
     for title in (
         "Accepted tokens per draft",
         "Acceptance along the output",
@@ -87,22 +92,25 @@ def test_charts_say_their_figures() -> None:
 
 
 @pytest.mark.parametrize(
-    ("run", "said"),
+    ("run", "expected"),
     [
         (
             DEMO,
-            r"With a draft model guessing up to 4 tokens ahead, .* wrote 24 texts of up to 64 tokens 1\.8\d times as fast",
+            r"With a draft model drafting up to 4 tokens per step, .* 24 texts of up to 64 tokens at 1\.8\d times",
         ),
-        (DEMO, r"\(95 % interval 1\.\d\d to 1\.\d\d\), and every text is the same, token for token"),
-        (DEMO, r"of the guesses were kept, so a step of the target gave 3\.\d\d tokens where it gives 1"),
-        (speculative(0.4), r"0\.7\d times as fast as on its own, which is slower \(95 %"),
-        (speculative(0.54), r"neither clearly faster nor slower than on its own: (0\.9|1\.0)\d times"),
-        (WITHOUT_BASELINE, r"tokens a second; plain decoding was not run beside it, so a speedup is not known\."),
-        (synthetic_run(prompts=1), r"1 text of .* \(one prompt gives no interval\), and the text is the same"),
+        (DEMO, r"\(95.% interval 1\.\d\d to 1\.\d\d\), and every text is identical, token for token"),
+        (
+            DEMO,
+            r"of the draft tokens were accepted, so each step of the target emitted 3\.\d\d tokens on average",
+        ),
+        (speculative(0.4), r"0\.7\d times the speed of plain decoding, which is slower \(95.%"),
+        (speculative(0.54), r"at (0\.9|1\.0)\d times the speed of plain decoding, not clearly faster or slower \(95.%"),
+        (WITHOUT_BASELINE, r"tokens per second; plain decoding was not run, so the speedup is unknown\."),
+        (synthetic_run(prompts=1), r"1 text of .* \(no interval for a single prompt\), and the text is identical"),
         (synthetic_run(prompts=3, **SAMPLED), r"; texts are sampled, so they are not compared one by one\."),
         (
             replace(DEMO, records=[r for r in DEMO.records if r.engine == PLAIN]),
-            r"nothing was drafted, so nothing was accepted",
+            r"The target model alone generated 24 texts of .* tokens per second, without draft tokens\.",
         ),
         (
             replace(DEMO, records=[*DEMO.records[:-1], replace(DEMO.records[-1], ids=[1])]),
@@ -113,17 +121,20 @@ def test_charts_say_their_figures() -> None:
                 DEMO,
                 header=Header(PROVENANCE, config(drafter={"_target_": "specdec.drafters.prompt_lookup.PromptLookup"})),
             ),
-            r"With prompt lookup guessing",
+            r"With prompt lookup drafting",
         ),
-        (without_a_draft(DEMO), r"With a draft model, the target model wrote .* It never had a guess to offer\."),
+        (
+            without_drafts(DEMO),
+            r"With a draft model, the target model generated .* The drafter proposed no draft token\.",
+        ),
     ],
 )
-def test_the_first_sentence_says_what_came_of_it(run: Run, said: str) -> None:
-    assert re.search(said, sentence(run)), sentence(run)
+def test_the_headline_states_the_result(run: Run, expected: str) -> None:
+    assert re.search(expected, headline(run)), headline(run)
 
 
 def suggestion(run: Run) -> str:
-    return re.search(r'<p class="say">(.*?)</p>', report.page([run]), re.DOTALL)[1]  # type: ignore[index]
+    return re.search(r'<p class="summary">(.*?)</p>', render_page([run]), re.DOTALL)[1]  # type: ignore[index]
 
 
 def slow_drafts(run: Run, factor: float) -> Run:
@@ -132,23 +143,29 @@ def slow_drafts(run: Run, factor: float) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("run", "said"),
+    ("run", "expected"),
     [
         (DEMO, "K=4, which this run used, is predicted to be fastest"),
-        (DEMO, "K=4 is the largest that this run drafted"),
-        (slow_drafts(DEMO, 3), r"K=\d is predicted to be fastest: .* For this run&#39;s own K=4 it is \d.\d\d×, where"),
-        (slow_drafts(DEMO, 3), "Within that error and the intervals, .* may do as well"),
-        (slow_drafts(DEMO, 9), "No K pays here: the best, K=1, is predicted to reach 0"),
-        (synthetic_run(k=2, chances=(0.99,), spread=0.0), "ahead of every other K by more than that error"),
-        (synthetic_run(prompts=1), "One prompt cannot tell how sure that is"),
+        (DEMO, "K=4 is the largest K that this run drafted"),
+        (
+            slow_drafts(DEMO, 3),
+            r"K=\d is predicted to be fastest: .* For this run&#39;s own K=4, \d.\d\d× is predicted and",
+        ),
+        (slow_drafts(DEMO, 3), "Within the prediction error and the intervals, .* may be as fast"),
+        (slow_drafts(DEMO, 9), "No K is predicted to be faster than plain decoding; the best, K=1, reaches 0"),
+        (
+            synthetic_run(k=2, chances=(0.99,), spread=0.0),
+            "faster than every other K by more than the prediction error",
+        ),
+        (synthetic_run(prompts=1), "A single prompt gives no interval for this"),
         (replace(DEMO, costs=None), "Step times were not measured, so a speedup cannot be predicted"),
     ],
 )
-def test_what_k_the_figures_suggest(run: Run, said: str) -> None:
-    assert re.search(said, suggestion(run)), suggestion(run)
+def test_the_suggested_k(run: Run, expected: str) -> None:
+    assert re.search(expected, suggestion(run)), suggestion(run)
 
 
-def test_a_k_that_chose_itself_is_told_from_all_calls() -> None:
+def test_the_automatic_choice_of_k_is_summarized_over_all_calls() -> None:
     run = synthetic_run(prompts=4, k=8)
     times = StepTimes([0.0] * 9, [1.0] * 9, [0.0] * 9)
     first = Choice([1, 0, 3, 0, 0, 0, 0, 0, 0], times, 0.8, 2.0, 1.9, 1.25)
@@ -159,26 +176,26 @@ def test_a_k_that_chose_itself_is_told_from_all_calls() -> None:
     run.records = [
         record
         if record.engine == PLAIN
-        else replace(
-            record, choice=choices[record.call], call=one if record.call == same else record.call
-        )  # two rows of a call
+        # two of the records are rows of the same call
+        else replace(record, choice=choices[record.call], call=one if record.call == same else record.call)
         for record in run.records
     ]
-    line = "K chose itself: K=3 in 75 % of steps, 2 in 19 %, 0 in 6 %; predicted 1.25×, measured 1.30×, both against plain steps."
-    assert line in report.page([run])
-    assert line in report.markdown([run])
-    assert "up to 8 tokens ahead" in report.page([run])
-    choice = report.as_json([run])["runs"][0]["choice"]
+    choice_of_k = "K=3 in 75 % of steps, 2 in 19 %, 0 in 6 %; predicted 1.25×, measured 1.30×"
+    line = f"K was chosen automatically: {choice_of_k}, both relative to plain steps."
+    assert line in render_page([run])
+    assert line in to_markdown([run])
+    assert "up to 8 tokens per step" in render_page([run])
+    choice = to_json([run])["runs"][0]["choice"]
     assert choice["steps_by_k"] == [1, 0, 3, 12, 0, 0, 0, 0, 0]
     assert choice["acceptance"] == pytest.approx(0.5)
-    never = replace(run, costs=None)
-    never.records = [replace(record, choice=None) for record in run.records]
-    assert "chose itself" not in report.page([never])
-    assert "which this run used" not in report.page([run]), "no one K is this run's own"
-    assert "measured, this run" not in report.page([run])
+    without_choice = replace(run, costs=None)
+    without_choice.records = [replace(record, choice=None) for record in run.records]
+    assert "chosen automatically" not in render_page([without_choice])
+    assert "which this run used" not in render_page([run]), "the run has no constant K"
+    assert "measured, this run" not in render_page([run])
 
 
-def test_caveats_and_what_was_left_out_are_said() -> None:
+def test_caveats_skipped_prompts_and_failures_are_reported() -> None:
     run = replace(
         DEMO,
         torn=True,
@@ -186,50 +203,54 @@ def test_caveats_and_what_was_left_out_are_said() -> None:
         skipped=[Skipped(f"long-{n}", "task a", 0, 0, "too long") for n in range(3)],
         failures=[Failure("bad", "task a", 0, 0, SPECULATIVE, "RuntimeError: no")],
     )
-    text = report.page([run])
-    for said in (
-        "interrupted: 24 prompts of at most 30 and 48 records are here",
-        "the commit alone does not repeat this run",
-        "2 processes ran at once",
-        "1 call failed",
+    text = render_page([run])
+    for expected in (
+        "interrupted after 24 prompts of at most 30 and 48 records",
+        "the commit alone does not reproduce this run",
+        "2 processes ran at the same time",
+        "1 call failed; failed calls are in no figure",
         "3 prompts skipped: “too long”",
         "1 call failed, speculative: “RuntimeError: no”",
     ):
-        assert said in text
-    late = replace(DEMO.records[3], seconds=replace(DEMO.records[3].seconds, prefill_s=2.0, total_s=2.5))
-    assert "1 call took more than 3 times what calls of that length" in report.page(
-        [replace(DEMO, records=[*DEMO.records[:3], late, *DEMO.records[4:]])]
+        assert expected in text
+    slow = replace(DEMO.records[3], seconds=replace(DEMO.records[3].seconds, prefill_s=2.0, total_s=2.5))
+    assert "1 call took more than 3 times the usual time for its length" in render_page(
+        [replace(DEMO, records=[*DEMO.records[:3], slow, *DEMO.records[4:]])]
     )
-    calm = report.page([DEMO])
-    assert 'class="caveat"' not in calm
-    assert "<h2>Left out</h2>" not in calm
+    text = render_page([DEMO])
+    assert 'class="caveat"' not in text
+    assert "<h2>Skipped and failed</h2>" not in text
 
 
 FORMAT_1 = Path(__file__).parents[1] / "data" / "run-format-1"
 
 
-def test_a_run_of_record_format_1_is_reported_by_today_s_definitions_and_says_so(
+def test_a_run_in_format_1_is_reported_with_the_current_definitions_and_a_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its reports said 2.67 then: 1 + 10 accepted ids / 6 steps, two of them without a draft, one that ends on a draft id."""
+    """Its reports stated 2.67: 1 + 10 accepted ids / 6 steps, two without a draft, one that ends on a draft id."""
     note = "This run was recorded in format 1, whose counts include steps without a draft"
     (old,) = read_runs([FORMAT_1])
     assert figures(old).metrics["mean_acceptance_length"].value == 13 / 4
     assert figures(old).metrics["tokens_per_step"].value == 15 / 6
-    assert note in report.page([old])
-    assert f"> {note}" in report.markdown([old])
-    values = report.as_json([old])["runs"][0]
+    assert note in render_page([old])
+    assert f"> {note}" in to_markdown([old])
+    values = to_json([old])["runs"][0]
     assert (values["record_format"], values["metrics"]["mean_acceptance_length"]["value"]) == (1, 13 / 4)
     assert [caveat.startswith(note) for caveat in values["caveats"]] == [True]
     assert command.run(parsed(str(FORMAT_1), "-o", str(tmp_path / "page.html"))) == 0
-    assert "recorded in format 1; the figures are made of its steps" in " ".join(capsys.readouterr().out.split())
+    assert "recorded in format 1; the figures are recomputed from its steps" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
     new = read_run(write_run(replace(old, header=replace(old.header, version=FORMAT)), tmp_path / "new"))
-    assert note not in report.page([new])
-    assert report.summary_table([new]).caption is None
-    assert all(change.change.value == 0 for change in compare(old, new).values() if change.change.value is not None)
-    both = report.markdown([old, new])
-    assert "Runs of an older record format are compared by today's definitions" in both
+    assert note not in render_page([new])
+    assert summary_table([new]).caption is None
+    assert all(
+        change.change.value == 0 for change in compare_runs(old, new).values() if change.change.value is not None
+    )
+    both = to_markdown([old, new])
+    assert "Runs recorded in format 1 are compared with the current definitions" in both
     assert both.count(note) == 1
     paths = [str(FORMAT_1), str(tmp_path / "new")]
     assert (
@@ -240,13 +261,13 @@ def test_a_run_of_record_format_1_is_reported_by_today_s_definitions_and_says_so
     )
 
 
-def test_memory_is_set_beside_its_prediction() -> None:
-    text = report.page([DEMO])
-    assert re.search(r"measured against predicted</th>\s*<td>\+3\.6\u00a0%", text)
+def test_measured_memory_is_compared_with_its_prediction() -> None:
+    text = render_page([DEMO])
+    assert re.search(r"measured relative to predicted</th>\s*<td>\+3\.6\u00a0%", text)
     assert "target KV cache" in text
 
 
-def test_a_run_is_called_by_what_it_differs_in() -> None:
+def test_labels_are_the_settings_that_differ() -> None:
     lookup = {"_target_": "specdec.drafters.prompt_lookup.PromptLookup", "max_ngram": 3}
     runs = [synthetic_run(prompts=2, k=k) for k in (1, 2)]
     assert labels(runs) == ["K=1", "K=2"]
@@ -263,39 +284,38 @@ def test_a_run_is_called_by_what_it_differs_in() -> None:
     assert labels(runs[:1]) == ["synthetic"]
 
 
-def test_runs_of_other_k_are_points_beside_the_prediction() -> None:
+def test_runs_with_other_k_are_points_next_to_the_predictions() -> None:
     runs = [synthetic_run(prompts=6, k=k, seed=k) for k in (4, 2)]
-    text = report.page(runs)
-    told = figures(runs[1]).metrics["mean_acceptance_length"].value
-    assert told is not None
+    text = render_page(runs)
+    measured = figures(runs[1]).metrics["mean_acceptance_length"].value
+    assert measured is not None
     alt = re.search(r'aria-label="(Mean acceptance length by K[^"]+)"', text)[1]  # type: ignore[index]
-    assert re.search(rf"K 2: predicted [\d.]+ \([^)]+\), measured {told:.2f}", alt), alt
+    assert re.search(rf"K 2: predicted [\d.]+ \([^)]+\), measured {measured:.2f}", alt), alt
     assert "measured, other runs" in text
-    assert re.search(r"Of the runs here, K=4 was fastest: 1\.\d\d× \(", text)
-    assert "measured, other runs" not in report.page([runs[0], synthetic_run(prompts=6, k=2, batch_size=2)])
+    assert re.search(r"Of the measured runs, K=4 was fastest: 1\.\d\d× \(", text)
+    assert "measured, other runs" not in render_page([runs[0], synthetic_run(prompts=6, k=2, batch_size=2)])
 
 
-def test_the_comparison_marks_what_is_clear() -> None:
+def test_the_comparison_marks_clear_differences() -> None:
     runs = [synthetic_run(speed=1.0), synthetic_run(speed=0.5, seed=1)]
-    text = report.page(runs)
+    text = render_page(runs)
     assert "2 runs compared" in text
     assert '<span class="mark worse">▼ worse</span>' in text
     assert "compare speedups, not times" in text
     assert text.count('<details class="run"') == 2
     assert text.count('<details class="run" open>') == 1
-    assert "Fastest over plain decoding is synthetic" in text
-    assert 'class="mark' not in report.page([DEMO, DEMO])
-    assert "Fastest" not in report.page([WITHOUT_BASELINE, WITHOUT_BASELINE])
-    of_k = report.markdown([synthetic_run(k=2), synthetic_run(k=4)])
-    assert re.search(r"mean acceptance length \| .* differs \|", of_k)  # longer drafts, not better ones
+    assert "has the highest speedup over plain decoding" in text
+    assert 'class="mark' not in render_page([DEMO, DEMO])
+    assert "highest speedup" not in render_page([WITHOUT_BASELINE, WITHOUT_BASELINE])
+    of_k = to_markdown([synthetic_run(k=2), synthetic_run(k=4)])
+    assert re.search(r"mean acceptance length \| .* differs \|", of_k)  # a larger K, not a better drafter
 
 
-def test_markdown_and_json_hold_the_figures() -> None:
+def test_markdown_and_json_contain_the_figures() -> None:
     runs = [synthetic_run(prompts=6, k=k, seed=k) for k in (4, 2)]
-    text, values = report.markdown(runs), report.as_json(runs)
+    text, values = to_markdown(runs), to_json(runs)
     json.dumps(values, allow_nan=False)
-    told = figures(runs[0])
-    length = told.metrics["mean_acceptance_length"]
+    length = figures(runs[0]).metrics["mean_acceptance_length"]
     assert f"| mean acceptance length | {length.value:.2f} | {length.low:.2f} to {length.high:.2f} |" in text
     assert "| task a | 2 |" in text
     assert "K=4, which this run used" in text
@@ -306,35 +326,35 @@ def test_markdown_and_json_hold_the_figures() -> None:
     assert values["differences"][0]["metrics"]["mean_acceptance_length"]["before"] == length.value
 
 
-def test_markdown_and_json_need_no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_markdown_and_json_need_neither_matplotlib_nor_jinja2(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("matplotlib", "jinja2"):
         monkeypatch.setitem(sys.modules, name, None)
-    report.markdown([DEMO])
-    report.as_json([DEMO])
+    to_markdown([DEMO])
+    to_json([DEMO])
 
 
 @pytest.mark.parametrize("name", ["matplotlib", "jinja2"])
-def test_a_page_names_the_extra_that_is_missing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_an_error_that_names_the_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=rf'{name}; pip install "specdec-lossless\[experiments\]"'):
-        report.page([DEMO])
+        render_page([DEMO])
 
 
 @pytest.mark.parametrize("runs", [[DEMO], [DEMO, speculative(0.5)], [WITHOUT_BASELINE]])
 def test_the_summary_fits_80_columns(runs: list[Run]) -> None:
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(report.summary_table(runs))
+    console.print(summary_table(runs))
     text = console.export_text()
     assert "…" not in text
     assert "3." in text
 
 
-def test_the_summary_counts_what_was_left_out() -> None:
+def test_the_summary_counts_skipped_prompts_and_failures() -> None:
     run = replace(
         DEMO, skipped=[Skipped("long", "t", 0, 0, "too long")], failures=[Failure("a", "t", 0, 0, PLAIN, "no")] * 2
     )
-    assert report.summary_table([run]).caption == "1 prompt skipped and 2 calls failed; the report says why"
-    assert report.summary_table([DEMO]).caption is None
+    assert summary_table([run]).caption == "1 prompt skipped and 2 calls failed; the report gives the reasons"
+    assert summary_table([DEMO]).caption is None
 
 
 # The command
@@ -360,7 +380,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def test_the_page_lies_in_the_run_s_folder(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_is_written_to_the_run_s_folder(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.run(parsed(str(folders / "good"))) == 0
     page = folders / "good" / "report.html"
     out = capsys.readouterr().out
@@ -370,12 +390,12 @@ def test_the_page_lies_in_the_run_s_folder(folders: Path, capsys: pytest.Capture
     assert sorted(path.name for path in page.parent.iterdir()) == ["records.jsonl", "report.html"]
 
 
-def test_a_sweep_s_folder_is_its_runs_in_order(folders: Path) -> None:
+def test_a_sweep_folder_gives_its_runs_in_order(folders: Path) -> None:
     runs = read_runs([folders / "sweep"])
     assert [run.header.config["num_draft_tokens"] for run in runs] == [9, 10]
     assert command.run(parsed(str(folders / "sweep"))) == 0
     assert "2 runs compared" in (folders / "sweep" / "report.html").read_text(encoding="utf-8")
-    with pytest.raises(ValueError, match="holds no records"):
+    with pytest.raises(ValueError, match="contains no records"):
         read_runs([folders / "nowhere"])
 
 
@@ -391,11 +411,13 @@ def test_markdown_and_json_go_to_stdout_or_a_file(
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
 
 
-def test_what_cannot_be_compared_or_written_leaves_nothing(folders: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot be compared: 6 against 5"):
+def test_nothing_is_written_where_runs_cannot_be_compared_or_the_file_cannot_be_written(
+    folders: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="cannot be compared: they have 6 and 5"):
         command.run(parsed(str(folders / "good"), str(folders / "fewer"), "-o", str(tmp_path / "page.html")))
     with pytest.raises(ValueError, match="cannot be compared"):
-        report.summary_table(read_runs([folders / "good", folders / "fewer"]))
+        summary_table(read_runs([folders / "good", folders / "fewer"]))
     with pytest.raises(ValueError, match="is no folder"):
         command.run(parsed(str(folders / "good"), "-o", str(tmp_path / "missing" / "page.html")))
     (tmp_path / "taken").mkdir()
@@ -418,7 +440,7 @@ def test_what_cannot_be_compared_or_written_leaves_nothing(folders: Path, tmp_pa
         (("good", "good"), "tokens_per_s<0", 0),
     ],
 )
-def test_the_gate(
+def test_the_exit_code_of_fail_if(
     runs: tuple[str, str], condition: str, code: int, folders: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = [str(folders / name) for name in runs]
@@ -430,7 +452,7 @@ def test_the_gate(
     assert second.endswith(": holds")
 
 
-def test_the_gate_s_checks_stand_in_json_and_beside_it(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_checks_are_in_json_and_on_stderr(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [str(folders / name) for name in ("good", "bad")]
     assert command.run(parsed(*paths, "--json", "--fail-if", "mean_acceptance_length<-5%")) == 1
     out, err = capsys.readouterr()
@@ -441,7 +463,7 @@ def test_the_gate_s_checks_stand_in_json_and_beside_it(folders: Path, capsys: py
 
 
 @pytest.mark.parametrize(
-    ("runs", "condition", "said"),
+    ("runs", "condition", "expected"),
     [
         (("good",), "speedup<-5%", "compares runs: name two"),
         (("good", "bad"), "speed<-5%", "no metric 'speed'; known are speedup, tokens_per_s"),
@@ -451,14 +473,14 @@ def test_the_gate_s_checks_stand_in_json_and_beside_it(folders: Path, capsys: py
         (("no-baseline", "good"), "speedup<-5%", "has no value in the run"),
     ],
 )
-def test_a_gate_that_cannot_be_judged_is_refused(
-    runs: tuple[str, ...], condition: str, said: str, folders: Path
+def test_a_condition_that_cannot_be_evaluated_is_an_error(
+    runs: tuple[str, ...], condition: str, expected: str, folders: Path
 ) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=expected):
         command.run(parsed(*(str(folders / name) for name in runs), "--markdown", "--fail-if", condition))
 
 
-def test_there_are_no_per_cent_of_0(tmp_path: Path) -> None:
+def test_a_relative_condition_on_0_is_an_error(tmp_path: Path) -> None:
     records = [r if r.engine == SPECULATIVE else replace(r, ids=[0]) for r in synthetic_run(prompts=3).records]
     different = write_run(replace(synthetic_run(prompts=3), records=records), tmp_path / "different")
     same = write_run(synthetic_run(prompts=3), tmp_path / "same")
@@ -468,7 +490,7 @@ def test_there_are_no_per_cent_of_0(tmp_path: Path) -> None:
     assert command.run(parsed(str(same), str(different), "--markdown", "--fail-if", "identical<0")) == 1
 
 
-def test_help_and_the_page_of_figures_name_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_and_docs_name_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parsed("--help")
     out = capsys.readouterr().out
@@ -487,22 +509,22 @@ ARGUMENTS = (
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 CONTRAST = """
-const shade = text => text.match(/[\\d.]+/g).map(Number);
-const behind = node => {
+const parse = text => text.match(/[\\d.]+/g).map(Number);
+const background = node => {
   for (; node; node = node.parentElement) {
-    const colour = shade(getComputedStyle(node).backgroundColor);
-    if (colour.length < 4 || colour[3] > 0) return colour;
+    const color = parse(getComputedStyle(node).backgroundColor);
+    if (color.length < 4 || color[3] > 0) return color;
   }
   return [255, 255, 255];
 };
 const linear = part => part <= .04045 ? part / 12.92 : ((part + .055) / 1.055) ** 2.4;
-const light = colour => {
-  const [r, g, b] = colour.slice(0, 3).map(part => linear(part / 255));
+const light = color => {
+  const [r, g, b] = color.slice(0, 3).map(part => linear(part / 255));
   return .2126 * r + .7152 * g + .0722 * b;
 };
 return [...document.querySelectorAll(arguments[0])].map(node => {
   const style = getComputedStyle(node);
-  const [a, b] = [light(shade(node.closest("svg") ? style.fill : style.color)), light(behind(node))].sort((x, y) => y - x);
+  const [a, b] = [light(parse(node.closest("svg") ? style.fill : style.color)), light(background(node))].sort((x, y) => y - x);
   return [(a + .05) / (b + .05), node.textContent.trim().slice(0, 40)];
 });
 """
@@ -521,46 +543,44 @@ return found;
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    webdriver = pytest.importorskip(
-        "selenium.webdriver", reason="the page is looked at with selenium: pip install selenium"
-    )
+    webdriver = pytest.importorskip("selenium.webdriver", reason="page tests need selenium: pip install selenium")
     if not (CHROMIUM and CHROMEDRIVER):
-        pytest.skip("the page is looked at with chromium and chromedriver, which are not here")
+        pytest.skip("page tests need chromium and chromedriver")
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for argument in (*ARGUMENTS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    made = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
-    yield made
-    made.quit()
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
+    yield browser
+    browser.quit()
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Addresses of pages: a run, one of a single prompt and a long draft, and a comparison."""
+    """URIs of pages: one run, one of a single prompt with long drafts, and a comparison."""
     folder = tmp_path_factory.mktemp("pages")
-    made = {
+    runs_by_name = {
         "one": [synthetic_run(prompts=30, tasks=11, **SAMPLED)],
         "long": [synthetic_run(prompts=1, k=16, chances=(0.6,))],
         "several": [synthetic_run(prompts=8, k=k, seed=k) for k in (1, 2, 4, 3)],
     }
-    for name, runs in made.items():
-        (folder / f"{name}.html").write_text(report.page(runs), encoding="utf-8")
-    return {name: (folder / f"{name}.html").as_uri() for name in made}
+    for name, runs in runs_by_name.items():
+        (folder / f"{name}.html").write_text(render_page(runs), encoding="utf-8")
+    return {name: (folder / f"{name}.html").as_uri() for name in runs_by_name}
 
 
-def look(driver: Any, address: str, width: int = 1280, scheme: str = "light") -> None:
+def open_page(driver: Any, uri: str, width: int = 1280, scheme: str = "light") -> None:
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    driver.get(address)
+    driver.get(uri)
 
 
 @pytest.mark.parametrize("name", ["one", "long", "several"])
-def test_the_page_shows_without_errors_or_requests(name: str, driver: Any, pages: dict[str, str]) -> None:
-    look(driver, pages[name])
+def test_the_page_opens_without_errors_or_requests(name: str, driver: Any, pages: dict[str, str]) -> None:
+    open_page(driver, pages[name])
     assert driver.get_log("browser") == []
     assert driver.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)") == []
     driver.execute_script("for (const one of document.querySelectorAll('details')) one.open = true")
@@ -573,8 +593,8 @@ def test_the_page_shows_without_errors_or_requests(name: str, driver: Any, pages
 
 
 @pytest.mark.parametrize("name", ["one", "long", "several"])
-def test_a_phone_scrolls_one_way(name: str, driver: Any, pages: dict[str, str]) -> None:
-    look(driver, pages[name], width=390)
+def test_a_phone_scrolls_vertically_only(name: str, driver: Any, pages: dict[str, str]) -> None:
+    open_page(driver, pages[name], width=390)
     driver.execute_script("for (const one of document.querySelectorAll('details')) one.open = true")
     assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
     smallest = driver.execute_script(
@@ -584,18 +604,18 @@ def test_a_phone_scrolls_one_way(name: str, driver: Any, pages: dict[str, str]) 
     assert driver.execute_script(OVERLAPS) == []
 
 
-def test_both_schemes_can_be_read(driver: Any, pages: dict[str, str]) -> None:
-    shades = []
+def test_both_color_schemes_have_enough_contrast(driver: Any, pages: dict[str, str]) -> None:
+    backgrounds = []
     for scheme in ("light", "dark"):
-        look(driver, pages["several"], scheme=scheme)
-        shades.append(driver.execute_script("return getComputedStyle(document.body).backgroundColor"))
-        read = driver.execute_script(
+        open_page(driver, pages["several"], scheme=scheme)
+        backgrounds.append(driver.execute_script("return getComputedStyle(document.body).backgroundColor"))
+        contrasts = driver.execute_script(
             CONTRAST,
             "p, dt, dd, h1, h2, h3, .card span, th, td, small, .mark, .legend li, .sample span, svg text, summary",
         )
-        assert len(read) > 200
-        assert min(read)[0] >= 4.5, (scheme, min(read))
-    assert shades[0] != shades[1]
+        assert len(contrasts) > 200
+        assert min(contrasts)[0] >= 4.5, (scheme, min(contrasts))
+    assert backgrounds[0] != backgrounds[1]
 
 
 def tasks_in_order(driver: Any, column: int) -> list[str]:
@@ -618,16 +638,16 @@ def sort_by_key(driver: Any, button: Any) -> None:
 def test_tasks_are_sorted_by_click_and_by_keyboard(
     press: Callable[..., None], driver: Any, pages: dict[str, str]
 ) -> None:
-    look(driver, pages["one"])
+    open_page(driver, pages["one"])
     headers = driver.find_elements("css selector", ".tasks thead th")
     buttons = driver.find_elements("css selector", ".tasks thead button")
     assert tasks_in_order(driver, 0) == sorted(tasks_in_order(driver, 0))
-    for reverse, said in ((True, "descending"), (False, "ascending")):
+    for reverse, direction in ((True, "descending"), (False, "ascending")):
         press(driver, buttons[3])
         values = [float(value) for value in tasks_in_order(driver, 3)]
         assert values == sorted(values, reverse=reverse)
         assert len(set(values)) > 5
-        assert [header.get_attribute("aria-sort") for header in headers] == [None, None, None, said, None, None]
+        assert [header.get_attribute("aria-sort") for header in headers] == [None, None, None, direction, None, None]
     press(driver, buttons[0])
     assert tasks_in_order(driver, 0) == sorted(tasks_in_order(driver, 0))
     last = driver.execute_script(
@@ -638,14 +658,14 @@ def test_tasks_are_sorted_by_click_and_by_keyboard(
 
 def test_a_token_shows_both_distributions_to_pointer_and_keyboard(driver: Any, pages: dict[str, str]) -> None:
     action_chains = pytest.importorskip("selenium.webdriver").ActionChains
-    look(driver, pages["one"])
+    open_page(driver, pages["one"])
     tokens, odds = driver.find_elements("css selector", ".sample [data-odds]"), driver.find_element("id", "odds")
     assert not odds.is_displayed()
     action_chains(driver).move_to_element(tokens[2]).perform()
     assert odds.is_displayed()
     assert [line for line in odds.text.splitlines() if line in ("target", "draft")] == ["target", "draft"]
     assert "recovered" in odds.text
-    assert "guess" in odds.text
+    assert "wrong" in odds.text
     assert "70.0 %" in odds.text
     widths = driver.execute_script("return [...arguments[0].querySelectorAll('b')].map(bar => bar.offsetWidth)", odds)
     assert widths[0] > widths[1] > 0
@@ -664,11 +684,11 @@ def test_a_token_shows_both_distributions_to_pointer_and_keyboard(driver: Any, p
     tokens[-1].send_keys("\ue00c")  # escape
     assert not odds.is_displayed()
     driver.execute_script("arguments[0].focus()", tokens[7])
-    assert "draft: no guess here" in odds.text  # a bonus
+    assert "draft: no draft token here" in odds.text  # a bonus token
 
 
-def test_it_prints_light_and_whole(driver: Any, pages: dict[str, str]) -> None:
-    look(driver, pages["several"], scheme="dark")
+def test_it_prints_in_light_colors_with_all_details_open(driver: Any, pages: dict[str, str]) -> None:
+    open_page(driver, pages["several"], scheme="dark")
     before = driver.execute_script("return document.querySelectorAll('details[open]').length")
     printed = driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})
     pdf = base64.b64decode(printed["data"])
@@ -683,6 +703,6 @@ def test_it_prints_light_and_whole(driver: Any, pages: dict[str, str]) -> None:
     assert driver.execute_script("return document.querySelectorAll('details:not([open])').length") == 0
     assert driver.execute_script(CONTRAST, "p, td, th, .card span, svg text") != []
     assert min(driver.execute_script(CONTRAST, "p, td, th, .card .value, svg text"))[0] >= 4.5
-    kept = driver.execute_script("return getComputedStyle(document.querySelector('figure')).breakInside")
-    assert kept == "avoid"
+    break_inside = driver.execute_script("return getComputedStyle(document.querySelector('figure')).breakInside")
+    assert break_inside == "avoid"
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})

@@ -1,4 +1,4 @@
-"""Prompts from files: every kind of file, template, turns, limits, order; and what is wrong is said by file and line."""
+"""Workloads: every kind of file, template, turns, limit, order, and errors that name file and line."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PROMPTS = [
 ]
 
 
-def test_jsonl_with_turns_and_texts_beside_each_other(tmp_path: Path) -> None:
+def test_jsonl_with_both_turns_and_texts(tmp_path: Path) -> None:
     assert Dataset(jsonl(tmp_path / "a.jsonl", *ROWS)).prompts() == PROMPTS
 
 
@@ -52,7 +52,7 @@ def test_json_and_parquet(tmp_path: Path) -> None:
     assert Dataset(str(tmp_path / "a.parquet")).prompts() == [Prompt("q", "t", ("x",))]
 
 
-def test_each_line_of_a_text_is_a_prompt(tmp_path: Path) -> None:
+def test_each_line_of_a_text_file_is_a_prompt(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one\n\n  \ntwo\n")
     assert Dataset(str(path)).prompts() == [Prompt("a/1", "a", ("one",)), Prompt("a/2", "a", ("two",))]
@@ -68,87 +68,93 @@ def test_template_and_columns(tmp_path: Path) -> None:
 
 def test_limit_and_order(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", *({"prompt": str(n)} for n in range(20)))
-    every = Dataset(path).prompts()
-    assert Dataset(path, limit=3).prompts() == every[:3]
+    prompts = Dataset(path).prompts()
+    assert Dataset(path, limit=3).prompts() == prompts[:3]
     shuffled = Dataset(path, shuffle_seed=1).prompts()
-    assert shuffled != every
-    assert sorted(shuffled, key=lambda p: p.id) == sorted(every, key=lambda p: p.id)
+    assert shuffled != prompts
+    assert sorted(shuffled, key=lambda p: p.id) == sorted(prompts, key=lambda p: p.id)
     assert Dataset(path, shuffle_seed=1, limit=5).prompts() == shuffled[:5]
     assert Dataset(path, shuffle_seed=2).prompts() != shuffled
 
 
-def test_the_standard_library_is_built_in() -> None:
-    every = Stdlib().prompts()
-    assert len(every) == len({prompt.id for prompt in every}) == 216
-    assert {prompt.task for prompt in every} >= {"queue", "argparse"}
-    assert Stdlib(limit=2).prompts() == every[:2]
+def test_the_stdlib_workload_needs_no_download() -> None:
+    prompts = Stdlib().prompts()
+    assert len(prompts) == len({prompt.id for prompt in prompts}) == 216
+    assert {prompt.task for prompt in prompts} >= {"queue", "argparse"}
+    assert Stdlib(limit=2).prompts() == prompts[:2]
 
 
 BAD: dict[str, tuple[list[Any], dict[str, Any], str]] = {
-    "malformed line": ([{"prompt": "a"}, '{"prompt": oops}'], {}, r"a\.jsonl, line 2 is no JSON"),
-    "no object": ([{"prompt": "a"}, "[1]"], {}, r"a\.jsonl, line 2 is no JSON object"),
-    "no prompts": ([], {}, "holds no prompt, so there is nothing to run"),
-    "blank lines alone": ([" ", ""], {}, "holds no prompt, so there is nothing to run"),
-    "another column": ([{"question": "a"}], {}, r"row 1 has no 'prompt', only question; say which .* workload.prompt="),
+    "malformed line": ([{"prompt": "a"}, '{"prompt": oops}'], {}, r"a\.jsonl, line 2 is not valid JSON"),
+    "no object": ([{"prompt": "a"}, "[1]"], {}, r"a\.jsonl, line 2 is not a JSON object"),
+    "no prompts": ([], {}, "contains no prompt, so there is nothing to run"),
+    "blank lines alone": ([" ", ""], {}, "contains no prompt, so there is nothing to run"),
+    "another column": (
+        [{"question": "a"}],
+        {},
+        r"row 1 has no column 'prompt', only question; name .* workload.prompt=",
+    ),
     "an empty prompt": (
         [{"prompt": "a"}, {"prompt": " "}],
         {},
-        "row 2: a prompt is a text, or a list of texts, and not empty",
+        "row 2: a prompt must be a text or a list of texts, none of them empty",
     ),
-    "a number": ([{"prompt": 3}], {}, "row 1: a prompt is a text"),
-    "an empty turn": ([{"prompt": ["a", ""]}], {}, "row 1: a prompt is a text"),
-    "no turns": ([{"prompt": []}], {}, "row 1: a prompt is a text"),
+    "a number": ([{"prompt": 3}], {}, "row 1: a prompt must be a text"),
+    "an empty turn": ([{"prompt": ["a", ""]}], {}, "row 1: a prompt must be a text"),
+    "no turns": ([{"prompt": []}], {}, "row 1: a prompt must be a text"),
     "one id twice": (
         [{"id": "x", "prompt": "a"}, {"id": "x", "prompt": "b"}],
         {},
-        "row 2: a second prompt has the id 'x'",
+        "row 2: the id 'x' occurs twice",
     ),
-    "template": ([{"prompt": "a"}], {"template": "{wish}"}, "the template wants 'wish', which is not among prompt"),
+    "template": ([{"prompt": "a"}], {"template": "{wish}"}, "the template names 'wish', but the columns are prompt"),
     "limit": ([{"prompt": "a"}], {"limit": 0}, "workload.limit=0 must be 1 or more"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_wrong_is_said(tmp_path: Path, name: str) -> None:
-    rows, options, words = BAD[name]
-    with pytest.raises(ValueError, match=words):
+def test_bad_input_is_an_error_that_names_it(tmp_path: Path, name: str) -> None:
+    rows, options, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
         Dataset(jsonl(tmp_path / "a.jsonl", *rows), **options).prompts()
 
 
-def test_a_missing_file_and_another_kind_of_file_are_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"none\.jsonl' is no file; name a \.json, \.jsonl, \.parquet, \.txt file"):
+def test_a_missing_file_and_an_unknown_suffix_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none\.jsonl' is not a file; pass a \.json, \.jsonl, \.parquet, \.txt file"):
         Dataset(str(tmp_path / "none.jsonl")).prompts()
-    with pytest.raises(ValueError, match=r"is no file; name a"):
+    with pytest.raises(ValueError, match=r"is not a file; pass a"):
         Dataset(str(tmp_path)).prompts()
     other = tmp_path / "a.csv"
     other.write_text("prompt\nx\n")
-    with pytest.raises(ValueError, match=r"ends in '\.csv'; prompts are read from"):
+    with pytest.raises(ValueError, match=r"has the suffix '\.csv'; prompts are read from"):
         Dataset(str(other)).prompts()
 
 
-def test_a_set_that_is_neither_here_nor_on_the_hub_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_that_is_neither_local_nor_on_the_hub_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    def gone(*_: Any, **__: Any) -> Any:
+    def not_found(*_: Any, **__: Any) -> Any:
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'no/such' doesn't exist on the Hub")
 
-    monkeypatch.setattr(datasets, "load_dataset", gone)
-    with pytest.raises(ValueError, match=r"workload\.path='no/such' is no file here, and no set of that id was loaded"):
+    monkeypatch.setattr(datasets, "load_dataset", not_found)
+    with pytest.raises(
+        ValueError, match=r"workload\.path='no/such' is not a file, and no dataset of that id could be loaded"
+    ):
         Dataset("no/such").prompts()
 
 
-def test_a_set_on_the_hub_is_asked_for_by_name_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_on_the_hub_is_loaded_by_name_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    asked: list[Any] = []
+    calls: list[Any] = []
 
     def load(path: str, name: str | None, split: str) -> list[dict[str, Any]]:
-        asked.append((path, name, split))
+        calls.append((path, name, split))
         return [{"question": "1+1?"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     prompts = Dataset(
         "openai/gsm8k", "main", "test", prompt="question", template="Question: {question}\nAnswer:"
     ).prompts()
-    assert asked == [("openai/gsm8k", "main", "test")]
+    assert calls == [("openai/gsm8k", "main", "test")]
     assert prompts == [Prompt("gsm8k/1", "gsm8k", ("Question: 1+1?\nAnswer:",))]

@@ -1,4 +1,4 @@
-"""Runs with a known truth, made without a model: each prompt has an ease of its own, each draft position a chance."""
+"""Synthetic runs with known acceptance probabilities, made without a model."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def config(**changes: Any) -> dict[str, Any]:
 
 
 def synthetic_steps(rng: random.Random, chances: Sequence[float], k: int, is_greedy: bool) -> list[RowStep]:
-    """Steps that write a text whose position t a draft would meet with chances[t], up to the length limit.
+    """Steps of a text that ends at the length limit; a draft token at position t is accepted with chances[t].
 
-    Where greedy, each position is met or not, once and for all, and its overlap is 1 or 0.
+    Where greedy, acceptance is drawn once for each position, and its overlap is 1 or 0.
     """
     if is_greedy:
         chances = [float(rng.random() < chance) for chance in chances]
@@ -98,19 +98,23 @@ def synthetic_run(
     extras: bool = True,
     **changes: Any,
 ) -> Run:
-    """chances: what each position of each text is drawn from; spread: half the width of what a prompt adds to its chances.
-    prompts_seed: of that; seed: of all else. speed: of the target, in both engines. changes: of the config."""
+    """A run of both engines on the same prompts.
+
+    chances: acceptance probabilities, from which one is drawn for each position of each text. spread: each prompt adds a
+    value from -spread … spread to its probabilities. prompts_seed: seeds these values; seed: everything else. speed: of
+    the target, in both engines. extras: with step costs, memory and a sample. changes: of the config, as in config().
+    """
     settings = config(num_draft_tokens=k, repetitions=repetitions, baseline=baseline, **changes)
     is_greedy, length = settings["sampling"]["temperature"] == 0, settings["sampling"]["max_new_tokens"]
     rng = random.Random(seed)
     run = Run(Path(settings["folder"]), Header(PROVENANCE, settings))
     for number in range(prompts):
-        ease = random.Random(f"{prompts_seed}/{number}").uniform(-spread, spread)
+        shift = random.Random(f"{prompts_seed}/{number}").uniform(-spread, spread)
         for repetition in range(repetitions):
-            own = [min(max(rng.choice(chances) + ease, 0.0), 1.0) for _ in range(length)]
-            steps = synthetic_steps(rng, own, k, is_greedy)
+            own_chances = [min(max(rng.choice(chances) + shift, 0.0), 1.0) for _ in range(length)]
+            steps = synthetic_steps(rng, own_chances, k, is_greedy)
             ids = [rng.randrange(1000) for _ in range(length)]
-            common = {
+            shared = {
                 "prompt_id": f"prompt-{number:03}",
                 "task": f"task {'abcdefghijklmnopqrstuvwxyz'[number % tasks]}",
                 "turn": 0,
@@ -122,9 +126,9 @@ def synthetic_run(
                 "ids": ids,
                 "tokens": [f"{token} " for token in ids],
             }
-            run.records.append(_speculative(common, steps, k, speed * rng.uniform(0.95, 1.05)))
+            run.records.append(_speculative(shared, steps, k, speed * rng.uniform(0.95, 1.05)))
             if baseline:
-                run.records.append(_plain(common, length, speed * rng.uniform(0.95, 1.05)))
+                run.records.append(_plain(shared, length, speed * rng.uniform(0.95, 1.05)))
     if extras:
         run.costs = Costs(
             1,
@@ -140,24 +144,24 @@ def synthetic_run(
     return run
 
 
-def _speculative(common: dict[str, Any], steps: list[RowStep], k: int, speed: float) -> Record:
+def _speculative(shared: dict[str, Any], steps: list[RowStep], k: int, speed: float) -> Record:
     draft, target = DRAFT_S * sum(step.drafted for step in steps), STEP_S * len(steps) * (1 + 0.03 * k) / speed
     verify, other = VERIFY_S * len(steps), OTHER_S * len(steps)
     total = PREFILL_S + draft + target + verify + other
     seconds = Seconds(
         total, PREFILL_S + STEP_S, (total - PREFILL_S - STEP_S) / 63, PREFILL_S, draft, target, verify, other
     )
-    call = 2 * int(common["prompt_id"][-3:])
-    return Record(**common, engine=SPECULATIVE, call=call, steps=steps, seconds=seconds)
+    call = 2 * int(shared["prompt_id"][-3:])
+    return Record(**shared, engine=SPECULATIVE, call=call, steps=steps, seconds=seconds)
 
 
-def _plain(common: dict[str, Any], length: int, speed: float) -> Record:
+def _plain(shared: dict[str, Any], length: int, speed: float) -> Record:
     target, other = STEP_S * length / speed, (VERIFY_S + OTHER_S) * length
     total = PREFILL_S + target + other
     seconds = Seconds(total, PREFILL_S + STEP_S, (total - PREFILL_S - STEP_S) / 63, PREFILL_S, 0.0, target, 0.0, other)
-    call = 2 * int(common["prompt_id"][-3:]) + 1
+    call = 2 * int(shared["prompt_id"][-3:]) + 1
     return Record(
-        **common, engine=PLAIN, call=call, steps=[RowStep(0, 0, 0, 1, []) for _ in range(length)], seconds=seconds
+        **shared, engine=PLAIN, call=call, steps=[RowStep(0, 0, 0, 1, []) for _ in range(length)], seconds=seconds
     )
 
 
@@ -168,7 +172,7 @@ def _sample(rng: random.Random) -> Sample:
     for word, origin in zip(text, origins, strict=True):
         top = rng.uniform(0.5, 0.95)
         target = [(word, top), ("other", 1 - top)]
-        draft = [] if origin == "bonus" else [("guess" if origin == "recovered" else word, 0.7), ("other", 0.2)]
+        draft = [] if origin == "bonus" else [("wrong" if origin == "recovered" else word, 0.7), ("other", 0.2)]
         tokens.append(SampleToken(word, origin, target, draft))
     return Sample(
         "prompt-000",
@@ -178,7 +182,7 @@ def _sample(rng: random.Random) -> Sample:
 
 
 def write_run(run: Run, folder: Path) -> Path:
-    """As the run itself would have left it."""
+    """Write the run as specdec experiment does."""
     folder.mkdir(parents=True)
     file = RecordFile(folder / "records.jsonl", run.header)
     for line in (run.costs, run.memory, run.sample, *run.records, *run.failures, *run.skipped):

@@ -23,13 +23,13 @@ def test_pieces_join_to_the_text(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["日本語 é", "x = '🙂'"])
-def test_a_character_of_several_ids_goes_to_the_last_of_them(text: str) -> None:
+def test_a_character_of_several_ids_belongs_to_the_last_one(text: str) -> None:
     ids = TOKENIZER(text).input_ids
     got = pieces(TOKENIZER, ids)
     assert "" in got
     assert "\ufffd" not in "".join(got)
 
 
-def test_a_text_that_breaks_off_within_a_character_is_whole_all_the_same() -> None:
+def test_pieces_join_to_a_text_that_ends_within_a_character() -> None:
     ids = TOKENIZER("a🙂").input_ids[:-1]
     assert "".join(pieces(TOKENIZER, ids)) == TOKENIZER.decode(ids)

@@ -1,4 +1,4 @@
-"""The runs of a report, and what tells one from another."""
+"""The runs of a report, and labels that distinguish them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from typing import Any
 from specdec.core.stats import Choice
 from specdec.drafters.resolve import AUTO
 from specdec.experiments.records import SPECULATIVE, Run, files_of, read_run
-from specdec.experiments.report.figures import COLUMN, Difference, Figures, check_comparable, compare, figures, tally
-from specdec.experiments.report.plots import Measured
+from specdec.experiments.report.compare import Difference, check_comparable, compare_runs
+from specdec.experiments.report.figures import Figures, figures
+from specdec.experiments.report.what_if import Measurement
 
-SHORT = {"num_draft_tokens": "K", "sampling.temperature": "T"}
-OF_NO_ACCOUNT = ("folder", "resume", "name")  # two runs that differ in these alone are of one config
+SHORT_NAMES = {"num_draft_tokens": "K", "sampling.temperature": "T"}
+IGNORED_KEYS = ("folder", "resume", "name")  # runs that differ only in these have the same config
 
 
 @dataclass(frozen=True)
-class Reported:
-    """A run, its figures, and what tells it from the others. measured: the runs of its config with one K, whichever."""
+class RunReport:
+    """A run, its figures, and its label. measurements: of the runs that share its config but for a constant K."""
 
     label: str
     run: Run
     figures: Figures
-    measured: list[Measured]
+    measurements: list[Measurement]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -38,70 +39,61 @@ class Reported:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs of run folders, record files and sweeps' folders, which hold run folders, in the order of their numbers."""
+    """The runs of run folders, record files and sweep folders; those of a sweep in the order of their numbers."""
     runs = []
     for path in paths:
         inner = [] if path.is_file() or files_of(path) else [folder for folder in path.glob("*") if files_of(folder)]
-        runs += [read_run(folder) for folder in sorted(inner, key=_numbered) or [path]]
+        runs += [read_run(folder) for folder in sorted(inner, key=_sweep_order) or [path]]
     return runs
 
 
-def to_report(runs: Sequence[Run]) -> list[Reported]:
+def build_reports(runs: Sequence[Run]) -> list[RunReport]:
+    """A report of each run; raises ValueError where runs can't be compared or have no record."""
     for other in runs[1:]:
         check_comparable(runs[0], other)
-    made = [figures(run) for run in runs]
+    all_figures = [figures(run) for run in runs]
 
-    def measured(run: Run) -> list[Measured]:
+    def measurements(run: Run) -> list[Measurement]:
         return [
-            Measured(int(k), its.metrics["mean_acceptance_length"], its.metrics["speedup"], other is run)
-            for other, its, k in zip(runs, made, map(k_of, runs), strict=True)
-            if other.of(SPECULATIVE) and k != AUTO and not differing_in([run, other]) - {"num_draft_tokens"}
+            Measurement(int(k), its.metrics["mean_acceptance_length"], its.metrics["speedup"], other is run)
+            for other, its, k in zip(runs, all_figures, map(k_of, runs), strict=True)
+            if other.of(SPECULATIVE) and k != AUTO and not differing_keys([run, other]) - {"num_draft_tokens"}
         ]
 
-    return [Reported(label, run, its, measured(run)) for label, run, its in zip(labels(runs), runs, made, strict=True)]
+    return [
+        RunReport(label, run, its, measurements(run))
+        for label, run, its in zip(labels(runs), runs, all_figures, strict=True)
+    ]
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """What each run differs from the others in, or its name."""
+    """The settings in which each run differs from the others; their names where these do not distinguish them."""
+    differing = differing_keys(runs)
+    groups = {
+        group for group in ("target", "drafter", "workload") if differing & {f"{group}._target_", f"{group}.path"}
+    }
+    by_settings = [_settings_label(run, differing, groups) for run in runs]
+    if len(set(by_settings)) == len(runs) and all(by_settings):
+        return by_settings
     names = [str(run.header.config.get("name", run.folder.name)) for run in runs]
-    differing = differing_in(runs)
-    whole = {group for group in ("target", "drafter", "workload") if differing & {f"{group}._target_", f"{group}.path"}}
-    told = []
-    for run in runs:
-        values = run.header.flat()
-        parts = [f"{group} {called(run.header.config[group])}" for group in sorted(whole)]
-        for name in sorted(differing):
-            if name.partition(".")[0] not in whole and name in values:
-                value = values[name]
-                parts.append(f"{SHORT.get(name, name.rpartition('.')[2])}={value}")
-        told.append(", ".join(parts))
-    if len(set(told)) == len(runs) and all(told):
-        return told
-    return (
-        names
-        if len(set(names)) == len(runs)
-        else [f"{name} ({run.folder.name})" for name, run in zip(names, runs, strict=True)]
-    )
+    if len(set(names)) == len(runs):
+        return names
+    return [f"{name} ({run.folder.name})" for name, run in zip(names, runs, strict=True)]
 
 
-def changes_from_first(reported: Sequence[Reported]) -> list[tuple[Reported, dict[str, Difference]]]:
-    return [(one, compare(reported[0].run, one.run)) for one in reported[1:]]
+def changes_from_first(reports: Sequence[RunReport]) -> list[tuple[RunReport, dict[str, Difference]]]:
+    """Each further run with the differences from the first run to it."""
+    return [(report, compare_runs(reports[0].run, report.run)) for report in reports[1:]]
 
 
-def identical(run: Run) -> tuple[int, int]:
-    """Texts that are plain decoding's, of those that are compared: greedy ones with a plain one beside them."""
-    sums = sum(tally(run).values())
-    return int(sums[COLUMN["identical"]]), int(sums[COLUMN["paired"]])  # type: ignore[index]
-
-
-def differing_in(runs: Sequence[Run]) -> set[str]:
-    """Names of what the runs' configs differ in."""
+def differing_keys(runs: Sequence[Run]) -> set[str]:
+    """Full names of the settings in which the runs' configs differ."""
     flat = [run.header.flat() for run in runs]
-    names = {name for values in flat for name in values if name.partition(".")[0] not in OF_NO_ACCOUNT}
+    names = {name for values in flat for name in values if name.partition(".")[0] not in IGNORED_KEYS}
     return {name for name in names if any(values.get(name) != flat[0].get(name) for values in flat)}
 
 
-def called(group: Any) -> str:
+def display_name(group: Any) -> str:
     """A model by its hub id or the end of its path, another object by its class: "prompt lookup"."""
     if not isinstance(group, dict):
         return str(group)
@@ -111,17 +103,18 @@ def called(group: Any) -> str:
 
 
 def k_of(run: Run) -> int | str:
-    """K of a run's steps, or "auto"."""
+    """The configured K, or "auto"."""
     k: int | str = run.header.config["num_draft_tokens"]
     return k if k == AUTO else int(k)
 
 
 def choice_of(run: Run) -> Choice | None:
-    """What the calls of a run with "auto" came to together; the speed that was measured against plain steps, not plain calls."""
-    of_calls = {(r.turn, r.repetition, r.call): r.choice for r in run.of(SPECULATIVE)}
-    choices = [
-        choice for choice in of_calls.values() if choice and choice.predicted_speedup and choice.measured_speedup
-    ]
+    """The choices of K of all calls of a run with "auto", averaged by their steps; None where there is none.
+
+    measured_speedup is over plain steps, not over the calls of the plain engine.
+    """
+    by_call = {(r.turn, r.repetition, r.call): r.choice for r in run.of(SPECULATIVE)}
+    choices = [choice for choice in by_call.values() if choice and choice.predicted_speedup and choice.measured_speedup]
     if not choices:
         return None
     steps = [sum(choice.steps_by_k) for choice in choices]
@@ -139,17 +132,29 @@ def choice_of(run: Run) -> Choice | None:
     )
 
 
-def is_sampled(one: Reported) -> bool:
-    return bool(one.sampling.get("temperature"))
+def is_sampled(report: RunReport) -> bool:
+    return bool(report.sampling.get("temperature"))
 
 
 def is_interrupted(run: Run) -> bool:
+    """Whether the run was cut off in a line, or its processes' files were not merged."""
     return run.torn or any(run.folder.glob("records-*.jsonl"))
 
 
-def is_of_older_format(run: Run) -> bool:
+def has_format_1_counts(run: Run) -> bool:
+    """Whether the run was recorded in format 1, whose counts follow other definitions than the figures here."""
     return run.header.version == 1
 
 
-def _numbered(folder: Path) -> tuple[int, str]:
+def _settings_label(run: Run, differing: set[str], groups: set[str]) -> str:
+    """differing: names of settings. groups: those shown by their display name as a whole."""
+    values = run.header.flat()
+    parts = [f"{group} {display_name(run.header.config[group])}" for group in sorted(groups)]
+    for name in sorted(differing):
+        if name.partition(".")[0] not in groups and name in values:
+            parts.append(f"{SHORT_NAMES.get(name, name.rpartition('.')[2])}={values[name]}")
+    return ", ".join(parts)
+
+
+def _sweep_order(folder: Path) -> tuple[int, str]:
     return (int(folder.name) if folder.name.isdecimal() else 0, folder.name)

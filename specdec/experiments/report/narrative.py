@@ -1,4 +1,4 @@
-"""What figures mean, in sentences: for someone who has never seen the project, and with what must be minded."""
+"""The sentences of a report, for readers who are new to the project."""
 
 from __future__ import annotations
 
@@ -8,247 +8,281 @@ from statistics import median_low
 
 from specdec.drafters.resolve import AUTO
 from specdec.experiments.records import PLAIN, SPECULATIVE, Record, Run
-from specdec.experiments.report.figures import WhatIf, compare
+from specdec.experiments.report.compare import compare_runs
+from specdec.experiments.report.figures import count_identical
+from specdec.experiments.report.formatting import interval, number, plural, with_interval
 from specdec.experiments.report.labels import (
-    Reported,
-    called,
+    RunReport,
     changes_from_first,
     choice_of,
-    identical,
+    display_name,
+    has_format_1_counts,
     is_interrupted,
-    is_of_older_format,
     is_sampled,
     k_of,
 )
-from specdec.experiments.report.plots import interval, number, with_interval
+from specdec.experiments.report.what_if import best_prediction
 
-SLOW = 3  # times what is usual
+SLOW_FACTOR = 3  # a call that takes more than this times the expected seconds is reported
 
 
-def sentence(one: Reported) -> str:
-    """What was measured and what came of it, for someone who has never seen the project."""
-    metrics = one.figures.metrics
-    records = one.run.of(SPECULATIVE)
-    texts = f"{count(len(records or one.run.of(PLAIN)), 'text')} of up to {one.sampling.get('max_new_tokens')} tokens"
+def headline(report: RunReport) -> str:
+    """What was measured and the result, in two sentences."""
+    metrics = report.figures.metrics
+    records = report.run.of(SPECULATIVE)
+    num_texts = plural(len(records or report.run.of(PLAIN)), "text")
+    texts = f"{num_texts} of up to {report.sampling.get('max_new_tokens')} tokens"
     if not records:
         rate = with_interval(metrics["plain_tokens_per_s"])
-        return f"The target model alone wrote {texts} at {rate} tokens a second; nothing was drafted, so nothing was accepted."
-    speed = metrics["speedup"]
-    between = f"95 % interval {interval(speed)}" if speed.low is not None else "one prompt gives no interval"
-    if speed.value is None:
-        rate = with_interval(metrics["tokens_per_s"])
-        came = f"at {rate} tokens a second; plain decoding was not run beside it, so a speedup is not known"
-    elif speed.low is not None and speed.high is not None and speed.low <= 1 <= speed.high:
-        came = f"neither clearly faster nor slower than on its own: {speed.value:.2f} times as fast ({between})"
-    else:
-        came = (
-            f"{speed.value:.2f} times as fast as on its own{', which is slower' if speed.value < 1 else ''} ({between})"
-        )
-    same, paired = identical(one.run)
-    if paired:
-        agreed = "every text is" if same == paired > 1 else "the text is" if same == paired else ""
-        verdict = (
-            f", and {agreed} the same, token for token" if agreed else f", but {paired - same} of {paired} texts differ"
-        )
-    else:
-        verdict = "; texts are sampled, so they are not compared one by one" if is_sampled(one) else ""
-    kept, tokens = metrics["draft_acceptance_rate"].value, metrics["tokens_per_step"].value
-    outcome = (
-        f" {number(kept, '%')} of the guesses were kept, so a step of the target gave {number(tokens)} tokens"
-        " where it gives 1 on its own."
-        if kept is not None
-        else " It never had a guess to offer."
+        return f"The target model alone generated {texts} at {rate} tokens per second, without draft tokens."
+    max_drafted = len(report.figures.histogram) - 1
+    drafting = f" drafting up to {plural(max_drafted, 'token')} per step" if max_drafted else ""
+    return (
+        f"With {drafter_name(report)}{drafting}, the target model generated {texts} {_speed(report)}"
+        f"{_agreement(report)}. {_acceptance(report)}"
     )
-    ahead = len(one.figures.histogram) - 1
-    guessing = f" guessing up to {count(ahead, 'token')} ahead" if ahead else ""
-    return f"With {drafts_with(one)}{guessing}, the target model wrote {texts} {came}{verdict}.{outcome}"
 
 
-def terms(one: Reported) -> list[tuple[str, str]]:
-    k = k_of(one.run)
-    is_model = drafts_with(one) == "a draft model"
+def terms(report: RunReport) -> list[tuple[str, str]]:
+    """Terms of the page with their definitions."""
+    k = k_of(report.run)
+    if drafter_name(report) == "a draft model":
+        drafter = (
+            "Draft model",
+            "a small, fast model that proposes the next tokens; the target verifies them in one pass.",
+        )
+    else:
+        what = f"what proposes the next tokens, here {drafter_name(report)}; the target verifies them in one pass."
+        drafter = ("Drafter", what)
     return [
-        ("Draft model", "a small, fast model that guesses the next tokens; the target checks all of them in one pass.")
-        if is_model
-        else (
-            "Drafter",
-            f"what guesses the next tokens, here {drafts_with(one)}; the target checks all of them in one pass.",
-        ),
-        ("K", f"how many tokens are guessed a step, here {'chosen step by step' if k == AUTO else k}."),
+        drafter,
+        ("K", f"how many tokens are drafted per step, here {'chosen step by step' if k == AUTO else k}."),
         (
             "Acceptance",
-            "how many guesses the target keeps. A wrong one costs time, it never changes what the target says.",
+            "how many draft tokens the target accepts. A rejected one costs time, but does not change the output.",
         ),
     ]
 
 
-def about(one: Reported) -> list[str]:
-    """The run in a few words: models, K, sampling, prompts, machine."""
-    parts = [f"target {called(one.config['target'])}"]
-    if one.run.of(SPECULATIVE):
-        parts.append(f"drafter {called(one.config['drafter'])}")
-    parts += [plan(one), count(one.figures.prompts, "prompt"), count(len(one.figures.tasks), "task")]
-    parts.append(f"batch {one.config.get('batch_size', 1)}")
-    return parts + [
-        str(one.run.header.provenance[name]) for name in ("device", "date") if name in one.run.header.provenance
-    ]
+def about(report: RunReport) -> list[str]:
+    """The run in a few words: models, K, sampling, prompts, device, date."""
+    parts = [f"target {display_name(report.config['target'])}"]
+    if report.run.of(SPECULATIVE):
+        parts.append(f"drafter {display_name(report.config['drafter'])}")
+    parts += [decoding_settings(report), plural(report.figures.prompts, "prompt")]
+    parts += [plural(len(report.figures.tasks), "task"), f"batch size {report.config.get('batch_size', 1)}"]
+    provenance = report.run.header.provenance
+    return parts + [str(provenance[name]) for name in ("device", "date") if name in provenance]
 
 
-def plan(one: Reported) -> str:
-    temperature = one.sampling.get("temperature", 0)
-    return f"K={k_of(one.run)}, {f'sampled at temperature {temperature:g}' if temperature else 'greedy'}"
+def decoding_settings(report: RunReport) -> str:
+    """ "K=4, greedy"."""
+    temperature = report.sampling.get("temperature", 0)
+    return f"K={k_of(report.run)}, {f'sampled at temperature {temperature:g}' if temperature else 'greedy'}"
 
 
-def caveats(one: Reported) -> list[str]:
-    """What a reader must know before trusting the figures."""
-    run, caveats = one.run, []
+def caveats(report: RunReport) -> list[str]:
+    """Limitations of the figures."""
+    run, caveats = report.run, []
     if is_interrupted(run):
-        expected = one.config["workload"].get("limit") if isinstance(one.config["workload"], dict) else None
-        of = f" of at most {expected}" if isinstance(expected, int) else ""
+        caveats.append(_interruption(report))
+    if has_format_1_counts(run):
         caveats.append(
-            f"This run was interrupted: {count(one.figures.prompts, 'prompt')}{of} and {count(len(run.records), 'record')} are"
-            " here. Go on with resume=true and the same folder."
+            f"This run was recorded in format {run.header.version}, whose counts include steps without a draft and"
+            " whose mean acceptance length is 1 + accepted / steps. All figures here are recomputed from its steps with the"
+            " current definitions; reports made by earlier versions of specdec show other values."
         )
-    if is_of_older_format(run):
-        caveats.append(
-            f"This run was recorded in format {run.header.version}, whose counts include steps without a draft and whose mean"
-            " acceptance length was 1 + accepted / steps. All figures here are made of its steps, by today's definitions; reports"
-            " made by an earlier specdec show other values."
-        )
-    if one.figures.prompts == 1:
-        caveats.append("One prompt gives no interval: nothing here says how another prompt would fare.")
+    if report.figures.prompts == 1:
+        caveats.append("A single prompt gives no interval: how the figures vary between prompts is unknown.")
     if run.header.provenance.get("dirty"):
-        caveats.append(
-            "The working tree had changes that its commit does not hold, so the commit alone does not repeat this run."
-        )
+        caveats.append("The working tree had uncommitted changes, so the commit alone does not reproduce this run.")
     processes = run.header.provenance.get("processes", 1)
     if processes > 1:
         caveats.append(
-            f"{processes} processes ran at once: where they shared a machine, each slowed the others' times."
+            f"{processes} processes ran at the same time; where they shared a machine, they slowed each other down."
         )
     if slow := _slow_calls(run.of(SPECULATIVE)) + _slow_calls(run.of(PLAIN)):
         caveats.append(
-            f"{count(slow, 'call')} took more than {SLOW} times what calls of that length take here: the machine was busy with"
-            " something else, so do not lean on the times."
+            f"{plural(slow, 'call')} took more than {SLOW_FACTOR} times the usual time for its length. Other programs"
+            " probably used the machine, so the times are not reliable."
         )
     if run.failures:
-        caveats.append(f"{count(len(run.failures), 'call')} failed, in no figure here; the reasons stand below.")
+        caveats.append(
+            f"{plural(len(run.failures), 'call')} failed; failed calls are in no figure. The reasons are listed below."
+        )
     return caveats
 
 
+def suggestion(report: RunReport) -> str:
+    """Which K is predicted to be fastest, and which others may be as fast within the errors."""
+    predictions, own_k = report.figures.what_if, k_of(report.run)
+    best = best_prediction(predictions)
+    if best is None:
+        return "Step times were not measured, so a speedup cannot be predicted."
+    k, best_speedup = best.num_draft_tokens, with_interval(best.speedup, "×")
+    if (best.speedup.value or 0) <= 1:
+        return f"No K is predicted to be faster than plain decoding; the best, K={k}, reaches {best_speedup}."
+    measured = report.figures.metrics["speedup"].value
+    predicted = next((p.speedup.value for p in predictions if p.num_draft_tokens == own_k), None)
+    error = abs(predicted / measured - 1) if measured and predicted else 0.0
+    if k == own_k and measured:
+        sentences = [
+            f"K={k}, which this run used, is predicted to be fastest: {best_speedup}."
+            f" The measured speedup is {number(measured, '×')}."
+        ]
+    else:
+        sentences = [f"K={k} is predicted to be fastest: {best_speedup}."]
+        if measured and predicted:
+            sentences.append(
+                f"For this run's own K={own_k}, {number(predicted, '×')} is predicted and {number(measured, '×')} was"
+                " measured."
+            )
+    others = [p for p in predictions if p is not best and p.to_best.high is not None]
+    close = [f"K={p.num_draft_tokens}" for p in others if (p.to_best.high or 0) >= 1 - error]
+    if close:
+        sentences.append(f"Within the prediction error and the intervals, {join_words(close)} may be as fast.")
+    elif others:
+        sentences.append("It is faster than every other K by more than the prediction error and the intervals.")
+    elif best.speedup.low is None:
+        sentences.append("A single prompt gives no interval for this.")
+    fastest = max(report.measurements, key=lambda run: run.speedup.value or 0, default=None)
+    if fastest and len(report.measurements) > 1 and fastest.speedup.value:
+        which = "measured runs" if own_k != AUTO else "measured runs with a constant K"
+        sentences.append(
+            f"Of the {which}, K={fastest.num_draft_tokens} was fastest: {with_interval(fastest.speedup, '×')}."
+        )
+    if k == predictions[-1].num_draft_tokens:
+        sentences.append(f"K={k} is the largest K that this run drafted; a larger one may be faster still.")
+    return " ".join(sentences)
+
+
+def auto_k_summary(report: RunReport) -> str:
+    """How K was chosen where it is "auto", "" otherwise."""
+    choice = choice_of(report.run)
+    return f"K was chosen automatically: {choice}, both relative to plain steps." if choice else ""
+
+
+def comparison_notes(reports: Sequence[RunReport]) -> list[tuple[str, str]]:
+    """Sentences about several runs, each with its CSS class on the page: "lead", "about" or "caveat"."""
+    if len(reports) == 1:
+        return []
+    notes = []
+    fastest = max(reports, key=lambda report: report.figures.metrics["speedup"].value or 0)
+    if speedup := fastest.figures.metrics["speedup"].value:
+        close = [
+            report.label
+            for report in reports
+            if report is not fastest and not compare_runs(fastest.run, report.run)["speedup"].is_clear
+        ]
+        lead = f", not clearly faster than {join_words(close)}" if close else ", clearly faster than the others"
+        notes.append(
+            ("lead", f"{fastest.label} has the highest speedup over plain decoding, {number(speedup, '×')}{lead}.")
+        )
+    differences = (
+        f"Differences are relative to {reports[0].label}, on the same prompts, with 95\u00a0% intervals; a difference is"
+        " marked where its interval excludes 0."
+    )
+    notes.append(("about", differences))
+    if any(has_format_1_counts(report.run) for report in reports):
+        notes.append(
+            (
+                "about",
+                "Runs recorded in format 1 are compared with the current definitions, recomputed from their steps.",
+            )
+        )
+    if any(changes["plain_tokens_per_s"].is_clear for _, changes in changes_from_first(reports)):
+        notes.append(
+            (
+                "caveat",
+                "The speed of plain decoding differs between these runs, so the machine's speed did too: compare"
+                " speedups, not times.",
+            )
+        )
+    return notes
+
+
+def skipped_and_failed(run: Run) -> list[str]:
+    """Skipped prompts and failed calls, by reason."""
+    skipped = Counter(line.reason for line in run.skipped)
+    failed = Counter((line.engine, line.error) for line in run.failures)
+    return [
+        *(f"{plural(count, 'prompt')} skipped: “{reason}”" for reason, count in skipped.most_common()),
+        *(f"{plural(count, 'call')} failed, {engine}: “{error}”" for (engine, error), count in failed.most_common()),
+    ]
+
+
+def drafter_name(report: RunReport) -> str:
+    """ "a draft model", "prompt lookup"."""
+    drafter = report.config["drafter"]
+    if isinstance(drafter, dict) and "path" in drafter:
+        return "a draft model"
+    return display_name(drafter)
+
+
+def join_words(words: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def capitalize(text: str) -> str:
+    """With a capital first letter, the rest as it is."""
+    return text[:1].upper() + text[1:]
+
+
+def _speed(report: RunReport) -> str:
+    speedup = report.figures.metrics["speedup"]
+    if speedup.value is None:
+        rate = with_interval(report.figures.metrics["tokens_per_s"])
+        return f"at {rate} tokens per second; plain decoding was not run, so the speedup is unknown"
+    bounds = f"95\u00a0% interval {interval(speedup)}" if speedup.low is not None else "no interval for a single prompt"
+    if speedup.low is not None and speedup.high is not None and speedup.low <= 1 <= speedup.high:
+        return f"at {speedup.value:.2f} times the speed of plain decoding, not clearly faster or slower ({bounds})"
+    slower = ", which is slower" if speedup.value < 1 else ""
+    return f"at {speedup.value:.2f} times the speed of plain decoding{slower} ({bounds})"
+
+
+def _agreement(report: RunReport) -> str:
+    """Whether the texts are identical to plain decoding's."""
+    identical, paired = count_identical(report.run)
+    if not paired:
+        return "; texts are sampled, so they are not compared one by one" if is_sampled(report) else ""
+    if identical < paired:
+        return f", but {paired - identical} of {paired} texts differ"
+    return f", and {'every text' if paired > 1 else 'the text'} is identical, token for token"
+
+
+def _acceptance(report: RunReport) -> str:
+    metrics = report.figures.metrics
+    rate = metrics["draft_acceptance_rate"].value
+    if rate is None:
+        return "The drafter proposed no draft token."
+    return (
+        f"{number(rate, '%')} of the draft tokens were accepted, so each step of the target emitted"
+        f" {number(metrics['tokens_per_step'].value)} tokens on average, where plain decoding emits 1."
+    )
+
+
+def _interruption(report: RunReport) -> str:
+    workload = report.config["workload"]
+    limit = workload.get("limit") if isinstance(workload, dict) else None
+    of_limit = f" of at most {limit}" if isinstance(limit, int) else ""
+    return (
+        f"This run was interrupted after {plural(report.figures.prompts, 'prompt')}{of_limit} and"
+        f" {plural(len(report.run.records), 'record')}. Continue it with resume=true and the same folder."
+    )
+
+
 def _slow_calls(records: Sequence[Record]) -> int:
-    """Calls that took far longer than the medians of the run make of their prompt's and their text's length."""
+    """Calls that took far longer than the run's median seconds per prompt token and per step predict."""
     calls = {(record.turn, record.repetition, record.call): record for record in records if record.ids}.values()
     if not calls:
         return 0
     parts = [
         (r.num_prompt_tokens, r.seconds.prefill_s, len(r.steps), r.seconds.total_s - r.seconds.prefill_s) for r in calls
     ]
-    prompt_s = median_low(seconds / length for length, seconds, _, _ in parts)
-    step_s = median_low(seconds / steps for _, _, steps, seconds in parts)
-    return sum(before + behind > SLOW * (length * prompt_s + steps * step_s) for length, before, steps, behind in parts)
-
-
-def best_of(guesses: Sequence[WhatIf]) -> WhatIf | None:
-    return max(
-        (guess for guess in guesses if guess.speedup.value), key=lambda guess: guess.speedup.value or 0, default=None
+    prompt_token_s = median_low(prefill_s / length for length, prefill_s, _, _ in parts)
+    step_s = median_low(decode_s / steps for _, _, steps, decode_s in parts)
+    return sum(
+        prefill_s + decode_s > SLOW_FACTOR * (length * prompt_token_s + steps * step_s)
+        for length, prefill_s, steps, decode_s in parts
     )
-
-
-def suggestion(one: Reported) -> str:
-    """Which K the figures suggest, and whether that is within noise."""
-    guesses, own = one.figures.what_if, k_of(one.run)
-    best = best_of(guesses)
-    if best is None:
-        return "Step times were not measured, so a speedup cannot be predicted."
-    k, speed = best.num_draft_tokens, with_interval(best.speedup, "×")
-    if (best.speedup.value or 0) <= 1:
-        return f"No K pays here: the best, K={k}, is predicted to reach {speed} of plain decoding's speed."
-    measured = one.figures.metrics["speedup"].value
-    predicted = next((guess.speedup.value for guess in guesses if guess.num_draft_tokens == own), None)
-    off = abs(predicted / measured - 1) if measured and predicted else 0.0
-    if k == own and measured:
-        said = [
-            f"K={k}, which this run used, is predicted to be fastest: {speed}. Measured was {number(measured, '×')}."
-        ]
-    else:
-        said = [f"K={k} is predicted to be fastest: {speed}."]
-        if measured and predicted:
-            told = f"For this run's own K={own} it is {number(predicted, '×')}, where {number(measured, '×')} was measured."
-            said.append(told)
-    rest = [guess for guess in guesses if guess is not best and guess.to_best.high is not None]
-    near = [f"K={guess.num_draft_tokens}" for guess in rest if guess.to_best.high >= 1 - off]  # type: ignore[operator]
-    if near:
-        said.append(f"Within that error and the intervals, {listed(near)} may do as well.")
-    elif rest:
-        said.append("It is ahead of every other K by more than that error and the intervals.")
-    elif best.speedup.low is None:
-        said.append("One prompt cannot tell how sure that is.")
-    fastest = max(one.measured, key=lambda run: run.speedup.value or 0, default=None)
-    if fastest and len(one.measured) > 1 and fastest.speedup.value:
-        runs = "runs here" if own != AUTO else "runs here with one K"
-        told = f"Of the {runs}, K={fastest.num_draft_tokens} was fastest: {with_interval(fastest.speedup, '×')}."
-        said.append(told)
-    if k == guesses[-1].num_draft_tokens:
-        said.append(f"K={k} is the largest that this run drafted: a larger one may be better still.")
-    return " ".join(said)
-
-
-def chosen(one: Reported) -> str:
-    """How K chose itself, "" where it did not."""
-    choice = choice_of(one.run)
-    return f"K chose itself: {choice}, both against plain steps." if choice else ""
-
-
-def compared(reported: Sequence[Reported]) -> list[tuple[str, str]]:
-    """What the comparison comes to, and what to mind: each with the weight that it has on the page."""
-    if len(reported) == 1:
-        return []
-    said = []
-    fastest = max(reported, key=lambda one: one.figures.metrics["speedup"].value or 0)
-    if speed := fastest.figures.metrics["speedup"].value:
-        rivals = [
-            one.label
-            for one in reported
-            if one is not fastest and not compare(fastest.run, one.run)["speedup"].is_clear
-        ]
-        tie = f", not clearly ahead of {listed(rivals)}" if rivals else ", clearly ahead of the others"
-        said.append(("lead", f"Fastest over plain decoding is {fastest.label}, {number(speed, '×')}{tie}."))
-    told = f"Differences are to {reported[0].label}, on the same prompts, with 95 % intervals; a mark stands where one leaves 0 out."
-    said.append(("about", told))
-    if any(is_of_older_format(one.run) for one in reported):
-        older = "Runs of an older record format are compared by today's definitions: the figures of all are made of their steps."
-        said.append(("about", older))
-    if any(changes["plain_tokens_per_s"].is_clear for _, changes in changes_from_first(reported)):
-        told = "Plain decoding ran at other speeds in some of these runs, so the machine did too: compare speedups, not times."
-        said.append(("caveat", told))
-    return said
-
-
-def left_out(run: Run) -> list[str]:
-    """Skipped prompts and failed calls, by reason."""
-    skipped = Counter(line.reason for line in run.skipped)
-    failed = Counter((line.engine, line.error) for line in run.failures)
-    return [
-        *(f"{count(times, 'prompt')} skipped: “{reason}”" for reason, times in skipped.most_common()),
-        *(f"{count(times, 'call')} failed, {engine}: “{error}”" for (engine, error), times in failed.most_common()),
-    ]
-
-
-def drafts_with(one: Reported) -> str:
-    drafter = one.config["drafter"]
-    if isinstance(drafter, dict) and "path" in drafter:
-        return "a draft model"
-    return called(drafter)
-
-
-def count(count: int, what: str) -> str:
-    return f"{count:,} {what}" + ("" if count == 1 else "s")
-
-
-def listed(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
-
-
-def capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
