@@ -56,7 +56,7 @@ def shell_lines() -> list[str]:
 
 # Commands that make an environment are what .ci/run itself runs; the measuring scripts take minutes.
 INSTALLS = ("git clone", "cd ", "make ", "python -m pip", "pip install")
-LONG = ("python scripts/", "PYTHONPATH=.:kernels python scripts/gpu_suite.py")
+LONG = ("python scripts/", "PYTHONPATH=.:kernels python scripts/gpu_suite")
 
 
 @pytest.mark.parametrize("line", [line for line in shell_lines() if not line.startswith((*INSTALLS, *LONG))])
