@@ -425,7 +425,7 @@ def test_a_model_that_cannot_be_planned_runs_all_the_same(tmp_path: Path, monkey
     def refuse(*_: Any, **__: Any) -> Any:
         raise ValueError("only attention can be planned\nmore")
 
-    monkeypatch.setattr("specdec.planning.footprint", refuse)
+    monkeypatch.setattr("specdec.experiments.calibration.measure_footprint", refuse)
     finished = done(small(tmp_path, workload=Stdlib(limit=1)))
     assert finished.memory is not None
     assert (finished.memory.predicted, finished.memory.unplanned) == ({}, "only attention can be planned")
