@@ -1,12 +1,13 @@
-"""Cost of callbacks: of processors that specdec recognizes, against another checkout; of lockstep, against calls without it.
+"""Cost of callbacks: of processors that specdec recognizes, against another checkout; of lockstep, against calls
+without it.
 
     python scripts/bench_callbacks.py --before 3ecb545 --output benchmarks/results/bench_callbacks.json
 
-The embedded pair, greedy. Each checkout runs in a process of its own; they take turns, in random order. The ratio of a round is
-after / before, in steps per second. Processes restart for each block of rounds, since one process is a few per cent faster than
-the next. `before` is a commit, checked out into a temporary folder. Lockstep is measured in this checkout alone: a call with a
-processor that specdec does not recognize, which returns its scores, against the same call without it. Medians of rounds, with a
-95 % interval from a bootstrap over blocks. The last line is one JSON object.
+The embedded pair, greedy. Each checkout runs in a process of its own; they take turns, in random order. The ratio of a
+round is after / before, in steps per second. Processes restart for each block of rounds, since one process is a few per
+cent faster than the next. `before` is a commit, checked out into a temporary folder. Lockstep is measured in this
+checkout alone: a call with a processor that specdec does not recognize, which returns its scores, against the same call
+without it. Medians of rounds, with a 95 % interval from a bootstrap over blocks. The last line is one JSON object.
 """
 
 import argparse
@@ -115,13 +116,13 @@ class Checkout:
 
 
 def summary(blocks: list[list[float]]) -> dict[str, Any]:
-    """The median ratio with its 95 % interval, from a bootstrap over blocks, since each process has a speed of its own."""
+    """The median ratio with its 95 % interval, from a bootstrap over blocks, since processes differ in speed."""
     ratio, interval = median_with_interval(blocks)
     return {"ratio": ratio, "interval": interval, "blocks": blocks}
 
 
 def compare_checkouts(before: Path, args: argparse.Namespace, rng: random.Random) -> list[dict[str, Any]]:
-    """Steps per second of this checkout over those of the other, by kind of call; both restart for each block of rounds."""
+    """Steps per second of this checkout over the other's, by kind of call; both restart for each block of rounds."""
     cases = [(c, b, d, name) for c in (False, True) for b in args.batch for d in DRAFTERS for name in CALLS]
     ratios: dict[Any, list[list[float]]] = {case: [] for case in cases}
     speeds: dict[Any, dict[str, list[float]]] = {case: {"before": [], "after": []} for case in cases}

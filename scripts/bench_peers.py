@@ -1,15 +1,15 @@
 """Compare specdec with transformers and OpenVINO GenAI on one pair, in one run: interleaved, medians, one JSON.
 
     python scripts/bench_peers.py --setup-peers                     # once: OpenVINO GenAI's own virtual environment
-    python scripts/bench_peers.py --pair embedded --quick           # 3 minutes on two cores
-    python scripts/bench_peers.py --pair 200m                       # the embedded pair widened to 201 million parameters
+    python scripts/bench_peers.py --pair embedded --quick           # 3 minutes on two cores python
+    scripts/bench_peers.py --pair 200m                       # the embedded pair widened to 201 million parameters
     python scripts/bench_peers.py --pair folder                     # one of your own: folder/target, folder/draft
 
-All engines get the same prompts, of one length, and write the same number of ids; EOS ids are ignored. Each runtime runs with
-the dtype and the number of threads at which its plain decoding is fastest, each speculative peer with its fastest K, by batch and
-sampling; specdec's draft is in 4 bits, as OpenVINO's is, where that is faster. All of this is measured first and recorded in the
-JSON. specdec runs compiled; compiling itself is not in the figures. Texts are compared with those of the same runtime's first
-engine. How to read the results: benchmarks/README.md.
+All engines get the same prompts, of one length, and write the same number of ids; EOS ids are ignored. Each runtime
+runs with the dtype and the number of threads at which its plain decoding is fastest, each speculative peer with its
+fastest K, by batch and sampling; specdec's draft is in 4 bits, as OpenVINO's is, where that is faster. All of this is
+measured first and recorded in the JSON. specdec runs compiled; compiling itself is not in the figures. Texts are
+compared with those of the same runtime's first engine. How to read the results: benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ DTYPES = ("bfloat16", "float32")
 
 @dataclass(frozen=True)
 class Pair:
-    """Folders of the target in full precision, the draft, and the target in 4 bits (None: it is quantized while loading)."""
+    """Folders of the target in full precision, the draft, and the target in 4 bits (None: quantized while loading)."""
 
     name: str
     target: Path
@@ -183,7 +183,7 @@ def find_pair(name: str, console: Console) -> Pair:
     for role in ("target", "draft"):
         if not (folder / role / "config.json").exists():
             raise ValueError(
-                f"--pair {name}: there is no model in {folder / role}; pairs are embedded, {', '.join(widen_pair.PAIRS)}"
+                f"--pair {name}: no model in {folder / role}; pairs are embedded, {', '.join(widen_pair.PAIRS)}"
             )
     return Pair(folder.name, folder / "target", folder / "draft")
 

@@ -2,8 +2,8 @@
 
     python scripts/bench_timing.py --output benchmarks/results/bench_timing.json
 
-The noise of a machine is larger than the cost, so it is measured in two ways: the median of paired ratios of whole calls, with
-its interval, and the time of the marks alone against a step.
+The noise of a machine is larger than the cost, so it is measured in two ways: the median of paired ratios of whole
+calls, with its interval, and the time of the marks alone against a step.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python scripts/profile_step.py --pair embedded --threads 1
     python scripts/profile_step.py --pair 200m --output benchmarks/results/profile_step-200m.json
 
-Greedy calls are made in three ways. With Stats.timing alone: the parts of a step. With a timer around every module: time within
-it without its submodules, Python included. With torch.profiler: operators and how often they run. The last two slow a step down;
-their shares count, not their times. What prompts take is measured in short calls and subtracted.
+Greedy calls are made in three ways. With Stats.timing alone: the parts of a step. With a timer around every module:
+time within it without its submodules, Python included. With torch.profiler: operators and how often they run. The last
+two slow a step down; their shares count, not their times. What prompts take is measured in short calls and subtracted.
 """
 
 from __future__ import annotations
@@ -195,8 +195,9 @@ def show(report: dict[str, Any]) -> None:
     step_ms = sum(step[name] for name in STEP_PARTS_MS)
     parts = ", ".join(f"{name.removesuffix('_ms')} {step[name]:.2f}" for name in STEP_PARTS_MS)
     console.print(
-        f"{report['pair']} pair, K={report['num_draft_tokens']}, batch {report['batch']}: a step takes {step_ms:.2f} ms for"
-        f" {step['tokens_per_step']:.2f} tokens ({parts}); a call's preparation, prompt and first step {step['prompt_ms']:.0f} ms"
+        f"{report['pair']} pair, K={report['num_draft_tokens']}, batch {report['batch']}: a step takes {step_ms:.2f} ms"
+        f" for {step['tokens_per_step']:.2f} tokens ({parts}); a call's preparation, prompt and first step"
+        f" {step['prompt_ms']:.0f} ms"
     )
     for title, name in (("time in modules, without their submodules", "modules"), ("time in operators", "operators")):
         table = Table(title=title, title_justify="left")

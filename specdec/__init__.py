@@ -60,5 +60,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# specdec.generation imports all that registers 4-bit checkpoints and attention with transformers, which from_pretrained needs
-after_import("transformers.modeling_utils", lambda: import_module("specdec.generation.enable"))
+# from_pretrained reads 4-bit checkpoints: this imports what registers their format and attention with transformers
+after_import("transformers.modeling_utils", lambda: import_module("specdec.generation.enable"), package=__name__)

@@ -1,4 +1,4 @@
-"""The layout of ARCHITECTURE.md: packages import downwards, names are the field's, the wheel ships only what it must."""
+"""The layout of ARCHITECTURE.md: packages import downwards, names are standard terms, the wheel ships what it must."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ NEEDS_EXTRAS = {
 
 # Words that names had before the field's terms replaced them
 PRIVATE_WORDS = {
-    "pace", "experience", "hoped", "outcome", "told", "heard", "hears", "unheard", "settle", "look", "looked", "judge", "seat",
-    "siblings", "lent", "directly", "ordinary", "beside", "wording", "slab", "lap", "laps", "clock", "forerunner",
-    "forerunners", "guess", "room", "rooms", "floor", "floors",
+    "pace", "experience", "hoped", "outcome", "told", "heard", "hears", "unheard", "settle", "look", "looked", "judge",
+    "seat", "siblings", "lent", "directly", "ordinary", "beside", "wording", "slab", "lap", "laps", "clock",
+    "forerunner", "forerunners", "guess", "room", "rooms", "floor", "floors",
 }  # fmt: skip
 PRIVATE_NAMES = {"LARGEST"}
 PRIVATE_MODULES = {"beside", "wording", "reported", "pace"}
@@ -127,7 +127,7 @@ def words(name: str) -> set[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_names_are_the_fields(path: Path) -> None:
+def test_names_are_standard_terms(path: Path) -> None:
     assert path.stem not in PRIVATE_MODULES
     names = defined_names(ast.parse(path.read_text(encoding="utf-8")))
     private = [(line, name) for line, name in sorted(names) if words(name) & PRIVATE_WORDS or name in PRIVATE_NAMES]

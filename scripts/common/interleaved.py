@@ -23,8 +23,9 @@ def interleave(
 ) -> dict[Name, list[Result]]:
     """Call every candidate once a round; its results by name, one for each round.
 
-    candidates: each is called with the round's index, 0 … rounds - 1. The warm_up rounds before them have negative indices, and
-    their results are dropped. rng: draws the order of each round; by default every second round runs in reverse.
+    candidates: each is called with the round's index, 0 … rounds - 1. The warm_up rounds before them have negative
+    indices, and their results are dropped. rng: draws the order of each round; by default every second round runs in
+    reverse.
     on_call: called with the candidate's name and the round's index after each call.
     """
     results: dict[Name, list[Result]] = {name: [] for name in candidates}

@@ -49,7 +49,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, first: Tensor, last: Te
 
 
 def check(suite: Suite) -> list[Row]:
-    """Ragged rows, every second one with a sliding window; a query has the same bits alone, over its own slots, in any row."""
+    """Ragged rows, every second with a sliding window; a query has the same bits alone, over its slots, in any row."""
     width = suite.sizes.width
 
     def make_inputs(batch: int, keys: int) -> tuple:

@@ -52,8 +52,8 @@ def check_case(
 ) -> Row:
     """Compare call(*inputs) with reference(*inputs) on new inputs in new memory; then same_bits(result, *inputs).
 
-    Errors must stay under the bound and of one size, and every result must differ from the one before: a kernel that leaves an
-    old result in place, or reads what another launch left, is right once at most.
+    Errors must stay under the bound and of one size, and every result must differ from the one before: a kernel that
+    leaves an old result in place, or reads what another launch left, is right once at most.
     """
     errors, runs, changes = [], [], True
     for seed in range(suite.sizes.repetitions):

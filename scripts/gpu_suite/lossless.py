@@ -37,7 +37,7 @@ class Writer:
         return output, [row[: row.index(eos) + 1] if eos in row else row for row in rows]
 
     def difference(self, prompts: list[str], index: int, ids: list[int], expected: list[int]) -> Row:
-        """The first position at which a text differs from the plain one, and the margin of plain decoding's best logit there."""
+        """The first position at which a text differs from plain decoding, and the margin of its best logit there."""
         pairs = enumerate(zip(ids, expected, strict=False))
         position = next((i for i, (a, b) in pairs if a != b), min(len(ids), len(expected)))
         output, _ = self.write(prompts, position + 1, output_logits=True)

@@ -37,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available() and not args.dry:
         log(
-            "torch sees no CUDA device here, and this script measures nothing else. Run it on a machine that has one, with a"
-            " CUDA build of torch; or pass --dry, which runs every section on tiny shapes and keeps no figures"
+            "torch sees no CUDA device here, and this script measures nothing else. Run it on a machine that has one,"
+            " with a CUDA build of torch; or pass --dry, which runs every section on tiny shapes and keeps no figures"
         )
         return 2
     suite = Suite(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"), args.dry)

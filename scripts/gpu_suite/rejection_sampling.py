@@ -34,7 +34,7 @@ def without_kernel() -> Any:
 
 
 def random_draft(suite: Suite, batch: int, one_hot: bool) -> tuple:
-    """Arguments of verify. Half of the ids are drawn from q, which is near p; the others are the target's most likely ones."""
+    """Arguments of verify. Half of the ids are drawn from q, which is near p; the others are p's most likely ids."""
     k, vocab = suite.sizes.num_draft_tokens, suite.sizes.vocab_size
     logits = 6 * torch.randn(batch, k + 1, vocab, device=suite.device)
     p = logits.softmax(-1)
@@ -50,7 +50,7 @@ def draft_cases(suite: Suite) -> list[tuple[int, bool]]:
 
 
 def check(suite: Suite) -> list[Row]:
-    """Against specdec.core.verification, which sums in float64; a row alone gets the verdict that it gets in the batch."""
+    """Against specdec.core.verification, which sums in float64; a single row gets its verdict of the batch."""
 
     def same_bits(result: Tensor, *inputs: Tensor | None) -> bool:
         rows = range(len(result))

@@ -17,12 +17,13 @@ from gpu_suite.suite import ROOT, Row, Suite
 from specdec.utils.provenance import provenance
 
 FIGURE = re.compile(
-    r"_us$|gbps$|^ratio|^fraction|^cost|^spread|^seconds$|^worst$|^met$|^launches|^at$|_ms$|^tokens_per_second|^build_s$"
+    r"_us$|gbps$|^ratio|^fraction|^cost|^spread|^seconds$|^worst$|^met$|^launches|^at$|_ms$"
+    r"|^tokens_per_second|^build_s$"
 )  # keys of measured values, which a dry run leaves out
 
 
 def as_written(value: Any, dry: bool, key: str = "") -> Any:
-    """A value as the JSON holds it: floats with four digits, None for NaN and infinity, and for each figure of a dry run."""
+    """A value as the JSON holds it: floats with four digits, None for NaN, infinity and figures of a dry run."""
     if dry and FIGURE.search(key):
         return None
     if isinstance(value, dict):
@@ -80,8 +81,8 @@ def nvidia_smi(properties: Any) -> dict[str, str] | None:
 
 
 COLUMNS = {
-    "checks": {"op": "op", "case": "case", "max_error": "error", "bound": "bound", "stable": "stable", "changes": "changes",
-               "same_bits": "same bits", "ok": "right"},
+    "checks": {"op": "op", "case": "case", "max_error": "error", "bound": "bound", "stable": "stable",
+               "changes": "changes", "same_bits": "same bits", "ok": "right"},
     "w4a16": {"shape": "K->N", "rows": "M", "time_us": "us", "gbps": "GB/s", "fraction_of_copy": "of copy",
               "ratio_to_cublas": "x bf16", "ratio_to_torch_int4": "x int4", "ratio_to_dequantize": "x deq.",
               "cost_in_one_row": "T(M)/T(1)"},
@@ -89,13 +90,15 @@ COLUMNS = {
                     "ratio_to_cublas": "x dense"},
     "attention": {"batch": "batch", "keys": "keys", "time_us": "us", "gbps": "GB/s", "bandwidth_us": "bytes, us",
                   "ratio_to_bandwidth": "ratio", "ratio_to_sdpa": "x sdpa", "ratio_to_sdpa_gqa": "x sdpa gqa"},
-    "rejection": {"batch": "batch", "draft": "draft", "time_us": "us", "torch_us": "torch, us", "ratio_to_torch": "x torch",
-                  "eager_us": "eager, us", "ratio_to_torch_eager": "x torch", "launches": "launches",
+    "rejection": {"batch": "batch", "draft": "draft", "time_us": "us", "torch_us": "torch, us",
+                  "ratio_to_torch": "x torch", "eager_us": "eager, us", "ratio_to_torch_eager": "x torch",
+                  "launches": "launches",
                   "launches_torch": "torch's"},
-    "lossless": {"batch": "batch", "drafter": "drafter", "texts": "texts", "identical": "identical", "accepted": "accepted",
-                 "drafted": "drafted"},
-    "peers": {"batch": "batch", "runtime": "runtime", "engine": "engine", "num_draft_tokens": "K", "tokens_per_second": "tok/s",
-              "ratio_to_baseline": "x plain", "tokens_per_step": "tokens", "draft_ms": "draft", "target_ms": "target",
+    "lossless": {"batch": "batch", "drafter": "drafter", "texts": "texts", "identical": "identical",
+                 "accepted": "accepted", "drafted": "drafted"},
+    "peers": {"batch": "batch", "runtime": "runtime", "engine": "engine", "num_draft_tokens": "K",
+              "tokens_per_second": "tok/s", "ratio_to_baseline": "x plain", "tokens_per_step": "tokens",
+              "draft_ms": "draft", "target_ms": "target",
               "prompt_ms": "prompt", "identical_rows": "same"},
 }  # fmt: skip
 GOAL_STATES = {True: "met", False: "MISSED", None: "not measured"}

@@ -1,4 +1,4 @@
-"""Rows of the tables: a time beside the bytes that had to move and the other candidates' times; a goal and whether it is met."""
+"""Rows of the tables: times with the bytes that had to move and the baselines' times; goals."""
 
 from __future__ import annotations
 

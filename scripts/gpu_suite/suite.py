@@ -67,10 +67,11 @@ class Sizes:
 
 
 DRY_SIZES = Sizes(
-    shapes=((256, 128), (128, 384)), other_shape=(128, 256), rows=(1, 16), checked_rows=(1, 17), width=3, heads=(4, 2, 16),
-    keys=(70, 300), goal_keys=300, attention_batches=(1, 2), vocab_size=5000, rejection_batches=(1, 3), copy_bytes=1 << 16,
-    prompts=2, new_tokens=6, rounds=1, repetitions=2,
-    target_shape=widen_pair.Shape(384, 512, 12, 4, 1, 64, 4200, False), peer_batches=(1, 2), peer_draft_lengths=(1, 3),
+    shapes=((256, 128), (128, 384)), other_shape=(128, 256), rows=(1, 16), checked_rows=(1, 17), width=3,
+    heads=(4, 2, 16), keys=(70, 300), goal_keys=300, attention_batches=(1, 2), vocab_size=5000,
+    rejection_batches=(1, 3), copy_bytes=1 << 16, prompts=2, new_tokens=6, rounds=1, repetitions=2,
+    target_shape=widen_pair.Shape(384, 512, 12, 4, 1, 64, 4200, False), peer_batches=(1, 2),
+    peer_draft_lengths=(1, 3),
     draft_shapes=(("small", widen_pair.Shape(384, 512, 2, 4, 1, 64, 4200, True)),), peer_rounds=1,
 )  # fmt: skip
 
@@ -88,7 +89,8 @@ class Section:
     """A part of the suite, which runs alone.
 
     run: measures; the record of the section, with `failed(reason)` merged in where a check of its own fails.
-    check: compares the kernel that `run` times with a reference, one row a case; where a case fails, `run` is not called.
+    check: compares the kernel that `run` times with a reference, one row a case; where a case fails, `run` is not
+    called.
     packages: that must be installed; where one is missing, the section is skipped.
     """
 
@@ -117,7 +119,7 @@ class Suite:
         return weight_format if self.cuda or weight_format.e2m1 else replace(weight_format, dtype=torch.float16)
 
     def num_copies(self, num_bytes: int) -> int:
-        """How many buffers of a size to cycle through, so that none is cached when its turn comes: over three times the L2."""
+        """The number of buffers of a size to cycle through: over three times the L2, so that none is cached."""
         if self.dry:
             return 2
         return max(2, 1 - (-3 * torch.cuda.get_device_properties(self.device).L2_cache_size // num_bytes))
@@ -146,7 +148,8 @@ class Suite:
             except Exception as error:  # the other kernels are checked all the same
                 traceback.print_exc()
                 self.checks[op] = [{"op": op, "case": f"{type(error).__name__}: {first_line(error)}", "ok": False}]
-            # a kernel that fails its trial is replaced by PyTorch operators, which are right and not what is measured here
+            # a kernel that fails its trial is replaced by PyTorch operators, which are right and not what is measured
+            # here
             unused = [name for (_, name), passed in trial._PASSED.items() if name.startswith(op) and not passed]
             self.checks[op] += [
                 {"op": op, "case": f"{name} is not used on this device", "ok": False} for name in unused

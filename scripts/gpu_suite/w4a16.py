@@ -1,4 +1,4 @@
-"""The 4-bit matmul: every shape and format against float64, then times beside cuBLAS, dequantizing and PyTorch's own op."""
+"""The 4-bit matmul: every shape and format against float64; times against cuBLAS, dequantizing, PyTorch's own op."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REFERENCE_ROWS = 4096  # of W at a time, in float64
 
 
 def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
-    """The op as a model calls it. Without a GPU: the interpreted kernel, in float16, which the interpreter computes rightly."""
+    """The op as a model calls it. Without a GPU: the interpreted kernel, in float16, the dtype that it supports."""
     if x.is_cuda or x.dtype != torch.float16:
         return matmul(x, weight)
     from specdec_kernels.w4a16 import kernel

@@ -44,8 +44,9 @@ class CallResult:
 class StepMeans:
     """Mean times of a call's steps. A step is one forward of the target for the whole batch.
 
-    tokens_per_step: of a row, steps without a draft included. prompt_ms: the call without its steps: preparation, the prompt and
-    the first step. The parts are means over the other steps. verification_ms: None where it is part of other_ms.
+    tokens_per_step: of a row, steps without a draft included. prompt_ms: the call without its steps: preparation, the
+    prompt and the first step. The parts are means over the other steps. verification_ms: None where it is part of
+    other_ms.
     """
 
     tokens_per_step: float
@@ -151,7 +152,7 @@ def stock_lookup(runtime: str, target: PreTrainedModel, threads: int, k: int) ->
 
 @dataclass
 class SpecdecEngine(TransformersEngine):
-    """specdec on a 4-bit target, compiled on a CPU, in CUDA graphs on a GPU. drafter: a model, "prompt_lookup" or "none"."""
+    """specdec, compiled on a CPU, in CUDA graphs on a GPU. drafter: a model, "prompt_lookup" or "none"."""
 
     drafter: PreTrainedModel | str = "none"
     compiled: bool = True

@@ -53,7 +53,7 @@ class Tuning:
 
 
 def run_tasks(engine: Engine, tasks: Sequence[Task]) -> tuple[float, Ids]:
-    """Tokens per second over the tasks, and the ids of all rows; RuntimeError where their number is not what was requested."""
+    """Tokens per second over the tasks, and the ids of all rows; RuntimeError where an engine wrote too few or many."""
     ids: Ids = []
     seconds = 0.0
     with engine.ready():
@@ -63,7 +63,7 @@ def run_tasks(engine: Engine, tasks: Sequence[Task]) -> tuple[float, Ids]:
             lengths = [len(row) for row in result.ids]
             if lengths != [task.new_tokens] * len(task.prompts):
                 raise RuntimeError(
-                    f"{label(engine)} wrote {lengths} ids, requested were {task.new_tokens} for {len(task.prompts)} rows"
+                    f"{label(engine)} wrote {lengths} ids instead of {task.new_tokens} for {len(task.prompts)} rows"
                 )
             ids += result.ids
             seconds += result.seconds

@@ -1,4 +1,4 @@
-"""OpenVINO GenAI in a process of its own: a line of JSON in, a line of JSON out. Runs in the peers' virtual environment."""
+"""OpenVINO GenAI in its own process and virtual environment: a line of JSON in, a line of JSON out."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def generate(pipeline, prompts: list[list[int]], new_tokens: int, sampled: bool,
 
 
 def metrics(results, k: int | None) -> dict:
-    """Seconds in the models' forwards, the prompt's included, the number of steps, and of draft ids accepted in them."""
+    """Seconds of the models' forwards, the prompt's included; the numbers of steps and of accepted draft ids."""
     perf = results.perf_metrics
     steps = len(perf.raw_metrics.token_infer_durations)
     if k is None:

@@ -94,8 +94,9 @@ def plot(results: Sequence[Result], title: str, path: Path) -> None:
         rates = [r["tokens_per_second"] for r in group]
         lows = [r["tokens_per_second"] - min(r["tokens_per_second_rounds"]) for r in group]
         highs = [max(r["tokens_per_second_rounds"]) - r["tokens_per_second"] for r in group]
-        axis.barh(places, rates, xerr=[lows, highs], color=[COLOURS.get(r["runtime"], "#8a8a8a") for r in group], height=0.72,
-                  error_kw={"elinewidth": 1, "ecolor": "#333333"})  # fmt: skip
+        colours = [COLOURS.get(r["runtime"], "#8a8a8a") for r in group]
+        error_bars = {"elinewidth": 1, "ecolor": "#333333"}
+        axis.barh(places, rates, xerr=[lows, highs], color=colours, height=0.72, error_kw=error_bars)
         for place, rate, high in zip(places, rates, highs, strict=True):
             axis.annotate(
                 f"{rate:,.0f}", (rate + high, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9

@@ -47,7 +47,7 @@ class Measurement:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Complete one prompt with three engines, in interleaved rounds, and print the comparison; 1 where greedy texts differ."""
+    """Complete one prompt with three engines, in interleaved rounds, and compare them; 1 where greedy texts differ."""
     if options.prompt is None:
         options.prompt = next(prompt["prompt"] for prompt in embedded.prompts() if prompt["id"] == DEMO_PROMPT)
     dtype = options.dtype or ("float32" if options.device == "cpu" or options.command == "demo" else "auto")

@@ -43,7 +43,7 @@ def conf_dir() -> Path:
 
 
 def main(arguments: list[str]) -> int:
-    """Run hydra on overrides and flags (`-m`, `--cfg job`, …); the exit code: 0, 1 where prompts failed, 2 for bad input."""
+    """Run hydra on overrides and flags (`-m`, `--cfg job`, …): 0, 1 where prompts failed, 2 for bad input."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors are raised here, not printed with a trace
     sys.argv = [sys.argv[0], *arguments]
     try:
@@ -94,10 +94,8 @@ def _task(config: DictConfig) -> None:
         _report([finished], experiment.folder)
     if finished.failures:
         first = finished.failures[0]
-        raise PromptsFailed(
-            f"{len(finished.failures)} of {len(finished.failures) + len(finished.records)} calls failed, the first on {first.prompt_id!r}:"
-            f" {first.error}"
-        )
+        failed, total = len(finished.failures), len(finished.failures) + len(finished.records)
+        raise PromptsFailed(f"{failed} of {total} calls failed, the first on {first.prompt_id!r}: {first.error}")
 
 
 class SweepReport(Callback):

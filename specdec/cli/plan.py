@@ -62,7 +62,10 @@ def run(options: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans of one pair and call. precisions: what is in four bits, arguments of plan_memory by their name in the tables."""
+    """Plans of one pair and call.
+
+    precisions: what is in four bits, as arguments of plan_memory, by its name in the tables.
+    """
 
     target: ModelFootprint
     draft: ModelFootprint | None
@@ -205,7 +208,8 @@ def show(report: dict[str, Any], plans: dict[str, MemoryPlan], console: Console)
     console.print(table)
     share, driver = 1 - FRAGMENTATION, CUDA_CONTEXT_BYTES / GIB
     console.print(
-        f"Usable is {share:.0%} of a card, less {driver} GiB for the CUDA context. Prompts fill the context, text is sampled."
+        f"Usable is {share:.0%} of a card, less {driver} GiB for the CUDA context."
+        " Prompts fill the context, text is sampled."
     )
 
 

@@ -78,8 +78,8 @@ def run(options: argparse.Namespace) -> int:
 def temporary_folder(destination: Path) -> Iterator[Path]:
     """A hidden folder on the destination's disk, removed on exit. Folders that killed runs left are removed first.
 
-    A run holds a lock on a file in its folder until its process ends. So the folders of running processes stay, and so do folders
-    without such a file.
+    A run holds a lock on a file in its folder until its process ends. So the folders of running processes stay, and so
+    do folders without such a file.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     for folder in destination.parent.iterdir():

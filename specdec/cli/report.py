@@ -46,7 +46,7 @@ class Check:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Report runs; 1 where a condition of --fail-if is met. Nothing is written where the runs can't be reported or compared."""
+    """Report runs; 1 where a condition of --fail-if is met. Where runs cannot be compared, nothing is written."""
     conditions = [_condition(text) for text in options.fail_if]
     runs = read_runs([Path(path) for path in options.runs])
     checks = _checks(runs, conditions)

@@ -8,9 +8,9 @@ GIB = 2**30
 MIB = 2**20
 # MiB, as nvidia-smi shows them; drivers and error correction differ a little
 CARDS_MIB = {
-    "RTX 3060 12GB": 12288, "RTX 4070": 12282, "T4": 15360, "RTX 4080": 16376, "A10": 23028, "L4": 23034, "RTX 3090": 24576,
-    "RTX 4090": 24564, "RTX 5090": 32607, "A100 40GB": 40960, "L40S": 46068, "RTX A6000": 49140, "H100": 81559,
-    "A100 80GB": 81920, "H200": 143771, "B200": 183359,
+    "RTX 3060 12GB": 12288, "RTX 4070": 12282, "T4": 15360, "RTX 4080": 16376, "A10": 23028, "L4": 23034,
+    "RTX 3090": 24576, "RTX 4090": 24564, "RTX 5090": 32607, "A100 40GB": 40960, "L40S": 46068, "RTX A6000": 49140,
+    "H100": 81559, "A100 80GB": 81920, "H200": 143771, "B200": 183359,
 }  # fmt: skip
 CUDA_CONTEXT_BYTES = 3 * GIB // 4  # the CUDA context, kernels and cuBLAS' workspace
 FRAGMENTATION = 0.05  # of the card: blocks that the allocator holds and cannot use

@@ -1,8 +1,8 @@
 """The footprint of a model before it is loaded, from its config alone.
 
-A skeleton on the meta device has every shape and no memory. Weights are its tensors, 4-bit ones in the layout of the device's
-kernel; caches are what its forward writes into a `RaggedCache`; activations are what that forward holds. A compiled forward is
-counted as the eager one.
+A skeleton on the meta device has every shape and no memory. Weights are its tensors, 4-bit ones in the layout of the
+device's kernel; caches are what its forward writes into a `RaggedCache`; activations are what that forward holds. A
+compiled forward is counted as the eager one.
 """
 
 from __future__ import annotations
@@ -50,9 +50,11 @@ def measure_footprint(
 ) -> ModelFootprint:
     """Measure a model on meta, from a folder, a hub id (only its config is fetched) or a config.
 
-    dtype: of all but 4-bit weights. device: "cuda", with the Triton kernels, or "cpu", with its own where they have been built.
-    group_size: of 4-bit weights, unless the checkpoint is in four bits already. Raises ValueError, naming the model, where there
-    is no config, where no model can be made of it, and for models whose cache holds more than keys and values by position.
+    dtype: of all but 4-bit weights. device: "cuda", with the Triton kernels, or "cpu", with its own where they have
+    been built.
+    group_size: of 4-bit weights, unless the checkpoint is in four bits already. Raises ValueError, naming the model,
+    where there is no config, where no model can be made of it, and for models whose cache holds more than keys and
+    values by position.
     """
     config, settings, name = _read_config(model)
     with named_errors(f"no memory can be planned for {name}"):
@@ -132,7 +134,7 @@ def _quantized(skeleton: Any, settings: dict[str, Any] | None, group_size: int, 
 
 
 def _saved_by_mxfp4(skeleton: Any) -> int:
-    """Bytes that four bits save in the experts: a code of half a byte a weight, a scale of one byte a group, a codebook."""
+    """Bytes that four bits save in the experts: half a byte a weight, one byte of scale a group, a codebook."""
     experts = [value for name, value in skeleton.named_parameters() if value.ndim == 3 and name.endswith(PROJECTIONS)]
     int4_bytes: int = sum(value.numel() // 2 + value.numel() // MXFP4_GROUP + MXFP4_CODEBOOK_BYTES for value in experts)
     plain_bytes: int = sum(value.nbytes for value in experts)

@@ -1,8 +1,8 @@
 """The bytes of one model's weights, cache and forwards, by batch, window and slots.
 
-The fields of `ModelFootprint` hold what a forward on the meta device shows. Its methods are formulas for the rest: attention,
-whose memory depends on the backend, and logits. Where attention is neither sdpa's nor the fused kernel's, and for MLA on a CPU,
-attention may hold two or three times the stated bytes.
+The fields of `ModelFootprint` hold what a forward on the meta device shows. Its methods are formulas for the rest:
+attention, whose memory depends on the backend, and logits. Where attention is neither sdpa's nor the fused kernel's,
+and for MLA on a CPU, attention may hold two or three times the stated bytes.
 """
 
 from __future__ import annotations
@@ -33,16 +33,19 @@ class AttentionBackend(Enum):
 class ModelFootprint:
     """What one model holds in memory, and the formulas of its forwards.
 
-    plain_bytes: all weights in `dtype`. int4_bytes: with its linear layers in four bits, in the layout of the device's kernel;
-    None where no layer can be. checkpoint_method: the quantization of its checkpoint, None where it has none.
+    plain_bytes: all weights in `dtype`. int4_bytes: with its linear layers in four bits, in the layout of the device's
+    kernel; None where no layer can be. checkpoint_method: the quantization of its checkpoint, None where it has none.
     context: positions that the model supports, None where its config names no limit.
-    layers: (heads, key width, value width) of each layer's cache. slot == position, so sliding layers keep all positions too.
+    layers: (heads, key width, value width) of each layer's cache. slot == position, so sliding layers keep all
+    positions too.
     heads, kv_heads, key_width, value_width: of the attention call; a latent cache (MLA) is expanded before it.
-    position_bytes, slot_bytes: the peak of a forward outside of attention, by position of its window and by slot of the cache.
-    attention_position_bytes, attention_slot_bytes: what it holds when attention is called. Neither counts cache or masks.
+    position_bytes, slot_bytes: the peak of a forward outside of attention, by position of its window and by slot of the
+    cache.
+    attention_position_bytes, attention_slot_bytes: what it holds when attention is called. Neither counts cache or
+    masks.
     is_eager: attention holds its scores [B, H, W, S]. num_masks: one for each kind of layer.
-    has_kernels: attention of a decoding window holds nothing but its result; on a CPU only beside 4-bit layers, where prompts are
-    read by decoding windows too.
+    has_kernels: attention of a decoding window holds nothing but its result; on a CPU only beside 4-bit layers, where
+    prompts are read by decoding windows too.
     tile_weights: the largest number of a 4-bit layer's weights that prefill holds in full precision at a time.
     keeps_last_logits: prefill makes logits of the last position alone.
     """
@@ -80,7 +83,8 @@ class ModelFootprint:
             return self.plain_bytes
         if self.int4_bytes is None:
             raise ValueError(
-                f"no linear layer of {self.name} can be in four bits with this group size; try 32, or plan without 4 bits"
+                f"no linear layer of {self.name} can be in four bits with this group size; try 32, or plan without"
+                " 4 bits"
             )
         return self.int4_bytes
 
@@ -100,7 +104,7 @@ class ModelFootprint:
         return int(mask + max(outside, inside + max(attention, growth_bytes)))
 
     def logits_bytes(self, batch: int, width: int, int4: bool) -> int:
-        """Logits [B, W, V] in the model's dtype and their float32 copy; with 4-bit layers the head works in blocks of rows."""
+        """Logits [B, W, V] in the model's dtype and in float32; with 4-bit layers the head works in blocks of rows."""
         size, rows = self.dtype.itemsize, batch * width
         if not int4:
             return rows * self.vocab_size * (size + 4)

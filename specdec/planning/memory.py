@@ -1,10 +1,12 @@
 """The memory of a call with two models and two caches, before anything is loaded.
 
-    peak = weights + both caches + the most that a phase adds to them: target prefill, draft prefill, drafting, verification
+    peak = weights + both caches + the most that a phase adds to them: target prefill, draft prefill, drafting,
+    verification
 
-Tests require it to be within 5 % of the peak measured on a CPU. Not in it: the CUDA context, the allocator's fragmentation and
-workspaces inside of operators, for which `devices.usable_bytes` leaves a margin; what a logits processor stores; temporary tensors
-of quantizing while loading; what recorded steps keep for each K on a CUDA device, mostly logits and probabilities. The CPU kernels
+Tests require it to be within 5 % of the peak measured on a CPU. Not in it: the CUDA context, the allocator's
+fragmentation and workspaces inside of operators, for which `devices.usable_bytes` leaves a margin; what a logits
+processor stores; temporary tensors of quantizing while loading; what recorded steps keep for each K on a CUDA device,
+mostly logits and probabilities. The CPU kernels
 hold little inside: a layer's inputs once more in float32, and in attention 16 bytes a slot for each thread.
 """
 
@@ -69,8 +71,9 @@ def plan_memory(
 ) -> MemoryPlan:
     """Memory of a call whose longest row ends at `context` positions.
 
-    prompt: tokens of the longest row; None for the most demanding, one that fills the context. sampled: with top-p, whose sorting
-    holds the most of all usual processors; False for greedy, without any. Raises ValueError for values out of range.
+    prompt: tokens of the longest row; None for the most demanding, one that fills the context. sampled: with top-p,
+    whose sorting holds the most of all usual processors; False for greedy, without any. Raises ValueError for values
+    out of range.
     """
     _check(target, context, batch, num_draft_tokens, prompt)
     prompt = context if prompt is None else prompt
@@ -181,7 +184,8 @@ def _slots(prompt: int, context: int, block: int) -> tuple[int, int, int]:
 def _largest(fits: Callable[[int], bool], low: int, high: int, whole_prefill: int) -> int:
     """The largest of low … high that fits, 0 where none does.
 
-    Beyond whole_prefill, prefill runs in chunks and takes less memory, so a larger value may fit where a smaller one does not.
+    Beyond whole_prefill, prefill runs in chunks and takes less memory, so a larger value may fit where a smaller one
+    does not.
     """
     for start, stop in ((max(whole_prefill + 1, low), high), (low, min(whole_prefill, high))):
         if start <= stop and fits(start):

@@ -1,4 +1,4 @@
-"""Memory plans against what real calls hold, and against figures worked out by hand."""
+"""Memory plans against the measured peaks of real calls, and against figures computed by hand."""
 
 from __future__ import annotations
 
@@ -49,11 +49,12 @@ from tests.helpers.families import FAMILIES, family, make_model
 
 PLAIN = Path(__file__).parents[1] / "data" / "target"
 LLAMA_8B = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": False,
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": False,
 }  # fmt: skip
 LLAMA_1B = LLAMA_8B | {
-    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64, "tie_word_embeddings": True,
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
+    "tie_word_embeddings": True,
 }  # fmt: skip
 
 
@@ -142,10 +143,10 @@ def test_the_plan_is_the_measured_peak_where_the_cpu_has_kernels(
 @pytest.mark.usefixtures("on_both_cpus")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attention_of_a_decoding_window_is_in_the_peak(dtype: torch.dtype) -> None:
-    """Few weights in four bits and a short prompt: without a kernel that reads the cache, scores are a fifth of the peak."""
+    """Few 4-bit weights, a short prompt: without a kernel that reads the cache, scores are a fifth of the peak."""
     values = {
-        "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "vocab_size": 101, "max_position_embeddings": 256,
+        "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 101, "max_position_embeddings": 256,
     }  # fmt: skip
     model = make_model("llama", **values).to(dtype)
     with warnings.catch_warnings():
@@ -202,8 +203,8 @@ def test_logits_are_in_the_peak(call: dict[str, Any], dtype: torch.dtype) -> Non
 
 @pytest.mark.usefixtures("on_both_cpus")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_slab_of_weights_is_in_the_peak(dtype: torch.dtype) -> None:
-    """A wide layer, a short prompt: what prefill has in full precision is as much as all the rest; with kernels, nothing."""
+def test_a_tile_of_weights_is_in_the_peak(dtype: torch.dtype) -> None:
+    """A wide layer, a short prompt: prefill holds as much in full precision as all the rest; with kernels, nothing."""
     values = {
         "hidden_size": 256,
         "intermediate_size": 4096,
@@ -249,7 +250,7 @@ def test_weights_and_caches_of_all_families_to_the_byte(model_type: str) -> None
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "gemma3_text", "phi", "gpt2"])
-def test_the_plan_is_the_measured_peak_where_weights_are_nothing_beside_the_rest(model_type: str) -> None:
+def test_the_plan_is_the_measured_peak_where_weights_are_few(model_type: str) -> None:
     """Grouped and single-head keys, experts, several masks, biases: activations and caches make up nine tenths."""
     target, draft = family(model_type), make_model("llama", 1, **FAMILIES["llama"])
     sizes = [
@@ -276,7 +277,7 @@ def test_the_plan_is_the_measured_peak_where_weights_are_nothing_beside_the_rest
 @pytest.mark.usefixtures("on_both_cpus")
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [32, 64, -1])
-def test_four_bits_as_they_lie_in_memory_to_the_byte(group_size: int, symmetric: bool, tmp_path: Path) -> None:
+def test_4_bit_weights_are_counted_to_the_byte(group_size: int, symmetric: bool, tmp_path: Path) -> None:
     values = {
         "hidden_size": 64,
         "intermediate_size": 192,
@@ -310,8 +311,8 @@ def test_four_bits_as_they_lie_in_memory_to_the_byte(group_size: int, symmetric:
         checkpoint_writers.Case("gptq", "mixtral", symmetric=False),
         checkpoint_writers.Case("auto-round", version="gptq"),
         checkpoint_writers.Case(
-            "gptq", layers={"down_proj": {"bits": 8}, "v_proj": {"group_size": 16, "symmetric": False}}, skip=("up_proj",),
-            settings={"dynamic": {
+            "gptq", layers={"down_proj": {"bits": 8}, "v_proj": {"group_size": 16, "symmetric": False}},
+            skip=("up_proj",), settings={"dynamic": {
                 ".*down_proj": {"bits": 8}, ".*v_proj": {"group_size": 16, "sym": False}, "-:.*up_proj": {},
             }},
         ),
@@ -319,7 +320,7 @@ def test_four_bits_as_they_lie_in_memory_to_the_byte(group_size: int, symmetric:
     ],
     ids=lambda case: f"{case.method}-{case.model_type}",
 )  # fmt: skip
-def test_checkpoints_of_others_count_by_their_group_size(case: checkpoint_writers.Case, tmp_path: Path) -> None:
+def test_other_formats_are_counted_by_their_group_size(case: checkpoint_writers.Case, tmp_path: Path) -> None:
     checkpoint_writers.write(tmp_path / "model", case)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -373,14 +374,14 @@ def test_heads_and_widths_as_configs_have_them() -> None:
 
 def test_the_parts_add_up_and_grow() -> None:
     target, draft = pair()
-    made = plan_memory(target, draft, context=8192, batch=4)
-    assert made.total_bytes == sum(vars(made).values())
-    assert made.target_kv_bytes == 4 * 8192 * 131072
-    assert made.draft_kv_bytes == 4 * 8192 * 32768
-    assert made.target_weights_bytes == target.int4_bytes
-    assert made.draft_weights_bytes == draft.plain_bytes
-    assert plan_memory(target, draft, context=8192, batch=4, sampled=False).logits_bytes < made.logits_bytes
-    assert plan_memory(target, draft, context=8192, batch=4, num_draft_tokens=8).logits_bytes > made.logits_bytes
+    planned = plan_memory(target, draft, context=8192, batch=4)
+    assert planned.total_bytes == sum(vars(planned).values())
+    assert planned.target_kv_bytes == 4 * 8192 * 131072
+    assert planned.draft_kv_bytes == 4 * 8192 * 32768
+    assert planned.target_weights_bytes == target.int4_bytes
+    assert planned.draft_weights_bytes == draft.plain_bytes
+    assert plan_memory(target, draft, context=8192, batch=4, sampled=False).logits_bytes < planned.logits_bytes
+    assert plan_memory(target, draft, context=8192, batch=4, num_draft_tokens=8).logits_bytes > planned.logits_bytes
     assert plan_memory(target, draft, context=8192, batch=4, draft_int4=True).draft_weights_bytes == draft.int4_bytes
     assert (
         plan_memory(target, draft, context=8192, batch=4, target_int4=False).target_weights_bytes == target.plain_bytes
@@ -404,8 +405,8 @@ def test_what_fits_a_card_fits_and_one_more_does_not(size: str) -> None:
         assert plan_memory(target, draft, context=context, batch=batch + 1).total_bytes > usable_bytes(card)
 
 
-def test_longer_prompts_may_fit_again_where_prefill_goes_by_chunks() -> None:
-    """8192 squared is the largest mask; behind it prefill takes 1024 positions at a time, so less may not fit where more does."""
+def test_longer_prompts_may_fit_again_where_prefill_runs_in_chunks() -> None:
+    """8192 squared is the largest mask; longer prompts are read in chunks, so more may fit where less does not."""
     target = llama(max_position_embeddings=10000)
     wanted = plan_memory(target, context=9000).total_bytes
     assert plan_memory(target, context=7500).total_bytes > wanted
@@ -424,7 +425,7 @@ def test_the_smallest_card_and_those_that_are_too_small() -> None:
     assert card_bytes("rtx 4090") == 24564 << 20
 
 
-def test_what_cannot_be_planned_is_said(tmp_path: Path) -> None:
+def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
     target = llama()
     with pytest.raises(
         ValueError,
@@ -473,7 +474,7 @@ def test_live_storages_are_counted_once_and_until_they_die() -> None:
     assert live.peak_bytes == 8000
 
 
-def test_what_an_operator_holds_in_between_is_seen() -> None:
+def test_intermediate_tensors_of_an_operator_are_counted() -> None:
     query, mask = torch.randn(1, 2, 64, 16), torch.ones(1, 1, 64, 64, dtype=torch.bool)
     with torch.inference_mode():
         plain = torch.nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=mask)
@@ -521,8 +522,8 @@ def test_the_command_prints_parts_totals_and_cards(
         if len(parts := [part.strip() for part in line.strip("│").split("│")]) == 4
     }
     target, draft = pair()
-    forms: list[dict[str, bool]] = [{"target_int4": False}, {}, {"draft_int4": True}]
-    totals = [plan_memory(target, draft, context=8192, batch=4, **form).total_bytes for form in forms]
+    precisions: list[dict[str, bool]] = [{"target_int4": False}, {}, {"draft_int4": True}]
+    totals = [plan_memory(target, draft, context=8192, batch=4, **precision).total_bytes for precision in precisions]
     assert cells["total"] == [f"{total / GIB:.2f}" for total in totals]
     assert cells["target weights"] == ["14.96", "5.41", "5.41"]
     assert cells["smallest card"] == [smallest_card(total) for total in totals]
@@ -543,7 +544,7 @@ def test_the_command_prints_json(folders: list[str], capsys: pytest.CaptureFixtu
     assert report["cards"][0]["card"] == report["smallest_card"]["both bf16"]
 
 
-def test_the_command_says_what_is_in_four_bits_already_and_what_fits_nowhere(
+def test_the_command_names_4_bit_checkpoints_and_plans_that_fit_no_card(
     folders: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("--target", str(embedded.TARGET), "--draft", str(embedded.DRAFT), "--context", "512") == 0
@@ -583,6 +584,6 @@ def test_the_command_draws(
         (["--card", "abacus"], r"card 'abacus' is unknown"),
     ],
 )
-def test_the_command_refuses_what_cannot_be(folders: list[str], arguments: list[str], message: str) -> None:
+def test_the_command_refuses_impossible_values(folders: list[str], arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(*folders, *arguments)

@@ -31,8 +31,10 @@ IMPORT_TRANSFORMERS = "from transformers import AutoModelForCausalLM\n"
 
 
 @pytest.mark.parametrize("imports", [
-    "import specdec\n" + IMPORT_TRANSFORMERS, IMPORT_TRANSFORMERS + "AutoModelForCausalLM.from_config\nimport specdec\n",
-], ids=["specdec first", "transformers first"])  # fmt: skip
+    "import specdec\n" + IMPORT_TRANSFORMERS,
+    IMPORT_TRANSFORMERS + "AutoModelForCausalLM.from_config\nimport specdec\n",
+    "from specdec.quant import batch_invariant\n" + IMPORT_TRANSFORMERS,
+], ids=["specdec first", "transformers first", "a module of specdec first"])  # fmt: skip
 def test_from_pretrained_reads_4_bits_once_specdec_is_imported(imports: str) -> None:
     run(imports + LOAD)
 
