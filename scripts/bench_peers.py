@@ -1,9 +1,9 @@
 """Compare specdec with transformers and OpenVINO GenAI on one pair, in one run: interleaved, medians, one JSON.
 
-    python scripts/bench_peers.py --setup-peers                     # once: OpenVINO GenAI's own virtual environment
-    python scripts/bench_peers.py --pair embedded --quick           # 3 minutes on two cores python
-    scripts/bench_peers.py --pair 200m                       # the embedded pair widened to 201 million parameters
-    python scripts/bench_peers.py --pair folder                     # one of your own: folder/target, folder/draft
+    python scripts/bench_peers.py --setup-peers              # once: OpenVINO GenAI's own virtual environment
+    python scripts/bench_peers.py --pair embedded --quick    # 3 minutes on two cores
+    python scripts/bench_peers.py --pair 200m                # the embedded pair widened to 201 million parameters
+    python scripts/bench_peers.py --pair folder              # one of your own: folder/target, folder/draft
 
 All engines get the same prompts, of one length, and write the same number of ids; EOS ids are ignored. Each runtime
 runs with the dtype and the number of threads at which its plain decoding is fastest, each speculative peer with its

@@ -6,9 +6,8 @@ differs.
     folder --draft prompt_lookup --dtype bfloat16
 
 Each prompt is completed by transformers' own generate(), by specdec's plain loop, and speculatively. At a first
-difference the
-margin between the two best logits of plain decoding is reported: near zero means that rounding decided, anything else
-is a bug.
+difference the margin between the two best logits of plain decoding is reported: near zero means that rounding decided,
+anything else is a bug.
 """
 
 import argparse

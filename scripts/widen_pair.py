@@ -1,5 +1,4 @@
-"""Widen a trained Llama pair to the shape of a larger one with the same outputs, to time large models without a
-download.
+"""Widen a trained Llama pair to larger shapes with the same outputs, to time large models without a download.
 
     python scripts/widen_pair.py 200m --output build/pairs/200m              # a few seconds on a CPU
     python scripts/widen_pair.py 8b --draft 100m --int4 128 --device cuda --output build/pairs/8b
@@ -7,11 +6,9 @@ download.
 
 Every matrix has its new size, so a step takes as long as one of a model of that shape, while texts and acceptance are
 those of the small pair. The residual stream keeps the small model's h values and holds zeros in the rest of its H, so
-norms divide by a smaller
-root mean square: their weights are scaled by sqrt(h/H), their eps by h/H. New heads and neurons read the stream and
-compute on
-noise, and their output is multiplied by zero: o_proj and down_proj are zero in new rows and columns, embeddings are
-zero in new columns, and all other new values are noise.
+norms divide by a smaller root mean square: their weights are scaled by sqrt(h/H), their eps by h/H. New heads and
+neurons read the stream and compute on noise, and their output is multiplied by zero: o_proj and down_proj are zero in
+new rows and columns, embeddings are zero in new columns, and all other new values are noise.
 """
 
 from __future__ import annotations

@@ -28,15 +28,8 @@ LAYERS = {
     "experiments": 7,
     "cli": 8,
 }
-NEEDS_EXTRAS = {
-    "hydra",
-    "omegaconf",
-    "datasets",
-    "accelerate",
-    "jinja2",
-    "matplotlib",
-    "numpy",
-}  # "experiments" has them
+# packages of the extra "experiments"
+NEEDS_EXTRAS = {"hydra", "omegaconf", "datasets", "accelerate", "jinja2", "matplotlib", "numpy"}
 
 
 # Words that names had before the field's terms replaced them

@@ -5,8 +5,8 @@ TB/s take 0.84 ms, for one row as for six. A kernel is good when it comes close 
 added. So each time is reported with the bytes that had to move and the measured bandwidth of a copy on this device.
 
     PYTHONPATH=.:kernels python scripts/gpu_suite                                # all sections, about 20 minutes
-    PYTHONPATH=.:kernels python scripts/gpu_suite --section correctness w4a16 PYTHONPATH=.:kernels python
-    scripts/gpu_suite --dry                          # tiny shapes, no figures, no GPU needed
+    PYTHONPATH=.:kernels python scripts/gpu_suite --section correctness w4a16
+    PYTHONPATH=.:kernels python scripts/gpu_suite --dry                          # tiny shapes, no figures, no GPU
 
 It needs a CUDA device (compute capability 8.0 or more), torch, triton, transformers and this checkout. A kernel whose
 results are wrong is not timed. Each section is written to one JSON file as it ends, with its time and provenance. Exit

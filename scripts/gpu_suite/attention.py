@@ -1,4 +1,4 @@
-"""Attention of a decoding window over the KV cache: against float64, then times beside sdpa."""
+"""Attention of a decoding window over the KV cache: against float64, then times against sdpa."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def check(suite: Suite) -> list[Row]:
 
 
 def time_window(suite: Suite, batch: int, keys: int) -> Row:
-    """The last positions of full rows, beside sdpa with a mask: as transformers calls it, and with grouped heads."""
+    """The last positions of full rows, against sdpa with a mask: as transformers calls it, and with grouped heads."""
     heads, kv_heads, dim = suite.sizes.heads
     num_bytes = 2 * batch * kv_heads * keys * dim * suite.dtype.itemsize
     copies = [random_states(suite, batch, keys) for _ in range(suite.num_copies(num_bytes))]

@@ -1,4 +1,4 @@
-"""Rejection sampling: verdicts against PyTorch's, then times beside it, in a CUDA graph and launched one by one."""
+"""Rejection sampling: verdicts against PyTorch's, then times against it, in a CUDA graph and launched one by one."""
 
 from __future__ import annotations
 

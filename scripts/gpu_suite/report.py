@@ -16,10 +16,11 @@ import torch
 from gpu_suite.suite import ROOT, Row, Suite
 from specdec.utils.provenance import provenance
 
+# keys of measured values, which a dry run leaves out
 FIGURE = re.compile(
     r"_us$|gbps$|^ratio|^fraction|^cost|^spread|^seconds$|^worst$|^met$|^launches|^at$|_ms$"
     r"|^tokens_per_second|^build_s$"
-)  # keys of measured values, which a dry run leaves out
+)
 
 
 def as_written(value: Any, dry: bool, key: str = "") -> Any:
@@ -36,7 +37,7 @@ def as_written(value: Any, dry: bool, key: str = "") -> Any:
 
 
 def origin(suite: Suite) -> Row:
-    """The provenance of figures. Without git, the digest of the sources stands in for the commit."""
+    """The provenance of figures. Without git, the digest of the sources replaces the commit."""
     try:
         found: Row = provenance(str(suite.device))
     except OSError:  # no git

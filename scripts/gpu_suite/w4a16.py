@@ -128,7 +128,7 @@ def dequantizing(int4: Int4Tensor) -> Int4Linear:
 def time_format(
     suite: Suite, weight_format: WeightFormat, shape: tuple[int, int], rows: Sequence[int], all_baselines: bool
 ) -> list[Row]:
-    """Times of one weight at each number of rows, beside all baselines or cuBLAS alone."""
+    """Times of one weight at each number of rows, against all baselines or cuBLAS alone."""
     k, n = shape
     int4, packed = random_weight(weight_format, k, n, suite.device)
     num_bytes = packed.tiles.nbytes + packed.scale.nbytes

@@ -59,7 +59,7 @@ def total(perf) -> float:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever the libraries print goes to the log
+    os.dup2(2, 1)  # what the libraries print goes to the log
     pipelines: dict = {}
     for line in sys.stdin:
         message = json.loads(line)

@@ -44,8 +44,8 @@ class ModelFootprint:
     attention_position_bytes, attention_slot_bytes: what it holds when attention is called. Neither counts cache or
     masks.
     is_eager: attention holds its scores [B, H, W, S]. num_masks: one for each kind of layer.
-    has_kernels: attention of a decoding window holds nothing but its result; on a CPU only beside 4-bit layers, where
-    prompts are read by decoding windows too.
+    has_kernels: attention of a decoding window holds nothing but its result; on a CPU only in models with 4-bit layers,
+    where prompts are read by decoding windows too.
     tile_weights: the largest number of a 4-bit layer's weights that prefill holds in full precision at a time.
     keeps_last_logits: prefill makes logits of the last position alone.
     """
@@ -108,9 +108,8 @@ class ModelFootprint:
         size, rows = self.dtype.itemsize, batch * width
         if not int4:
             return rows * self.vocab_size * (size + 4)
-        block = (
-            BLOCK if self.device == "cpu" else CUDA_BLOCK
-        )  # the CPU kernel does not pad its last block: up to 7 rows less
+        # the CPU kernel does not pad its last block: up to 7 rows less
+        block = BLOCK if self.device == "cpu" else CUDA_BLOCK
         padded = -(-rows // block) * block
         return self.vocab_size * max(padded * size * (2 if padded > block else 1), padded * size + rows * 4)
 
@@ -135,7 +134,7 @@ class ModelFootprint:
         return AttentionBackend.BLOCKS if on_cpu and int4 else AttentionBackend.SDPA
 
     def _attention_bytes(self, batch: int, width: int, slots: int, int4: bool) -> tuple[int, float]:
-        """The masks of a forward, and what one attention call holds beside its inputs and its result."""
+        """The masks of a forward, and what one attention call holds in addition to its inputs and its result."""
         size, pairs = self.dtype.itemsize, batch * width * slots
         mask = self.num_masks * pairs
         repeated = batch * slots * self.heads * (self.key_width + self.value_width) * size

@@ -6,8 +6,8 @@
 Tests require it to be within 5 % of the peak measured on a CPU. Not in it: the CUDA context, the allocator's
 fragmentation and workspaces inside of operators, for which `devices.usable_bytes` leaves a margin; what a logits
 processor stores; temporary tensors of quantizing while loading; what recorded steps keep for each K on a CUDA device,
-mostly logits and probabilities. The CPU kernels
-hold little inside: a layer's inputs once more in float32, and in attention 16 bytes a slot for each thread.
+mostly logits and probabilities. The CPU kernels hold little inside: a layer's inputs once more in float32, and in
+attention 16 bytes a slot for each thread.
 """
 
 from __future__ import annotations
@@ -164,9 +164,8 @@ def _verification_bytes(row_bytes: int, width: int, head_bytes: int, drafts: boo
         return logits, max(head_bytes, logits)
     held = 2 * logits + 2 * probs  # the last result's logits, scores and draft probabilities; and this draft's
     sorting = 7.5 * logits  # logits, scores, these sorted, their order (int64), its sums, two masks, the result
-    verifying = 3 * logits + max(
-        probs, 6 * row_bytes
-    )  # logits, scores, probabilities; their overlap, or a float64 draw
+    # logits, scores, probabilities; their overlap, or a float64 draw
+    verifying = 3 * logits + max(probs, 6 * row_bytes)
     return held, max(head_bytes, sorting, verifying)
 
 

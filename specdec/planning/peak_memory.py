@@ -54,8 +54,7 @@ class PeakMemory:
     included.
 
     On a CUDA device it is what the allocator had allocated for all threads, without the CUDA context and its reserve.
-    Elsewhere it
-    is the live tensors of this thread, see LiveStorages: those made within the block and the models' own.
+    Elsewhere it is the live tensors of this thread, see LiveStorages: those made within the block and the models' own.
     """
 
     bytes: int

@@ -99,7 +99,7 @@ def ratio(
     placement["has_kernels"] = cpu.load()
     (target, target_size), (draft, draft_size) = loaded(path, **placement), loaded(embedded.DRAFT, **placement)
     ids = torch.randint(3, 4096, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(target.device)
-    specdec.enable(target, draft, compile=False)  # whatever other tests have left on disk
+    specdec.enable(target, draft, compile=False)  # so that files of other tests have no effect
     call = {
         "max_new_tokens": new,
         "num_assistant_tokens": num_draft_tokens,
@@ -226,9 +226,8 @@ def test_a_tile_of_weights_is_in_the_peak(dtype: torch.dtype) -> None:
     if size.has_kernels:
         assert predicted.total_bytes == pytest.approx(peak.bytes, rel=0.01)
     else:
-        assert (
-            peak.bytes <= predicted.total_bytes < 1.12 * peak.bytes
-        )  # which has one activation less while there is a slab
+        # the peak has one activation less while there is a tile
+        assert peak.bytes <= predicted.total_bytes < 1.12 * peak.bytes
 
 
 def test_sampling_without_top_p_takes_no_more_than_planned() -> None:

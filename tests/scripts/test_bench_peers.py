@@ -69,13 +69,13 @@ def test_a_run_ends_with_tables_a_json_and_a_plot(
     found = {(r["batch"], r["sampling"], r["runtime"], r["engine"]) for r in report["results"]}
     for sampling in ("greedy", "sampled"):
         stock = {("transformers", name) for name in ("plain", "assisted", "prompt lookup")}
-        ours = {("specdec", name) for name in ("4-bit, stock loop", "plain", "draft model", "prompt lookup")}
+        own = {("specdec", name) for name in ("4-bit, stock loop", "plain", "draft model", "prompt lookup")}
         assert {
             pair for batch, how, *rest in found if (batch, how) == (1, sampling) for pair in [tuple(rest)]
-        } == stock | ours
+        } == stock | own
         assert {
             pair for batch, how, *rest in found if (batch, how) == (2, sampling) for pair in [tuple(rest)]
-        } == ours | {("transformers", "plain")}
+        } == own | {("transformers", "plain")}
     assert [r["num_draft_tokens"] for r in report["results"] if r["engine"] == "draft model"] == 4 * [1, 2, "auto"]
     for r in report["results"]:
         if r["runtime"] == "specdec" and r["sampling"] == "greedy":
@@ -227,9 +227,8 @@ TASK_SET = TaskSet(batch=2, sampled=False, prompts=[[1, 2], [3, 4], [5, 6], [7, 
 
 
 def test_rates_ratios_and_identical_rows() -> None:
-    baseline = Fake(
-        "a", "plain", [1.0, 1.0, 2.0, 2.0, 4.0, 4.0]
-    )  # two calls a pass: warm-up, then rounds of 2 and 4 s a call
+    # two calls a pass: warm-up, then rounds of 2 and 4 s a call
+    baseline = Fake("a", "plain", [1.0, 1.0, 2.0, 2.0, 4.0, 4.0])
     faster = Fake("b", "plain", [0.5])
     other = Fake("b", "draft", [0.25], num_draft_tokens=3, token_id=8)
     results = compare([baseline, faster, other], TASK_SET, 2, lambda words: None)
