@@ -1,5 +1,4 @@
-"""Cost of callbacks: of processors that specdec recognizes, against another checkout; of lockstep, against calls
-without it.
+"""Cost of callbacks: processors that specdec recognizes, against another checkout; lockstep, against calls without it.
 
     python scripts/bench_callbacks.py --before 3ecb545 --output benchmarks/results/bench_callbacks.json
 

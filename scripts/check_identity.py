@@ -1,9 +1,8 @@
-"""Count the greedy texts that are identical with speculation, on a model's own fast path; exits with 1 where any
-differs.
+"""Count the greedy texts that are identical with speculation, on a model's own fast path; 1 where any differs.
 
-    python scripts/check_identity.py                       # the embedded pair, 200 prompts of 96 tokens, about 12
-    minutes python scripts/check_identity.py --prompts 20 --num-draft-tokens 3 python scripts/check_identity.py --target
-    folder --draft prompt_lookup --dtype bfloat16
+    python scripts/check_identity.py                # the embedded pair, 200 prompts of 96 tokens, about 12 minutes
+    python scripts/check_identity.py --prompts 20 --num-draft-tokens 3
+    python scripts/check_identity.py --target folder --draft prompt_lookup --dtype bfloat16
 
 Each prompt is completed by transformers' own generate(), by specdec's plain loop, and speculatively. At a first
 difference the margin between the two best logits of plain decoding is reported: near zero means that rounding decided,

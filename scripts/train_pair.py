@@ -298,8 +298,8 @@ def record(output: Path, name: str, trainer: Trainer) -> None:
 
 @torch.no_grad()
 def measure(output: Path, name: str, held_out_texts: list[str], device: str) -> dict[str, float]:
-    """Perplexities on held-out text; along the target's own continuations, greedy agreement and expected acceptance at
-    T=1.
+    """Perplexities on held-out text; greedy agreement and expected acceptance (T=1) along the target's own
+    continuations.
 
     name: which target, "target" or "original"; in float32 around the saved weights: what the demo runs.
     """

@@ -91,8 +91,7 @@ def widen(
     int4: Int4Config | None = None,
     on_layer: Callable[[str], None] | None = None,
 ) -> LlamaForCausalLM:
-    """A Llama of that shape with the source's logits; those of new ids are lower by thousands, so they are never
-    chosen.
+    """A Llama of that shape with the source's logits; those of new ids are lower by thousands.
 
     It is built on its device, parameter by parameter. int4: its linear layers are quantized to 4 bits one after the
     other.
@@ -246,8 +245,8 @@ class WidenedParameters:
         return weight
 
     def _head(self) -> Tensor:
-        """After the last norm the constant is SMALL / (the small model's last rms); new ids' logits are lower by LARGE
-        times that.
+        """After the last norm the constant is SMALL / (the small model's last rms); new ids' logits are LARGE times
+        that lower.
 
         With a tied head the other logits are higher by the constant times that: about 1e-6, the same for each.
         """

@@ -77,8 +77,7 @@ def make_engines(
 
 
 def add_bounds(results: Sequence[Row], new_tokens: int) -> None:
-    """Add to each row with a constant K what the cost model allows, from parts timed alone, and the share of time
-    without work.
+    """Add to each row with a constant K what the cost model allows, and the share of time without work.
 
     ratio_bound: tokens per step * T_target(1) / (T_target(K+1) + K T_draft). fraction_idle: of the step of an untimed
     call, what the device did not spend on the draft, the target or the verification.

@@ -50,8 +50,8 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class PeakMemory:
-    """`with PeakMemory(device, *models) as peak: …`, then peak.bytes: the peak within the block, weights of the models
-    included.
+    """`with PeakMemory(device, *models) as peak: …`, then peak.bytes: the peak within the block, with the models'
+    weights.
 
     On a CUDA device it is what the allocator had allocated for all threads, without the CUDA context and its reserve.
     Elsewhere it is the live tensors of this thread, see LiveStorages: those made within the block and the models' own.
