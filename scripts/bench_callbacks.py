@@ -1,12 +1,12 @@
-"""What callbacks cost: calls whose processors specdec knows, against another checkout; and lockstep, against calls without it.
+"""Cost of callbacks: processors that specdec recognizes, against another checkout; lockstep, against calls without it.
 
     python scripts/bench_callbacks.py --before 3ecb545 --output benchmarks/results/bench_callbacks.json
 
-The embedded pair, greedy. Both checkouts run in processes of their own and take turns, a call each, in an order drawn anew; the
-ratio of a round is after / before, in steps per second. They start anew for each block of rounds, since one process is some per
-cent faster than the next whatever it runs. `before` is a commit, checked out into a temporary folder. Lockstep is measured in
-this checkout alone: the same call with a processor that returns its scores, which specdec cannot know to be harmless, and without
-it, in turns. Medians of rounds, with a 95 % interval from blocks drawn anew. One JSON line comes last.
+The embedded pair, greedy. Each checkout runs in a process of its own; they take turns, in random order. The ratio of a
+round is after / before, in steps per second. Processes restart for each block of rounds, since one process is a few per
+cent faster than the next. `before` is a commit, checked out into a temporary folder. Lockstep is measured in this
+checkout alone: a call with a processor that specdec does not recognize, which returns its scores, against the same call
+without it. Medians of rounds, with a 95 % interval from a bootstrap over blocks. The last line is one JSON object.
 """
 
 import argparse
@@ -18,30 +18,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from common.interleaved import interleave, median_with_interval
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 
 ROOT = Path(__file__).parent.parent
-DRAWS = 4000
 DRAFTERS = {"plain": ("none", 1), "draft model K=3": ("model", 3), "prompt lookup K=3": ("prompt_lookup", 3)}
 CALLS: dict[str, dict[str, Any]] = {
     "no processors": {},
     "by the scores": {"suppress_tokens": [3, 4, 5]},
     "by the prefix": {"repetition_penalty": 1.1},
 }
-PROMPTS = 24
+NUM_PROMPTS = 24
 
 
 class Unknown(LogitsProcessor):
-    """Returns its scores. No lambda: transformers asks for the signature of each at each position, which takes 0.3 ms there."""
+    """Returns its scores. Not a lambda, whose signature transformers inspects at each position, which takes 0.3 ms."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return scores
@@ -66,10 +66,10 @@ class Worker:
     def call(
         self, number: int, drafter: str, compile: bool, batch: int, tokens: int, call: dict[str, Any]
     ) -> dict[str, Any]:
-        """Seconds of one call, steps of its loop, and the ids it wrote."""
+        """One call: its seconds, the steps of its loop, and the ids."""
         if self.enabled != (drafter, compile):
-            kind, k = DRAFTERS[drafter]
-            draft: Any = self.draft if kind == "model" else kind
+            name, k = DRAFTERS[drafter]
+            draft: Any = self.draft if name == "model" else name
             self.specdec.enable(self.target, draft, num_draft_tokens=k, compile=compile)
             self.enabled = drafter, compile
         texts = [self.prompts[(number * batch + row) % len(self.prompts)] for row in range(batch)]
@@ -100,13 +100,13 @@ class Checkout:
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, cwd=folder, env=environment, stdin=pipe, stdout=pipe, text=True)
 
-    def call(self, **asked: Any) -> dict[str, Any]:
+    def call(self, **arguments: Any) -> dict[str, Any]:
         assert self.process.stdin
         assert self.process.stdout
-        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.write(json.dumps(arguments) + "\n")
         self.process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
-        return answer
+        result: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return result
 
     def close(self) -> None:
         assert self.process.stdin
@@ -115,74 +115,61 @@ class Checkout:
 
 
 def summary(blocks: list[list[float]]) -> dict[str, Any]:
-    """The median of all rounds' ratios, with a 95 % interval from blocks drawn anew: a process has a pace of its own."""
-    values, chosen = (
-        [np.array(block) for block in blocks],
-        np.random.default_rng(0).integers(len(blocks), size=(DRAWS, len(blocks))),
-    )
-    medians = [np.median(np.concatenate([values[at] for at in draw])) for draw in chosen]
-    low, high = np.quantile(medians, [0.025, 0.975])
-    return {"ratio": float(np.median(np.concatenate(values))), "interval": [float(low), float(high)], "blocks": blocks}
+    """The median ratio with its 95 % interval, from a bootstrap over blocks, since processes differ in speed."""
+    ratio, interval = median_with_interval(blocks)
+    return {"ratio": ratio, "interval": interval, "blocks": blocks}
 
 
-def against(before: Path, args: argparse.Namespace, coins: random.Random) -> list[dict[str, Any]]:
-    """Steps per second of this checkout over those of the other, by kind of call; both start anew for each block of rounds."""
+def compare_checkouts(before: Path, args: argparse.Namespace, rng: random.Random) -> list[dict[str, Any]]:
+    """Steps per second of this checkout over the other's, by kind of call; both restart for each block of rounds."""
     cases = [(c, b, d, name) for c in (False, True) for b in args.batch for d in DRAFTERS for name in CALLS]
     ratios: dict[Any, list[list[float]]] = {case: [] for case in cases}
     speeds: dict[Any, dict[str, list[float]]] = {case: {"before": [], "after": []} for case in cases}
     for block, case in track([*product(range(args.blocks), cases)], "before and after", console=Console(stderr=True)):
         if case == cases[0]:
-            sides = {"before": Checkout(before), "after": Checkout(ROOT)}
-        compile, batch, drafter, name = case
-        ratios[case].append([])
-        for number in range(-1, args.rounds):
-            order = list(sides)
-            coins.shuffle(order)
-            asked = {
-                "drafter": drafter,
-                "compile": compile,
-                "batch": batch,
-                "tokens": args.max_new_tokens,
-                "call": CALLS[name],
-            }
-            place = (block * args.rounds + number) % PROMPTS
-            answers = {side: sides[side].call(number=place, **asked) for side in order}
-            assert answers["before"]["ids"] == answers["after"]["ids"], "the checkouts write different texts"
-            if number < 0:
-                continue
-            speed = {side: answer["steps"] / answer["seconds"] for side, answer in answers.items()}
-            ratios[case][-1].append(speed["after"] / speed["before"])
-            for side in sides:
-                speeds[case][side].append(speed[side])
+            checkouts = {"before": Checkout(before), "after": Checkout(ROOT)}
+        settings = dict(zip(("compile", "batch", "drafter"), case, strict=False)) | {"call": CALLS[case[3]]}
+
+        def run_call(checkout: Checkout, index: int, block: int = block, settings: Any = settings) -> dict[str, Any]:
+            number = (block * args.rounds + index) % NUM_PROMPTS
+            return checkout.call(number=number, tokens=args.max_new_tokens, **settings)
+
+        candidates = {name: partial(run_call, checkout) for name, checkout in checkouts.items()}
+        calls = interleave(candidates, args.rounds, warm_up=1, rng=rng)
+        rates = {name: [call["steps"] / call["seconds"] for call in made] for name, made in calls.items()}
+        for one, other in zip(calls["before"], calls["after"], strict=True):
+            assert one["ids"] == other["ids"], "the checkouts write different texts"
+        ratios[case].append([after / before for before, after in zip(rates["before"], rates["after"], strict=True)])
+        for name, values in rates.items():
+            speeds[case][name] += values
         if case == cases[-1]:
-            for side in sides.values():
-                side.close()
+            for checkout in checkouts.values():
+                checkout.close()
     rows = []
     for case in cases:
         names = dict(zip(("compiled", "batch", "drafter", "call"), case, strict=True))
-        steps = {f"steps_per_second_{side}": statistics.median(values) for side, values in speeds[case].items()}
+        steps = {f"steps_per_second_{name}": statistics.median(values) for name, values in speeds[case].items()}
         rows.append({**names, **summary(ratios[case]), **steps})
     return rows
 
 
-def lockstep(args: argparse.Namespace, coins: random.Random) -> list[dict[str, Any]]:
+def measure_lockstep(args: argparse.Namespace, rng: random.Random) -> list[dict[str, Any]]:
     """Tokens per second with an unknown processor over those without it."""
     worker, rows = Worker(), []
     cases = [(c, b, d) for c in (False, True) for b in (1, 4) for d in DRAFTERS]
     for compile, batch, drafter in track(cases, "lockstep", console=Console(stderr=True)):
-        ratios: list[list[float]] = []
-        steps = {"lockstep": 0, "without": 0}
-        for number in range(-2, args.blocks * args.rounds):
-            calls: dict[str, Any] = {"lockstep": {"logits_processor": [Unknown()]}, "without": {}}
-            order = list(calls)
-            coins.shuffle(order)
-            asked = {"drafter": drafter, "compile": compile, "batch": batch, "tokens": args.max_new_tokens}
-            answers = {kind: worker.call(number=number % PROMPTS, **asked, call=calls[kind]) for kind in order}
-            assert answers["lockstep"]["ids"] == answers["without"]["ids"]
-            if number >= 0:
-                ratios.append([answers["without"]["seconds"] / answers["lockstep"]["seconds"]])
-                for kind in steps:
-                    steps[kind] += answers[kind]["steps"]
+        settings = {"drafter": drafter, "compile": compile, "batch": batch, "tokens": args.max_new_tokens}
+
+        def run_call(processors: list[Any], index: int, settings: Any = settings) -> dict[str, Any]:
+            call = {"logits_processor": processors} if processors else {}
+            return worker.call(number=index % NUM_PROMPTS, call=call, **settings)
+
+        candidates = {"lockstep": partial(run_call, [Unknown()]), "without": partial(run_call, [])}
+        calls = interleave(candidates, args.blocks * args.rounds, warm_up=2, rng=rng)
+        pairs = list(zip(calls["lockstep"], calls["without"], strict=True))
+        assert all(lockstep["ids"] == without["ids"] for lockstep, without in pairs)
+        ratios = [[without["seconds"] / lockstep["seconds"]] for lockstep, without in pairs]
+        steps = {name: sum(call["steps"] for call in made) for name, made in calls.items()}
         rows.append({"compiled": compile, "batch": batch, "drafter": drafter, **summary(ratios), "steps": steps})
     return rows
 
@@ -213,20 +200,20 @@ def main() -> None:
     from specdec.utils.provenance import provenance
 
     origin = provenance("cpu")
-    coins, console = random.Random(0), Console(stderr=True)
+    rng, console = random.Random(0), Console(stderr=True)
     with tempfile.TemporaryDirectory() as folder:
         before = Path(folder) / "before"
         subprocess.run(
             ["git", "worktree", "add", "--detach", "--quiet", str(before), args.before], cwd=ROOT, check=True
         )
         try:
-            checkouts = against(before, args, coins)
+            checkouts = compare_checkouts(before, args, rng)
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(before)], cwd=ROOT, check=True)
-    priced = lockstep(args, coins)
+    lockstep = measure_lockstep(args, rng)
     show(console, f"steps per second over those of {args.before}", checkouts, ("compiled", "batch", "drafter", "call"))
-    show(console, "tokens per second in lockstep over those without it", priced, ("compiled", "batch", "drafter"))
-    result = {"provenance": origin, "before": args.before, "checkouts": checkouts, "lockstep": priced}
+    show(console, "tokens per second in lockstep over those without it", lockstep, ("compiled", "batch", "drafter"))
+    result = {"provenance": origin, "before": args.before, "checkouts": checkouts, "lockstep": lockstep}
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))

@@ -1,11 +1,12 @@
-"""Count the greedy texts that speculation leaves as they are, on a model's own fast path; exits with 1 where any differs.
+"""Count the greedy texts that are identical with speculation, on a model's own fast path; 1 where any differs.
 
-    python scripts/check_identity.py                       # the embedded pair, 200 prompts of 96 tokens, about 12 minutes
+    python scripts/check_identity.py                # the embedded pair, 200 prompts of 96 tokens, about 12 minutes
     python scripts/check_identity.py --prompts 20 --num-draft-tokens 3
     python scripts/check_identity.py --target folder --draft prompt_lookup --dtype bfloat16
 
-Each prompt is completed by transformers' own generate(), by our plain loop, and speculatively. At a first difference the margin
-between the two best logits of plain decoding is told: near zero means that rounding decided, anything else would be a bug.
+Each prompt is completed by transformers' own generate(), by specdec's plain loop, and speculatively. At a first
+difference the margin between the two best logits of plain decoding is reported: near zero means that rounding decided,
+anything else is a bug.
 """
 
 import argparse
@@ -39,23 +40,24 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the JSON there too")
     args = parser.parse_args()
 
-    origin = provenance(args.device) | {"dtype": args.dtype}  # of the code that runs, whatever is committed meanwhile
+    origin = provenance(args.device) | {"dtype": args.dtype}  # before anything runs: commits may follow
     target = load(args.target, args.dtype, args.device)
     draft = args.draft if args.draft in ("prompt_lookup", "none") else load(args.draft, args.dtype, args.device)
     tokenizer = load_tokenizer(args.target)
-    everything = embedded.prompts()
-    prompts = [everything[i * len(everything) // args.prompts] for i in range(min(args.prompts, len(everything)))]
-    ways = {"our plain loop": ("none", 1)} | {f"K={k}": (draft, k) for k in args.num_draft_tokens}
-    divergences: dict[str, list[dict]] = {name: [] for name in ways}
+    all_prompts = embedded.prompts()
+    count = min(args.prompts, len(all_prompts))
+    prompts = [all_prompts[i * len(all_prompts) // args.prompts] for i in range(count)]
+    drafters = {"our plain loop": ("none", 1)} | {f"K={k}": (draft, k) for k in args.num_draft_tokens}
+    divergences: dict[str, list[dict]] = {name: [] for name in drafters}
     for prompt in track(prompts, description=f"{len(prompts)} prompts", console=Console(stderr=True)):
         ids = tokenizer(prompt["prompt"], return_tensors="pt").input_ids.to(args.device)
         expected = generate(target, ids, args.max_new_tokens)
-        for name, (drafter, k) in ways.items():
+        for name, (drafter, k) in drafters.items():
             specdec.enable(target, drafter, num_draft_tokens=k)
-            got = generate(target, ids, args.max_new_tokens)
+            actual = generate(target, ids, args.max_new_tokens)
             specdec.disable(target)
-            if got != expected:
-                divergences[name].append(divergence(target, ids, prompt["id"], got, expected))
+            if actual != expected:
+                divergences[name].append(divergence(target, ids, prompt["id"], actual, expected))
 
     report = {
         "script": "check_identity",
@@ -81,9 +83,11 @@ def generate(target: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int) ->
     return output[0, ids.shape[1] :].tolist()
 
 
-def divergence(target: PreTrainedModel, ids: torch.Tensor, prompt: str, got: list[int], expected: list[int]) -> dict:
-    """Where two texts part, and how near a tie plain decoding was there."""
-    at = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), min(len(got), len(expected)))
+def divergence(target: PreTrainedModel, ids: torch.Tensor, prompt: str, actual: list[int], expected: list[int]) -> dict:
+    """The first position at which two texts differ, and the margin of plain decoding's best logit there."""
+    at = next(
+        (i for i, (a, b) in enumerate(zip(actual, expected, strict=False)) if a != b), min(len(actual), len(expected))
+    )
     output = target.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -98,7 +102,7 @@ def divergence(target: PreTrainedModel, ids: torch.Tensor, prompt: str, got: lis
 
 def show(report: dict) -> None:
     table = Table(title=f"greedy texts of {report['max_new_tokens']} tokens, against transformers' own generate()")
-    for column in ("", "identical", "share", "median margin where they part"):
+    for column in ("", "identical", "share", "median margin where they differ"):
         table.add_column(column, justify="left" if not column else "right")
     for name, count in report["identical"].items():
         margins = [d["margin"] for d in report["divergences"][name]]

@@ -1,12 +1,11 @@
-"""Where the time of specdec's eager step goes, in a pair's modules and operators: what there is to remove.
+"""Profile specdec's eager step: the time in its parts, in the models' modules and in PyTorch operators.
 
     python scripts/profile_step.py --pair embedded --threads 1
     python scripts/profile_step.py --pair 200m --output benchmarks/results/profile_step-200m.json
 
-Greedy calls, three times over. Once watched by Stats.timing alone: the parts of a step as they are. Once with a clock around
-every module: time within it apart from its submodules, Python included. Once with torch.profiler: operators and how often they
-run. The last two are slower than the first; their shares are what counts. What prompts take is measured in short calls and taken
-off.
+Greedy calls are made in three ways. With Stats.timing alone: the parts of a step. With a timer around every module:
+time within it without its submodules, Python included. With torch.profiler: operators and how often they run. The last
+two slow a step down; their shares count, not their times. What prompts take is measured in short calls and subtracted.
 """
 
 from __future__ import annotations
@@ -37,40 +36,40 @@ from specdec.runtime.loading import load, load_tokenizer
 from specdec.utils import embedded
 from specdec.utils.provenance import provenance
 
-PARTS = ("draft_ms", "target_ms", "verification_ms", "other_ms")
-LISTED = 20  # operators
-SHORT = 8  # new ids of a call that is mostly prompt, the draft's included
+STEP_PARTS_MS = ("draft_ms", "target_ms", "verification_ms", "other_ms")
+MIN_SHARE = 0.005  # of the time, for a row of the table
+MAX_OPERATORS = 20  # that are reported
+SHORT_CALL_TOKENS = 8  # new tokens of a call that is mostly prompt, the draft's included
 
 Counts = dict[str, tuple[float, int]]  # ms and calls, by name
 
 
-class ModuleClock:
-    """Seconds within modules of each class, their submodules' apart, and how often they ran."""
+class ModuleTimer:
+    """Seconds within modules of each class, without their submodules, and how often they ran."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.calls: dict[str, int] = defaultdict(int)
-        self.stack: list[float] = []  # seconds in submodules of each module under way
+        self.stack: list[float] = []  # seconds in submodules of each running module
 
     @contextmanager
-    def on(self, seat: str, model: nn.Module) -> Iterator[None]:
+    def on(self, role: str, model: nn.Module) -> Iterator[None]:
         with ExitStack() as stack:
             for module in model.modules():
-                module.forward = self._timed(
-                    f"{seat}: {type(module).__name__}", module.forward
-                )  # a hook takes the stock loop
+                # replaced on the instance, since specdec leaves models with hooks to the stock loop
+                module.forward = self._timed(f"{role}: {type(module).__name__}", module.forward)
                 stack.callback(vars(module).pop, "forward")
             yield
 
     def _timed(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
+            started = time.perf_counter()
             self.stack.append(0.0)
             try:
                 return forward(*args, **kwargs)
             finally:
-                spent = time.perf_counter() - began
+                spent = time.perf_counter() - started
                 self.seconds[name] += spent - self.stack.pop()
                 self.calls[name] += 1
                 if self.stack:
@@ -110,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prompts = [ids[: args.prompt_tokens] for ids in every if len(ids) >= args.prompt_tokens][: args.prompts]
     tasks = [Task(prompts[at : at + args.batch], args.new_tokens) for at in range(0, len(prompts), args.batch)]
     engine = specdec_draft(target, args.threads, draft, args.num_draft_tokens)
-    engine.compiled = False  # else there is no module to put a clock around
+    engine.compiled = False  # compiled, there is no module to time
     report = {
         "script": "profile_step",
         "pair": pair.name,
@@ -126,65 +125,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(engine: Any, tasks: Sequence[Task], target: Any, draft: Any, console: Console) -> dict[str, Any]:
-    """Parts, modules and operators of a step. What prompts take is seen in short calls, and taken off."""
+    """Parts, modules and operators of a step. What prompts take is measured in short calls, and subtracted."""
 
     def write(new_tokens: int) -> int:
-        """All tasks, so far: -> steps."""
+        """Run all tasks with so many new tokens; the number of steps."""
         steps = 0
         for task in tasks:
             engine.generate(replace(task, new_tokens=new_tokens))
             steps += specdec.last_stats(target).num_target_forwards
         return steps
 
-    def clocked(new_tokens: int) -> tuple[int, Counts]:
-        clock = ModuleClock()
-        with clock.on("target", target), clock.on("draft", draft):
-            write(1)  # the first call finds the models changed, and tries them
-            clock.clear()
+    def time_modules(new_tokens: int) -> tuple[int, Counts]:
+        timer = ModuleTimer()
+        with timer.on("target", target), timer.on("draft", draft):
+            write(1)  # the first call tries the models again, since they changed
+            timer.clear()
             steps = write(new_tokens)
-        return steps, {name: (1000 * seconds, clock.calls[name]) for name, seconds in clock.seconds.items()}
+        return steps, {name: (1000 * seconds, timer.calls[name]) for name, seconds in timer.seconds.items()}
 
-    def profiled(new_tokens: int) -> tuple[int, Counts]:
+    def profile_operators(new_tokens: int) -> tuple[int, Counts]:
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             steps = write(new_tokens)
         return steps, {event.key: (event.self_cpu_time_total / 1000, event.count) for event in profiler.key_averages()}
 
-    def by_step(run: Callable[[int], tuple[int, Counts]]) -> dict[str, dict[str, float]]:
-        """ms and calls of each name in a step behind the first ones."""
-        run(SHORT)
-        (few, prompts), (many, all_of_it) = run(SHORT), run(tasks[0].new_tokens)
-        taken = {
+    def per_step(run: Callable[[int], tuple[int, Counts]]) -> dict[str, dict[str, float]]:
+        """ms and calls of each name per step, from the difference of a long and a short call."""
+        run(SHORT_CALL_TOKENS)
+        (short_steps, short), (long_steps, long) = run(SHORT_CALL_TOKENS), run(tasks[0].new_tokens)
+        steps = long_steps - short_steps
+        figures = {
             name: {
-                "ms_per_step": (ms - prompts.get(name, (0, 0))[0]) / (many - few),
-                "calls_per_step": (n - prompts.get(name, (0, 0))[1]) / (many - few),
+                "ms_per_step": (ms - short.get(name, (0, 0))[0]) / steps,
+                "calls_per_step": (n - short.get(name, (0, 0))[1]) / steps,
             }
-            for name, (ms, n) in all_of_it.items()
+            for name, (ms, n) in long.items()
         }
-        return dict(sorted(taken.items(), key=lambda item: -item[1]["ms_per_step"]))
+        return dict(sorted(figures.items(), key=lambda item: -item[1]["ms_per_step"]))
 
     with engine.ready():
         console.print("measuring the parts of a step")
         engine.generate(tasks[0])
-        watched = [engine.steps(task) for task in tasks]
+        steps = [engine.time_steps(task) for task in tasks]
         parts = {
-            name: sum(getattr(one, name) for one in watched) / len(watched)
-            for name in (*PARTS, "prompt_ms", "tokens_per_step")
+            name: sum(getattr(one, name) for one in steps) / len(steps)
+            for name in (*STEP_PARTS_MS, "prompt_ms", "tokens_per_step")
         }
-        console.print("a clock around every module")
-        modules = by_step(clocked)
+        console.print("timing every module")
+        modules = per_step(time_modules)
         console.print("torch.profiler")
-        operators = by_step(profiled)
+        operators = per_step(profile_operators)
     total = {key: sum(operator[key] for operator in operators.values()) for key in ("ms_per_step", "calls_per_step")}
     return {
         "step": parts,
         "modules": modules,
-        "operators": dict(list(operators.items())[:LISTED]),
+        "operators": dict(list(operators.items())[:MAX_OPERATORS]),
         "all_operators": total,
     }
 
 
 def rounded(value: Any) -> Any:
-    """With four decimals, which is more than is known."""
+    """With four decimals, more than measured values are exact to."""
     if isinstance(value, dict):
         return {name: rounded(item) for name, item in value.items()}
     return round(value, 4) if isinstance(value, float) else value
@@ -192,28 +192,29 @@ def rounded(value: Any) -> Any:
 
 def show(report: dict[str, Any]) -> None:
     console, step = Console(width=max(90, Console().width)), report["step"]
-    together = sum(step[name] for name in PARTS)
-    parts = ", ".join(f"{name.removesuffix('_ms')} {step[name]:.2f}" for name in PARTS)
+    step_ms = sum(step[name] for name in STEP_PARTS_MS)
+    parts = ", ".join(f"{name.removesuffix('_ms')} {step[name]:.2f}" for name in STEP_PARTS_MS)
     console.print(
-        f"{report['pair']} pair, K={report['num_draft_tokens']}, batch {report['batch']}: a step takes {together:.2f} ms for"
-        f" {step['tokens_per_step']:.2f} tokens ({parts}); a call's preparation, prompt and first step {step['prompt_ms']:.0f} ms"
+        f"{report['pair']} pair, K={report['num_draft_tokens']}, batch {report['batch']}: a step takes {step_ms:.2f} ms"
+        f" for {step['tokens_per_step']:.2f} tokens ({parts}); a call's preparation, prompt and first step"
+        f" {step['prompt_ms']:.0f} ms"
     )
-    for title, name in (("time in modules, their submodules' apart", "modules"), ("time in operators", "operators")):
+    for title, name in (("time in modules, without their submodules", "modules"), ("time in operators", "operators")):
         table = Table(title=title, title_justify="left")
         table.add_column(name)
         for column in ("ms a step", "share", "calls a step"):
             table.add_column(column, justify="right")
-        whole = (
+        total_ms = (
             sum(row["ms_per_step"] for row in report["modules"].values())
             if name == "modules"
             else report["all_operators"]["ms_per_step"]
         )
         for key, row in report[name].items():
-            if row["ms_per_step"] >= 0.005 * whole:
+            if row["ms_per_step"] >= MIN_SHARE * total_ms:
                 table.add_row(
                     key,
                     f"{row['ms_per_step']:.3f}",
-                    f"{row['ms_per_step'] / whole:.1%}",
+                    f"{row['ms_per_step'] / total_ms:.1%}",
                     f"{row['calls_per_step']:.1f}",
                 )
         console.print(table)

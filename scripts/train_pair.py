@@ -6,13 +6,14 @@
 
 1. `tokenizer`  byte-level BPE of 4096 on the training modules
 2. `original`   the target in full precision: deep and thin, because on a CPU a small model's forward costs by its depth
-3. `draft`      the original's embeddings and its first and last layer, distilled: forward KL to the original's distribution,
-                on library text and on text the original wrote itself (what a draft meets at run time)
-4. `target`     the original in 4 bits, as it ships; its first layer, from which most of the error would come, stays as it is
+3. `draft`      the original's embeddings and its first and last layer, distilled: forward KL to the original's
+                distribution, on library text and on text that the original generated (what a draft sees at run time)
+4. `target`     the original in 4 bits, as it ships; the first layer, which would cause most of the error, is kept
 5. `card`       perplexities, agreement along the target's greedy output, expected acceptance, on held-out modules
 
 Some modules (and their tests) are held out; prompts cut from them ship as `prompts.jsonl`, so that runs compare across
-Python versions. Schedules run on the clock: a slower machine sees fewer tokens and still ends with a decayed learning rate.
+Python versions. Schedules follow wall time: a slower machine trains on fewer tokens and still ends with a decayed
+learning rate.
 """
 
 import argparse
@@ -41,8 +42,9 @@ CONTEXT = 1024
 LENGTH = 512  # tokens a training window; the target's first part trains on half of that, which is faster
 TOKENS_PER_STEP = 4096
 HELD_OUT = (
-    "argparse", "bisect", "calendar", "contextlib", "csv", "fractions", "graphlib", "heapq", "imaplib", "mailbox", "nntplib",
-    "queue", "sched", "shelve", "shlex", "statistics", "string", "textwrap", "timeit", "wave", "xdrlib", "zipapp",
+    "argparse", "bisect", "calendar", "contextlib", "csv", "fractions", "graphlib", "heapq", "imaplib", "mailbox",
+    "nntplib", "queue", "sched", "shelve", "shlex", "statistics", "string", "textwrap", "timeit", "wave",
+    "xdrlib", "zipapp",
 )  # fmt: skip
 # Generated tables and near-copies of other text: they teach a small model nothing.
 LEFT_OUT = (
@@ -151,7 +153,7 @@ class Windows:
 
 
 class Trainer:
-    """Muon for the matrices, AdamW for embeddings and norms; warm-up, hold, then linear decay to 0, on the clock."""
+    """Muon for matrices, AdamW for embeddings and norms; warm-up, constant, then linear decay to 0, by wall time."""
 
     def __init__(self, model: LlamaForCausalLM, minutes: float, lr: float):
         matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -165,7 +167,7 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """Share of the time that has passed; the clock starts after the first step, which compiles."""
+        """Share of the time that has passed since the first step, which compiles."""
         return 0.0 if self.steps == 0 else (time.monotonic() - self.started) / self.seconds
 
     def step(self, loss: Tensor, num_tokens: int) -> None:
@@ -227,8 +229,8 @@ def train_target(stream: Tensor, output: Path, args: argparse.Namespace) -> None
 
 
 @torch.no_grad()
-def self_written(target: LlamaForCausalLM, windows: Windows, minutes: float) -> Tensor:
-    """Texts the target wrote itself from training prompts, half greedy, half sampled at T=1: ids [N, length + 1]."""
+def generate_texts(target: LlamaForCausalLM, windows: Windows, minutes: float) -> Tensor:
+    """Texts that the target generates from training prompts, half greedy, half sampled at T=1: ids [N, length + 1]."""
     texts, started = [], time.monotonic()
     while not texts or time.monotonic() - started < minutes * 60:
         prompts = next(windows)[:, :64]
@@ -242,7 +244,7 @@ def self_written(target: LlamaForCausalLM, windows: Windows, minutes: float) -> 
                 min_length=windows.length + 1,
             )
         )
-        print(f"  self-written: {sum(t.numel() for t in texts) / 1e3:.0f}k tokens", flush=True)
+        print(f"  generated: {sum(t.numel() for t in texts) / 1e3:.0f}k tokens", flush=True)
     return torch.cat(texts)
 
 
@@ -257,7 +259,7 @@ def train_draft(stream: Tensor, output: Path, args: argparse.Namespace) -> None:
     draft.model.layers[1].load_state_dict(target.model.layers[-1].state_dict())
     print(f"draft: {draft.num_parameters() / 1e6:.2f}M parameters, {args.draft_minutes:g} minutes", flush=True)
 
-    own = self_written(
+    own = generate_texts(
         target, Windows(stream, 320, args.device, seed=3, tokens=128 * 320), minutes=0.15 * args.draft_minutes
     )
     own_windows = Windows(own.flatten().cpu(), LENGTH, args.device, seed=5)
@@ -281,7 +283,7 @@ def train_draft(stream: Tensor, output: Path, args: argparse.Namespace) -> None:
 
 
 def record(output: Path, name: str, trainer: Trainer) -> None:
-    """What a training run was, for the card."""
+    """Write the figures of a training run, for the card."""
     facts = {
         "minutes": round(trainer.seconds / 60, 1),
         "tokens": trainer.tokens,
@@ -296,7 +298,8 @@ def record(output: Path, name: str, trainer: Trainer) -> None:
 
 @torch.no_grad()
 def measure(output: Path, name: str, held_out_texts: list[str], device: str) -> dict[str, float]:
-    """Perplexities on held-out text; along the target's own continuations, greedy agreement and expected acceptance at T=1.
+    """Perplexities on held-out text; greedy agreement and expected acceptance (T=1) along the target's own
+    continuations.
 
     name: which target, "target" or "original"; in float32 around the saved weights: what the demo runs.
     """
@@ -371,8 +374,8 @@ ROLES = {
     "original": ("The model that the embedded target was quantized from.", "bfloat16"),
     "target": (
         "The model whose distribution counts.",
-        "linear layers in 4 bits, but for the first layer's; those, the embeddings and the norms in bfloat16. Made of the"
-        f" original by\n`specdec quantize ORIGINAL TARGET {' '.join(QUANTIZATION)}`",
+        "linear layers in 4 bits, but for the first layer's; those, the embeddings and the norms in bfloat16. Made of"
+        f" the original by\n`specdec quantize ORIGINAL TARGET {' '.join(QUANTIZATION)}`",
     ),
     "draft": ("Distilled from the target's original, to propose for it.", "bfloat16"),
 }

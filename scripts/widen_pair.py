@@ -1,14 +1,14 @@
-"""Widen a trained Llama pair to the shape of a larger one that writes the same text: what large models cost, without a download.
+"""Widen a trained Llama pair to larger shapes with the same outputs, to time large models without a download.
 
     python scripts/widen_pair.py 200m --output build/pairs/200m              # a few seconds on a CPU
     python scripts/widen_pair.py 8b --draft 100m --int4 128 --device cuda --output build/pairs/8b
     python scripts/widen_pair.py 1b --target num_hidden_layers=4 --draft 10m vocab_size=128256 --output build/pairs/own
 
-Every matrix gets its new size, so a step costs what a model of that shape costs, while texts and acceptance stay those of the
-small pair. The residual stream keeps the small model's h values and carries zeros in the rest of its H, so norms divide by a
-smaller root mean square: their weights take sqrt(h/H), their eps h/H. All that is new reads the stream and computes on noise, and
-what it would write is multiplied by zero. So o_proj and down_proj are zero where they add nothing, embeddings are in the new
-columns, and all else is noise.
+Every matrix has its new size, so a step takes as long as one of a model of that shape, while texts and acceptance are
+those of the small pair. The residual stream keeps the small model's h values and holds zeros in the rest of its H, so
+norms divide by a smaller root mean square: their weights are scaled by sqrt(h/H), their eps by h/H. New heads and
+neurons read the stream and compute on noise, and their output is multiplied by zero: o_proj and down_proj are zero in
+new rows and columns, embeddings are zero in new columns, and all other new values are noise.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from specdec.utils import embedded
 
 ROOT = Path(__file__).resolve().parent.parent
 ORIGINAL = ROOT / "tests" / "data" / "target"  # the embedded target before it was quantized
-ROTARY_TYPES = ("default", "linear", "llama3")  # whose frequencies do not depend on the head's width
-SMALL, LARGE = 2.0**-10, 2.0**26  # what keeps new ids from being chosen, see Widened._head
+ROTARY_TYPES = ("default", "linear", "llama3")  # frequencies that do not depend on the head's width
+SMALL, LARGE = 2.0**-10, 2.0**26  # they keep new ids from being chosen, see WidenedParameters._head
 
 
 @dataclass(frozen=True)
@@ -93,35 +93,37 @@ def widen(
     int4: Int4Config | None = None,
     on_layer: Callable[[str], None] | None = None,
 ) -> LlamaForCausalLM:
-    """A Llama of that shape with the source's logits; ids that the source lacks get thousands less and are never chosen.
+    """A Llama of that shape with the source's logits; those of new ids are lower by thousands.
 
-    It is built on its device, parameter by parameter. int4: its linear layers go straight to 4 bits, one after the other.
-    on_layer: called with the name of each decoder layer done, or each linear layer where int4 is given. In bfloat16 the source's
-    own rounding is all there is where H/h is a power of 4 and so is the growth of the heads' width; else norms and queries are
+    It is built on its device, parameter by parameter. int4: its linear layers are quantized to 4 bits one after the
+    other.
+    on_layer: called with the name of each finished decoder layer, or linear layer where int4 is given. In bfloat16
+    nothing is rounded again where H/h and the ratio of the heads' widths are powers of 4; else norms and queries are
     rounded once more.
     """
-    widened = Widened(source, shape, torch.device(device), dtype)
+    parameters = WidenedParameters(source, shape, torch.device(device), dtype)
     with torch.device("meta"):
-        model = LlamaForCausalLM(widened.config).to(dtype)
+        model = LlamaForCausalLM(parameters.config).to(dtype)
     with torch.device(device):
-        model.model.rotary_emb = type(model.model.rotary_emb)(widened.config)
+        model.model.rotary_emb = type(model.model.rotary_emb)(parameters.config)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="specdec keeps in full precision")  # the head, as always
-        later = set() if int4 is None else {f"{layer}.weight" for layer in layers_to_quantize(model, int4)}
+        warnings.filterwarnings("ignore", message="specdec keeps in full precision")  # of the head
+        quantized = set() if int4 is None else {f"{layer}.weight" for layer in layers_to_quantize(model, int4)}
         for name, _ in list(model.named_parameters()):  # a tied head is named once, as the embedding
-            if name not in later:
+            if name not in quantized:
                 module, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(module), leaf, nn.Parameter(widened.parameter(name), requires_grad=False))
+                parameter = nn.Parameter(parameters.parameter(name), requires_grad=False)
+                setattr(model.get_submodule(module), leaf, parameter)
                 if on_layer is not None and int4 is None and name.endswith("post_attention_layernorm.weight"):
                     on_layer(module)
         model.tie_weights()
         if int4 is not None:
-            quantize_from(lambda layer: widened.parameter(f"{layer}.weight"), model, int4, on_layer=on_layer)
+            quantize_from(lambda layer: parameters.parameter(f"{layer}.weight"), model, int4, on_layer=on_layer)
     model.generation_config = copy.deepcopy(source.generation_config)
     return model.eval()
 
 
-class Widened:
+class WidenedParameters:
     """Makes the parameters of a widened model, one at a time."""
 
     def __init__(self, source: LlamaForCausalLM, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
@@ -133,7 +135,7 @@ class Widened:
         self.device, self.dtype = device, dtype
         self.generator = torch.Generator(device).manual_seed(0)
         eps, h = source.config.rms_norm_eps, self.small.hidden_size
-        # New ids need logits that never win, so one column of the stream holds a constant, whose square eps gives up.
+        # New ids need low logits, so one column of the stream holds a constant; eps is reduced by its square.
         self.constant = (
             2.0 ** math.floor(math.log2(math.sqrt(eps * h / 2))) if shape.vocab_size > self.small.vocab_size else 0.0
         )
@@ -142,38 +144,37 @@ class Widened:
 
     def parameter(self, name: str) -> Tensor:
         """A parameter of the widened model, by its full name."""
-        kind = name.split(".")[-2]
-        if kind == "embed_tokens":
+        module = name.split(".")[-2]
+        if module == "embed_tokens":
             return self._embedding()
-        if kind == "lm_head":
+        if module == "lm_head":
             return self._head()
-        if kind.endswith("norm") or "layernorm" in kind:
+        if module.endswith("norm") or "layernorm" in module:
             return self._norm(name)
-        shape, rows, columns = self._places(kind)
+        shape, rows, columns = self._positions(module)
         source = self.weights.get(name)
-        if kind in ("o_proj", "down_proj"):
+        if module in ("o_proj", "down_proj"):
             weight = torch.zeros(shape, device=self.device, dtype=self.dtype)
         else:
             weight = self._noise(shape, like=self.weights[f"model.layers.0.{'.'.join(name.split('.')[3:])}"])
         if source is None:  # a layer that the source lacks
             return weight
-        if kind == "q_proj":
-            source = source * math.sqrt(
-                self.large.head_dim / self.small.head_dim
-            )  # scores are divided by the root of the width
+        if module == "q_proj":
+            # scores are divided by the root of the head's width
+            source = source * math.sqrt(self.large.head_dim / self.small.head_dim)
             old_heads = (rows // self.large.head_dim).unique()[:, None] * self.large.head_dim
             dims = (old_heads + torch.arange(self.large.head_dim, device=self.device)).flatten()
-            weight[dims[~torch.isin(dims, rows)]] = 0  # an old head does not ask for what is new in its keys
-        if kind in ("k_proj", "v_proj"):
+            weight[dims[~torch.isin(dims, rows)]] = 0  # an old head ignores new dims of its keys
+        if module in ("k_proj", "v_proj"):
             source = source[self._repeated()]
         weight[rows[:, None], columns] = source.to(self.device, self.dtype)
         return weight
 
-    def _places(self, kind: str) -> tuple[tuple[int, int], Tensor, Tensor]:
-        """A projection's shape, and where the small one's rows and columns go."""
+    def _positions(self, module: str) -> tuple[tuple[int, int], Tensor, Tensor]:
+        """A projection's shape, and the positions of the small one's rows and columns in it."""
         stream = self.large.hidden_size, torch.arange(self.small.hidden_size, device=self.device)
         inner = self.large.intermediate_size, torch.arange(self.small.intermediate_size, device=self.device)
-        query_heads, key_heads = self._head_places()
+        query_heads, key_heads = self._head_positions()
         queries, keys = (
             n * self.large.head_dim for n in (self.large.num_attention_heads, self.large.num_key_value_heads)
         )
@@ -185,29 +186,32 @@ class Widened:
             "gate_proj": (inner, stream),
             "up_proj": (inner, stream),
             "down_proj": (stream, inner),
-        }[kind]
+        }[module]
         return (out, into), rows, columns
 
-    def _head_places(self) -> tuple[Tensor, Tensor]:
-        """New numbers of the small model's query heads [Hq] and of its key heads, each as often as it is needed: [Hk * copies].
+    def _head_positions(self) -> tuple[Tensor, Tensor]:
+        """New indices of the small model's query heads [Hq] and of its key heads, repeated as needed: [Hk * copies].
 
-        Where the large model has fewer queries to a key, a key head stands there several times.
+        Where the large model has fewer queries to a key, each key head is repeated.
         """
         ratio, copies = self._ratio(self.large), self._copies()
         query = torch.arange(self.small.num_attention_heads, device=self.device)
-        key, place = query // self._ratio(self.small), query % self._ratio(self.small)
-        queries = (key * copies + place // ratio) * ratio + place % ratio
+        key, offset = query // self._ratio(self.small), query % self._ratio(self.small)
+        queries = (key * copies + offset // ratio) * ratio + offset % ratio
         return queries, torch.arange(self.small.num_key_value_heads * copies, device=self.device)
 
     def _dims(self, heads: Tensor, rotary: bool) -> Tensor:
-        """Rows of those heads in a projection; a rotary pair (i, i + d/2) of a head m times as wide is (m i, m i + m d/2)."""
+        """Rows of those heads in a projection.
+
+        A rotary pair (i, i + d/2) becomes (m i, m i + m d/2) in a head m times as wide.
+        """
         dims = torch.arange(self.small.head_dim, device=self.device)
         if rotary:
             dims = dims * (self.large.head_dim // self.small.head_dim)
         return (heads[:, None] * self.large.head_dim + dims).flatten()
 
     def _repeated(self) -> Tensor:
-        """Rows of a small key or value projection, each head as often as it is needed."""
+        """Rows of a small key or value projection, each head repeated as needed."""
         rows = torch.arange(self.small.num_key_value_heads * self.small.head_dim).view(
             self.small.num_key_value_heads, -1
         )
@@ -243,9 +247,10 @@ class Widened:
         return weight
 
     def _head(self) -> Tensor:
-        """Behind the last norm the constant is SMALL / (the small model's last rms), and new ids' logits lose LARGE times that.
+        """After the last norm the constant is SMALL / (the small model's last rms); new ids' logits are LARGE times
+        that lower.
 
-        With a tied head the others gain it times the constant: some 1e-6, the same for each.
+        With a tied head the other logits are higher by the constant times that: about 1e-6, the same for each.
         """
         source = self.weights["lm_head.weight"]
         v, h = source.shape
@@ -257,8 +262,8 @@ class Widened:
         return weight
 
     def _noise(self, shape: tuple[int, int], like: Tensor) -> Tensor:
-        made = torch.empty(shape, device=self.device, dtype=self.dtype)
-        return made.normal_(0, like.std().item(), generator=self.generator)
+        noise = torch.empty(shape, device=self.device, dtype=self.dtype)
+        return noise.normal_(0, like.std().item(), generator=self.generator)
 
 
 def check(source: Any, shape: Shape) -> None:
@@ -266,18 +271,19 @@ def check(source: Any, shape: Shape) -> None:
     if source.config.model_type != "llama" or source.config.attention_bias or source.config.mlp_bias:
         raise ValueError(f"only Llama models without biases can be widened, got a {source.config.model_type} model")
     if is_4bit(source):
-        raise ValueError("the model is in 4 bits already; widen its original, which can go to 4 bits afterwards")
+        raise ValueError("the model is in 4 bits already; widen its original, which can be quantized afterwards")
     small = Shape.of(source.config)
     for name, has in asdict(small).items():
         if name != "tie_word_embeddings" and getattr(shape, name) < has:
             raise ValueError(
-                f"{name}={getattr(shape, name)} is less than the {has} of the model to widen; nothing can be cut off"
+                f"{name}={getattr(shape, name)} is less than the {has} of the model to widen; dimensions can only grow"
             )
     if shape.num_attention_heads % shape.num_key_value_heads:
         raise ValueError(
-            f"num_attention_heads={shape.num_attention_heads} is no multiple of num_key_value_heads={shape.num_key_value_heads}"
+            f"num_attention_heads={shape.num_attention_heads} is no multiple of"
+            f" num_key_value_heads={shape.num_key_value_heads}"
         )
-    if shape.hidden_size % shape.num_attention_heads:  # transformers wants it, although head_dim says all
+    if shape.hidden_size % shape.num_attention_heads:  # transformers requires it, although head_dim makes it needless
         raise ValueError(
             f"hidden_size={shape.hidden_size} is no multiple of num_attention_heads={shape.num_attention_heads}"
         )
@@ -289,37 +295,37 @@ def check(source: Any, shape: Shape) -> None:
             f"head_dim cannot grow with rotary embeddings of type {rope_type!r}; keep it at {small.head_dim}"
         )
     if shape.tie_word_embeddings and not small.tie_word_embeddings:
-        raise ValueError("tie_word_embeddings=true cannot come of a model with a head of its own; keep it untied")
+        raise ValueError("tie_word_embeddings=true is impossible for a model with an untied head; keep it untied")
     if shape.vocab_size > small.vocab_size and shape.hidden_size == small.hidden_size:
         raise ValueError(
-            f"vocab_size={shape.vocab_size} needs a column of its own, so that ids the tokenizer lacks are never chosen;"
+            f"vocab_size={shape.vocab_size} needs a column of its own, so that new ids are never chosen;"
             f" make hidden_size larger than {small.hidden_size}"
         )
-    copies = Widened._ratio(small) / Widened._ratio(shape)
+    copies = WidenedParameters._ratio(small) / WidenedParameters._ratio(shape)
     needed = small.num_key_value_heads * math.ceil(copies)
     if shape.num_key_value_heads < needed:
         raise ValueError(
-            f"{shape.num_attention_heads} query heads on num_key_value_heads={shape.num_key_value_heads} leave no room for"
-            f" {small.num_attention_heads} on {small.num_key_value_heads}: {needed} key heads would do"
+            f"{shape.num_attention_heads} query heads on num_key_value_heads={shape.num_key_value_heads} cannot hold"
+            f" {small.num_attention_heads} on {small.num_key_value_heads}: {needed} key heads are needed"
         )
 
 
 def parse_shape(words: Sequence[str], default: str) -> Shape:
-    """A shape of a name's and NAME=VALUE's: ["8b", "num_hidden_layers=4"]; without a name it begins with the default."""
+    """A shape from words such as ["8b", "num_hidden_layers=4"]; without a name the default shape is changed."""
     name, *rest = words if words and "=" not in words[0] else [default, *words]
     if name not in SHAPES:
         raise ValueError(f"no shape is called {name!r}; there are {', '.join(SHAPES)}")
     values: dict[str, Any] = {}
     for word in rest:
         key, _, value = word.partition("=")
-        kinds = {f.name: type(getattr(SHAPES[name], f.name)) for f in fields(Shape)}
-        if key not in kinds:
-            raise ValueError(f"a shape has no {key!r}; it has {', '.join(kinds)}")
+        types = {f.name: type(getattr(SHAPES[name], f.name)) for f in fields(Shape)}
+        if key not in types:
+            raise ValueError(f"a shape has no {key!r}; it has {', '.join(types)}")
         try:
-            values[key] = {"true": True, "false": False}[value.lower()] if kinds[key] is bool else int(value)
+            values[key] = {"true": True, "false": False}[value.lower()] if types[key] is bool else int(value)
         except (KeyError, ValueError):
             raise ValueError(
-                f"{word}: {key} wants {'true or false' if kinds[key] is bool else 'a whole number'}"
+                f"{word}: {key} must be {'true or false' if types[key] is bool else 'an integer'}"
             ) from None
     return replace(SHAPES[name], **values)
 
@@ -346,20 +352,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="where it is built")
     parser.add_argument("--output", type=Path, required=True, help="a folder that gets target/ and draft/")
     args = parser.parse_args(arguments)
-    logging.disable_progress_bar()  # there is one of ours
+    logging.disable_progress_bar()  # save() shows its own
     try:
         shapes = [parse_shape(w, name) for w, name in zip((args.target, args.draft), PAIRS[args.pair], strict=True)]
-        for seat, source, shape in zip(
+        for role, source, shape in zip(
             ("target", "draft"), (args.source_target, args.source_draft), shapes, strict=True
         ):
-            int4 = Int4Config(args.int4) if args.int4 and seat == "target" else None
-            save(source, shape, args.output / seat, args.device, getattr(torch, args.dtype), int4)
+            int4 = Int4Config(args.int4) if args.int4 and role == "target" else None
+            save(source, shape, args.output / role, args.device, getattr(torch, args.dtype), int4)
     except ValueError as error:
         sys.exit(f"widen_pair: {error}")
 
 
 def save(source: str, shape: Shape, folder: Path, device: str, dtype: torch.dtype, int4: Int4Config | None) -> None:
-    """Widen a model and write it with its tokenizer; replaces what is there."""
+    """Widen a model and write it with its tokenizer; an existing folder is replaced."""
     console, model = Console(stderr=True), load(source, "float32", "cpu")
     check(model, shape)
     layers = shape.num_hidden_layers * (7 if int4 else 1)

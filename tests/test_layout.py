@@ -1,8 +1,9 @@
-"""The house stands as ARCHITECTURE.md draws it: floors import downwards, the wheel ships what it must and nothing else."""
+"""The layout of ARCHITECTURE.md: packages import downwards, names are standard terms, the wheel ships what it must."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -27,15 +28,19 @@ LAYERS = {
     "experiments": 7,
     "cli": 8,
 }
-NEEDS_EXTRAS = {
-    "hydra",
-    "omegaconf",
-    "datasets",
-    "accelerate",
-    "jinja2",
-    "matplotlib",
-    "numpy",
-}  # "experiments" has them
+# packages of the extra "experiments"
+NEEDS_EXTRAS = {"hydra", "omegaconf", "datasets", "accelerate", "jinja2", "matplotlib", "numpy"}
+
+
+# Words that names had before the field's terms replaced them
+PRIVATE_WORDS = {
+    "pace", "experience", "hoped", "outcome", "told", "heard", "hears", "unheard", "settle", "look", "looked", "judge",
+    "seat", "siblings", "lent", "directly", "ordinary", "beside", "wording", "slab", "lap", "laps", "clock",
+    "forerunner", "forerunners", "guess", "room", "rooms", "floor", "floors",
+}  # fmt: skip
+PRIVATE_NAMES = {"LARGEST"}
+PRIVATE_MODULES = {"beside", "wording", "reported", "pace"}
+SOURCES = [path for folder in ("specdec", "kernels", "scripts") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def module_name(path: Path) -> str:
@@ -89,6 +94,43 @@ def test_no_circle() -> None:
     for node in (order := TopologicalSorter(graph)).static_order():
         assert node in files
     assert not order.is_active()
+
+
+def defined_names(tree: ast.AST) -> set[tuple[int, str]]:
+    """(line, name) of the functions, classes, arguments, variables and attributes that a module defines."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add((node.lineno, node.name))
+        elif isinstance(node, ast.arg):
+            names.add((node.lineno, node.arg))
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add((node.lineno, node.id))
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add((node.lineno, node.attr))
+        elif isinstance(node, ast.alias) and node.asname:
+            names.add((node.lineno, node.asname))
+    return names
+
+
+def words(name: str) -> set[str]:
+    """The words of an identifier in snake_case, CamelCase or UPPER_CASE, in lower case."""
+    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_names_are_standard_terms(path: Path) -> None:
+    assert path.stem not in PRIVATE_MODULES
+    names = defined_names(ast.parse(path.read_text(encoding="utf-8")))
+    private = [(line, name) for line, name in sorted(names) if words(name) & PRIVATE_WORDS or name in PRIVATE_NAMES]
+    assert private == []
+
+
+def test_names_are_split_into_words() -> None:
+    assert words("has_looked") == {"has", "looked"}
+    assert words("ModuleClock") == {"module", "clock"}
+    assert words("MAX_ROOM_S") == {"max", "room", "s"}
+    assert words("overlap") == {"overlap"}
 
 
 def test_import_specdec_needs_torch_and_transformers_alone() -> None:

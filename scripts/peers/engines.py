@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 import specdec
 
 Ids = list[list[int]]
-REHEARSALS = 2
+WARM_UP_CALLS = 2
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a call is asked for: prompts of one length, so that no engine has to pad; ends of text are ignored."""
+    """The input of a call: prompts of one length, so that no engine has to pad. EOS ids do not end a row."""
 
     prompts: Ids
     new_tokens: int
@@ -33,7 +33,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Answer:
+class CallResult:
     """The generated ids of each row, and the seconds that the call took, prompt included."""
 
     ids: Ids
@@ -41,11 +41,11 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Steps:
-    """How a call's steps went. A step is a forward of the target for the whole batch.
+class StepMeans:
+    """Mean times of a call's steps. A step is one forward of the target for the whole batch.
 
-    tokens_per_step: of a row, steps without a draft included. prompt_ms: what the call takes besides its steps: preparation,
-    the prompt, the first step. The parts of a step are means of the others. Where verification_ms is None, it is part of
+    tokens_per_step: of a row, steps without a draft included. prompt_ms: the call without its steps: preparation, the
+    prompt and the first step. The parts are means over the other steps. verification_ms: None where it is part of
     other_ms.
     """
 
@@ -58,7 +58,7 @@ class Steps:
 
 
 class Engine(Protocol):
-    """A way to generate. Within `with engine.ready():` it is set up; calls are timed inside."""
+    """A way to generate. Calls are made within `with engine.ready():`."""
 
     runtime: str
     name: str
@@ -67,19 +67,22 @@ class Engine(Protocol):
     def ready(self) -> AbstractContextManager[None]:
         """Set up, untimed."""
 
-    def rehearse(self, task: Task) -> None:
-        """Calls that no figure counts, where the first ones of a task are other than the rest."""
+    def warm_up(self, task: Task) -> None:
+        """Untimed calls, where the first calls of a task take longer than later ones."""
 
-    def generate(self, task: Task) -> Answer:
+    def generate(self, task: Task) -> CallResult:
         """One call."""
 
-    def steps(self, task: Task) -> Steps:
-        """One more call, watched, and slower for it."""
+    def time_steps(self, task: Task) -> StepMeans:
+        """One call whose parts are timed, which slows it down."""
 
 
 @dataclass
-class Stock:
-    """transformers' own generate() on a target: its plain loop, or assisted by `settings` and `config`, the draft's."""
+class TransformersEngine:
+    """transformers' own generate() on a target: its plain loop, or its assisted one.
+
+    options: further arguments of generate(), such as assistant_model or prompt_lookup_num_tokens.
+    """
 
     runtime: str
     name: str
@@ -90,72 +93,72 @@ class Stock:
     options: dict[str, Any] = field(default_factory=dict)
 
     @contextmanager
-    def ready(self) -> Any:
+    def ready(self) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(using_threads(self.threads))
             for model in (self.target, *([self.draft] if self.draft is not None else [])):
-                stack.enter_context(settings(model.generation_config, eos_token_id=None, pad_token_id=1))
-            if self.draft is not None:  # K every time, however sure the draft is
+                stack.enter_context(override(model.generation_config, eos_token_id=None, pad_token_id=1))
+            if self.draft is not None:  # K in every step, whatever the confidence of the draft
                 constant = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
                 constant["num_assistant_tokens"] = self.num_draft_tokens
-                stack.enter_context(settings(self.draft.generation_config, **constant))
+                stack.enter_context(override(self.draft.generation_config, **constant))
             yield
 
-    def rehearse(self, task: Task) -> None:
+    def warm_up(self, task: Task) -> None:
         pass
 
-    def generate(self, task: Task) -> Answer:
+    def generate(self, task: Task) -> CallResult:
         ids = torch.tensor(task.prompts, device=self.target.device)
-        how = (
-            {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if task.sampled else {"do_sample": False}
-        )
+        sampling: dict[str, Any] = {"do_sample": task.sampled}
+        if task.sampled:
+            sampling |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         torch.manual_seed(task.seed)
         started = time.perf_counter()
         output = self.target.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=task.new_tokens, **how, **self.options
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=task.new_tokens, **sampling, **self.options
         )
         new = output[:, ids.shape[1] :].tolist()
-        return Answer(new, time.perf_counter() - started)
+        return CallResult(new, time.perf_counter() - started)
 
-    def steps(self, task: Task) -> Steps:
+    def time_steps(self, task: Task) -> StepMeans:
         models = [self.target] if self.draft is None else [self.target, self.draft]
-        with Forwards(*models) as forwards:
+        with TimedForwards(*models) as forwards:
             started = time.perf_counter()
             self.generate(task)
             end = time.perf_counter()
         target, draft = forwards.spans[0], [span for spans in forwards.spans[1:] for span in spans]
-        begin, count = target[0][1], len(target) - 1  # behind the prompt's forward
+        begin, count = target[0][1], len(target) - 1  # after the prompt's forward
         target_s = sum(stop - start for start, stop in target[1:])
         draft_s = sum(stop - start for start, stop in draft if start > begin)
         other_s = end - begin - target_s - draft_s
         draft_ms, target_ms, other_ms = (1000 * part / count for part in (draft_s, target_s, other_s))
-        return Steps(task.new_tokens / len(target), 1000 * (begin - started), draft_ms, target_ms, None, other_ms)
+        return StepMeans(task.new_tokens / len(target), 1000 * (begin - started), draft_ms, target_ms, None, other_ms)
 
 
-def stock_plain(runtime: str, target: PreTrainedModel, threads: int, name: str = "plain") -> Stock:
-    return Stock(runtime, name, target, threads)
+def stock_plain(runtime: str, target: PreTrainedModel, threads: int, name: str = "plain") -> TransformersEngine:
+    return TransformersEngine(runtime, name, target, threads)
 
 
 def stock_assisted(
     runtime: str, target: PreTrainedModel, threads: int, draft: PreTrainedModel, k: int, name: str = "assisted"
-) -> Stock:
-    return Stock(runtime, name, target, threads, draft, k, {"assistant_model": draft})
+) -> TransformersEngine:
+    return TransformersEngine(runtime, name, target, threads, draft, k, {"assistant_model": draft})
 
 
-def stock_lookup(runtime: str, target: PreTrainedModel, threads: int, k: int) -> Stock:
+def stock_lookup(runtime: str, target: PreTrainedModel, threads: int, k: int) -> TransformersEngine:
     options = {"prompt_lookup_num_tokens": k}
-    return Stock(runtime, "prompt lookup", target, threads, None, k, options)
+    return TransformersEngine(runtime, "prompt lookup", target, threads, None, k, options)
 
 
 @dataclass
-class Specdec(Stock):
-    """Ours, on a 4-bit target, compiled on a CPU, recorded on a GPU; drafter: a model, "prompt_lookup" or "none"."""
+class SpecdecEngine(TransformersEngine):
+    """specdec, compiled on a CPU, in CUDA graphs on a GPU. drafter: a model, "prompt_lookup" or "none"."""
 
     drafter: PreTrainedModel | str = "none"
     compiled: bool = True
 
     @contextmanager
-    def ready(self) -> Any:
+    def ready(self) -> Iterator[None]:
         with super().ready():
             self.enable()
             try:
@@ -167,14 +170,14 @@ class Specdec(Stock):
         k = self.num_draft_tokens or 1
         specdec.enable(self.target, self.drafter, num_draft_tokens=k, compile=self.compiled, timing=timing)
 
-    def rehearse(self, task: Task) -> None:
-        if self.target.device.type == "cuda":  # a call records what the next one replays
-            for _ in range(REHEARSALS):
+    def warm_up(self, task: Task) -> None:
+        if self.target.device.type == "cuda":  # the first calls record CUDA graphs that later ones replay
+            for _ in range(WARM_UP_CALLS):
                 self.generate(task)
 
-    def steps(self, task: Task) -> Steps:
+    def time_steps(self, task: Task) -> StepMeans:
         self.enable(timing=True)
-        self.rehearse(task)
+        self.warm_up(task)
         answer = self.generate(task)
         stats = specdec.last_stats(self.target)
         assert stats is not None
@@ -183,31 +186,31 @@ class Specdec(Stock):
         parts = ("draft_s", "target_s", "verification_s", "other_s")
         means = [1000 * sum(getattr(step, part) for step in timed) / len(timed) for part in parts]
         assert stats.tokens_per_step is not None
-        return Steps(stats.tokens_per_step, 1000 * answer.seconds - len(timed) * sum(means), *means)
+        return StepMeans(stats.tokens_per_step, 1000 * answer.seconds - len(timed) * sum(means), *means)
 
 
-def specdec_plain(target: PreTrainedModel, threads: int) -> Specdec:
-    return Specdec("specdec", "plain", target, threads)
+def specdec_plain(target: PreTrainedModel, threads: int) -> SpecdecEngine:
+    return SpecdecEngine("specdec", "plain", target, threads)
 
 
 def specdec_draft(
     target: PreTrainedModel, threads: int, draft: PreTrainedModel, k: int | str, name: str = "draft model"
-) -> Specdec:
-    return Specdec("specdec", name, target, threads, None, k, drafter=draft)
+) -> SpecdecEngine:
+    return SpecdecEngine("specdec", name, target, threads, None, k, drafter=draft)
 
 
-def specdec_lookup(target: PreTrainedModel, threads: int, k: int) -> Specdec:
-    return Specdec("specdec", "prompt lookup", target, threads, None, k, drafter="prompt_lookup")
+def specdec_lookup(target: PreTrainedModel, threads: int, k: int) -> SpecdecEngine:
+    return SpecdecEngine("specdec", "prompt lookup", target, threads, None, k, drafter="prompt_lookup")
 
 
-class Forwards:
-    """When each model's forwards began and ended, while it is entered: spans[i] of the i-th model, (start, stop) in seconds."""
+class TimedForwards:
+    """Records when each model's forwards start and stop: spans[i] of the i-th model, (start, stop) in seconds."""
 
     def __init__(self, *models: PreTrainedModel) -> None:
         self.models = models
         self.spans: list[list[tuple[float, float]]] = [[] for _ in models]
 
-    def __enter__(self) -> Forwards:
+    def __enter__(self) -> TimedForwards:
         for model, spans in zip(self.models, self.spans, strict=True):
             model.forward = self._timed(model.forward, spans)
         return self
@@ -226,12 +229,12 @@ class Forwards:
             spans.append((started, time.perf_counter()))
             return result
 
-        timed.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # generate() looks at it
+        timed.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # generate() reads it
         return timed
 
 
 @contextmanager
-def using_threads(count: int) -> Any:
+def using_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -241,8 +244,8 @@ def using_threads(count: int) -> Any:
 
 
 @contextmanager
-def settings(config: Any, **values: Any) -> Any:
-    """A generation config with other values for a while."""
+def override(config: Any, **values: Any) -> Iterator[None]:
+    """Set attributes of a config, and restore them on exit."""
     before = {name: getattr(config, name) for name in values}
     for name, value in values.items():
         setattr(config, name, value)
@@ -253,5 +256,6 @@ def settings(config: Any, **values: Any) -> Any:
             setattr(config, name, value)
 
 
-def same_rows(ids: Sequence[list[int]], others: Sequence[list[int]]) -> int:
+def count_same_rows(ids: Sequence[list[int]], others: Sequence[list[int]]) -> int:
+    """How many rows of two lists are equal, position by position."""
     return sum(a == b for a, b in zip(ids, others, strict=True))

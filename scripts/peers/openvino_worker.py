@@ -1,4 +1,4 @@
-"""OpenVINO GenAI in a process of its own: a line of JSON in, a line of JSON out. Runs in the peers' virtual environment."""
+"""OpenVINO GenAI in its own process and virtual environment: a line of JSON in, a line of JSON out."""
 
 import json
 import os
@@ -11,14 +11,14 @@ import openvino_genai
 
 CACHE_GB = 1
 ALL_IDS = 1 << 30  # top_k: the whole vocabulary
-ALL_TOKENS = (1 << 63) - 1  # of prompts in one forward, as its own default for a single user has it
+ALL_TOKENS = (1 << 63) - 1  # of prompts in one forward, which is its own default for a single user
 
 
 def load(target: str, draft: str | None, threads: int):
     properties = {"INFERENCE_NUM_THREADS": threads}
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.cache_size, scheduler.max_num_batched_tokens = CACHE_GB, ALL_TOKENS
-    scheduler.enable_prefix_caching = False  # each call reads its prompt: rounds ask the same ones again
+    scheduler.enable_prefix_caching = False  # every call must read its prompt, although rounds repeat prompts
     properties["scheduler_config"] = scheduler
     if draft is not None:
         properties["draft_model"] = openvino_genai.draft_model(draft, "CPU", INFERENCE_NUM_THREADS=threads)
@@ -42,7 +42,7 @@ def generate(pipeline, prompts: list[list[int]], new_tokens: int, sampled: bool,
 
 
 def metrics(results, k: int | None) -> dict:
-    """Seconds in the models' forwards, the prompt's included, the number of steps, and of draft ids accepted in them."""
+    """Seconds of the models' forwards, the prompt's included; the numbers of steps and of accepted draft ids."""
     perf = results.perf_metrics
     steps = len(perf.raw_metrics.token_infer_durations)
     if k is None:
@@ -59,20 +59,20 @@ def total(perf) -> float:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever the libraries print goes to the log
+    os.dup2(2, 1)  # what the libraries print goes to the log
     pipelines: dict = {}
     for line in sys.stdin:
-        asked = json.loads(line)
+        message = json.loads(line)
         try:
-            if asked["op"] == "load":  # once: one pipeline serves every K
-                if asked["name"] not in pipelines:
-                    pipelines[asked["name"]] = load(asked["target"], asked["draft"], asked["threads"])
+            if message["op"] == "load":  # once: one pipeline serves every K
+                if message["name"] not in pipelines:
+                    pipelines[message["name"]] = load(message["target"], message["draft"], message["threads"])
                 answer = {}
             else:
                 answer = generate(
-                    pipelines[asked["name"]], *(asked[n] for n in ("prompts", "new_tokens", "sampled", "seed", "k"))
+                    pipelines[message["name"]], *(message[n] for n in ("prompts", "new_tokens", "sampled", "seed", "k"))
                 )
-        except Exception as error:  # told to whoever asked, who ends the run
+        except Exception as error:  # the parent process raises it
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -1,4 +1,4 @@
-"""`specdec audit quality MODEL`: what four bits cost, on a text of one's own."""
+"""`specdec audit quality MODEL`: the quality that four bits cost, on a text of your own."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     """Read a text with both models; 1 where the mean KL is above --max-kl."""
     text = Path(options.text)
     if not text.is_file():
-        raise ValueError(f"--text {text} is no file; name a plain text that is like what the model will write")
+        raise ValueError(f"--text {text} is no file; name a plain text, like what the model will write")
     if options.context < 2 or (options.max_tokens is not None and options.max_tokens < 2):
         raise ValueError("--context and --max-tokens must be 2 or more: one token to read, one to predict")
     dtype = options.dtype or ("float32" if options.device == "cpu" else "auto")
@@ -92,9 +92,9 @@ def show(report: dict[str, Any], console: Console) -> None:
 
     for name, key in (("perplexity", "perplexity"), ("on disk", "bytes_on_disk"), ("in memory", "bytes_in_memory")):
         before, after = report[f"original_{key}"], report[key]
-        form = "{:.3f}".format if key == "perplexity" else megabytes
+        format_value = "{:.3f}".format if key == "perplexity" else megabytes
         change = "" if before is None or after is None else f"{after / before - 1:+.1%}"
-        table.add_row(name, form(before), form(after), change)
+        table.add_row(name, format_value(before), format_value(after), change)
     console.print(table)
     console.print(f"mean KL(original || 4-bit): {report['mean_kl']:.4f} nats a token")
     console.print(f"top-1 agreement: {report['top1_agreement']:.1%}")
@@ -109,7 +109,7 @@ def bytes_in_memory(model: PreTrainedModel) -> int:
 
 
 def _pair(options: argparse.Namespace, dtype: str) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The original and the 4-bit model: two checkpoints, or one and the same quantized here."""
+    """The original and the 4-bit model: two checkpoints, or one that is quantized here."""
     quantized = load(options.model, dtype, options.device)
     if is_4bit(quantized):
         if options.original is None:
@@ -117,7 +117,7 @@ def _pair(options: argparse.Namespace, dtype: str) -> tuple[PreTrainedModel, Pre
         return load(options.original, dtype, options.device), quantized
     if options.original is not None:
         raise ValueError(
-            f"{options.model} is in full precision; leave --original out, and it is quantized here and compared to itself"
+            f"{options.model} is in full precision; leave --original out, and it is compared with its own 4-bit form"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -132,7 +132,7 @@ def _windows(text: Path, tokenizer: Any, context: int, max_tokens: int | None) -
 
 
 def _lines(text: Path, tokenizer: Any) -> Iterator[list[int]]:
-    """The ids of each line: a long file is never in memory as a whole."""
+    """The ids of each line, so that a long file is never in memory as a whole."""
     with text.open(encoding="utf-8") as lines:
         for line in lines:
             yield tokenizer(line, add_special_tokens=False).input_ids

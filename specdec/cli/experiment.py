@@ -1,4 +1,4 @@
-"""`specdec experiment` and scripts/experiment.py: hydra composes a config, each run leaves records and a report."""
+"""`specdec experiment` and scripts/experiment.py: hydra composes a config, each run writes records and a report."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ LAUNCHER_EXTRAS = {"joblib": "joblib", "submitit": "slurm", "ray": "ray"}
 
 
 class PromptsFailed(Exception):
-    """A run is whole, but some of its prompts have an error in place of a record."""
+    """A run is complete, but some of its prompts have an error instead of a record."""
 
 
 def conf_dir() -> Path:
-    """Where the configs lie: inside the installed package, or beside it in a checkout."""
+    """The folder of the configs: inside the installed package, or next to it in a checkout."""
     inside = PACKAGE / "conf"
     return inside if inside.is_dir() else PACKAGE.parent / "conf"
 
 
 def main(arguments: list[str]) -> int:
-    """Run hydra on overrides and flags (`-m`, `--cfg job`, …); the exit code: 0, 1 where prompts failed, 2 for bad input."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us as they are, not as a printed trace
+    """Run hydra on overrides and flags (`-m`, `--cfg job`, …): 0, 1 where prompts failed, 2 for bad input."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors are raised here, not printed with a trace
     sys.argv = [sys.argv[0], *arguments]
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_task)()
@@ -55,20 +55,20 @@ def main(arguments: list[str]) -> int:
         print(f"specdec: {error}", file=sys.stderr)
         return 1
     except (HydraException, OmegaConfBaseException, ValueError, TypeError, OSError) as error:
-        print(f"specdec: {_in_words(error)}", file=sys.stderr)
+        print(f"specdec: {_message(error)}", file=sys.stderr)
         return 2
     return 0
 
 
 def build(config: DictConfig) -> ExperimentConfig:
-    """The experiment of a composed config, its values held to the dataclasses that its `_target_`s name."""
+    """The experiment of a composed config; its values must fit the dataclasses that its `_target_`s name."""
     _check(config)
     experiment: ExperimentConfig = instantiate(config, _convert_="object")
     return experiment
 
 
 def _check(node: DictConfig) -> None:
-    """A node whose `_target_` is a dataclass has that for its schema: values are converted to its types, or refused."""
+    """Where a `_target_` is a dataclass, it is the schema: values are converted to its types, or refused."""
     for value in node.values():
         if isinstance(value, DictConfig):
             _check(value)
@@ -88,17 +88,15 @@ def _task(config: DictConfig) -> None:
     values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     experiment = build(config)
     experiment.folder = Path(HydraConfig.get().runtime.output_dir)
-    done = run(experiment, values, Console(stderr=True, quiet=not is_main, markup=False, highlight=False))
-    if not is_main:  # an error of its own would have the launcher end the main process before its report is written
+    finished = run(experiment, values, Console(stderr=True, quiet=not is_main, markup=False, highlight=False))
+    if not is_main:  # with an error here the launcher would end the main process before its report is written
         return
-    if done.records:
-        _report([done], experiment.folder)
-    if done.failures:
-        first = done.failures[0]
-        raise PromptsFailed(
-            f"{len(done.failures)} of {len(done.failures) + len(done.records)} calls failed, the first on {first.prompt_id!r}:"
-            f" {first.error}"
-        )
+    if finished.records:
+        _report([finished], experiment.folder)
+    if finished.failures:
+        first = finished.failures[0]
+        failed, total = len(finished.failures), len(finished.failures) + len(finished.records)
+        raise PromptsFailed(f"{failed} of {total} calls failed, the first on {first.prompt_id!r}: {first.error}")
 
 
 class SweepReport(Callback):
@@ -110,26 +108,26 @@ class SweepReport(Callback):
         folder = Path(config.hydra.sweep.dir)
         try:
             _report(read_runs([folder]), folder)
-        except ValueError as error:  # other workloads, or failed prompts: the runs' own reports stand
+        except ValueError as error:  # other workloads, or failed prompts: each run has its own report
             print(f"no report of the whole sweep: {error}", file=sys.stderr)
 
 
-def _report(done: list[Run], folder: Path) -> None:
+def _report(runs: list[Run], folder: Path) -> None:
     file, console = folder / "report.html", Console()
-    write(file, render_page(done))
-    console.print(summary_table(done))
+    write(file, render_page(runs))
+    console.print(summary_table(runs))
     console.print(f"report: {file}", soft_wrap=True)
 
 
 def _run_stamp() -> str:
-    """When the main process named the run's folder; the others take its word."""
+    """The time at which the main process named the run's folder, broadcast to the others."""
     processes()
     stamp = [time.strftime("%Y-%m-%d_%H-%M-%S")]
     broadcast_object_list(stamp)
     return stamp[0]
 
 
-def _in_words(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, ValueError):
         return str(error.__cause__)
     if isinstance(error, OverrideParseException):

@@ -1,4 +1,4 @@
-"""`specdec quantize SRC DST`: a checkpoint in four bits, layer by layer."""
+"""`specdec quantize SRC DST`: writes a checkpoint in four bits, layer by layer."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ LOCK = "lock"
 
 
 def int4_config(options: argparse.Namespace) -> Int4Config:
-    """What the command line asked for."""
+    """The quantization that the command line describes."""
     return Int4Config(options.group_size, not options.asymmetric, options.skip, options.quantize_head)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Quantize while loading, save beside the destination, and move it there when it is whole."""
+    """Quantize while loading, save into a temporary folder, and move it to the destination when it is complete."""
     destination = Path(options.destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ValueError(f"{destination} exists already; name a folder that is empty or not there yet")
+        raise ValueError(f"{destination} exists already; name a folder that is empty or does not exist yet")
     quantization = int4_config(options)
     with named_errors(f"no model could be loaded from {options.source!r}"):
         config, settings, _ = read_config(config_folder(options.source))
@@ -58,13 +58,13 @@ def run(options: argparse.Namespace) -> int:
         quantization.on_layer = lambda name: progress.update(task, advance=1, description=name)
         model = load_checkpoint(options.source, quantization)
         progress.update(task, description="saving")
-        with named_errors(f"{destination} could not be written"), folder_beside(destination) as folder:
-            whole = folder / "model"
-            model.save_pretrained(whole)
-            _save_tokenizer(options.source, whole)
+        with named_errors(f"{destination} could not be written"), temporary_folder(destination) as folder:
+            complete = folder / "model"
+            model.save_pretrained(complete)
+            _save_tokenizer(options.source, complete)
             if destination.exists():
                 destination.rmdir()
-            shutil.move(whole, destination)
+            shutil.move(complete, destination)
     for note in notes:
         console.print(f"note: {note.message}", soft_wrap=True)
     before, after = (weight_bytes(options.source), weight_bytes(str(destination)))
@@ -76,18 +76,18 @@ def run(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def folder_beside(destination: Path) -> Iterator[Path]:
-    """A hidden folder on the destination's disk to write into, gone in the end. What killed runs left of theirs goes first.
+def temporary_folder(destination: Path) -> Iterator[Path]:
+    """A hidden folder on the destination's disk, removed on exit. Folders that killed runs left are removed first.
 
-    A run holds a lock on a file in its folder, which ends with its process; so folders of runs that go on are left alone, and
-    those without such a file.
+    A run holds a lock on a file in its folder until its process ends. So the folders of running processes stay, and so
+    do folders without such a file.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     for folder in destination.parent.iterdir():
         if re.fullmatch(rf"\.{re.escape(destination.name)}-\w{{8}}", folder.name) and (folder / LOCK).is_file():
             with suppress(OSError), FileLock(folder / LOCK, blocking=False):
                 shutil.rmtree(folder)
-    # Locked before it bears the name that other runs look for.
+    # Locked before it gets the name that other runs search for.
     new = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}.new-"))
     with FileLock(new / LOCK):
         folder = new.rename(destination.parent / f".{destination.name}-{new.name[-8:]}")

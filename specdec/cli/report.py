@@ -1,4 +1,4 @@
-"""`specdec report`: what runs came to, as a page, Markdown or JSON; with --fail-if a gate for CI."""
+"""`specdec report`: the figures of runs as a page, Markdown or JSON; with --fail-if a gate for CI."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -25,7 +26,7 @@ from specdec.experiments.report.page import render_page
 
 @dataclass(frozen=True)
 class Condition:
-    """What a metric's change must not be: below or above a limit, absolute or in per cent of the first run's value."""
+    """A change of a metric that fails: below or above a limit, absolute or in per cent of the first run's value."""
 
     text: str
     metric: str
@@ -36,7 +37,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Check:
-    """A condition's outcome, from the first run to another one."""
+    """The result of a condition, from the first run to another one. summary: one line for a person."""
 
     condition: str
     run: str
@@ -44,38 +45,19 @@ class Check:
     after: float
     change: Estimate
     fails: bool
-    told: str
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="a run's folder, or a sweep's; several are compared to the first one"
-    )
-    parser.add_argument(
-        "-o", "--output", metavar="FILE", help="default: report.html in the first run's folder; else stdout"
-    )
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--markdown", action="store_true", help="tables for a pull request or a job's summary")
-    form.add_argument("--json", action="store_true", help="all figures as one JSON object")
-    parser.add_argument(
-        "--fail-if",
-        action="append",
-        default=[],
-        metavar="EXPR",
-        help="exit with 1 where a metric changed so from the first run: 'mean_acceptance_length<-5%%' is relative,"
-        " 'draft_acceptance_rate<-0.02' absolute (two points); repeatable. Metrics: " + ", ".join(METRICS),
-    )
+    summary: str
 
 
 def run(options: argparse.Namespace) -> int:
-    """Report runs; 1 where a condition of --fail-if is met. Nothing is written where the runs can't be reported or compared."""
+    """Report runs; 1 where a condition of --fail-if is met. Where runs cannot be compared, nothing is written."""
     conditions = [_condition(text) for text in options.fail_if]
     runs = read_runs([Path(path) for path in options.runs])
     checks = _checks(runs, conditions)
     if options.json:
-        text = json.dumps(to_json(runs) | {"checks": [asdict(check) for check in checks]}, ensure_ascii=False) + "\n"
+        content = to_json(runs) | {"checks": [_as_json(check) for check in checks]}
+        text = json.dumps(content, ensure_ascii=False) + "\n"
     elif options.markdown:
-        text = to_markdown(runs) + "".join(f"- {check.told}\n" for check in checks)
+        text = to_markdown(runs) + "".join(f"- {check.summary}\n" for check in checks)
     else:
         text = render_page(runs)
     output = Path(options.output) if options.output else None
@@ -90,8 +72,14 @@ def run(options: argparse.Namespace) -> int:
         print(f"written: {output}")
     if output is not None or options.json:
         for check in checks:
-            print(check.told, file=sys.stderr if output is None else sys.stdout)
+            print(check.summary, file=sys.stderr if output is None else sys.stdout)
     return 1 if any(check.fails for check in checks) else 0
+
+
+def _as_json(check: Check) -> dict[str, Any]:
+    """With `told` for the summary, as files of earlier versions have it."""
+    values = asdict(check)
+    return values | {"told": values.pop("summary")}
 
 
 def _condition(text: str) -> Condition:
@@ -106,7 +94,7 @@ def _condition(text: str) -> Condition:
 
 def _checks(runs: Sequence[Run], conditions: Sequence[Condition]) -> list[Check]:
     if conditions and len(runs) < 2:
-        raise ValueError("--fail-if compares runs: name two, the one to hold against first")
+        raise ValueError("--fail-if compares runs: name two, the one to compare with first")
     names = labels(runs)
     changes = (
         [(name, compare_runs(runs[0], other)) for name, other in zip(names[1:], runs[1:], strict=True)]
@@ -129,19 +117,20 @@ def _checks(runs: Sequence[Run], conditions: Sequence[Condition]) -> list[Check]
             fails = change.value < condition.limit if condition.is_below else change.value > condition.limit
             unit, scale = ("", 1.0) if condition.is_relative else (metric.unit, difference.before)
             moved, between = number(change.value, unit, scale), interval(change, unit, scale)
-            told = f"{number(difference.before, metric.unit)} → {number(difference.after, metric.unit)}, change {moved}"
-            told += "\u00a0%" * condition.is_relative + (f" ({between})" if between else "")
-            verdict = "fails" if fails else "holds"
-            told = f"{condition.text} [{name}]: {told}: {verdict}"
-            checks.append(Check(condition.text, name, difference.before, difference.after, change, fails, told))
+            summary = (
+                f"{number(difference.before, metric.unit)} → {number(difference.after, metric.unit)}, change {moved}"
+            )
+            summary += "\u00a0%" * condition.is_relative + (f" ({between})" if between else "")
+            summary = f"{condition.text} [{name}]: {summary}: {'fails' if fails else 'holds'}"
+            checks.append(Check(condition.text, name, difference.before, difference.after, change, fails, summary))
     return checks
 
 
 def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write a file; where that fails, what was there stays."""
     if not path.parent.is_dir():
         raise ValueError(
-            f"{path.parent} is no folder, so {path.name} cannot be written there; make it first, or name another -o"
+            f"{path.parent} is no folder, so {path.name} cannot be written there; create it, or name another -o"
         )
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -15,7 +15,8 @@ from specdec.experiments.config import ExperimentConfig
 from specdec.experiments.pair import Likeliest, Pair
 from specdec.experiments.records import SPECULATIVE, Costs, Memory, RecordFile, Run, Sample, SampleToken
 from specdec.experiments.workloads import Prompt
-from specdec.planning import footprint as planning
+from specdec.planning.footprint import measure_footprint
+from specdec.planning.memory import MemoryPlan, plan_memory
 from specdec.planning.peak_memory import PeakMemory
 from specdec.quant.layers import is_4bit
 from specdec.runtime.runner import context_of
@@ -69,10 +70,10 @@ def _memory(config: ExperimentConfig, pair: Pair, prompts: list[list[int]]) -> M
     return Memory(predicted, peak.bytes, unplanned)
 
 
-def _plan(config: ExperimentConfig, pair: Pair, prompt_length: int, batch_size: int) -> planning.Plan:
+def _plan(config: ExperimentConfig, pair: Pair, prompt_length: int, batch_size: int) -> MemoryPlan:
     target, *drafts = pair.models
-    return planning.plan(
-        *(planning.footprint(model.config, dtype=model.dtype, device=model.device.type) for model in pair.models),
+    return plan_memory(
+        *(measure_footprint(model.config, dtype=model.dtype, device=model.device.type) for model in pair.models),
         context=prompt_length + pair.call["max_new_tokens"],
         batch=batch_size,
         num_draft_tokens=config.max_draft_tokens,

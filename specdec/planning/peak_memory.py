@@ -1,4 +1,4 @@
-"""The most memory that a stretch of code holds at any one time: the allocator's count on CUDA, live tensors elsewhere."""
+"""The peak memory of a block of code: the allocator's count on CUDA, live tensors elsewhere."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of storages while they live, on any device, `meta` included: each once, however many views it has.
+    """Counts the bytes of live storages on any device, `meta` included: each once, however many views it has.
 
-    bytes: alive now, peak_bytes: the most so far; of tensors that operators within the mode gave, and of those that were added.
-    What an operator holds inside and frees again (a matmul library's workspace) is not seen.
+    bytes: live now; peak_bytes: the most so far. Counted are results of operators that run within the mode, and tensors
+    that are added. What an operator allocates and frees inside (a matmul library's workspace) is not counted.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.alive: dict[int, int] = {}
 
     def add(self, tensor: Tensor) -> None:
-        """Count a tensor's storage, if it is not yet."""
+        """Count a tensor's storage, unless it is counted already."""
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address in self.alive:
@@ -38,9 +38,8 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.bytes -= self.alive.pop(address)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with (
-            self
-        ):  # under inference_mode an operator made of others comes whole: taken apart, what it holds in between is seen
+        # under inference_mode composite operators arrive undivided: decomposed, their intermediate tensors are counted
+        with self:
             result = func.decompose(*args, **(kwargs or {}))
         if result is NotImplemented:
             result = func(*args, **(kwargs or {}))
@@ -51,10 +50,11 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class PeakMemory:
-    """`with PeakMemory(device, *models) as peak: …`, then peak.bytes: the most memory within, the models' weights included.
+    """`with PeakMemory(device, *models) as peak: …`, then peak.bytes: the peak within the block, with the models'
+    weights.
 
-    On a CUDA device it is what its allocator had handed out, whoever asked for it, without the CUDA context and what it keeps in
-    reserve. Elsewhere it is the live tensors, see LiveStorages: of this thread, made within or the models' own.
+    On a CUDA device it is what the allocator had allocated for all threads, without the CUDA context and its reserve.
+    Elsewhere it is the live tensors of this thread, see LiveStorages: those made within the block and the models' own.
     """
 
     bytes: int

@@ -1,16 +1,20 @@
-"""The command line, as a person sees it and as a script reads it."""
+"""The command line: what it prints for a person, the JSON it prints for a script, and what it imports."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from torch import Tensor
 
+from specdec.cli.arguments import AUTO, COMMANDS
 from specdec.cli.main import main
 from specdec.core import verification
 from specdec.core.steps import Draft, Verdict
+from specdec.drafters import resolve
 from specdec.utils import embedded
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +49,7 @@ def test_demo_json_is_one_object_whose_counts_add_up(capsys: pytest.CaptureFixtu
     assert 0 <= plain < 24
 
 
-def test_demo_says_no_and_exits_with_1_where_the_text_differs(
+def test_demo_reports_a_difference_and_exits_with_1(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def accept_always(draft: Draft, target_ids: Tensor) -> Verdict:
@@ -79,14 +83,14 @@ def test_origins_add_up_to_the_text(capsys: pytest.CaptureFixture[str]) -> None:
     counts = {
         line.split()[0].strip("⟨⟩⟦⟧"): int(line.split()[1])
         for line in lines
-        if "the draft's, kept" in line or "the target's," in line
+        if "the draft's, accepted" in line or "the target's," in line
     }
     assert set(counts) == {"accepted", "recovered", "bonus"}
     assert 0 < sum(counts.values()) <= 24
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["--model", "no/such-folder", "--prompt", "x"], "no/such-folder"),
         (["--model", str(embedded.TARGET), "--draft", "no/such-draft", "--prompt", "x"], "no/such-draft"),
@@ -95,10 +99,59 @@ def test_origins_add_up_to_the_text(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_bad_input_ends_with_a_message_and_exit_code_2(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["generate", *arguments, *SHORT]) == 2
     error = capsys.readouterr().err
     assert error.startswith("specdec: ")
-    assert words in error
+    assert message in error
     assert "Traceback" not in error
+
+
+HELP = [["--help"], ["--version"], *([name, "--help"] for name in ("demo", "generate", "quantize", "plan", "audit"))]
+
+
+@pytest.mark.parametrize("arguments", HELP, ids=" ".join)
+def test_help_does_not_import_torch(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from specdec.cli.main import main
+try:
+    main({arguments})
+except SystemExit as exit:
+    assert exit.code == 0
+assert not {{"torch", "transformers", "numpy"}} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "specdec" in done.stdout
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "experiment"])
+def test_each_command_prints_its_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert f"specdec {command}" in capsys.readouterr().out
+
+
+def test_report_names_its_metrics(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["report", "--help"])
+    assert "mean_acceptance_length" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_refused_with_the_names_of_all(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["complete"])
+    message = capsys.readouterr().err
+    assert all(name in message for name in ("complete", *COMMANDS))
+
+
+def test_auto_is_the_librarys() -> None:
+    assert AUTO == resolve.AUTO
+
+
+def test_the_demo_has_a_prompt_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--max-new-tokens", "2", "--json"]) == 0
+    prompt = json.loads(capsys.readouterr().out)["prompt"]
+    assert prompt in [one["prompt"] for one in embedded.prompts()]

@@ -434,7 +434,7 @@ def test_a_model_whose_memory_cannot_be_predicted_still_runs(tmp_path: Path, mon
     def refuse(*_: Any, **__: Any) -> Any:
         raise ValueError("only attention can be planned\nmore")
 
-    monkeypatch.setattr("specdec.planning.footprint.footprint", refuse)
+    monkeypatch.setattr("specdec.experiments.calibration.measure_footprint", refuse)
     finished = execute(small(tmp_path, workload=Stdlib(limit=1)))
     assert finished.memory is not None
     assert (finished.memory.predicted, finished.memory.unplanned) == ({}, "only attention can be planned")

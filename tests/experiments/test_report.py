@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from specdec.cli import report as command
+from specdec.cli.arguments import parse
 from specdec.core.stats import Choice
 from specdec.core.steps import RowStep
 from specdec.core.timing import StepTimes
@@ -361,9 +362,7 @@ def test_the_summary_counts_skipped_prompts_and_failures() -> None:
 
 
 def parsed(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return parser.parse_args(arguments)
+    return parse(["report", *arguments])
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,7 @@
-"""Memory plans against what real calls hold, and against figures worked out by hand."""
+"""Memory plans against the measured peaks of real calls, and against figures computed by hand."""
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import math
@@ -28,18 +27,18 @@ from transformers import (
 
 import specdec
 from specdec.cli import plan as command
-from specdec.planning import footprint as planning
-from specdec.planning.footprint import (
+from specdec.cli.arguments import parse
+from specdec.planning.devices import (
+    CUDA_CONTEXT_BYTES,
+    FRAGMENTATION,
     GIB,
-    Footprint,
     card_bytes,
-    footprint,
-    largest_batch,
-    largest_context,
-    plan,
     smallest_card,
     usable_bytes,
 )
+from specdec.planning.footprint import measure_footprint
+from specdec.planning.formulas import ModelFootprint
+from specdec.planning.memory import largest_batch, largest_context, plan_memory
 from specdec.planning.peak_memory import LiveStorages, PeakMemory
 from specdec.quant.checkpoints import load_checkpoint
 from specdec.quant.layers import is_4bit
@@ -50,11 +49,12 @@ from tests.helpers.families import FAMILIES, family, make_model
 
 PLAIN = Path(__file__).parents[1] / "data" / "target"
 LLAMA_8B = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": False,
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": False,
 }  # fmt: skip
 LLAMA_1B = LLAMA_8B | {
-    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64, "tie_word_embeddings": True,
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
+    "tie_word_embeddings": True,
 }  # fmt: skip
 
 
@@ -77,19 +77,19 @@ def on_both_cpus(request: pytest.FixtureRequest) -> None:
 @cache
 def loaded(
     path: Path, has_kernels: bool = False, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[PreTrainedModel, Footprint]:
+) -> tuple[PreTrainedModel, ModelFootprint]:
     """has_kernels: those of the CPU, since a model keeps the layout of their weights."""
     model: Any = load_checkpoint(path, dtype=dtype)
-    return model.to(device).eval(), footprint(path, dtype=dtype, device=device)
+    return model.to(device).eval(), measure_footprint(path, dtype=dtype, device=device)
 
 
 @cache
-def llama(**values: Any) -> Footprint:
-    return footprint(LlamaConfig(**LLAMA_8B | values))
+def llama(**values: Any) -> ModelFootprint:
+    return measure_footprint(LlamaConfig(**LLAMA_8B | values))
 
 
-def pair() -> tuple[Footprint, Footprint]:
-    return llama(), footprint(LlamaConfig(**LLAMA_1B))
+def pair() -> tuple[ModelFootprint, ModelFootprint]:
+    return llama(), measure_footprint(LlamaConfig(**LLAMA_1B))
 
 
 def ratio(
@@ -99,7 +99,7 @@ def ratio(
     placement["has_kernels"] = cpu.load()
     (target, target_size), (draft, draft_size) = loaded(path, **placement), loaded(embedded.DRAFT, **placement)
     ids = torch.randint(3, 4096, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(target.device)
-    specdec.enable(target, draft, compile=False)  # whatever other tests have left on disk
+    specdec.enable(target, draft, compile=False)  # so that files of other tests have no effect
     call = {
         "max_new_tokens": new,
         "num_assistant_tokens": num_draft_tokens,
@@ -108,7 +108,7 @@ def ratio(
     gc.collect()
     with PeakMemory(target.device, target, draft) as peak:
         target.generate(ids, attention_mask=torch.ones_like(ids), **call)
-    predicted = plan(
+    predicted = plan_memory(
         target_size, draft_size, context=prompt + new, batch=batch, num_draft_tokens=num_draft_tokens, prompt=prompt,
         sampled=call["do_sample"], target_int4=is_4bit(target),
     )  # fmt: skip
@@ -143,10 +143,10 @@ def test_the_plan_is_the_measured_peak_where_the_cpu_has_kernels(
 @pytest.mark.usefixtures("on_both_cpus")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attention_of_a_decoding_window_is_in_the_peak(dtype: torch.dtype) -> None:
-    """Few weights in four bits and a short prompt: without a kernel that reads the cache, scores are a fifth of the peak."""
+    """Few 4-bit weights, a short prompt: without a kernel that reads the cache, scores are a fifth of the peak."""
     values = {
-        "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "vocab_size": 101, "max_position_embeddings": 256,
+        "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 101, "max_position_embeddings": 256,
     }  # fmt: skip
     model = make_model("llama", **values).to(dtype)
     with warnings.catch_warnings():
@@ -156,8 +156,8 @@ def test_attention_of_a_decoding_window_is_in_the_peak(dtype: torch.dtype) -> No
     ids = torch.randint(3, 101, (8, 4))
     with PeakMemory("cpu", model) as peak:
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, eos_token_id=[], **GREEDY)
-    size = footprint(LlamaConfig(**values), dtype=dtype, device="cpu", group_size=32)
-    predicted = plan(size, context=204, batch=8, num_draft_tokens=1, prompt=4, sampled=False)
+    size = measure_footprint(LlamaConfig(**values), dtype=dtype, device="cpu", group_size=32)
+    predicted = plan_memory(size, context=204, batch=8, num_draft_tokens=1, prompt=4, sampled=False)
     assert predicted.total_bytes == pytest.approx(peak.bytes, rel=0.03)
 
 
@@ -188,13 +188,13 @@ def test_logits_are_in_the_peak(call: dict[str, Any], dtype: torch.dtype) -> Non
     """A wide vocabulary on narrow layers: what verification holds is most of it."""
     target, draft = (make_model("llama", seed, **FAMILIES["llama"] | {"vocab_size": 5000}).to(dtype) for seed in (0, 1))
     values = {name: value for name, value in FAMILIES["llama"].items() if name != "attn"}
-    size = footprint(LlamaConfig(**values, vocab_size=5000), dtype=dtype, device="cpu", group_size=32)
+    size = measure_footprint(LlamaConfig(**values, vocab_size=5000), dtype=dtype, device="cpu", group_size=32)
     specdec.enable(target, draft, num_draft_tokens=8)
     ids = torch.randint(3, 5000, (8, 2))
     with PeakMemory("cpu", target, draft) as peak:
         target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, **call)
     is_sampled = call["do_sample"]
-    predicted = plan(
+    predicted = plan_memory(
         size, size, context=26, batch=8, num_draft_tokens=8, prompt=2, sampled=is_sampled, target_int4=False
     )
     assert predicted.logits_bytes > 0.5 * peak.bytes
@@ -203,8 +203,8 @@ def test_logits_are_in_the_peak(call: dict[str, Any], dtype: torch.dtype) -> Non
 
 @pytest.mark.usefixtures("on_both_cpus")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_slab_of_weights_is_in_the_peak(dtype: torch.dtype) -> None:
-    """A wide layer, a short prompt: what prefill has in full precision is as much as all the rest; with kernels, nothing."""
+def test_a_tile_of_weights_is_in_the_peak(dtype: torch.dtype) -> None:
+    """A wide layer, a short prompt: prefill holds as much in full precision as all the rest; with kernels, nothing."""
     values = {
         "hidden_size": 256,
         "intermediate_size": 4096,
@@ -220,15 +220,14 @@ def test_a_slab_of_weights_is_in_the_peak(dtype: torch.dtype) -> None:
     ids = torch.randint(3, 101, (1, 70))
     with PeakMemory("cpu", model) as peak:
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, **GREEDY)
-    size = footprint(LlamaConfig(**values, max_position_embeddings=128), dtype=dtype, device="cpu")
-    predicted = plan(size, context=72, num_draft_tokens=1, prompt=70, sampled=False)
+    size = measure_footprint(LlamaConfig(**values, max_position_embeddings=128), dtype=dtype, device="cpu")
+    predicted = plan_memory(size, context=72, num_draft_tokens=1, prompt=70, sampled=False)
     assert size.tile_weights == (0 if size.has_kernels else 256 * 4096)
     if size.has_kernels:
         assert predicted.total_bytes == pytest.approx(peak.bytes, rel=0.01)
     else:
-        assert (
-            peak.bytes <= predicted.total_bytes < 1.12 * peak.bytes
-        )  # which has one activation less while there is a slab
+        # the peak has one activation less while there is a tile
+        assert peak.bytes <= predicted.total_bytes < 1.12 * peak.bytes
 
 
 def test_sampling_without_top_p_takes_no_more_than_planned() -> None:
@@ -238,7 +237,7 @@ def test_sampling_without_top_p_takes_no_more_than_planned() -> None:
 @pytest.mark.parametrize("model_type", list(FAMILIES))
 def test_weights_and_caches_of_all_families_to_the_byte(model_type: str) -> None:
     model = family(model_type)
-    expected = footprint(config_of(model_type), dtype=torch.float32, device="cpu", group_size=32)
+    expected = measure_footprint(config_of(model_type), dtype=torch.float32, device="cpu", group_size=32)
     assert bytes_of(model) == expected.plain_bytes
     runner = ModelRunner(model)
     runner.begin(3, 40)
@@ -250,11 +249,12 @@ def test_weights_and_caches_of_all_families_to_the_byte(model_type: str) -> None
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "gemma3_text", "phi", "gpt2"])
-def test_the_plan_is_the_measured_peak_where_weights_are_nothing_beside_the_rest(model_type: str) -> None:
+def test_the_plan_is_the_measured_peak_where_weights_are_few(model_type: str) -> None:
     """Grouped and single-head keys, experts, several masks, biases: activations and caches make up nine tenths."""
     target, draft = family(model_type), make_model("llama", 1, **FAMILIES["llama"])
     sizes = [
-        footprint(config_of(name), dtype=torch.float32, device="cpu", group_size=32) for name in (model_type, "llama")
+        measure_footprint(config_of(name), dtype=torch.float32, device="cpu", group_size=32)
+        for name in (model_type, "llama")
     ]
     specdec.enable(target, draft)
     try:
@@ -265,7 +265,7 @@ def test_the_plan_is_the_measured_peak_where_weights_are_nothing_beside_the_rest
                     ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, num_assistant_tokens=4, **GREEDY
                 )
             context = prompt + new
-            predicted = plan(
+            predicted = plan_memory(
                 *sizes, context=context, batch=8, num_draft_tokens=4, prompt=prompt, sampled=False, target_int4=False
             )
             assert predicted.total_bytes == pytest.approx(peak.bytes, rel=0.05)
@@ -276,7 +276,7 @@ def test_the_plan_is_the_measured_peak_where_weights_are_nothing_beside_the_rest
 @pytest.mark.usefixtures("on_both_cpus")
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [32, 64, -1])
-def test_four_bits_as_they_lie_in_memory_to_the_byte(group_size: int, symmetric: bool, tmp_path: Path) -> None:
+def test_4_bit_weights_are_counted_to_the_byte(group_size: int, symmetric: bool, tmp_path: Path) -> None:
     values = {
         "hidden_size": 64,
         "intermediate_size": 192,
@@ -290,12 +290,12 @@ def test_four_bits_as_they_lie_in_memory_to_the_byte(group_size: int, symmetric:
         specdec.quantize(model, specdec.Int4Config(group_size, symmetric))
     model.save_pretrained(tmp_path)
     model(torch.zeros(1, 2, dtype=torch.int64))  # enters the kernel's layout
-    assert footprint(tmp_path, dtype=torch.float32, device="cpu").int4_bytes == bytes_of(model)
+    assert measure_footprint(tmp_path, dtype=torch.float32, device="cpu").int4_bytes == bytes_of(model)
     if symmetric:  # not quantized yet, the same settings
         original = LlamaConfig(**values, vocab_size=101, max_position_embeddings=128)
-        assert footprint(original, dtype=torch.float32, device="cpu", group_size=group_size).int4_bytes == bytes_of(
-            model
-        )
+        assert measure_footprint(
+            original, dtype=torch.float32, device="cpu", group_size=group_size
+        ).int4_bytes == bytes_of(model)
 
 
 @pytest.mark.usefixtures("on_both_cpus")
@@ -310,8 +310,8 @@ def test_four_bits_as_they_lie_in_memory_to_the_byte(group_size: int, symmetric:
         checkpoint_writers.Case("gptq", "mixtral", symmetric=False),
         checkpoint_writers.Case("auto-round", version="gptq"),
         checkpoint_writers.Case(
-            "gptq", layers={"down_proj": {"bits": 8}, "v_proj": {"group_size": 16, "symmetric": False}}, skip=("up_proj",),
-            settings={"dynamic": {
+            "gptq", layers={"down_proj": {"bits": 8}, "v_proj": {"group_size": 16, "symmetric": False}},
+            skip=("up_proj",), settings={"dynamic": {
                 ".*down_proj": {"bits": 8}, ".*v_proj": {"group_size": 16, "sym": False}, "-:.*up_proj": {},
             }},
         ),
@@ -319,13 +319,13 @@ def test_four_bits_as_they_lie_in_memory_to_the_byte(group_size: int, symmetric:
     ],
     ids=lambda case: f"{case.method}-{case.model_type}",
 )  # fmt: skip
-def test_checkpoints_of_others_count_by_their_group_size(case: checkpoint_writers.Case, tmp_path: Path) -> None:
+def test_other_formats_are_counted_by_their_group_size(case: checkpoint_writers.Case, tmp_path: Path) -> None:
     checkpoint_writers.write(tmp_path / "model", case)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         model = specdec.load_quantized(tmp_path / "model", dtype=torch.float32)
     model.eval()(torch.zeros(1, 2, dtype=torch.int64))
-    size = footprint(tmp_path / "model", dtype=torch.float32, device="cpu")
+    size = measure_footprint(tmp_path / "model", dtype=torch.float32, device="cpu")
     assert size.checkpoint_method == case.method
     assert size.int4_bytes == bytes_of(model)
 
@@ -353,18 +353,18 @@ def test_heads_and_widths_as_configs_have_them() -> None:
         "num_attention_heads": 14,
         "vocab_size": 151936,
     }
-    tied = footprint(Qwen2Config(**qwen, num_key_value_heads=2, tie_word_embeddings=True))
-    untied = footprint(Qwen2Config(**qwen, num_key_value_heads=2, tie_word_embeddings=False))
+    tied = measure_footprint(Qwen2Config(**qwen, num_key_value_heads=2, tie_word_embeddings=True))
+    untied = measure_footprint(Qwen2Config(**qwen, num_key_value_heads=2, tie_word_embeddings=False))
     assert untied.plain_bytes - tied.plain_bytes == 2 * 151936 * 896
     assert tied.plain_bytes == pytest.approx(2 * 0.494e9, rel=1e-3)
     assert tied.token_bytes == 24 * 2 * 2 * 64 * 2
 
     gemma = {"hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42, "num_attention_heads": 16}
-    wide = footprint(Gemma2Config(**gemma, num_key_value_heads=8, head_dim=256))  # 3584 / 16 = 224
+    wide = measure_footprint(Gemma2Config(**gemma, num_key_value_heads=8, head_dim=256))  # 3584 / 16 = 224
     assert wide.token_bytes == 42 * 2 * 8 * 256 * 2
     assert wide.num_masks == 2
 
-    deepseek = footprint(DeepseekV3Config())
+    deepseek = measure_footprint(DeepseekV3Config())
     assert deepseek.plain_bytes == pytest.approx(2 * 671e9, rel=1e-3)
     assert deepseek.token_bytes == 61 * (512 + 64) * 2  # the latent and the rotary part of the keys
     assert (deepseek.heads, deepseek.key_width, deepseek.value_width) == (128, 192, 128)
@@ -373,17 +373,19 @@ def test_heads_and_widths_as_configs_have_them() -> None:
 
 def test_the_parts_add_up_and_grow() -> None:
     target, draft = pair()
-    made = plan(target, draft, context=8192, batch=4)
-    assert made.total_bytes == sum(vars(made).values())
-    assert made.target_kv_bytes == 4 * 8192 * 131072
-    assert made.draft_kv_bytes == 4 * 8192 * 32768
-    assert made.target_weights_bytes == target.int4_bytes
-    assert made.draft_weights_bytes == draft.plain_bytes
-    assert plan(target, draft, context=8192, batch=4, sampled=False).logits_bytes < made.logits_bytes
-    assert plan(target, draft, context=8192, batch=4, num_draft_tokens=8).logits_bytes > made.logits_bytes
-    assert plan(target, draft, context=8192, batch=4, draft_int4=True).draft_weights_bytes == draft.int4_bytes
-    assert plan(target, draft, context=8192, batch=4, target_int4=False).target_weights_bytes == target.plain_bytes
-    alone = plan(target, context=8192, batch=4)
+    planned = plan_memory(target, draft, context=8192, batch=4)
+    assert planned.total_bytes == sum(vars(planned).values())
+    assert planned.target_kv_bytes == 4 * 8192 * 131072
+    assert planned.draft_kv_bytes == 4 * 8192 * 32768
+    assert planned.target_weights_bytes == target.int4_bytes
+    assert planned.draft_weights_bytes == draft.plain_bytes
+    assert plan_memory(target, draft, context=8192, batch=4, sampled=False).logits_bytes < planned.logits_bytes
+    assert plan_memory(target, draft, context=8192, batch=4, num_draft_tokens=8).logits_bytes > planned.logits_bytes
+    assert plan_memory(target, draft, context=8192, batch=4, draft_int4=True).draft_weights_bytes == draft.int4_bytes
+    assert (
+        plan_memory(target, draft, context=8192, batch=4, target_int4=False).target_weights_bytes == target.plain_bytes
+    )
+    alone = plan_memory(target, context=8192, batch=4)
     assert alone.draft_weights_bytes == alone.draft_kv_bytes == 0
 
 
@@ -393,21 +395,21 @@ def test_what_fits_a_card_fits_and_one_more_does_not(size: str) -> None:
     card = card_bytes(size)
     for batch in (1, 4):
         context = largest_context(card, target, draft, batch=batch)
-        assert plan(target, draft, context=context, batch=batch).total_bytes <= usable_bytes(card)
+        assert plan_memory(target, draft, context=context, batch=batch).total_bytes <= usable_bytes(card)
         if context < 131072:
-            assert plan(target, draft, context=context + 1, batch=batch).total_bytes > usable_bytes(card)
+            assert plan_memory(target, draft, context=context + 1, batch=batch).total_bytes > usable_bytes(card)
     for context in (512, 8192):
         batch = largest_batch(card, target, draft, context=context)
-        assert plan(target, draft, context=context, batch=batch).total_bytes <= usable_bytes(card)
-        assert plan(target, draft, context=context, batch=batch + 1).total_bytes > usable_bytes(card)
+        assert plan_memory(target, draft, context=context, batch=batch).total_bytes <= usable_bytes(card)
+        assert plan_memory(target, draft, context=context, batch=batch + 1).total_bytes > usable_bytes(card)
 
 
-def test_longer_prompts_may_fit_again_where_prefill_goes_by_chunks() -> None:
-    """8192 squared is the largest mask; behind it prefill takes 1024 positions at a time, so less may not fit where more does."""
+def test_longer_prompts_may_fit_again_where_prefill_runs_in_chunks() -> None:
+    """8192 squared is the largest mask; longer prompts are read in chunks, so more may fit where less does not."""
     target = llama(max_position_embeddings=10000)
-    wanted = plan(target, context=9000).total_bytes
-    assert plan(target, context=7500).total_bytes > wanted
-    card = math.ceil((wanted + planning.CONTEXT_BYTES) / (1 - planning.FRAGMENTATION)) + 1
+    wanted = plan_memory(target, context=9000).total_bytes
+    assert plan_memory(target, context=7500).total_bytes > wanted
+    card = math.ceil((wanted + CUDA_CONTEXT_BYTES) / (1 - FRAGMENTATION)) + 1
     assert 9000 <= largest_context(card, target) < 9010
 
 
@@ -422,40 +424,40 @@ def test_the_smallest_card_and_those_that_are_too_small() -> None:
     assert card_bytes("rtx 4090") == 24564 << 20
 
 
-def test_what_cannot_be_planned_is_said(tmp_path: Path) -> None:
+def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
     target = llama()
     with pytest.raises(
         ValueError,
         match="no config could be read from 'nowhere/to-be-found': it is no local folder and cannot be downloaded from the hub",
     ):
-        footprint("nowhere/to-be-found")
+        measure_footprint("nowhere/to-be-found")
     with pytest.raises(ValueError, match=r"there is no config.json in .*; name a folder"):
-        footprint(tmp_path)
+        measure_footprint(tmp_path)
     with pytest.raises(ValueError, match="no memory can be planned for t5: it is an encoder-decoder model"):
-        footprint(T5Config())
+        measure_footprint(T5Config())
     with pytest.raises(ValueError, match="for mamba: it has layers that keep more than keys and values"):
-        footprint(MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4))
+        measure_footprint(MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4))
     with pytest.raises(ValueError, match="group_size=48 is none of"):
-        footprint(LlamaConfig(**LLAMA_8B), group_size=48)
-    with pytest.raises(ValueError, match=r"context=131073 is beyond the 131072 positions that llama was made for"):
-        plan(target, context=131073)
+        measure_footprint(LlamaConfig(**LLAMA_8B), group_size=48)
+    with pytest.raises(ValueError, match=r"context=131073 is beyond the 131072 positions that llama supports"):
+        plan_memory(target, context=131073)
     with pytest.raises(ValueError, match="context=1 must be 2 or more"):
-        plan(target, context=1)
+        plan_memory(target, context=1)
     with pytest.raises(ValueError, match="batch=0 must be 1 or more"):
-        plan(target, context=8, batch=0)
+        plan_memory(target, context=8, batch=0)
     with pytest.raises(ValueError, match="batch=0 must be 1 or more"):
         largest_context(24 * GIB, target, batch=0)
     with pytest.raises(ValueError, match="num_draft_tokens=0 must be 1 or more"):
-        plan(target, context=8, num_draft_tokens=0)
+        plan_memory(target, context=8, num_draft_tokens=0)
     with pytest.raises(ValueError, match=r"prompt=9 must lie in 1 … context=8"):
-        plan(target, context=8, prompt=9)
+        plan_memory(target, context=8, prompt=9)
     with pytest.raises(
-        ValueError, match=r"card 'RTX 1' is not known; give its memory as in 24GiB, or one of RTX 3060 12GB, "
+        ValueError, match=r"card 'RTX 1' is unknown; give its memory as in 24GiB, or one of RTX 3060 12GB, "
     ):
         card_bytes("RTX 1")
-    odd = footprint(config_of("llama"), group_size=64)
+    odd = measure_footprint(config_of("llama"), group_size=64)
     with pytest.raises(ValueError, match="no linear layer of llama can be in four bits with this group size"):
-        plan(odd, context=8)
+        plan_memory(odd, context=8)
 
 
 def test_live_storages_are_counted_once_and_until_they_die() -> None:
@@ -471,7 +473,7 @@ def test_live_storages_are_counted_once_and_until_they_die() -> None:
     assert live.peak_bytes == 8000
 
 
-def test_what_an_operator_holds_in_between_is_seen() -> None:
+def test_intermediate_tensors_of_an_operator_are_counted() -> None:
     query, mask = torch.randn(1, 2, 64, 16), torch.ones(1, 1, 64, 64, dtype=torch.bool)
     with torch.inference_mode():
         plain = torch.nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=mask)
@@ -502,9 +504,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def run(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args(arguments))
+    return command.run(parse(["plan", *arguments]))
 
 
 def test_the_command_prints_parts_totals_and_cards(
@@ -521,8 +521,8 @@ def test_the_command_prints_parts_totals_and_cards(
         if len(parts := [part.strip() for part in line.strip("│").split("│")]) == 4
     }
     target, draft = pair()
-    forms: list[dict[str, bool]] = [{"target_int4": False}, {}, {"draft_int4": True}]
-    totals = [plan(target, draft, context=8192, batch=4, **form).total_bytes for form in forms]
+    precisions: list[dict[str, bool]] = [{"target_int4": False}, {}, {"draft_int4": True}]
+    totals = [plan_memory(target, draft, context=8192, batch=4, **precision).total_bytes for precision in precisions]
     assert cells["total"] == [f"{total / GIB:.2f}" for total in totals]
     assert cells["target weights"] == ["14.96", "5.41", "5.41"]
     assert cells["smallest card"] == [smallest_card(total) for total in totals]
@@ -534,14 +534,16 @@ def test_the_command_prints_json(folders: list[str], capsys: pytest.CaptureFixtu
     assert run(*folders, "--context", "2048", "--batch", "2", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     target, draft = pair()
-    assert report["plans"]["4-bit target"]["total_bytes"] == plan(target, draft, context=2048, batch=2).total_bytes
+    assert (
+        report["plans"]["4-bit target"]["total_bytes"] == plan_memory(target, draft, context=2048, batch=2).total_bytes
+    )
     assert list(report["plans"]) == ["both bf16", "4-bit target", "4-bit both"]
     assert {entry["batch"] for entry in report["totals"]} == {1, 2, 4, 16, 64}
     assert max(entry["context"] for entry in report["totals"]) == 131072
     assert report["cards"][0]["card"] == report["smallest_card"]["both bf16"]
 
 
-def test_the_command_says_what_is_in_four_bits_already_and_what_fits_nowhere(
+def test_the_command_names_4_bit_checkpoints_and_plans_that_fit_no_card(
     folders: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("--target", str(embedded.TARGET), "--draft", str(embedded.DRAFT), "--context", "512") == 0
@@ -578,9 +580,9 @@ def test_the_command_draws(
         (["--context", "200000"], r"context=200000 is beyond the 131072 positions"),
         (["--batch", "0"], r"batch=0 must be 1 or more"),
         (["--num-draft-tokens", "0"], r"num_draft_tokens=0 must be 1 or more"),
-        (["--card", "abacus"], r"card 'abacus' is not known"),
+        (["--card", "abacus"], r"card 'abacus' is unknown"),
     ],
 )
-def test_the_command_refuses_what_cannot_be(folders: list[str], arguments: list[str], message: str) -> None:
+def test_the_command_refuses_impossible_values(folders: list[str], arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(*folders, *arguments)

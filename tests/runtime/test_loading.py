@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 import specdec
 from specdec.cli.main import main
 from specdec.drafters.resolve import resolve_drafter
-from specdec.planning.footprint import footprint
+from specdec.planning.footprint import measure_footprint
 from specdec.quant import checkpoints
 from specdec.quant.checkpoints import load_checkpoint, named_errors
 from specdec.quant.layers import is_4bit
@@ -200,7 +200,7 @@ def move_settings(folder: Path, file: str, **changes: Any) -> None:
 def test_settings_in_a_file_of_their_own_count_for_drafters_and_plans(copied: Callable[[str], Path]) -> None:
     folder = copied("gptq")
     move_settings(folder, "quantize_config.json")
-    assert footprint(folder, device="cpu", group_size=32).checkpoint_method == "gptq"
+    assert measure_footprint(folder, device="cpu", group_size=32).checkpoint_method == "gptq"
     drafter: Any = resolve_drafter(folder, make_model("llama", **ONE_LAYER))
     assert is_4bit(drafter.runner.model)
 
@@ -247,15 +247,15 @@ def test_other_quantization_is_refused_by_name_before_weights_are_read(
 WHOLE = (load_checkpoint, lambda folder: resolve_drafter(folder, target()))
 TOKENIZER = (lambda folder: load_tokenizer(str(folder)),)
 DAMAGED: dict[str, tuple[str, str, bytes | None, tuple[Callable[[Path], Any], ...]]] = {
-    "no config": ("plain", "config.json", None, (*WHOLE, footprint)),
-    "config: no JSON": ("plain", "config.json", b"{", (*WHOLE, footprint)),
-    "config: a list": ("plain", "config.json", b"[1]", (*WHOLE, footprint)),
-    "config: not UTF-8": ("plain", "config.json", b'{"model_type": "\xff"}', (*WHOLE, footprint)),
-    "config: too deep": ("plain", "config.json", b"[" * 100_000, (*WHOLE, footprint)),
+    "no config": ("plain", "config.json", None, (*WHOLE, measure_footprint)),
+    "config: no JSON": ("plain", "config.json", b"{", (*WHOLE, measure_footprint)),
+    "config: a list": ("plain", "config.json", b"[1]", (*WHOLE, measure_footprint)),
+    "config: not UTF-8": ("plain", "config.json", b'{"model_type": "\xff"}', (*WHOLE, measure_footprint)),
+    "config: too deep": ("plain", "config.json", b"[" * 100_000, (*WHOLE, measure_footprint)),
     "config: wrong value": (
-        "plain", "config.json", b'{"model_type": "llama", "hidden_size": "x"}', (*WHOLE, footprint),
+        "plain", "config.json", b'{"model_type": "llama", "hidden_size": "x"}', (*WHOLE, measure_footprint),
     ),
-    "config: no model type": ("plain", "config.json", b"{}", (*WHOLE, footprint)),
+    "config: no model type": ("plain", "config.json", b"{}", (*WHOLE, measure_footprint)),
     "generation_config": ("plain", "generation_config.json", b"{", WHOLE),
     "generation_config of a format": ("gptq", "generation_config.json", b"[]", WHOLE),
     "index: no JSON": ("shards", "model.safetensors.index.json", b"", WHOLE),
@@ -264,8 +264,8 @@ DAMAGED: dict[str, tuple[str, str, bytes | None, tuple[Callable[[Path], Any], ..
     "index: weight_map a list": ("shards", "model.safetensors.index.json", b'{"weight_map": []}', WHOLE),
     "index: values no names": ("shards", "model.safetensors.index.json", b'{"weight_map": {"a": 3}}', WHOLE),
     "weights": ("plain", "model.safetensors", b"\x08\0\0\0\0\0\0\0{}", WHOLE),
-    "quantize_config": ("plain", "quantize_config.json", b"{", (*WHOLE, footprint)),
-    "quantize_config: a list": ("plain", "quantize_config.json", b"[]", (*WHOLE, footprint)),
+    "quantize_config": ("plain", "quantize_config.json", b"{", (*WHOLE, measure_footprint)),
+    "quantize_config: a list": ("plain", "quantize_config.json", b"[]", (*WHOLE, measure_footprint)),
     "tokenizer.json": ("plain", "tokenizer.json", b"{", TOKENIZER),
     "tokenizer_config": ("plain", "tokenizer_config.json", b'["\xff"]', TOKENIZER),
     "special_tokens_map": ("plain", "special_tokens_map.json", b"7", TOKENIZER),
@@ -288,7 +288,7 @@ def test_a_damaged_file_is_named(name: str, copied: Callable[[str], Path]) -> No
 def test_a_quantization_config_that_is_no_object(settings: Any, copied: Callable[[str], Path]) -> None:
     folder = copied("gptq")
     edit_config(folder, quantization_config=settings)
-    for call in (*WHOLE, footprint):
+    for call in (*WHOLE, measure_footprint):
         with pytest.raises(ValueError, match=r"the quantization_config in .*config.json is no JSON object"):
             call(folder)
 

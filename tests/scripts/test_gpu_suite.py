@@ -1,8 +1,7 @@
-"""scripts/gpu_suite.py without a GPU: its dry run, its refusals, and that it sees what is wrong."""
+"""scripts/gpu_suite without a GPU: its dry run, what it refuses, and that it detects broken kernels."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -11,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,8 +18,14 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from gpu_suite import correctness, main, w4a16
+from gpu_suite.checking import check_case, relative_error
+from gpu_suite.report import origin
+from gpu_suite.suite import Section, Skipped, Suite
+from gpu_suite.timing import CallTimer
+
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "gpu_suite.py"
+SCRIPT = "scripts/gpu_suite"
 SECTIONS = ["tests", "correctness", "w4a16", "attention", "rejection", "lossless", "peers"]
 TIMED = SECTIONS[2:5]
 
@@ -29,21 +33,10 @@ TIMED = SECTIONS[2:5]
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), *arguments]
+    command = [sys.executable, SCRIPT, *arguments]
     return subprocess.run(
         command, env=environment | {"PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True, check=False
     )
-
-
-@pytest.fixture(scope="module")
-def suite() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_suite", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_suite"] = module  # dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
 
 
 def items(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -89,12 +82,7 @@ def test_a_dry_run_runs_every_section_and_keeps_no_figure(tmp_path: Path) -> Non
         assert row["tokens_per_second"] is row["target_ms"] is None
     for path, value in items(report["sections"]):
         if isinstance(value, float):
-            known = (
-                "max_error",
-                "bound",
-                "tokens_per_step",
-            )  # what was compared, goals, what was accepted: nothing was timed
-            assert path[-1] in known, path
+            assert path[-1] in ("max_error", "bound", "tokens_per_step"), path  # none of them is a time
         if path[-1].endswith(("_us", "gbps")) or path[-1].startswith(("ratio", "fraction", "cost", "spread")):
             assert value is None, path
     table = done.stdout[done.stdout.index("w4a16: ok") :]
@@ -103,22 +91,22 @@ def test_a_dry_run_runs_every_section_and_keeps_no_figure(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it would run")
-def test_without_a_gpu_it_says_so() -> None:
+def test_without_a_gpu_it_ends_with_a_message() -> None:
     done = run("--section", "w4a16")
     assert done.returncode == 2
     assert "no CUDA device" in done.stderr
     assert "--dry" in done.stderr
 
 
-def test_an_unknown_section_is_told_the_known_ones(suite: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_section_is_refused_with_the_names_of_all(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        suite.main(["--dry", "--section", "w4a17"])
+        main.main(["--dry", "--section", "w4a17"])
     message = capsys.readouterr().err
     assert all(name in message for name in ("w4a17", *SECTIONS))
 
 
 class Off:
-    """One element is wrong by half of itself."""
+    """One element is off by half of its value."""
 
     def __init__(self, op: Callable[..., Tensor]) -> None:
         self.op = op
@@ -131,14 +119,14 @@ class Off:
 
 
 class Stale(Off):
-    """What was right at the first launch comes again."""
+    """Later launches return the result of the first."""
 
     def __call__(self, x: Tensor, weight: Any) -> Tensor:
         return self.first.setdefault((*x.shape, weight.out_features), self.op(x, weight))
 
 
 class Unwritten(Off):
-    """The last column is left as it was found."""
+    """The last column is not written."""
 
     def __call__(self, x: Tensor, weight: Any) -> Tensor:
         y = torch.empty(len(x), weight.out_features, dtype=x.dtype, device=x.device)
@@ -147,7 +135,7 @@ class Unwritten(Off):
 
 
 class OtherBits(Off):
-    """A row alone is rounded in another way."""
+    """A single row is rounded differently."""
 
     def __call__(self, x: Tensor, weight: Any) -> Tensor:
         y = self.op(x, weight)
@@ -156,21 +144,21 @@ class OtherBits(Off):
 
 class Raises(Off):
     def __call__(self, x: Tensor, weight: Any) -> Tensor:
-        raise RuntimeError("it does not compile\nfor a reason")
+        raise RuntimeError("it does not compile\nfor some reason")
 
 
 BROKEN = [(Off, "bounded"), (Stale, "changes"), (Unwritten, "bounded"), (OtherBits, "same_bits"), (Raises, "ok")]
 
 
 @pytest.mark.parametrize(("broken", "sign"), BROKEN, ids=lambda value: getattr(value, "__name__", value))
-def test_what_is_wrong_is_seen_and_not_timed(
-    suite: ModuleType, broken: type[Off], sign: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+def test_a_broken_kernel_is_detected_and_not_timed(
+    broken: type[Off], sign: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(suite, "w4a16", broken(suite.w4a16))
-    monkeypatch.setattr(suite, "CHECKS", {"w4a16": suite.check_w4a16})
+    monkeypatch.setattr(w4a16, "multiply", broken(w4a16.multiply))
+    monkeypatch.setattr(correctness, "KERNEL_SECTIONS", (w4a16.SECTION,))
     output = tmp_path / "dry.json"
-    assert suite.main(["--dry", "--section", "w4a16", "correctness", "--output", str(output)]) == 1
+    assert main.main(["--dry", "--section", "w4a16", "correctness", "--output", str(output)]) == 1
     sections = json.loads(output.read_text(encoding="utf-8"))["sections"]
     assert sections["correctness"]["status"] == "failed"
     assert not all(row[sign] for row in sections["correctness"]["checks"])
@@ -180,34 +168,32 @@ def test_what_is_wrong_is_seen_and_not_timed(
     assert "correctness: failed" in capsys.readouterr().out
 
 
-def test_an_error_that_moves_is_seen_though_it_is_small(suite: ModuleType) -> None:
-    tiny = suite.Suite(torch.device("cpu"), dry=True)
+def test_a_small_error_that_varies_is_detected() -> None:
+    suite = Suite(torch.device("cpu"), dry=True)
     for errors, stable in (([5e-4, 4e-4], True), ([5e-4, 5e-6], False)):
-        left = iter(errors)
-        row = suite.checked(
-            tiny, "op", "case", lambda: (torch.rand(9).double(),), lambda x, left=left: x * (1 + next(left)), lambda x: x,
-            lambda got, x: True, suite.relative_error, 1e-3,
+        remaining = iter(errors)
+        row = check_case(
+            suite, "op", "case", lambda: (torch.rand(9).double(),), lambda x, rest=remaining: x * (1 + next(rest)),
+            lambda x: x, lambda result, x: True, relative_error, 1e-3,
         )  # fmt: skip
         assert row["bounded"]
         assert row["stable"] is row["ok"] is stable
 
 
-def test_sections_merge_and_another_devices_figures_stay(
-    suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sections_merge_and_another_devices_figures_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "report.json"
 
     def skipped(_: Any) -> None:
-        raise suite.Skipped("not here")
+        raise Skipped("not here")
 
     def fails(_: Any) -> None:
-        raise RuntimeError("an illegal access\nand its story")
+        raise RuntimeError("an illegal access\nand its details")
 
     call = ["--dry", "--output", str(output), "--section"]
-    for name, section in (("w4a16", dict), ("tests", skipped), ("rejection", fails)):
-        monkeypatch.setitem(suite.SECTIONS, name, section if section is not dict else lambda _: {})
-    assert suite.main([*call, "w4a16", "tests"]) == 0
-    assert suite.main([*call, "rejection"]) == 1
+    for name, section_run in (("w4a16", lambda _: {}), ("tests", skipped), ("rejection", fails)):
+        monkeypatch.setitem(main.SECTIONS, name, Section(name, section_run))
+    assert main.main([*call, "w4a16", "tests"]) == 0
+    assert main.main([*call, "rejection"]) == 1
     report = json.loads(output.read_text(encoding="utf-8"))
     assert {name: record["status"] for name, record in report["sections"].items()} == {
         "tests": "skipped", "w4a16": "ok", "rejection": "failed",
@@ -215,14 +201,23 @@ def test_sections_merge_and_another_devices_figures_stay(
     assert report["sections"]["rejection"]["reason"] == "RuntimeError: an illegal access"
     output.write_text(json.dumps(report | {"dry": False, "device": "Some GPU"}), encoding="utf-8")
     with pytest.raises(SystemExit, match="2"):
-        suite.main([*call, "w4a16"])
+        main.main([*call, "w4a16"])
 
 
-def test_without_git_the_sources_tell_what_ran(suite: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_section_without_its_package_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(main.SECTIONS, "tests", Section("tests", lambda _: {}, packages=("no_such_package",)))
+    output = tmp_path / "report.json"
+    assert main.main(["--dry", "--section", "tests", "--output", str(output)]) == 0
+    record = json.loads(output.read_text(encoding="utf-8"))["sections"]["tests"]
+    assert record["status"] == "skipped"
+    assert "no_such_package is not installed" in record["reason"]
+
+
+def test_without_git_a_digest_of_the_sources_identifies_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    origin = suite.origin(suite.Suite(torch.device("cpu"), dry=True))
-    assert origin["commit"] is None
-    assert len(origin["sources_sha256"]) == 64
+    found = origin(Suite(torch.device("cpu"), dry=True))
+    assert found["commit"] is None
+    assert len(found["sources_sha256"]) == 64
 
 
 class FakeCuda:
@@ -257,23 +252,21 @@ class FakeCuda:
 
 
 @pytest.mark.parametrize("refuses", [False, True])
-def test_on_cuda_a_graph_is_timed_where_one_is_taken(
-    suite: ModuleType, refuses: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_cuda_a_graph_is_timed_where_capture_succeeds(refuses: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeCuda(refuses)
-    monkeypatch.setattr(suite.torch, "cuda", fake)
+    monkeypatch.setattr(torch, "cuda", fake)
     calls: list[int] = []
 
     def out_of_memory() -> None:
-        raise torch.OutOfMemoryError("no room\nfor it")
+        raise torch.OutOfMemoryError("out of memory\non device 0")
 
-    ours = [lambda: calls.append(1), lambda: calls.append(2)]
-    times = suite.Timer(True, rounds=3, min_calls=8).measure({"ours": ours, "other": [out_of_memory]})
-    assert times["ours"].graph is not refuses
-    assert times["ours"].us == pytest.approx(2000 / 8)  # four turns of two calls
+    first = [lambda: calls.append(1), lambda: calls.append(2)]
+    times = CallTimer(True, rounds=3, min_calls=8).measure({"first": first, "other": [out_of_memory]})
+    assert times["first"].graph is not refuses
+    assert times["first"].us == pytest.approx(2000 / 8)  # four cycles of two calls
     assert calls[:12] == [1, 2] * 6  # compile, estimate, capture
     assert fake.replays == (0 if refuses else 4)
     assert math.isnan(times["other"].us)
-    assert times["other"].reason == "no room"
+    assert times["other"].reason == "out of memory"
     with pytest.raises(torch.OutOfMemoryError):
-        suite.Timer(True, rounds=3, min_calls=8).measure({"ours": [out_of_memory]})
+        CallTimer(True, rounds=3, min_calls=8).measure({"first": [out_of_memory]})

@@ -1,4 +1,4 @@
-"""Widening keeps a pair's function: the same logits and texts, in a larger shape, in bfloat16 or straight in 4 bits."""
+"""Widening keeps a pair's outputs: the same logits and texts, in a larger shape, in bfloat16 or in 4 bits."""
 
 from __future__ import annotations
 
@@ -59,17 +59,18 @@ def test_logits_and_greedy_texts_are_the_small_models(name: str, head: str) -> N
     wide = widen(source, shape, dtype=torch.float32)
     assert Shape.of(wide.config) == shape
     ids = torch.randint(96, (3, 40), generator=torch.Generator().manual_seed(0))
-    want, got = logits(source, ids), logits(wide, ids)
-    assert want.std() > 0.5  # a model that says something
-    torch.testing.assert_close(got[..., : source.config.vocab_size], want, atol=1e-3, rtol=0)
-    assert got.shape[-1] == shape.vocab_size
-    assert (got[..., source.config.vocab_size :] < want.amin() - 100).all()
+    expected, actual = logits(source, ids), logits(wide, ids)
+    assert expected.std() > 0.5  # logits that differ
+    torch.testing.assert_close(actual[..., : source.config.vocab_size], expected, atol=1e-3, rtol=0)
+    assert actual.shape[-1] == shape.vocab_size
+    assert (actual[..., source.config.vocab_size :] < expected.amin() - 100).all()
     options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
     assert wide.generate(ids, **options).equal(source.generate(ids, **options))
 
 
 @pytest.mark.parametrize("rope", [{"rope_type": "linear", "factor": 2.0}, {
-    "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+    "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
 }])  # fmt: skip
 def test_scaled_rotary_embeddings_stay(rope: dict[str, Any]) -> None:
     source = tiny(rope_parameters=rope | {"rope_theta": 5000.0}, max_position_embeddings=128)
@@ -78,50 +79,49 @@ def test_scaled_rotary_embeddings_stay(rope: dict[str, Any]) -> None:
     torch.testing.assert_close(logits(wide, ids), logits(source, ids), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("seat", ["target", "draft"])
-def test_the_embedded_pair_at_200m_is_exact_in_bfloat16(seat: str) -> None:
-    folder = str(ORIGINAL if seat == "target" else embedded.DRAFT)
-    source, shape = load(folder, "float32", "cpu"), SHAPES[PAIRS["200m"][seat == "draft"]]
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_the_embedded_pair_at_200m_is_exact_in_bfloat16(role: str) -> None:
+    folder = str(ORIGINAL if role == "target" else embedded.DRAFT)
+    source, shape = load(folder, "float32", "cpu"), SHAPES[PAIRS["200m"][role == "draft"]]
     inputs = load_tokenizer(folder)(
         [prompt["prompt"] for prompt in embedded.prompts()[:2]], return_tensors="pt", padding=True
     )
     wide = widen(source, replace(shape, num_hidden_layers=source.config.num_hidden_layers + 1)).float()  # H/h = 4
     options = {"max_new_tokens": 24, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    want, got = source.generate(**inputs, **options), wide.generate(**inputs, **options)
-    assert got.sequences.equal(want.sequences)
-    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-3, rtol=0)
+    expected, actual = source.generate(**inputs, **options), wide.generate(**inputs, **options)
+    assert actual.sequences.equal(expected.sequences)
+    torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), atol=1e-3, rtol=0)
 
 
-def test_what_is_new_is_noise_but_for_what_it_would_write() -> None:
+def test_new_values_are_noise_but_for_the_output_projections() -> None:
     wide = widen(tiny(), WIDER["all at once"], dtype=torch.float32)
     for name, weight in wide.named_parameters():
         if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")):
-            asked = weight[weight.any(1)]
-            assert (asked != 0).all(), name
-            unasked = (
-                4 * 16 if "q_proj" in name and int(name.split(".")[2]) < 2 else 0
-            )  # new dims of old heads' queries
-            assert len(weight) - len(asked) == unasked, name
+            nonzero = weight[weight.any(1)]
+            assert (nonzero != 0).all(), name
+            # new dims of old heads' queries
+            num_zero = 4 * 16 if "q_proj" in name and int(name.split(".")[2]) < 2 else 0
+            assert len(weight) - len(nonzero) == num_zero, name
         elif name.endswith(("o_proj.weight", "down_proj.weight")):
             block = 64 * (4 * 16 if "o_proj" in name else 96)
             assert int((weight != 0).sum()) == (block if int(name.split(".")[2]) < 2 else 0), name
 
 
 @pytest.mark.filterwarnings("ignore:specdec keeps in full precision")
-def test_straight_to_4_bits_is_quantizing_the_widened_model() -> None:
+def test_widening_to_4_bits_is_quantizing_the_widened_model() -> None:
     config = Int4Config(group_size=32)
     shape = replace(WIDER["all at once"], tie_word_embeddings=False)
-    straight = widen(tiny(), shape, int4=config)
+    at_once = widen(tiny(), shape, int4=config)
     after = quantize(widen(tiny(), shape), config)
-    # Noise is drawn in another order, so what is compared is what the model computes with: old parts of 4-bit weights and logits
-    layers = {name: module for name, module in straight.named_modules() if isinstance(module, Int4Linear)}
+    # Noise is drawn in another order, so weights that hold none and logits are compared
+    layers = {name: module for name, module in at_once.named_modules() if isinstance(module, Int4Linear)}
     assert len(layers) == 7 * 4
-    assert straight.config.quantization_config.parts == after.config.quantization_config.parts
+    assert at_once.config.quantization_config.parts == after.config.quantization_config.parts
     for name, layer in layers.items():
         if name.endswith(("o_proj", "down_proj")):
             assert layer.dequantize().equal(after.get_submodule(name).dequantize()), name
     ids = torch.arange(96)[None]
-    torch.testing.assert_close(logits(straight, ids)[..., :97], logits(after, ids)[..., :97], atol=1e-3, rtol=0)
+    torch.testing.assert_close(logits(at_once, ids)[..., :97], logits(after, ids)[..., :97], atol=1e-3, rtol=0)
 
 
 def test_the_4_bit_model_saves_and_loads(tmp_path: Path) -> None:
@@ -132,24 +132,23 @@ def test_the_4_bit_model_saves_and_loads(tmp_path: Path) -> None:
     assert logits(read, ids).equal(logits(wide, ids))
 
 
-def test_no_full_precision_copy_of_the_whole_is_ever_there() -> None:
-    class Real(LiveStorages):
+def test_no_full_precision_copy_of_the_whole_model_is_made() -> None:
+    class RealStorages(LiveStorages):
         def add(self, tensor: Tensor) -> None:
             if tensor.device.type != "meta":
                 super().add(tensor)
 
     source, shape = tiny(), replace(WIDER["all at once"], num_hidden_layers=24, intermediate_size=2048)
-    with Real() as live:
+    with RealStorages() as live:
         wide = widen(source, shape, int4=Int4Config(group_size=32))
     held = sum(tensor.untyped_storage().nbytes() for tensor in (*wide.parameters(), *wide.buffers()))
-    assert (
-        live.peak_bytes < held + 12 * 4 * shape.intermediate_size * shape.hidden_size
-    )  # one matrix, quantized in float32
-    assert live.peak_bytes < 2 * shape.num_parameters  # what it takes in bfloat16
+    quantizing = 12 * 4 * shape.intermediate_size * shape.hidden_size  # one matrix, quantized in float32
+    assert live.peak_bytes < held + quantizing
+    assert live.peak_bytes < 2 * shape.num_parameters  # its size in bfloat16
 
 
 @pytest.mark.parametrize(
-    ("shape", "words"),
+    ("shape", "message"),
     [
         (replace(TINY, hidden_size=32), "hidden_size=32 is less than the 64"),
         (replace(TINY, num_attention_heads=7), "no multiple of num_key_value_heads=2"),
@@ -163,15 +162,15 @@ def test_no_full_precision_copy_of_the_whole_is_ever_there() -> None:
         (replace(TINY, num_attention_heads=4, num_key_value_heads=4), None),
     ],
 )
-def test_shapes_that_cannot_be_say_why(shape: Shape, words: str | None) -> None:
-    if words is None:
+def test_impossible_shapes_are_refused(shape: Shape, message: str | None) -> None:
+    if message is None:
         widen_pair.check(tiny(), shape)
         return
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         widen(tiny(), shape)
 
 
-def test_models_that_cannot_be_widened_say_why() -> None:
+def test_models_that_cannot_be_widened_are_refused() -> None:
     with pytest.raises(ValueError, match="keep it untied"):
         widen(tiny(tied=False), TINY)
     with pytest.raises(ValueError, match="without biases"):
@@ -183,7 +182,7 @@ def test_models_that_cannot_be_widened_say_why() -> None:
             tiny(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), replace(TINY, head_dim=32)
         )
     six_on_two = tiny(num_attention_heads=6, num_key_value_heads=2, hidden_size=96)
-    with pytest.raises(ValueError, match="leave no room for 6 on 2: 4 key heads would do"):
+    with pytest.raises(ValueError, match="cannot hold 6 on 2: 4 key heads are needed"):
         widen(six_on_two, replace(TINY, hidden_size=96, num_attention_heads=6, num_key_value_heads=3))
 
 
@@ -201,7 +200,7 @@ def test_shapes_are_names_and_values() -> None:
     [
         (["9b"], "no shape is called '9b'"),
         (["depth=3"], "a shape has no 'depth'"),
-        (["head_dim=x"], "head_dim wants a whole number"),
+        (["head_dim=x"], "head_dim must be an integer"),
     ],
 )
 def test_a_wrong_word_ends_with_a_message(words: list[str], message: str, tmp_path: Path) -> None:

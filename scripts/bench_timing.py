@@ -1,9 +1,9 @@
-"""What Stats.timing costs: calls with it and without it in turns, on the embedded pair; one JSON line last.
+"""Cost of Stats.timing: interleaved calls with and without it, on the embedded pair; the last line is one JSON object.
 
-    python scripts/bench_clock.py --output benchmarks/results/bench_clock.json
+    python scripts/bench_timing.py --output benchmarks/results/bench_timing.json
 
-A machine's noise is larger than what is measured, so it is looked at twice: the median of paired ratios of whole calls, with its
-interval, and the cost of the marks alone against a step.
+The noise of a machine is larger than the cost, so it is measured in two ways: the median of paired ratios of whole
+calls, with its interval, and the time of the marks alone against a step.
 """
 
 import argparse
@@ -13,10 +13,10 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
+from common.interleaved import interleave, median_with_interval
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 import specdec
 from specdec.core.timing import STEP_PARTS, StepTimer
@@ -25,6 +25,7 @@ from specdec.utils import embedded
 from specdec.utils.provenance import provenance
 
 MARKS = 20_000
+WARM_UP_ROUNDS = 3
 
 
 def main() -> None:
@@ -41,32 +42,33 @@ def main() -> None:
     target, draft = (load(str(folder), "float32", args.device) for folder in folders)
 
     def seconds(timing: bool) -> float:
-        specdec.enable(
-            target, draft, num_draft_tokens=5, timing=timing
-        )  # one and the same model: where weights lie matters more than a mark
+        # one model for both: where weights lie in memory matters more than a mark
+        specdec.enable(target, draft, num_draft_tokens=5, timing=timing)
         started = time.perf_counter()
         target.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False, pad_token_id=1)
         return time.perf_counter() - started
 
-    ratios = []
-    for index in track(range(args.rounds + 3), description="calls", console=Console(stderr=True)):
-        first = bool(index % 2)  # each of them first in turn
-        spent = {first: seconds(first), (not first): seconds(not first)}
-        if index >= 3:
-            ratios.append(spent[True] / spent[False])
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("calls", total=2 * (args.rounds + WARM_UP_ROUNDS))
+        spent = interleave(
+            {timing: lambda _, timing=timing: seconds(timing) for timing in (False, True)},
+            args.rounds,
+            warm_up=WARM_UP_ROUNDS,
+            on_call=lambda *_: progress.advance(task),
+        )
+    ratio, interval = median_with_interval([[a / b] for a, b in zip(spent[True], spent[False], strict=True)])
     seconds(True)
     stats = specdec.last_stats(target)
     step_s = statistics.median(sum(asdict(step).values()) for step in stats.timing.steps)
-    clock, started = StepTimer(torch.device(args.device)), time.perf_counter()
+    timer, started = StepTimer(torch.device(args.device)), time.perf_counter()
     for _ in range(MARKS):
-        clock.mark("draft")
+        timer.mark("draft")
     mark_s = (time.perf_counter() - started) / MARKS
-    draws = np.median(np.random.default_rng(0).choice(ratios, (2000, len(ratios))), axis=1)
     report = {
         "provenance": origin,
         "calls": {
-            "ratio": round(statistics.median(ratios), 5),
-            "interval": [round(float(value), 5) for value in np.quantile(draws, [0.025, 0.975])],
+            "ratio": round(ratio, 5),
+            "interval": [round(value, 5) for value in interval],
             "rounds": args.rounds,
         },
         "marks": {

@@ -1,0 +1,188 @@
+"""The arguments of each command. Nothing here imports torch, so that help is printed at once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import specdec
+from specdec.utils import embedded
+
+AUTO = "auto"  # of --num-draft-tokens: specdec.drafters.resolve.AUTO
+
+
+@dataclass(frozen=True)
+class Command:
+    """module: of specdec.cli; its run(options) runs the command."""
+
+    module: str
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line; `module` names the module of specdec.cli that runs it."""
+    parser = argparse.ArgumentParser(
+        prog="specdec", description="Lossless speculative decoding for Hugging Face models."
+    )
+    parser.add_argument("--version", action="version", version=f"specdec {specdec.__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.summary, add_help=name != "experiment")
+        subparser.set_defaults(module=command.module)
+        if name in arguments[:1]:  # those of the others are not needed, and some take imports
+            command.add_arguments(subparser)
+    return parser.parse_args(arguments)
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=str(embedded.TARGET), help=MODEL_HELP)
+    parser.add_argument("--draft", default=str(embedded.DRAFT), help=DRAFT_HELP)
+    parser.add_argument("--prompt", help="the text to complete (one of the embedded pair's)")
+    _add_generation(parser)
+
+
+def add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument("--draft", default="prompt_lookup", help=DRAFT_HELP)
+    parser.add_argument("--prompt", required=True, help="the text to complete")
+    _add_generation(parser)
+
+
+def add_quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="the model: a folder or a hub id")
+    parser.add_argument("destination", metavar="DST", help="a folder that is empty or does not exist yet")
+    _add_quantization(parser)
+
+
+def add_experiment(parser: argparse.ArgumentParser) -> None:
+    """None: hydra parses them."""
+
+
+def add_report(parser: argparse.ArgumentParser) -> None:
+    from specdec.experiments.report.figures import METRICS
+
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a run's folder, or a sweep's; several are compared with the first one"
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="default: report.html in the first run's folder; else stdout"
+    )
+    output_format = parser.add_mutually_exclusive_group()
+    output_format.add_argument("--markdown", action="store_true", help="tables for a pull request or a job's summary")
+    output_format.add_argument("--json", action="store_true", help="all figures as one JSON object")
+    parser.add_argument(
+        "--fail-if",
+        action="append",
+        default=[],
+        metavar="EXPR",
+        help="exit with 1 where a metric changed so from the first run: 'mean_acceptance_length<-5%%' is relative,"
+        " 'draft_acceptance_rate<-0.02' absolute (two points); repeatable. Metrics: " + ", ".join(METRICS),
+    )
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", required=True, help="a folder or a hub id; only its config is read")
+    parser.add_argument("--draft", help="the draft model, likewise; without one, drafting takes no memory")
+    parser.add_argument("--context", type=int, help="tokens of a row at the end of a call, its prompt included (4096)")
+    parser.add_argument("--batch", type=int, default=1, help="rows of a batch (1)")
+    parser.add_argument(
+        "--num-draft-tokens", type=int, metavar="K", help="draft tokens of a step (the most that auto proposes)"
+    )
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of what is not in 4 bits"
+    )
+    parser.add_argument(
+        "--group-size", type=int, default=128, help="columns that share a scale: 16 to 256 (128), -1 a row"
+    )
+    parser.add_argument(
+        "--card", action="append", metavar="NAME_OR_SIZE", help="a GPU's name, or its memory as in 24GiB; repeatable"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="draw total against context; .svg, .png or .pdf")
+    _add_json(parser)
+
+
+def add_audit(parser: argparse.ArgumentParser) -> None:
+    audits = parser.add_subparsers(dest="audit", required=True)
+    quality = audits.add_parser(
+        "quality", help="perplexity, KL and top-1 agreement of a 4-bit model against its original"
+    )
+    quality.add_argument(
+        "model", metavar="MODEL", help="a 4-bit model, with --original; or a plain one, quantized here"
+    )
+    quality.add_argument("--original", help="the model that MODEL was quantized from")
+    quality.add_argument("--text", required=True, metavar="FILE", help="a plain text, like what the model will write")
+    quality.add_argument("--context", type=int, default=512, help="tokens that are read at a time (512)")
+    quality.add_argument("--max-tokens", type=int, help="read no more than these; default: the whole text")
+    quality.add_argument("--max-kl", type=float, help="exit with 1 where the mean KL, in nats, is above this")
+    _add_quantization(quality)
+    _add_placement(quality)
+    _add_json(quality)
+
+
+MODEL_HELP = "the target: a folder or a hub id, in full precision or in 4 bits (GPTQ, AWQ, MXFP4, … or specdec's own)"
+DRAFT_HELP = "the drafter: a folder or a hub id of a smaller model with the same tokenizer, prompt_lookup, or none"
+COMMANDS = {
+    "demo": Command("demo", "complete a prompt with the embedded pair, plain and speculative", add_demo),
+    "generate": Command("demo", "the same with a model and a prompt of your own", add_generate),
+    "quantize": Command("quantize", "write a model in 4 bits", add_quantize),
+    "experiment": Command(
+        "experiment", "run a hydra config: records, figures, one page (--help lists groups)", add_experiment
+    ),
+    "report": Command(
+        "report", "a page from the records of one run or several; compare them, gate on them", add_report
+    ),
+    "plan": Command("plan", "memory of two models and their caches, from their configs alone", add_plan),
+    "audit": Command("audit", "check a claim on a model of your own", add_audit),
+}
+
+
+def _add_generation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument(
+        "--num-draft-tokens",
+        type=_num_draft_tokens,
+        default=AUTO,
+        metavar="K",
+        help="draft tokens of a step; auto, the default, chooses the fastest number",
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling, with --temperature")
+    _add_placement(parser)
+    _add_json(parser)
+
+
+def _num_draft_tokens(text: str) -> int | str:
+    return text if text == AUTO else int(text)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def _add_placement(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, cuda:1, …")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="float32 on a CPU; elsewhere the checkpoint's own"
+    )
+
+
+def _add_quantization(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        default=128,
+        help="columns that share a scale: 16, 32, 64, 128 (default), 256, -1 a row",
+    )
+    parser.add_argument("--asymmetric", action="store_true", help="give each group a zero point")
+    parser.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="keep this layer, or all below this name, in its precision; repeatable",
+    )
+    parser.add_argument(
+        "--quantize-head", action="store_true", help="the output head too, unless it is the embedding's"
+    )
