@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 import specdec
 from gpu_suite.messages import log
 from gpu_suite.suite import Row, Section, Suite, failed
-from specdec.quant.int4 import Int4Linear
+from specdec.quant.linear import Int4Linear
 from specdec.runtime.loading import load
 from specdec.utils import embedded
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from gpu_suite.checking import check_case, relative_error
 from gpu_suite.rows import goal, timing_row
 from gpu_suite.suite import MAIN_FORMAT, Row, Section, Suite, WeightFormat
-from specdec.quant.int4 import Int4Linear, Int4Tensor, pack, unpack
+from specdec.quant.int4 import Int4Tensor, pack, unpack
+from specdec.quant.linear import Int4Linear
 
 OTHER_FORMATS = (
     WeightFormat("asymmetric, 128", asymmetric=True),

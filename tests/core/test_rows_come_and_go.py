@@ -10,7 +10,7 @@ from specdec.core.interfaces import Drafter
 from specdec.core.sampling import Sampling
 from specdec.core.sequences import Sequences
 from specdec.core.speculative import speculate
-from specdec.draft_length.adaptive import ConstantK
+from specdec.draft_length.constant import ConstantK
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
