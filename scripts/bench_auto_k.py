@@ -118,9 +118,9 @@ class Bench:
         last: dict[str, Stats] = {}
         steps_by_k = {engine: np.zeros(MAX_DRAFT_TOKENS + 1, dtype=int) for engine in self.auto}
         for number in progress(rounds, f"batch {batch}, comparisons", console):
-            coins = random.Random(number)
-            for pair in coins.sample(range(len(pairs)), len(pairs)):
-                for side in coins.sample((0, 1), 2):
+            rng = random.Random(number)
+            for pair in rng.sample(range(len(pairs)), len(pairs)):
+                for side in rng.sample((0, 1), 2):
                     engine = pairs[pair][side]
                     spent, last[engine] = self.run(engine, number, batch)
                     seconds[pair][side].append(spent)

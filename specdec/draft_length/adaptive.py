@@ -84,6 +84,7 @@ class AdaptiveK:
         return self.cost_model.acceptance.of_row(self.row_acceptance[row])
 
     def next(self) -> int:
+        """K of the step that begins now: the fastest one, or another where a probe or a plain step is due."""
         if self.is_idle and not self.probes.is_probe_due(self.idle_steps):
             self.in_flight.append(_IDLE_STEP)
             return 0
@@ -103,6 +104,7 @@ class AdaptiveK:
         return k
 
     def observe(self, steps: Sequence[RowStep | None]) -> None:
+        """Update the estimates from the oldest step in flight; None for a row that had finished before it."""
         planned, now = self.in_flight.popleft(), perf_counter()
         seconds = now - max(planned.planned_at, self.last_observed_at)  # a step begins when the one before has ended
         self.last_observed_at = now
@@ -111,9 +113,8 @@ class AdaptiveK:
             active_rows = [row for row in active_rows if steps[row] is not None]
         has_ended_rows = len(active_rows) < len(self.active_rows)
         if planned is _IDLE_STEP and not has_ended_rows and self.step_times.is_plain_run_measured:
-            self.idle_steps += (
-                1  # the cost model receives many at once, since its updates take time from plain decoding
-            )
+            # the cost model receives many idle steps at once, since each update takes time from plain decoding
+            self.idle_steps += 1
             self.idle_s += seconds
             return
         self._flush_idle_steps()
@@ -126,6 +127,7 @@ class AdaptiveK:
             self._observe_plain(1, seconds)
 
     def end(self) -> Choice:
+        """The call has ended: its figures, for the statistics."""
         self._flush_idle_steps()
         self._observe_texts(self.active_rows)
         acceptance = [self.acceptance(row) for row in self.active_rows]

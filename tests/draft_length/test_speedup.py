@@ -27,7 +27,7 @@ texts = st.lists(st.floats(0, 1), min_size=1, max_size=12)  # acceptance at each
 
 
 def generate(
-    acceptance: list[float], k: int, coins: random.Random, stopped: bool = False, without_draft: Collection[int] = ()
+    acceptance: list[float], k: int, rng: random.Random, stopped: bool = False, without_draft: Collection[int] = ()
 ) -> list[RowStep]:
     """The steps of one text, from the acceptance at each position; it reaches its limit, or is stopped before.
 
@@ -38,7 +38,7 @@ def generate(
         requested = min(k, len(acceptance) - position - (not stopped))
         drafted = 0 if position in without_draft else requested
         accepted = 0
-        while accepted < drafted and coins.random() < acceptance[position + accepted]:
+        while accepted < drafted and rng.random() < acceptance[position + accepted]:
             accepted += 1
         tried = acceptance[position : position + min(drafted, accepted + 1)]
         emitted = min(accepted + 1, len(acceptance) - position)
@@ -118,9 +118,9 @@ def test_replay_of_certain_acceptance_is_the_text_itself(acceptance: list[float]
 @pytest.mark.parametrize("without_draft", [(), (2, 3, 9)])
 @pytest.mark.parametrize("stopped", [False, True])
 def test_replay_is_the_mean_of_generated_texts(stopped: bool, without_draft: tuple[int, ...]) -> None:
-    coins = random.Random(1)
-    acceptance = [0.0 if position in without_draft else coins.random() for position in range(12)]
-    counts = [count_steps(generate(acceptance, 4, coins, stopped, without_draft)) for _ in range(8000)]
+    rng = random.Random(1)
+    acceptance = [0.0 if position in without_draft else rng.random() for position in range(12)]
+    counts = [count_steps(generate(acceptance, 4, rng, stopped, without_draft)) for _ in range(8000)]
     spec_steps, plain_steps = replay(single_id_steps(acceptance, without_draft), 4, 0.5, stopped=stopped)
     assert spec_steps == pytest.approx(sum(drafting for drafting, _ in counts) / 8000, rel=0.01)
     assert plain_steps == pytest.approx(sum(plain for _, plain in counts) / 8000, rel=0.05)
@@ -130,17 +130,17 @@ def test_replay_is_the_mean_of_generated_texts(stopped: bool, without_draft: tup
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
 def test_replay_of_texts_of_the_largest_k_predicts_smaller_k(k: int) -> None:
     """Acceptance is correlated along the text, as in real ones, so averages by position would be biased."""
-    coins = random.Random(2)
+    rng = random.Random(2)
     source_steps = measured_steps = 0
     expected = 0.0
     for _ in range(300):
         is_easy, acceptance = True, []
         for _ in range(60):
-            is_easy = is_easy if coins.random() < 0.85 else not is_easy
+            is_easy = is_easy if rng.random() < 0.85 else not is_easy
             acceptance.append(0.97 if is_easy else 0.3)
-        source = generate(acceptance, 8, coins)
+        source = generate(acceptance, 8, rng)
         source_steps += len(source)
-        measured_steps += len(generate(acceptance, k, coins))
+        measured_steps += len(generate(acceptance, k, rng))
         expected += sum(replay(source, k, 0.9))
     assert source_steps > 2400
     assert expected == pytest.approx(measured_steps, rel=0.02)

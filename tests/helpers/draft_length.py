@@ -40,7 +40,7 @@ class Simulation:
         self, monkeypatch: pytest.MonkeyPatch, step_s: Sequence[float], catch_up_s: float = 0.0, seed: int = 0
     ) -> None:
         self.step_s, self.catch_up_s = list(step_s), catch_up_s
-        self.coins = random.Random(seed)
+        self.rng = random.Random(seed)
         self.now_s = 0.0
         self.chosen_k: list[int] = []
         self.seconds: list[float] = []
@@ -69,7 +69,7 @@ class Simulation:
                     continue
                 requested = min(k, remaining[row] - 1)
                 accepted, chance = 0, acceptance_at(tokens - remaining[row])
-                while accepted < requested and self.coins.random() < chance:
+                while accepted < requested and self.rng.random() < chance:
                     accepted += 1
                 overlap = [chance] * min(requested, accepted + 1)
                 steps.append(RowStep(requested, requested, accepted, accepted + 1, overlap))
@@ -85,20 +85,16 @@ class Simulation:
 
 def erratic_k(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Make K change from step to step, 0 included: step times and clocks are random, the same in each run of a seed."""
-    coins = random.Random(seed)
+    rng = random.Random(seed)
     monkeypatch.setattr("specdec.generation.call.COST_MODELS", weakref.WeakKeyDictionary())
-    times = iter(lambda: coins.uniform(0, 1e3), None)
+    times = iter(lambda: rng.uniform(0, 1e3), None)
     monkeypatch.setattr(adaptive, "perf_counter", lambda: next(times))
     monkeypatch.setattr(
         StepTimeEstimator,
         "observe",
-        lambda self, *step: vars(self).update(
-            step_s=random_step_s(coins), run_steps=settings.ADAPTIVE_K.plain_run_steps
-        ),
+        lambda self, *step: vars(self).update(step_s=random_step_s(rng), run_steps=settings.ADAPTIVE_K.plain_run_steps),
     )
-    monkeypatch.setattr(
-        "specdec.generation.call.profile", lambda *args: profile_of(random_step_s(coins)[: args[4] + 1])
-    )
+    monkeypatch.setattr("specdec.generation.call.profile", lambda *args: profile_of(random_step_s(rng)[: args[4] + 1]))
     patch_settings(
         monkeypatch,
         first_plain_interval=2,
@@ -109,6 +105,6 @@ def erratic_k(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     )
 
 
-def random_step_s(coins: random.Random) -> list[float]:
+def random_step_s(rng: random.Random) -> list[float]:
     """Seconds by K of which any may be the best."""
-    return [coins.uniform(0.5, 1.5) * (k + 1) ** coins.uniform(0, 1.2) for k in range(MAX_DRAFT_TOKENS + 1)]
+    return [rng.uniform(0.5, 1.5) * (k + 1) ** rng.uniform(0, 1.2) for k in range(MAX_DRAFT_TOKENS + 1)]
