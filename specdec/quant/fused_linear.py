@@ -6,7 +6,7 @@ the result is handed over between calls, under this contract:
 - The codes of all layers are in one tensor, of which each layer's `weight` is a slice.
 - The first layer that is called with an input multiplies all weights by it, keeps the product for the others, and
   returns its own columns. Another layer returns its columns of that product if it is called with the same tensor object
-  at the same version, in the same thread, and has not had its columns yet. Otherwise it multiplies all weights anew:
+  at the same version, in the same thread, and has not had its columns yet. Otherwise it multiplies all weights again:
   results are right in any order of calls, and only the number of launches differs.
 - The product and the reference to its input are dropped when every layer has had its columns.
 - Layers that turn out to have inputs of their own are separated and multiply by their slices. A row's bits are the
@@ -69,9 +69,8 @@ class FusedLinearGroup:
         kernel = self.kernel  # read once: another thread may separate the layers
         if kernel is None:
             return None
-        version = (
-            None if x.is_inference() else x._version
-        )  # inference tensors have none; nothing writes to them between the calls
+        # Inference tensors have no version; nothing writes to them between the calls.
+        version = None if x.is_inference() else x._version
         pending: _PendingProduct | None = getattr(self.pending, "product", None)
         if pending is None or pending.x is not x or pending.version != version or layer not in pending.waiting:
             self.num_misses = self.num_misses + 1 if pending is not None else 0

@@ -83,7 +83,9 @@ class Layer:
         """One tensor, which must have one of `dtypes` and the shape; None in the shape is any size but zero."""
         value = self.tensors.get(suffix)
         if value is None:
-            raise ValueError(f"the checkpoint has {self.name}{min(self.tensors)} but no {self.name}{suffix}; {DOWNLOAD_AGAIN}")
+            raise ValueError(
+                f"the checkpoint has {self.name}{min(self.tensors)} but no {self.name}{suffix}; {DOWNLOAD_AGAIN}"
+            )
         fits = value.ndim == len(shape) and all(
             size in (None, found) for size, found in zip(shape, value.shape, strict=True)
         )
