@@ -1,9 +1,9 @@
-"""Time Int4Linear against a bfloat16 linear on this CPU, rows 1 … 16, in one run: interleaved, medians, one JSON line last.
+"""Time Int4Linear against a bfloat16 nn.Linear on this CPU, 1 … 16 rows: interleaved, medians, one JSON line last.
 
-    OMP_NUM_THREADS=1 python scripts/bench_int4.py
-    python scripts/bench_int4.py --shapes 4096x4096 14336x4096 --output benchmarks/results/bench_int4.json
+    OMP_NUM_THREADS=1 python scripts/bench_int4.py python scripts/bench_int4.py --shapes 4096x4096 14336x4096 --output
+    benchmarks/results/bench_int4.json
 
-The figures are what verification costs: K+1 rows at once against one.
+The ratios show the cost of verification: K+1 rows at once against one row.
 """
 
 import argparse
@@ -48,9 +48,9 @@ def main() -> None:
 @torch.inference_mode()
 def measure(columns: int, rows_out: int, args: argparse.Namespace) -> list[dict]:
     torch.manual_seed(0)
-    plain = nn.Linear(columns, rows_out, bias=False, dtype=torch.bfloat16).eval()
-    int4 = Int4Linear(round_to_nearest(plain.weight, args.group_size, symmetric=True)).eval()
-    layers = {"int4": int4, "bf16": plain}
+    dense = nn.Linear(columns, rows_out, bias=False, dtype=torch.bfloat16).eval()
+    int4 = Int4Linear(round_to_nearest(dense.weight, args.group_size, symmetric=True)).eval()
+    layers = {"int4": int4, "bf16": dense}
     inputs = {rows: torch.randn(1, rows, columns, dtype=torch.bfloat16) for rows in args.rows}
     for x in inputs.values():
         for layer in layers.values():

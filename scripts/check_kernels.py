@@ -1,12 +1,12 @@
-"""Compile the shipped kernel configurations for GPUs that need not be there, and assert what decides their speed and correctness.
+"""Compile the shipped kernel configurations without a GPU and check what decides their speed and correctness.
 
-    python scripts/check_kernels.py                        # one configuration an op, every architecture, this Triton
-    python scripts/check_kernels.py --all --triton A B     # all of them, with the Tritons installed under folders A and B
+    python scripts/check_kernels.py                        # one configuration of each op, every architecture
+    python scripts/check_kernels.py --all --triton A B     # all of them, with the Triton versions in folders A and B
     python scripts/check_kernels.py --op w4a16 --arch 90
 
-For each: no spilled register, tensor-core instructions, 128-bit loads of all weights, at most 3.3 instructions a weight and 5
-barriers (attention: 6) in the main loop, shared memory within the architecture's, the layout that inline asm counts on, and a
-barrier between what a block writes for others and the counter that says so.
+Each must have no spilled register, tensor-core instructions, 128-bit loads of all weights, at most 3.3 instructions a
+weight and 5 barriers (attention: 6) in the main loop, no more shared memory than the architecture has, the layout that
+the inline asm requires, and a barrier between a block's stores and its counter.
 Prints a table and one JSON line last; the exit code is 1 if any check fails.
 """
 
@@ -32,14 +32,13 @@ OPS = ("w4a16", "rejection", "attention")
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 INSTRUCTIONS_A_WEIGHT = 3.3
 WARP = 32
-NEIGHBOURS = (
-    r"#ttg\.dot_op<\{opIdx = 1, parent = #\w+, kWidth = 2\}>"  # a thread's registers hold two rows of K side by side
-)
+# The layout in which a thread's registers have pairs of adjacent rows of K.
+ADJACENT_PAIRS = r"#ttg\.dot_op<\{opIdx = 1, parent = #\w+, kWidth = 2\}>"
 
 
 @dataclass
 class Checked:
-    """One configuration, compiled for one architecture by one Triton. The loop is the longest one that branches backward."""
+    """The result for one configuration, architecture and Triton. The loop is the longest one that branches backward."""
 
     op: str
     configuration: str
@@ -60,12 +59,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every configuration, not only the first of each op")
     parser.add_argument(
-        "--op", nargs="+", default=list(OPS), metavar="OP", help=f"of {', '.join(OPS)}, or a module of your own"
+        "--op", nargs="+", default=list(OPS), metavar="OP", help=f"of {', '.join(OPS)}, or another module"
     )
     parser.add_argument(
         "--arch", nargs="+", type=int, default=list(ARCHS), choices=ARCHS, metavar="N", help="90 for sm_90, …"
     )
-    parser.add_argument("--triton", nargs="+", type=Path, metavar="PATH", help="folders that Tritons are installed in")
+    parser.add_argument("--triton", nargs="+", type=Path, metavar="PATH", help="folders with installed Triton versions")
     parser.add_argument("--output", type=Path, help="write the JSON there too")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -104,7 +103,7 @@ def origin() -> dict[str, Any]:
 
 
 def run_child(triton: Path | None) -> list[Checked]:
-    """The checks in a process of their own, with that Triton and without its interpreter: -> what it found, shown as it comes."""
+    """Run the checks in another process, with that Triton and without its interpreter; print results as they come."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     paths = [*([str(triton)] if triton else []), str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -121,12 +120,12 @@ def run_child(triton: Path | None) -> list[Checked]:
                 file=sys.stderr,
             )
     if process.returncode:
-        raise SystemExit(f"the checks ended early, with exit code {process.returncode}; the error stands above")
+        raise SystemExit(f"the checks ended early, with exit code {process.returncode}; see the error above")
     return results
 
 
 def check_all(args: argparse.Namespace) -> None:
-    """Compile and check, a JSON line each. Compiling leaves Python now and then, so two at a time."""
+    """Compile and check, and print a JSON line for each; two at a time, since compiling releases the GIL at times."""
     sys.path.insert(0, os.getcwd())
     jobs = []
     for op in args.op:
@@ -139,7 +138,7 @@ def check_all(args: argparse.Namespace) -> None:
 
 
 def check(configuration: Any, arch: int) -> Checked:
-    """Compile one configuration for one architecture and look at its machine code."""
+    """Compile one configuration for one architecture and check its machine code."""
     import triton
 
     result = Checked(configuration.op, configuration.name, arch, triton.__version__)
@@ -170,13 +169,13 @@ def check(configuration: Any, arch: int) -> Checked:
 
 
 def failures(configuration: Any, result: Checked, ttir: str, ttgir: str) -> list[str]:
-    """What a configuration's machine code lacks."""
+    """The checks that a configuration's machine code fails."""
     found = []
     if result.spills:
         found.append("registers spill")
     if configuration.tensor_cores and not result.tensor_core:
         found.append("no tensor-core instruction")
-    # 32 codes a thread and load, where there are weights
+    # a load of a thread has 32 codes, where the kernel reads weights
     needed = max(1, (configuration.weights_per_pass or 0) // (32 * WARP * configuration.num_warps))
     if configuration.wide_loads and result.wide_loads < needed:
         found.append(f"{result.wide_loads} loads of 128 bits, at least {needed}")
@@ -191,37 +190,37 @@ def failures(configuration: Any, result: Checked, ttir: str, ttgir: str) -> list
     if configuration.weights_per_pass:
         asm = "\n".join(line for line in ttgir.splitlines() if "elementwise_inline_asm" in line)
         layouts = set(re.findall(r"x(?:i32|b?f16), (#[\w.]+(?:<\{.*?\}>)?)>", asm))
-        if not layouts or any(re.fullmatch(NEIGHBOURS, layout) is None for layout in layouts):
-            found.append(
-                f"pairs of the asm may be no neighbours in K, in the layout {', '.join(sorted(layouts)) or 'of no asm'}"
-            )
+        if not layouts or any(re.fullmatch(ADJACENT_PAIRS, layout) is None for layout in layouts):
+            layout = ", ".join(sorted(layouts)) or "of no asm"
+            found.append(f"the asm's pairs may not be adjacent in K, in the layout {layout}")
     if configuration.ordered and (gap := unordered(ttir)):
         found.append(gap)
     return found
 
 
 def other_family(result: Checked, results: list[Checked]) -> list[str]:
-    """Configurations that differ in their rows alone must multiply by one instruction, or a row's bits would depend on M."""
-    form = result.configuration.rpartition("-m")[0]
+    """Configurations that differ in rows alone must use one tensor-core instruction, or a row's bits depend on M."""
+    variant = result.configuration.rpartition("-m")[0]
     same = [
         r
         for r in results
-        if form and (r.configuration.rpartition("-m")[0], r.arch, r.triton) == (form, result.arch, result.triton)
+        if variant and (r.configuration.rpartition("-m")[0], r.arch, r.triton) == (variant, result.arch, result.triton)
     ]
     families = sorted({r.tensor_core for r in same} - {""})
-    return [f"its forms for few and many rows multiply by {' and '.join(families)}"] if len(families) > 1 else []
+    return [f"its variants for few and many rows multiply with {' and '.join(families)}"] if len(families) > 1 else []
 
 
 def unordered(ttir: str) -> str | None:
-    """What is wrong with how the blocks meet, None where every counter moves behind a barrier that follows the block's stores.
+    """The error in the order of stores, barriers and counters, None if a barrier separates stores and counters.
 
-    Read off Triton's own IR, as the kernel says it: newer Tritons put a barrier before such an atomic by themselves, older don't.
+    Checked in Triton's own IR, since newer versions of Triton insert a barrier before such an atomic and older ones do
+    not.
     """
     events = re.findall(
         r"^\s*(?:%\S+ = )?(tt\.store|gpu\.barrier|ttg\.barrier|tt\.atomic_rmw[^:]*)", ttir, re.MULTILINE
     )
     since_store: list[str] | None = None  # None: nothing is stored yet
-    meetings = 0
+    num_counters = 0
     for event in events:
         if event == "tt.store":
             since_store = []
@@ -229,17 +228,18 @@ def unordered(ttir: str) -> str | None:
             if since_store is not None:
                 since_store.append(event)
         else:
-            meetings += 1
+            num_counters += 1
             if "acq_rel" not in event:
-                return "a counter is moved without acquire and release order"
+                return "a counter is incremented without acquire and release order"
             if since_store is None:
-                return "nothing is stored before the counter moves"
+                return "nothing is stored before the counter is incremented"
             if not since_store:
                 return "no barrier between a block's stores and its counter"
-    return None if meetings else "the blocks never meet at a counter"
+    return None if num_counters else "the blocks have no counter"
 
 
 def compile_for(configuration: Any, arch: int) -> Any:
+    """The configuration's compiled kernel for an architecture."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -254,7 +254,7 @@ def compile_for(configuration: Any, arch: int) -> Any:
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
-    """(SASS, resource usage) by the cuobjdump that Triton brings along."""
+    """-> SASS, resource usage; with the cuobjdump that is part of Triton."""
     import triton
 
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -269,7 +269,7 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
 
 
 def loop_of(sass: str) -> tuple[list[tuple[int, str]], list[str]]:
-    """((address, instruction) of the kernel, the instructions of its longest loop)."""
+    """-> (address, instruction) of the kernel, the instructions of its longest loop."""
     instructions = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", sass)]
     loop: list[str] = []
     for address, text in instructions:
@@ -289,7 +289,7 @@ def show(results: list[Checked]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="kernels, compiled ahead of time; loop: its instructions, and how many a weight")
+    table = Table(title="kernels, compiled ahead of time; loop: instructions of the main loop")
     for column in ("Triton", "arch", "op", "configuration"):
         table.add_column(column, no_wrap=True)
     for column in ("regs", "shared", "loop", "per weight", "barriers", "128-bit"):

@@ -19,9 +19,8 @@ def passes(device: torch.device, kernel: str, trial: Callable[[], float]) -> boo
         return True
     has_passed = _PASSED.get((device, kernel))
     if has_passed is None:
-        if (
-            torch.cuda.is_current_stream_capturing()
-        ):  # a trial cannot run in a graph; the warm-up before the capture runs it
+        # A trial cannot run in a graph; the warm-up before the capture runs it.
+        if torch.cuda.is_current_stream_capturing():
             return True
         try:
             has_passed = _PASSED[device, kernel] = _run(device, kernel, trial)

@@ -13,7 +13,7 @@ A window of more than 64 positions is prefill and runs at full speed. Its last p
 sampled, is computed as in decoding, because the verification of the first draft computes it again. specdec's CPU
 kernels make no such difference: they are as fast on wide windows as the alternatives.
 
-Element-wise functions are left alone. PyTorch computes the elements at the end of a tensor that fill no vector in
+Element-wise functions are not replaced. PyTorch computes the elements at the end of a tensor that fill no vector in
 another way, so widths should be multiples of 32, as those of real models are. Three or more threads may split even
 those unevenly; no text is known to differ by it.
 """

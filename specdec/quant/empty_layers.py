@@ -36,10 +36,10 @@ def insert_empty_layers(model: Any, tensors: Mapping[str, Tensor], left_out: Ite
         elif part == SCALE_NAME:
             activations.add(module)
     quantized = {module_name(module) for module in layers}
-    kept = [name for name in linears if name not in quantized]
+    unquantized = [name for name in linears if name not in quantized]
     expected = {module_name(module) for module in left_out}
     expected |= {name.removesuffix(".weight") for name in tied_weights(model)}
-    if missing := [name for name in kept if name not in expected]:
+    if missing := [name for name in unquantized if name not in expected]:
         raise ValueError(
             f"the checkpoint lacks the 4-bit parts of {abbreviate(missing)}, and its config does not list them as"
             " left out; download it again, or quantize the original again"
@@ -59,7 +59,7 @@ def insert_empty_layers(model: Any, tensors: Mapping[str, Tensor], left_out: Ite
         name = module_name(module)
         projections = (_empty_experts(f"{module}.{projection}", tensors) for projection in PROJECTIONS)
         model.set_submodule(name, Int4Experts(model.get_submodule(name), *projections))
-    return kept
+    return unquantized
 
 
 def check_activation_scale(model: Any, name: str, scale: Tensor) -> None:

@@ -6,7 +6,7 @@ the result is handed over between calls, under this contract:
 - The codes of all layers are in one tensor, of which each layer's `weight` is a slice.
 - The first layer that is called with an input multiplies all weights by it, keeps the product for the others, and
   returns its own columns. Another layer returns its columns of that product if it is called with the same tensor object
-  at the same version, in the same thread, and has not had its columns yet. Otherwise it multiplies all weights anew:
+  at the same version, in the same thread, and has not had its columns yet. Otherwise it multiplies all weights again:
   results are right in any order of calls, and only the number of launches differs.
 - The product and the reference to its input are dropped when every layer has had its columns.
 - Layers that turn out to have inputs of their own are separated and multiply by their slices. A row's bits are the

@@ -144,9 +144,8 @@ class Int4Quantizer(HfQuantizer):
                 for part, value in module.named_parameters(recurse=False):
                     if value.is_meta:
                         offloaded.append(f"{name}.{part}")
-                    elif self.is_loading and not getattr(
-                        value, "_is_hf_initialized", False
-                    ):  # random numbers of transformers'
+                    # transformers fills a missing tensor with random numbers.
+                    elif self.is_loading and not getattr(value, "_is_hf_initialized", False):
                         missing.append(f"{name}.{part}")
         if offloaded:
             raise ValueError(

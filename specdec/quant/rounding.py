@@ -9,9 +9,8 @@ from torch import Tensor
 
 from specdec.quant.int4 import SYMMETRIC_ZERO, Int4Tensor, pack
 
-SHRINKS = torch.linspace(
-    1.0, 0.7, 16
-)  # factors of the range that the codes cover; clipping a few weights may reduce the error of the others
+# Factors of the range that the codes cover; clipping a few weights may reduce the error of the others
+SHRINKS = torch.linspace(1.0, 0.7, 16)
 CHUNK_WEIGHTS = 1 << 18  # rounded at a time, in several float32 copies that fit a CPU's cache
 CUDA_CHUNK_WEIGHTS = 1 << 24  # enough that launches take no noticeable time
 

@@ -177,7 +177,8 @@ def quantization_config(case: Case) -> dict[str, Any]:
     if case.method == "auto-round":
         return {
             "quant_method": "auto-round", "bits": 4, "group_size": case.group_size, "sym": case.symmetric,
-            "data_type": "int", "packing_format": AUTO_ROUND[case.version], "autoround_version": "0.9.0", "batch_size": 8, "iters": 200,
+            "data_type": "int", "packing_format": AUTO_ROUND[case.version], "autoround_version": "0.9.0",
+            "batch_size": 8, "iters": 200,
         }  # fmt: skip
     if case.method == "mxfp4":
         return {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}

@@ -53,9 +53,8 @@ def test_a_captured_launch_has_counters_of_its_own_without_a_fill(cuda: SimpleNa
     assert not addresses[0] & addresses[1]
     assert not addresses[1] & addresses[2]
     assert len(one) == len(other) == 300
-    assert (
-        len(counters(module.POOL_SIZE, DEVICE)) == module.POOL_SIZE
-    )  # more than the rest of the pool: filled in the graph
+    # More than the rest of the pool: filled in the graph
+    assert len(counters(module.POOL_SIZE, DEVICE)) == module.POOL_SIZE
     assert cuda.filled == 1
 
 

@@ -165,9 +165,9 @@ def test_a_sliding_window_is_read_in_the_same_blocks(
     stock = model.generate(ids, **call)
     for drafter, k in (("none", 1), (model, 5)):
         specdec.enable(model, drafter, num_draft_tokens=k)
-        ours = model.generate(ids, **call)
+        result = model.generate(ids, **call)
         specdec.disable(model)
-        assert torch.stack(ours.logits).equal(torch.stack(stock.logits)), (drafter, k)
+        assert torch.stack(result.logits).equal(torch.stack(stock.logits)), (drafter, k)
 
 
 @pytest.mark.filterwarnings("ignore:specdec keeps in full precision")
@@ -176,9 +176,9 @@ def test_long_prompts_give_the_logits_of_the_stock_loop(llama: LlamaForCausalLM)
     call = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     stock = llama.generate(ids, **call)
     specdec.enable(llama, "prompt_lookup", num_draft_tokens=4)
-    ours = llama.generate(ids, **call)
+    result = llama.generate(ids, **call)
     specdec.disable(llama)
-    assert torch.stack(ours.logits).equal(torch.stack(stock.logits))
+    assert torch.stack(result.logits).equal(torch.stack(stock.logits))
 
 
 @pytest.mark.filterwarnings("ignore:specdec keeps in full precision")
@@ -229,7 +229,7 @@ def test_logits_of_stock_plain_and_speculative_decoding_are_the_same_bits(
     for drafter in ("none", "prompt_lookup", Random(seed=1, vocab_size=512), llama):
         specdec.enable(llama, drafter, num_draft_tokens=num_draft_tokens, compile=machine == "compiled")
         assert (llama.__dict__["_specdec_state"].target.compiled is not None) == (machine == "compiled")
-        ours = llama.generate(ids, **call)
+        result = llama.generate(ids, **call)
         specdec.disable(llama)
-        assert ours.sequences.equal(stock.sequences)
-        assert torch.stack(ours.logits).equal(torch.stack(stock.logits)), drafter
+        assert result.sequences.equal(stock.sequences)
+        assert torch.stack(result.logits).equal(torch.stack(stock.logits)), drafter

@@ -231,10 +231,8 @@ def test_shards_and_a_quantization_config_in_its_own_file(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     names = sorted(tensors)
     (folder / "model.safetensors").unlink()
-    shards = {
-        "model-1.safetensors": names[::2],
-        "model-2.safetensors": names[1::2],
-    }  # the parts of a layer are in different files
+    # The parts of a layer are in different files
+    shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
     for file, part in shards.items():
         save_file({name: tensors[name] for name in part}, folder / file)
     weight_map = {name: file for file, part in shards.items() for name in part}

@@ -91,9 +91,8 @@ def test_groups_of_256_have_the_kernel() -> None:
 
 
 def test_inputs_that_the_kernel_does_not_support_use_weight_tiles(calls: list) -> None:
-    weight = random_tensor(
-        100, 256, 32, symmetric=False, scale_dtype=torch.float16
-    )  # zero points of another dtype are not shipped
+    # Zero points of another dtype are not shipped
+    weight = random_tensor(100, 256, 32, symmetric=False, scale_dtype=torch.float16)
     one = Int4Linear(weight).eval()
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         x = torch.randn(1, 3, 256).to(dtype)

@@ -35,12 +35,12 @@ def test_one_configuration_of_each_op_holds_on_every_architecture() -> None:
 
 
 def test_what_is_broken_is_refused_for_what_is_broken() -> None:
-    code, report = run("--all", "--op", "tests.broken_kernels", "--arch", "86")
+    code, report = run("--all", "--op", "tests.helpers.broken_kernels", "--arch", "86")
     assert code == 1
     failures = {result["configuration"]: "; ".join(result["failures"]) for result in report["results"]}
     assert failures["good"] == failures["early barrier"] == ""
     assert "loads of 128 bits, at least" in failures["misaligned"]
-    assert "no neighbours in K" in failures["no asm"]
+    assert "may not be adjacent in K" in failures["no asm"]
     assert "instructions a weight, at most 3.3" in failures["narrow block"]
     assert "registers spill" in failures["too many registers"]
     assert "bytes of shared memory, at most 101376" in failures["too much shared memory"]

@@ -139,9 +139,8 @@ def _attention_kernel(
     k_offset = tl.arange(0, KEYS)[None, :] * k_slot + dim[:, None]
     v_offset = tl.arange(0, KEYS)[:, None] * v_slot + value_dim[None, :]
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
-    totals = tl.zeros(
-        [ROWS, KEYS], tl.float32
-    )  # summed over the keys at the end, since a sum across warps costs barriers
+    # Summed over the keys at the end, since a sum across warps costs barriers
+    totals = tl.zeros([ROWS, KEYS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
     begin = tl.maximum(low // KEYS * KEYS, chunk * CHUNK)
     end = tl.minimum(high + 1, (chunk + 1) * CHUNK)
@@ -190,9 +189,8 @@ def _attention_kernel(
         )
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # rows without slots: zeros
     out_ptr += (b * width * kv_heads + kv_head) * heads_per_key * DV
-    query = (row.to(tl.uint32) // heads_per_key.to(tl.uint32)).to(
-        tl.int32
-    )  # computed again: kept in registers it spills
+    # Computed again: kept in registers it spills
+    query = (row.to(tl.uint32) // heads_per_key.to(tl.uint32)).to(tl.int32)
     out_offset = (query * (kv_heads - 1) * heads_per_key + row)[:, None] * DV + value_dim[None, :]
     tl.store(out_ptr + out_offset, acc, mask=is_row[:, None] & (value_dim < DV)[None, :])
 

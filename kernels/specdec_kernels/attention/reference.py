@@ -14,9 +14,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, last: Te
     """
     slot = torch.arange(key.shape[2], device=key.device)
     visible = (slot >= first[:, :, None]) & (slot <= last[:, :, None])  # [B, W, S]
-    value = value.float().masked_fill(
-        ~visible.any(1)[:, None, :, None], 0.0
-    )  # slots that no query attends to may be NaN
+    # Slots that no query attends to may be NaN
+    value = value.float().masked_fill(~visible.any(1)[:, None, :, None], 0.0)
     queries = query.float().unflatten(1, (key.shape[1], -1))  # [B, H', G, W, D]
     scores = queries @ key.float().transpose(2, 3)[:, :, None] * scale
     scores = scores.masked_fill(~visible[:, None, None], -torch.inf)

@@ -1,7 +1,8 @@
 // The operators that take most of the time of a decoding forward on a CPU: 4-bit and dense linear layers, attention.
 //
-// A row's result does not depend on the number of rows of a call, on its index, or on the number of threads: each output is
-// summed in one fixed order. So verifying a draft's tokens together gives the same bits as computing them one by one.
+// A row's result does not depend on the number of rows of a call, on its index, or on the number of threads: each
+// output is summed in one fixed order. So verifying a draft's tokens together gives the same bits as computing them one
+// by one.
 //
 // Vectors are GCC's and clang's vector extensions (16 floats; the compiler splits them on CPUs with narrower ones).
 // specdec_kernels/cpu/__init__.py declares and documents the operators and builds this file.
@@ -130,12 +131,14 @@ inline int64_t rows_of(const Tensor& x) { return x.numel() / std::max<int64_t>(1
 
 // ---- 4-bit linear
 //
-// y = sum over groups of scale * (sum of x * (code + BIAS) - (zero + BIAS) * sum of x): factors of a group are applied to its sum.
-// Eight codes of a column share a word, the first in its lowest bits; the words of 64 columns are contiguous.
+// y = sum over groups of scale * (sum of x * (code + BIAS) - (zero + BIAS) * sum of x): factors of a group are
+// applied to its sum. Eight codes of a column share a word, the first in its lowest bits; the words of 64
+// columns are contiguous.
 
 #ifdef __AVX512BF16__
-// Two products per instruction, of inputs rounded to bfloat16: code j of a word in the lower half, j + 4 in the upper one. A code
-// needs no conversion: in the last bits of bfloat16's 128, where its step is 1, it gives the number 128 + code.
+// Two products per instruction, of inputs rounded to bfloat16: code j of a word in the lower half, j + 4 in the upper
+// one. A code needs no conversion: in the last bits of bfloat16's 128, where its step is 1, it gives the number
+// 128 + code.
 typedef uint32_t Input;
 typedef IntVec Codes;
 constexpr int64_t STEPS = 4;  // per word
@@ -143,7 +146,9 @@ constexpr float BIAS = 128;
 
 inline Codes codes(IntVec words, int64_t step) { return (words >> 4 * step & 0x000f000f) | 0x43004300; }
 
-inline Vec add_products(Vec sums, Input x, Codes c) { return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(x), (__m512bh)c); }
+inline Vec add_products(Vec sums, Input x, Codes c) {
+  return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(x), (__m512bh)c);
+}
 
 inline Vec prepare(Vec x, Input* to) {  // the inputs of two words; returns x as rounded
   x = __builtin_shufflevector(x, x, 0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
@@ -188,7 +193,8 @@ struct Group {  // in one block of columns
 
 // y [R, 64] += R rows of x times a group; V vectors of columns at a time, limited by the number of registers.
 template <int R, int V, typename S>
-void multiply(const Input* x, int64_t x_stride, const float* totals, int64_t totals_stride, const Group<S>& group, float* y) {
+void multiply(const Input* x, int64_t x_stride, const float* totals, int64_t totals_stride, const Group<S>& group,
+    float* y) {
   for (int64_t n = 0; n < COLUMNS; n += V * LANES) {
     Vec sums[R][V] = {};
     for (int64_t k = 0; k < group.depth; ++k) {
@@ -220,7 +226,8 @@ struct Weight {  // [N, K]
 };
 
 template <typename T, typename S>
-void int4_linear_into(const Tensor& x, at::TensorList packed, at::TensorList scales, at::IntArrayRef columns, std::vector<Tensor>& y, int64_t first_row) {
+void int4_linear_into(const Tensor& x, at::TensorList packed, at::TensorList scales, at::IntArrayRef columns,
+    std::vector<Tensor>& y, int64_t first_row) {
   const int64_t rows = rows_of(x), depth = x.size(-1), groups = scales[0].size(1);
   const int64_t words = depth / 8, in_group = words / groups;
   std::vector<Weight<T, S>> weights;
@@ -229,13 +236,15 @@ void int4_linear_into(const Tensor& x, at::TensorList packed, at::TensorList sca
     const int64_t padded = scales[i].size(2);
     const S* scale = scales[i].const_data_ptr<S>();
     const S* offset = scales[i].size(0) == 2 ? scale + groups * padded : nullptr;
-    weights.push_back({packed[i].const_data_ptr<int32_t>(), scale, offset, y[i].mutable_data_ptr<T>() + first_row * columns[i], padded, columns[i], blocks});
+    weights.push_back({packed[i].const_data_ptr<int32_t>(), scale, offset,
+                       y[i].mutable_data_ptr<T>() + first_row * columns[i], padded, columns[i], blocks});
     blocks += padded / COLUMNS;
   }
   std::vector<float> buffer, totals(rows * groups);
   std::vector<Input> inputs(rows * words * STEPS);
   const float* from = floats(x, buffer);
-  for (int64_t i = 0; i < rows * groups; ++i) totals[i] = prepare_group(from + i * in_group * 8, in_group * 8, &inputs[i * in_group * STEPS]);
+  for (int64_t i = 0; i < rows * groups; ++i)
+    totals[i] = prepare_group(from + i * in_group * 8, in_group * 8, &inputs[i * in_group * STEPS]);
   const int64_t grain = std::max<int64_t>(1, WORK / (depth * COLUMNS * std::min<int64_t>(rows, 4)));
   at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> sums(rows * COLUMNS);
@@ -247,7 +256,8 @@ void int4_linear_into(const Tensor& x, at::TensorList packed, at::TensorList sca
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t at = g * weight->padded + block * COLUMNS;
         const S* offset = weight->offset ? weight->offset + at : nullptr;
-        const Group<S> group{weight->codes + (block * words + g * in_group) * COLUMNS, weight->scale + at, offset, in_group};
+        const Group<S> group{weight->codes + (block * words + g * in_group) * COLUMNS, weight->scale + at, offset,
+            in_group};
         for (int64_t row = 0; row < rows; row += ROWS) {
           const Input* in = &inputs[(row * words + g * in_group) * STEPS];
           const float* total = &totals[row * groups + g];
@@ -266,13 +276,15 @@ void int4_linear_into(const Tensor& x, at::TensorList packed, at::TensorList sca
       }
       const int64_t first = block * COLUMNS, count = std::min(COLUMNS, weight->columns - first);
       for (int64_t row = 0; row < rows; ++row)
-        for (int64_t n = 0; n < count; ++n) weight->out[row * weight->columns + first + n] = static_cast<T>(sums[row * COLUMNS + n]);
+        for (int64_t n = 0; n < count; ++n)
+          weight->out[row * weight->columns + first + n] = static_cast<T>(sums[row * COLUMNS + n]);
     }
   });
 }
 
 template <typename T>
-void int4_linear_of(const Tensor& x, at::TensorList packed, at::TensorList scales, at::IntArrayRef columns, std::vector<Tensor>& y) {
+void int4_linear_of(const Tensor& x, at::TensorList packed, at::TensorList scales, at::IntArrayRef columns,
+    std::vector<Tensor>& y) {
   for (int64_t first = 0; first < x.size(0); first += CHUNK) {
     const Tensor some = x.narrow(0, first, std::min(CHUNK, x.size(0) - first));
     switch (scales[0].scalar_type()) {
@@ -283,12 +295,15 @@ void int4_linear_of(const Tensor& x, at::TensorList packed, at::TensorList scale
   }
 }
 
-std::vector<Tensor> int4_linear(const Tensor& x, at::TensorList packed, at::TensorList scales, at::IntArrayRef columns) {
-  TORCH_CHECK(packed.size() == columns.size() && scales.size() == columns.size() && !columns.empty(), "int4_linear: lists of one length");
+std::vector<Tensor> int4_linear(const Tensor& x, at::TensorList packed, at::TensorList scales,
+    at::IntArrayRef columns) {
+  TORCH_CHECK(packed.size() == columns.size() && scales.size() == columns.size() && !columns.empty(),
+              "int4_linear: lists of one length");
   const Tensor rows = x.contiguous().view({rows_of(x), x.size(-1)});
   std::vector<Tensor> y;
   for (size_t i = 0; i < columns.size(); ++i) {
-    TORCH_CHECK(scales[i].size(1) == scales[0].size(1) && scales[i].scalar_type() == scales[0].scalar_type(), "int4_linear: weights of one kind");
+    TORCH_CHECK(scales[i].size(1) == scales[0].size(1) && scales[i].scalar_type() == scales[0].scalar_type(),
+                "int4_linear: weights of one kind");
     auto sizes = x.sizes().vec();
     sizes.back() = columns[i];
     y.push_back(at::empty(sizes, x.options()));
@@ -316,7 +331,8 @@ void dots(const float* x, int64_t depth, const T* w, float* y, int64_t y_stride)
   }
   if (k < depth)
     for (int r = 0; r < R; ++r)
-      for (int n = 0; n < N; ++n) sums[r][n] += load_some(x + r * depth + k, depth - k) * load_some(w + n * depth + k, depth - k);
+      for (int n = 0; n < N; ++n)
+        sums[r][n] += load_some(x + r * depth + k, depth - k) * load_some(w + n * depth + k, depth - k);
   for (int r = 0; r < R; ++r) {
     if constexpr (N == 4) {
       Four four = sums_of(sums[r]);
@@ -344,7 +360,8 @@ void linear_into(const Tensor& x, const Tensor& weight, const std::optional<Tens
   const T* w = weight.const_data_ptr<T>();
   const T* b = bias ? bias->const_data_ptr<T>() : nullptr;
   T* out = y.mutable_data_ptr<T>();
-  const int64_t tiles = (columns + 3) / 4, grain = std::max<int64_t>(1, WORK / (depth * 4 * std::min<int64_t>(rows, 4)));
+  const int64_t tiles = (columns + 3) / 4,
+                grain = std::max<int64_t>(1, WORK / (depth * 4 * std::min<int64_t>(rows, 4)));
   at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> sums(rows * 4);
     for (int64_t tile = begin; tile < end; ++tile) {
@@ -352,11 +369,13 @@ void linear_into(const Tensor& x, const Tensor& weight, const std::optional<Tens
       if (count == 4)
         dots_of_rows<4>(inputs, rows, depth, w + first * depth, sums.data(), 4);
       else
-        for (int64_t n = 0; n < count; ++n) dots_of_rows<1>(inputs, rows, depth, w + (first + n) * depth, sums.data() + n, 4);
+        for (int64_t n = 0; n < count; ++n)
+          dots_of_rows<1>(inputs, rows, depth, w + (first + n) * depth, sums.data() + n, 4);
       for (int64_t row = 0; row < rows; ++row)
         for (int64_t n = 0; n < count; ++n) {
           T value = static_cast<T>(sums[row * 4 + n]);
-          out[row * columns + first + n] = b ? static_cast<T>(static_cast<float>(value) + static_cast<float>(b[first + n])) : value;
+          out[row * columns + first + n] =
+              b ? static_cast<T>(static_cast<float>(value) + static_cast<float>(b[first + n])) : value;
         }
     }
   });
@@ -367,7 +386,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   auto sizes = x.sizes().vec();
   sizes.back() = weight.size(0);
   Tensor y = at::empty(sizes, x.options());
-  x.scalar_type() == at::kFloat ? linear_into<float>(rows, weight, bias, y) : linear_into<BFloat16>(rows, weight, bias, y);
+  x.scalar_type() == at::kFloat ? linear_into<float>(rows, weight, bias, y)
+                                : linear_into<BFloat16>(rows, weight, bias, y);
   return y;
 }
 
@@ -379,7 +399,8 @@ struct Cache {  // of the keys or values of one row and head
 
 // N vectors of each of R weighted sums of values
 template <int R, int N, typename T>
-void mix(const float* weights, int64_t capacity, const T* values, Cache v, int64_t num_slots, const float* total, float* y) {
+void mix(const float* weights, int64_t capacity, const T* values, Cache v, int64_t num_slots, const float* total,
+    float* y) {
   Vec sums[R][N] = {};
   for (int64_t j = 0; j < num_slots; ++j)
     for (int n = 0; n < N; ++n) {
@@ -390,10 +411,11 @@ void mix(const float* weights, int64_t capacity, const T* values, Cache v, int64
     for (int n = 0; n < N; ++n) store(y + r * v.dim + n * LANES, sums[r][n] / total[r]);
 }
 
-// R queries of one row and one key head, over the slots that any of them attends to. Slots that a query does not attend to have the
-// weight 0 in its sum.
+// R queries of one row and one key head, over the slots that any of them attends to. Slots that a query does not attend
+// to have the weight 0 in its sum.
 template <int R, typename T>
-void attend(const float* x, const T* keys, Cache k, const T* values, Cache v, const int64_t* first, const int64_t* stop, float* y) {
+void attend(const float* x, const T* keys, Cache k, const T* values, Cache v, const int64_t* first,
+    const int64_t* stop, float* y) {
   int64_t start = std::numeric_limits<int64_t>::max(), end = 0;
   for (int r = 0; r < R; ++r)
     if (first[r] < stop[r]) start = std::min(start, first[r]), end = std::max(end, stop[r]);
@@ -414,7 +436,8 @@ void attend(const float* x, const T* keys, Cache k, const T* values, Cache v, co
     }
     if (d < k.dim)
       for (int r = 0; r < R; ++r)
-        for (int i = 0; i < 4; ++i) dots[r][i] += load_some(x + r * k.dim + d, k.dim - d) * load_some(four[i] + d, k.dim - d);
+        for (int i = 0; i < 4; ++i)
+          dots[r][i] += load_some(x + r * k.dim + d, k.dim - d) * load_some(four[i] + d, k.dim - d);
     for (int r = 0; r < R; ++r) {
       const Four sums = sums_of(dots[r]);
       std::memcpy(&scores[r * capacity + j], &sums, sizeof(sums));
@@ -445,20 +468,24 @@ void attend(const float* x, const T* keys, Cache k, const T* values, Cache v, co
   }
   int64_t d = 0;
   values += start * v.stride;
-  for (; d + 4 * LANES <= v.dim; d += 4 * LANES) mix<R, 4>(scores.data(), capacity, values + d, v, num_slots, total, y + d);
+  for (; d + 4 * LANES <= v.dim; d += 4 * LANES)
+    mix<R, 4>(scores.data(), capacity, values + d, v, num_slots, total, y + d);
   for (; d + LANES <= v.dim; d += LANES) mix<R, 1>(scores.data(), capacity, values + d, v, num_slots, total, y + d);
   if (d < v.dim)
     for (int r = 0; r < R; ++r) {
       Vec sums = {};
-      for (int64_t j = 0; j < num_slots; ++j) sums += scores[r * capacity + j] * load_some(values + j * v.stride + d, v.dim - d);
+      for (int64_t j = 0; j < num_slots; ++j)
+        sums += scores[r * capacity + j] * load_some(values + j * v.stride + d, v.dim - d);
       sums /= total[r];
       std::memcpy(y + r * v.dim + d, &sums, (v.dim - d) * sizeof(float));
     }
 }
 
 template <typename T>
-void attention_into(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& first, const Tensor& last, double scale, Tensor& y) {
-  const int64_t heads = query.size(1), width = query.size(2), dim = query.size(3), value_dim = value.size(3), slots = key.size(2);
+void attention_into(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& first,
+    const Tensor& last, double scale, Tensor& y) {
+  const int64_t heads = query.size(1), width = query.size(2), dim = query.size(3), value_dim = value.size(3),
+      slots = key.size(2);
   const int64_t kv_heads = key.size(1), group = heads / kv_heads, queries = group * width, units = (queries + 3) / 4;
   const T *q = query.const_data_ptr<T>(), *k = key.const_data_ptr<T>(), *v = value.const_data_ptr<T>();
   const int32_t *from = first.const_data_ptr<int32_t>(), *to = last.const_data_ptr<int32_t>();
@@ -495,13 +522,15 @@ void attention_into(const Tensor& query, const Tensor& key, const Tensor& value,
   });
 }
 
-Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& first, const Tensor& last, double scale) {
+Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& first, const Tensor& last,
+    double scale) {
   const auto dtype = query.scalar_type();
   if (dtype != at::kFloat && dtype != at::kBFloat16)
     return attention(query.to(at::kFloat), key.to(at::kFloat), value.to(at::kFloat), first, last, scale).to(dtype);
   Tensor y = at::empty({query.size(0), query.size(2), query.size(1), value.size(3)}, query.options());
   Tensor from = first.contiguous(), to = last.contiguous();
-  dtype == at::kFloat ? attention_into<float>(query, key, value, from, to, scale, y) : attention_into<BFloat16>(query, key, value, from, to, scale, y);
+  dtype == at::kFloat ? attention_into<float>(query, key, value, from, to, scale, y)
+                      : attention_into<BFloat16>(query, key, value, from, to, scale, y);
   return y;
 }
 
@@ -515,13 +544,18 @@ TORCH_LIBRARY_IMPL(specdec, CPU, m) {
   m.impl("cos", [](const Tensor& x) { return at::cos(x); });
   m.impl("sin", [](const Tensor& x) { return at::sin(x); });
   m.impl("tanh", [](const Tensor& x) { return at::tanh(x); });
-  m.impl("torch_linear", [](const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) { return at::linear(x, weight, bias); });
-  m.impl("softmax", [](const Tensor& x, int64_t dim, std::optional<at::ScalarType> dtype) { return at::softmax(x, dim, dtype); });
+  m.impl("torch_linear", [](const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+    return at::linear(x, weight, bias);
+  });
+  m.impl("softmax", [](const Tensor& x, int64_t dim, std::optional<at::ScalarType> dtype) {
+    return at::softmax(x, dim, dtype);
+  });
   m.impl("sum", [](const Tensor& x, at::OptionalIntArrayRef dim, bool keepdim, std::optional<at::ScalarType> dtype) {
     return at::sum(x, dim, keepdim, dtype);
   });
   m.impl("gelu", [](const Tensor& x, c10::string_view approximate) { return at::gelu(x, approximate); });
-  m.impl("layer_norm", [](const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps) {
+  m.impl("layer_norm", [](const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+      double eps) {
     return at::layer_norm(x, {x.size(-1)}, weight, bias, eps);
   });
 }

@@ -31,7 +31,7 @@ _LIBRARY.define(
 def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, perm: Tensor | None = None) -> Tensor:
     """x [..., K] float16 or bfloat16 -> x W^T + bias, [..., N] of the same dtype, summed in float32, rounded once.
 
-    bias: [N] floating. perm: int [K], column perm[j] of x meets column j of W (GPTQ's activation order).
+    bias: [N] floating. perm: int [K], column perm[j] of x is multiplied by column j of W (GPTQ's activation order).
     """
     if x.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"x is {x.dtype}; the 4-bit matmul takes float16 or bfloat16, so cast it first")

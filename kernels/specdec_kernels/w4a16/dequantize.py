@@ -1,13 +1,13 @@
 """Packed codes -> operands of a tensor core, in PTX, with fewer instructions than the compiler finds.
 
-Inputs are two neighbouring words of a tile, outputs eight pairs of 16-bit numbers, the operands of eight dots; the
-halves of a pair are computed from the halves of a word. Codes are shifted and masked, never converted. A nibble q in a
-float16 or bfloat16 is a subnormal number, q times a power of two, and one fused multiply-add, which does not flush
-subnormal numbers (PTX ISA, fma), computes (q - zero) * 2^-9 or (q - zero) * 2^-6, exactly: 18 instructions for 16
-weights. The magic exponent of Kim et al., Who Says Elephants Can't Run (2022), costs bfloat16 four more shifts. The
-kernel multiplies the final sum by the inverse power of two.
+Inputs are two adjacent words of a tile, outputs eight pairs of 16-bit numbers, the operands of eight dots; the halves
+of a pair are computed from the halves of a word. Codes are shifted and masked, never converted. A nibble q in a float16
+or bfloat16 is a subnormal number, q times a power of two, and one fused multiply-add, which does not flush subnormal
+numbers (PTX ISA, fma), computes (q - zero) * 2^-9 or (q - zero) * 2^-6, exactly: 18 instructions for 16 weights. The
+magic exponent of Kim et al., Who Says Elephants Can't Run (2022), costs bfloat16 four more shifts. The kernel
+multiplies the final sum by the inverse power of two.
 
-That the two words are neighbours is Triton's choice of layout for a dot's operand: scripts/check_kernels.py asserts it.
+The two words are adjacent in Triton's layout of a dot's operand, which scripts/check_kernels.py asserts.
 
 Operands: $0 … $7 out, $8 and $9 the words; then pairs of 16 bits, each in two registers: nibbles' addends, E2M1's
 multipliers.
