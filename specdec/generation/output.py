@@ -88,7 +88,7 @@ def dict_output(
     fields: dict[str, Any] = {"sequences": text, "scores": scores.scores, "logits": scores.logits}
     fields[CACHE_FIELD] = plain_cache(target, sequences, text)
     output = GenerateDecoderOnlyOutput(**fields)
-    output.speculation = stats  # type: ignore[attr-defined]
+    output.speculation = stats
     return output
 
 
