@@ -243,6 +243,7 @@ def _in_progress(state: State, call: Call) -> Iterator[None]:
             yield
     finally:
         state.calls.pop()
+        call.request = None  # call and prepare_stock refer to each other, so only the garbage collector frees them
 
 
 def _check_prompt(prompt: Any) -> None:
