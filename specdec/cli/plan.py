@@ -46,8 +46,8 @@ def run(options: argparse.Namespace) -> int:
     """Plan a call in full precision, with a 4-bit target, and with both in four bits; print and draw it."""
     if options.plot and Path(options.plot).suffix not in PLOT_SUFFIXES:
         raise ValueError(f"--plot {options.plot} must end in {', '.join(PLOT_SUFFIXES)}")
-    planner = Planner.of(options)
     cards = {card: card_bytes(card) for card in options.card or ()}
+    planner = Planner.of(options)
     report = make_report(planner, cards)
     if options.plot:
         draw(options.plot, planner, cards or _smallest_cards(planner))

@@ -11,7 +11,7 @@ import pytest
 
 import specdec
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def run(code: str) -> None:
