@@ -9,7 +9,7 @@ The same as `specdec experiment …`; `--help` lists the groups of conf/ and the
 
 import sys
 
-from specdec.cli.main import main
+from specdec_cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["experiment", *sys.argv[1:]]))

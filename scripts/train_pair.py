@@ -33,7 +33,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from specdec.cli.main import main as specdec_command
+from specdec_cli.main import main as specdec_command
 
 STAGES = ("tokenizer", "original", "draft", "target", "card")
 QUANTIZATION = ["--group-size", "64", "--skip", "model.layers.0"]

@@ -26,7 +26,7 @@ LAYERS = {
     "audit": 6,
     "planning": 6,
     "experiments": 7,
-    "cli": 8,
+    "specdec_cli": 8,
 }
 # packages of the extra "experiments"
 NEEDS_EXTRAS = {"hydra", "omegaconf", "datasets", "accelerate", "jinja2", "matplotlib", "numpy"}
@@ -40,11 +40,15 @@ PRIVATE_WORDS = {
 }  # fmt: skip
 PRIVATE_NAMES = {"LARGEST"}
 PRIVATE_MODULES = {"beside", "wording", "reported", "pace"}
-SOURCES = [path for folder in ("specdec", "kernels", "scripts") for path in sorted((ROOT / folder).rglob("*.py"))]
+SOURCES = [
+    path
+    for folder in ("specdec", "specdec_cli", "kernels", "scripts")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
 
 
 def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removeprefix("specdec.")
 
 
 def imports(path: Path, for_types: bool = False) -> set[str]:
@@ -67,7 +71,12 @@ def imports(path: Path, for_types: bool = False) -> set[str]:
     return found
 
 
-MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
+MODULES = [
+    path
+    for folder in (PACKAGE, ROOT / "specdec_cli")
+    for path in sorted(folder.rglob("*.py"))
+    if path.name != "__init__.py"
+]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
@@ -75,6 +84,8 @@ def test_imports_go_down(path: Path) -> None:
     package = module_name(path).split(".")[0]
     for name in imports(path):
         parts = name.split(".")
+        if parts[0] == "specdec_cli":
+            assert package == "specdec_cli", f"{module_name(path)} imports {name}"
         if parts[0] == "specdec":
             imported = parts[1] if len(parts) > 1 and parts[1] in LAYERS else "generation"  # the public names
             is_below = LAYERS[imported] < LAYERS[package] or imported == package
@@ -82,14 +93,14 @@ def test_imports_go_down(path: Path) -> None:
         if parts[0] == "transformers":
             assert package != "core", f"{module_name(path)} imports {name}"
         if parts[0] in ("hydra", "omegaconf"):
-            assert package == "cli", f"{module_name(path)} imports {name}: the library never sees a DictConfig"
+            assert package == "specdec_cli", f"{module_name(path)} imports {name}: the library never sees a DictConfig"
         if parts[0] in NEEDS_EXTRAS:
             assert LAYERS[package] > LAYERS["generation"], f"{module_name(path)} imports {name}"
 
 
 def test_no_circle() -> None:
     """Of modules, imports for the type checker alone included."""
-    files = {f"specdec.{module_name(path)}": path for path in MODULES}
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in MODULES}
     graph = {module: imports(path, for_types=True) & files.keys() for module, path in files.items()}
     for node in (order := TopologicalSorter(graph)).static_order():
         assert node in files
@@ -151,7 +162,7 @@ def test_kernels_is_no_package_so_transformers_probe_does_not_find_it() -> None:
 def test_the_wheel_ships_the_pair_and_only_our_packages(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"specdec", "specdec_kernels"}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"specdec", "specdec_cli", "specdec_kernels"}
     for needed in ("target/model.safetensors", "draft/model.safetensors", "target/tokenizer.json", "prompts.jsonl"):
         assert f"specdec/assets/{needed}" in names
     assert "specdec/py.typed" in names

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import specdec
 from specdec.audit.quality import compare_quality
-from specdec.cli.audit import _windows
-from specdec.cli.main import main
 from specdec.utils import embedded
+from specdec_cli.audit import _windows
+from specdec_cli.main import main
 from tests.helpers.families import make_model
 
 ROOT = Path(__file__).parents[2]
@@ -163,7 +163,7 @@ def test_the_quantize_command_reproduces_the_embedded_target(
 STUCK = """
 import sys, time
 from transformers import PreTrainedModel
-from specdec.cli.main import main
+from specdec_cli.main import main
 
 def save_pretrained(self, folder):
     folder.mkdir()

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from specdec.cli.arguments import AUTO, COMMANDS
-from specdec.cli.main import main
 from specdec.core import verification
 from specdec.core.steps import Draft, Verdict
 from specdec.drafters import resolve
 from specdec.utils import embedded
+from specdec_cli.arguments import AUTO, COMMANDS
+from specdec_cli.main import main
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["--max-new-tokens", "24"]
@@ -115,7 +115,7 @@ HELP = [["--help"], ["--version"], *([name, "--help"] for name in ("demo", "gene
 def test_help_does_not_import_torch(arguments: list[str]) -> None:
     code = f"""
 import sys
-from specdec.cli.main import main
+from specdec_cli.main import main
 try:
     main({arguments})
 except SystemExit as exit:

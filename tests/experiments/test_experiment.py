@@ -22,8 +22,6 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from specdec.cli.experiment import build, conf_dir
-from specdec.cli.main import main
 from specdec.experiments.config import DraftModel, ExperimentConfig, QuantConfig, SamplingConfig, TargetConfig
 from specdec.experiments.pair import Pair
 from specdec.experiments.records import FORMAT, PLAIN, SPECULATIVE, Failure, Header, Key, Record, Run, read_run
@@ -35,6 +33,8 @@ from specdec.experiments.run import run
 from specdec.experiments.workloads import Prompt, Stdlib
 from specdec.runtime.loading import load_tokenizer
 from specdec.utils import embedded
+from specdec_cli.experiment import build, conf_dir
+from specdec_cli.main import main
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
@@ -139,7 +139,7 @@ def test_an_installed_wheel_composes_and_instantiates_the_same_configs(wheel: Pa
     code = f"""
 import sys
 from pathlib import Path
-from specdec.cli.experiment import build, conf_dir
+from specdec_cli.experiment import build, conf_dir
 import hydra
 assert conf_dir() == Path({str(tmp_path)!r}) / "site" / "specdec" / "conf", conf_dir()
 files = sorted(path.relative_to(conf_dir()).with_suffix("").as_posix() for path in conf_dir().glob("*/*.yaml"))
@@ -338,10 +338,10 @@ def test_a_run_in_which_every_call_fails_has_error_records(
 def test_only_the_main_process_reports_that_prompts_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A launcher ends all processes at the first error, which would be before the report is written."""
     failed = Run(tmp_path, Header({}, {}), failures=[Failure("a", "t", 0, 0, PLAIN, "no")])
-    monkeypatch.setattr("specdec.cli.experiment.run", lambda *_: failed)
+    monkeypatch.setattr("specdec_cli.experiment.run", lambda *_: failed)
     for is_main, code in ((True, 1), (False, 0)):
         process = SimpleNamespace(is_main_process=is_main)
-        monkeypatch.setattr("specdec.cli.experiment.processes", lambda process=process: process)
+        monkeypatch.setattr("specdec_cli.experiment.processes", lambda process=process: process)
         assert main(["experiment", "experiment=demo", f"folder={tmp_path}"]) == code
 
 
@@ -669,7 +669,7 @@ def test_a_launcher_that_is_not_installed_is_an_error_that_names_its_extra(
 @pytest.mark.parametrize("module", ["hydra", "accelerate", "datasets"])
 def test_a_missing_package_is_an_error_that_names_the_extra(module: str, tmp_path: Path) -> None:
     code = (
-        f"import sys; sys.modules[{module!r}] = None; from specdec.cli.main import main; sys.exit(main(sys.argv[1:]))"
+        f"import sys; sys.modules[{module!r}] = None; from specdec_cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     call = ["experiment", "workload=dataset", "workload.path=README.txt", f"folder={tmp_path}"]
     finished = subprocess.run(

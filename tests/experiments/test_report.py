@@ -16,8 +16,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from specdec.cli import report as command
-from specdec.cli.arguments import parse
 from specdec.core.stats import Choice
 from specdec.core.steps import RowStep
 from specdec.core.timing import StepTimes
@@ -27,6 +25,8 @@ from specdec.experiments.report.exports import summary_table, to_json, to_markdo
 from specdec.experiments.report.figures import METRICS, figures
 from specdec.experiments.report.labels import labels, read_runs
 from specdec.experiments.report.page import render_page
+from specdec_cli import report as command
+from specdec_cli.arguments import parse
 from tests.helpers.synthetic_runs import PROVENANCE, config, synthetic_run, write_run
 
 SAMPLED = {"sampling__temperature": 1.0}

@@ -26,8 +26,6 @@ from transformers import (
 )  # fmt: skip
 
 import specdec
-from specdec.cli import plan as command
-from specdec.cli.arguments import parse
 from specdec.planning.devices import (
     CUDA_CONTEXT_BYTES,
     FRAGMENTATION,
@@ -44,6 +42,8 @@ from specdec.quant.checkpoints import load_checkpoint
 from specdec.quant.layers import is_4bit
 from specdec.runtime.runner import ModelRunner
 from specdec.utils import embedded
+from specdec_cli import plan as command
+from specdec_cli.arguments import parse
 from tests.helpers import checkpoint_writers
 from tests.helpers.families import FAMILIES, family, make_model
 

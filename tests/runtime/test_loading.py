@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 import specdec
-from specdec.cli.main import main
 from specdec.drafters.resolve import resolve_drafter
 from specdec.planning.footprint import measure_footprint
 from specdec.quant import checkpoints
@@ -25,6 +24,7 @@ from specdec.quant.checkpoints import load_checkpoint, named_errors
 from specdec.quant.layers import is_4bit
 from specdec.quant.linear import Int4Linear
 from specdec.runtime.loading import load, load_tokenizer
+from specdec_cli.main import main
 from tests.generation.test_multimodal import CLIP, CONFIGS
 from tests.helpers.checkpoint_writers import TINY, Case, edit_config, edit_tensors, quantization_config, write
 from tests.helpers.families import FAMILIES, VOCAB_SIZE, make_model, prompts

@@ -1,20 +1,18 @@
-"""The arguments of each command. Nothing here imports torch, so that help is printed at once."""
+"""The arguments of each command. Nothing here imports `specdec`, and with it torch, so that help is printed at once."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import specdec
-from specdec.utils import embedded
+from importlib.metadata import PackageNotFoundError, version
 
 AUTO = "auto"  # of --num-draft-tokens: specdec.drafters.resolve.AUTO
 
 
 @dataclass(frozen=True)
 class Command:
-    """module: of specdec.cli; its run(options) runs the command."""
+    """module: of specdec_cli; its run(options) runs the command."""
 
     module: str
     summary: str
@@ -22,11 +20,11 @@ class Command:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line; `module` names the module of specdec.cli that runs it."""
+    """Parse a command line; `module` names the module of specdec_cli that runs it."""
     parser = argparse.ArgumentParser(
         prog="specdec", description="Lossless speculative decoding for Hugging Face models."
     )
-    parser.add_argument("--version", action="version", version=f"specdec {specdec.__version__}")
+    parser.add_argument("--version", action="version", version=f"specdec {_version()}")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=command.summary, add_help=name != "experiment")
@@ -37,8 +35,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=str(embedded.TARGET), help=MODEL_HELP)
-    parser.add_argument("--draft", default=str(embedded.DRAFT), help=DRAFT_HELP)
+    parser.add_argument("--model", help=f"{MODEL_HELP}; default: the embedded target")
+    parser.add_argument("--draft", help=f"{DRAFT_HELP}; default: the embedded draft model")
     parser.add_argument("--prompt", help="the text to complete (one of the embedded pair's)")
     _add_generation(parser)
 
@@ -119,6 +117,15 @@ def add_audit(parser: argparse.ArgumentParser) -> None:
     _add_quantization(quality)
     _add_placement(quality)
     _add_json(quality)
+
+
+def _version() -> str:
+    try:
+        return version("specdec-lossless")
+    except PackageNotFoundError:  # a checkout on PYTHONPATH
+        from specdec import __version__
+
+        return __version__
 
 
 MODEL_HELP = "the target: a folder or a hub id, in full precision or in 4 bits (GPTQ, AWQ, MXFP4, … or specdec's own)"

@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from specdec.cli.arguments import parse
+from specdec_cli.arguments import parse
 
 EXPERIMENT_MODULES = {"accelerate", "datasets", "hydra", "jinja2", "matplotlib", "omegaconf"}
 
@@ -35,11 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _command(module: str) -> Any:
-    """A module of specdec.cli, with transformers' own progress bars and warnings off."""
+    """A module of specdec_cli, with transformers' own progress bars and warnings off."""
     logging: Any = import_module("transformers.utils.logging")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    return import_module(f"specdec.cli.{module}")
+    return import_module(f"specdec_cli.{module}")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ class Measurement:
 
 def run(options: argparse.Namespace) -> int:
     """Complete one prompt with three engines, in interleaved rounds, and compare them; 1 where greedy texts differ."""
+    options.model, options.draft = options.model or str(embedded.TARGET), options.draft or str(embedded.DRAFT)
     if options.prompt is None:
         options.prompt = next(prompt["prompt"] for prompt in embedded.prompts() if prompt["id"] == DEMO_PROMPT)
     dtype = options.dtype or ("float32" if options.device == "cpu" or options.command == "demo" else "auto")

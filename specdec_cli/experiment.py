@@ -20,7 +20,6 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
 import specdec
-from specdec.cli.report import write
 from specdec.experiments.config import ExperimentConfig
 from specdec.experiments.records import Run
 from specdec.experiments.report.exports import summary_table
@@ -28,6 +27,7 @@ from specdec.experiments.report.labels import read_runs
 from specdec.experiments.report.page import render_page
 from specdec.experiments.run import processes, run
 from specdec.utils import embedded
+from specdec_cli.report import write
 
 PACKAGE = Path(specdec.__file__).parent
 LAUNCHER_EXTRAS = {"joblib": "joblib", "submitit": "slurm", "ray": "ray"}

@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.audit.quality import Quality, compare_quality
-from specdec.cli.quantize import int4_config, weight_bytes
 from specdec.quant.layers import is_4bit
 from specdec.quant.quantizer import quantize
 from specdec.runtime.loading import load, load_tokenizer
 from specdec.runtime.runner import context_of
 from specdec.utils.provenance import provenance
+from specdec_cli.quantize import int4_config, weight_bytes
 
 
 def run(options: argparse.Namespace) -> int:
