@@ -12,7 +12,7 @@ from gpu_suite.suite import ROOT, Row, Section, Suite, failed
 
 TIMEOUT_S = 450
 MAX_REPORTED = 30  # failed tests that are named
-TESTS = ["tests/kernels", "tests/runtime/test_cuda_graphs.py"]
+TESTS = ["tests/kernels", "tests/runtime/attention", "tests/runtime/test_cuda_graphs.py"]
 
 
 def run(suite: Suite) -> Row:

@@ -30,7 +30,7 @@ def verify_in_torch(p: Tensor, ids: Tensor, q: Tensor | None, lengths: Tensor, u
 
 
 def without_kernel() -> Any:
-    return mock.patch.object(verification, "_takes_kernel", return_value=False)
+    return mock.patch.object(verification, "_has_kernel", return_value=False)
 
 
 def random_draft(suite: Suite, batch: int, one_hot: bool) -> tuple:

@@ -122,7 +122,7 @@ def raise_error(error: Exception, x: Tensor) -> Tensor:
 def dequantizing(int4: Int4Tensor) -> Int4Linear:
     """The layer as prefill runs it: tiles in full precision, one after the other, from the canonical codes."""
     layer = Int4Linear(int4).eval()
-    layer.use_kernel, layer.has_looked = False, True
+    layer.use_kernel, layer.has_chosen_kernel = False, True
     return layer
 
 

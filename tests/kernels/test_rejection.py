@@ -392,7 +392,7 @@ def test_a_cpu_tensor_is_refused_without_the_interpreter(monkeypatch: pytest.Mon
 
 
 def test_verify_uses_the_kernel_on_devices_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    takes = verification._takes_kernel
+    takes = verification._has_kernel
     cuda = torch.device("cuda", 0)
     probs = SimpleNamespace(device=cuda, shape=GOOD["target_probs"].shape)
     monkeypatch.setattr(rejection, "runs_on", lambda device: device == cuda)
@@ -419,6 +419,6 @@ def test_verify_in_the_kernel_accepts_any_strides(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(rejection, "verify", lambda *args: launches.append(args) or stock(*args))
     assert_same(verification.verify(draft, p, uniforms), expected)
     assert not launches  # not for a CPU tensor
-    monkeypatch.setattr(verification, "_takes_kernel", lambda target_probs: True)
+    monkeypatch.setattr(verification, "_has_kernel", lambda target_probs: True)
     assert_same(verification.verify(draft, p, uniforms), expected)
     assert len(launches) == 1
