@@ -343,14 +343,16 @@ tags: [speculative-decoding, specdec]
 ---
 # The embedded {name} of specdec
 
-{role} Llama architecture, {layers} layers of 256, 4 query heads and 1 key head of 64, MLP 512, tied embeddings, byte-level
-BPE of {vocab}, context {context}, trained on windows of up to {length}. {parameters:.2f}M parameters, {megabytes:.1f} MB:
+{role} Llama architecture, {layers} layers of 256, 4 query heads and 1 key head of 64, MLP 512, tied embeddings,
+byte-level BPE of {vocab}, context {context}, trained on windows of up to {length}.
+{parameters:.2f}M parameters, {megabytes:.1f} MB:
 {precision}.
 It exists so that the demo, the tests and the benchmarks run on real text and real acceptance with no download. It is no
 assistant and writes no useful code.
 
 ## Measured on held-out modules
-Both models in float32 around the saved weights. {prompts} prompts of 128 tokens, 128 tokens each along the target's own output.
+Both models in float32 around the saved weights. {prompts} prompts of 128 tokens, 128 tokens each along the target's own
+output.
 
 | what | value |
 |---|---|
@@ -362,8 +364,9 @@ Both models in float32 around the saved weights. {prompts} prompts of 128 tokens
 Command: `python scripts/train_pair.py --output DIR --only card`.
 
 ## Training
-The standard library of Python {python} (without generated tables, and without {held_out} and their tests), {minutes:g} minutes on
-{device} with torch {torch}: {tokens:.1f}M tokens in {steps} steps, final loss {final_loss}. By `scripts/train_pair.py`.
+The standard library of Python {python} (without generated tables, and without {held_out} and their tests),
+{minutes:g} minutes on {device} with torch {torch}: {tokens:.1f}M tokens in {steps} steps, final loss {final_loss}.
+By `scripts/train_pair.py`.
 
 `prompts.jsonl`, which ships beside the pair, holds cuts from the held-out modules of Python {python} (PSF License,
 Version 2); sha256 `{prompts_sha256}`.

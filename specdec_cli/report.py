@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -54,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     runs = read_runs([Path(path) for path in options.runs])
     checks = _checks(runs, conditions)
     if options.json:
-        content = to_json(runs) | {"checks": [_as_json(check) for check in checks]}
+        content = to_json(runs) | {"checks": [asdict(check) for check in checks]}
         text = json.dumps(content, ensure_ascii=False) + "\n"
     elif options.markdown:
         text = to_markdown(runs) + "".join(f"- {check.summary}\n" for check in checks)
@@ -74,12 +73,6 @@ def run(options: argparse.Namespace) -> int:
         for check in checks:
             print(check.summary, file=sys.stderr if output is None else sys.stdout)
     return 1 if any(check.fails for check in checks) else 0
-
-
-def _as_json(check: Check) -> dict[str, Any]:
-    """With `told` for the summary, as files of earlier versions have it."""
-    values = asdict(check)
-    return values | {"told": values.pop("summary")}
 
 
 def _condition(text: str) -> Condition:

@@ -246,7 +246,8 @@ def test_messages_of_the_troubleshooting_page_exist() -> None:
 def test_the_identical_texts_are_those_of_the_results_file() -> None:
     report = json.loads((RESULTS / "check_identity.json").read_text(encoding="utf-8"))
     same = report["identical"]
-    expected = f"Of {report['prompts']} held-out prompts the embedded pair continued {same['K=2']} (K=2) and {same['K=5']} (K=5)"
+    counts = f"{same['K=2']} (K=2) and {same['K=5']} (K=5)"
+    expected = f"Of {report['prompts']} held-out prompts the embedded pair continued {counts}"
     assert f"{expected} with {report['max_new_tokens']} ids" in " ".join(PAGES["docs/concepts.md"].split())
 
 

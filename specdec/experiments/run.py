@@ -178,8 +178,8 @@ class Worker:
         self.bar.advance(len(rows))
 
     def _record(
-        self, key: Key, prompt: Prompt, seed: int, call: int, rows: int, prompt_ids: list[int], ids: list[int], row: Stats,
-        stats: Stats, seconds: float,
+        self, key: Key, prompt: Prompt, seed: int, call: int, rows: int, prompt_ids: list[int], ids: list[int],
+        row: Stats, stats: Stats, seconds: float,
     ) -> Record:  # fmt: skip
         """row: the Stats of this row. stats, seconds: of the whole call."""
         return Record(

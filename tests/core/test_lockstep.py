@@ -165,7 +165,7 @@ def test_the_calls_are_no_easy_ones() -> None:
 
 
 def test_with_equal_random_numbers_sampled_calls_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a draft each position takes one random number a row, as plain decoding does where it draws by inversion."""
+    """Without a draft each position takes one random number a row, as plain decoding by inversion does."""
 
     def multinomial(probs: Tensor, num_samples: int) -> Tensor:
         return sampling.draw(probs, sampling.uniforms(len(probs), device=probs.device))[:, None]
@@ -174,8 +174,9 @@ def test_with_equal_random_numbers_sampled_calls_are_the_same(monkeypatch: pytes
         record = Record()
         torch.manual_seed(3)
         text = target().generate(
-            **prompts(4), max_new_tokens=NEW_TOKENS, do_sample=True, temperature=3.0, logits_processor=[Stateful(record, 0)],
-            stopping_criteria=[Tracking(record, 1, 4, "rows")], eos_token_id=NEVER,
+            **prompts(4), max_new_tokens=NEW_TOKENS, do_sample=True, temperature=3.0,
+            logits_processor=[Stateful(record, 0)], stopping_criteria=[Tracking(record, 1, 4, "rows")],
+            eos_token_id=NEVER,
         )  # fmt: skip
         return text.tolist(), record
 
@@ -230,7 +231,9 @@ def allowed() -> dict[str, Any]:
 # Calls that had to go to the stock loop, or came out otherwise, before there was lockstep.
 CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "guidance": lambda: {"guidance_scale": 1.5},
-    "guidance with a prompt of its own": lambda: {"guidance_scale": 1.7, "negative_prompt_ids": prompts(4)["input_ids"].flip(0)},
+    "guidance with a prompt of its own": lambda: {
+        "guidance_scale": 1.7, "negative_prompt_ids": prompts(4)["input_ids"].flip(0),
+    },
     "a watermark": lambda: {"watermarking_config": WatermarkingConfig(bias=5.0)},
     "SynthID": lambda: {"watermarking_config": SynthIDTextWatermarkingConfig(keys=[3, 1, 4], ngram_len=3)},
     "a grammar with a state": allowed,
@@ -312,8 +315,8 @@ def test_known_callbacks_are_not_slowed_down(monkeypatch: pytest.MonkeyPatch) ->
     """What transformers itself brings is served without lockstep."""
     monkeypatch.setattr(lockstep.Lockstep, "commit", None)
     call = {
-        "max_new_tokens": 12, "eos_token_id": continuation("llama", 4)[0][5], "repetition_penalty": 1.2, "min_new_tokens": 3,
-        "no_repeat_ngram_size": 3, "suppress_tokens": [9],
+        "max_new_tokens": 12, "eos_token_id": continuation("llama", 4)[0][5], "repetition_penalty": 1.2,
+        "min_new_tokens": 3, "no_repeat_ngram_size": 3, "suppress_tokens": [9],
     } | stop_string(continuation("llama", 4))  # fmt: skip
     want, got = both(prompts(4), call)
     assert got.tolist() == want.tolist()

@@ -22,7 +22,8 @@ from tests.helpers.synthetic_runs import DRAFT_S, OTHER_S, PREFILL_S, STEP_S, VE
 
 RUNS, PROMPTS = 200, 30
 COVERED = (
-    "mean_acceptance_length", "tokens_per_step", "draft_acceptance_rate", "expected_acceptance", "realized_acceptance", "speedup",
+    "mean_acceptance_length", "tokens_per_step", "draft_acceptance_rate", "expected_acceptance", "realized_acceptance",
+    "speedup",
 )  # fmt: skip
 
 

@@ -42,8 +42,8 @@ SECONDS = Seconds(0.5, 0.1, 0.2, 0.05, 0.1, 0.2, 0.1, 0.05)
 
 def record(prompt_id: str = "a", engine: str = SPECULATIVE, **changes: Any) -> Record:
     values: dict[str, Any] = {
-        "prompt_id": prompt_id, "task": "t", "turn": 0, "repetition": 0, "engine": engine, "seed": 1, "call": 0, "rows": 1,
-        "num_prompt_tokens": 3, "prompt_hash": "00", "ids": [5, 6, 7], "tokens": ["x", "\u2028", "é\n"],
+        "prompt_id": prompt_id, "task": "t", "turn": 0, "repetition": 0, "engine": engine, "seed": 1, "call": 0,
+        "rows": 1, "num_prompt_tokens": 3, "prompt_hash": "00", "ids": [5, 6, 7], "tokens": ["x", "\u2028", "é\n"],
         "steps": [RowStep(2, 2, 2, 3, [0.5, 0.25])], "seconds": SECONDS,
     }  # fmt: skip
     return Record(**values | changes)

@@ -100,9 +100,9 @@ def synthetic_run(
 ) -> Run:
     """A run of both engines on the same prompts.
 
-    chances: acceptance probabilities, from which one is drawn for each position of each text. spread: each prompt adds a
-    value from -spread … spread to its probabilities. prompts_seed: seeds these values; seed: everything else. speed: of
-    the target, in both engines. extras: with step costs, memory and a sample. changes: of the config, as in config().
+    chances: acceptance probabilities, from which one is drawn for each position of each text. spread: each prompt adds
+    a value from -spread … spread to its probabilities. prompts_seed: seeds these values; seed: everything else. speed:
+    of the target, in both engines. extras: with step costs, memory and a sample. changes: of the config, as in config().
     """
     settings = config(num_draft_tokens=k, repetitions=repetitions, baseline=baseline, **changes)
     is_greedy, length = settings["sampling"]["temperature"] == 0, settings["sampling"]["max_new_tokens"]

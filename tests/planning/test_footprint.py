@@ -428,7 +428,7 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
     target = llama()
     with pytest.raises(
         ValueError,
-        match="no config could be read from 'nowhere/to-be-found': it is no local folder and cannot be downloaded from the hub",
+        match="no config could be read from 'nowhere/to-be-found': it is no local folder and cannot be downloaded",
     ):
         measure_footprint("nowhere/to-be-found")
     with pytest.raises(ValueError, match=r"there is no config.json in .*; name a folder"):

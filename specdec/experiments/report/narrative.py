@@ -89,8 +89,8 @@ def caveats(report: RunReport) -> list[str]:
     if has_format_1_counts(run):
         caveats.append(
             f"This run was recorded in format {run.header.version}, whose counts include steps without a draft and"
-            " whose mean acceptance length is 1 + accepted / steps. All figures here are recomputed from its steps with the"
-            " current definitions; reports made by earlier versions of specdec show other values."
+            " whose mean acceptance length is 1 + accepted / steps. All figures here are recomputed from its steps with"
+            " the current definitions; reports made by earlier versions of specdec show other values."
         )
     if report.figures.prompts == 1:
         caveats.append("A single prompt gives no interval: how the figures vary between prompts is unknown.")
@@ -179,8 +179,8 @@ def comparison_notes(reports: Sequence[RunReport]) -> list[tuple[str, str]]:
             ("lead", f"{fastest.label} has the highest speedup over plain decoding, {number(speedup, '×')}{lead}.")
         )
     differences = (
-        f"Differences are relative to {reports[0].label}, on the same prompts, with 95\u00a0% intervals; a difference is"
-        " marked where its interval excludes 0."
+        f"Differences are relative to {reports[0].label}, on the same prompts, with 95\u00a0% intervals; a difference"
+        " is marked where its interval excludes 0."
     )
     notes.append(("about", differences))
     if any(has_format_1_counts(report.run) for report in reports):
