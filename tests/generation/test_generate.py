@@ -75,11 +75,12 @@ SEVEN = GenerationConfig(num_assistant_tokens=7)
 
 @pytest.mark.parametrize("how", ["keyword", "config", "positional config"])
 def test_num_assistant_tokens_of_a_call_takes_precedence_over_enable(how: str) -> None:
+    want = continuation("llama", 4)  # the first call of it disables the target
     specdec.enable(target(), drafter(), num_draft_tokens=K)
     args = (None, SEVEN) if how == "positional config" else ()
     own = {"keyword": {"num_assistant_tokens": 7}, "config": {"generation_config": SEVEN}}.get(how, {})
     text = target().generate(*args, **prompts(4), max_new_tokens=24, **own)
-    assert text[:, WIDTH:].tolist() == continuation("llama", 4)
+    assert text[:, WIDTH:].tolist() == want
     assert len(specdec.last_stats(target()).acceptance_histogram) == 8
 
 
