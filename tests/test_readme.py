@@ -95,9 +95,9 @@ def test_scripts_of_the_pages_exist(line: str) -> None:
 
 def test_ci_runs_the_make_commands_of_the_pages() -> None:
     made = {line.split()[1] for line in shell_lines() if line.startswith("make ")}
-    assert {"demo", "test"} <= made
+    assert {"demo", "test", "docs"} <= made
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    for target in ("demo", "test"):
+    for target in ("demo", "test", "docs"):
         assert f"make {target} " in script
 
 
