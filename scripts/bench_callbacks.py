@@ -52,7 +52,11 @@ class Worker:
 
     def __init__(self) -> None:
         import specdec
-        from specdec.utils import embedded
+
+        try:
+            from specdec.utils import embedded
+        except ImportError:  # a commit from before the packages
+            from specdec import embedded
 
         self.specdec = specdec
         self.tokenizer = AutoTokenizer.from_pretrained(embedded.TARGET, padding_side="left")
