@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,8 +19,8 @@ from specdec.draft_length.settings import MAX_DRAFT_TOKENS
 from tests.helpers.draft_length import erratic_k
 from tests.helpers.drafters import AlwaysRight, AlwaysWrong, Empty, Random, Uneven
 from tests.helpers.families import FAMILIES, REFUSED, WEIGHTS, family, make_model, prompts
+from tests.helpers.recording import recorded
 
-pytestmark = pytest.mark.usefixtures("either_way")
 NEW_TOKENS = 17  # no multiple of any K + 1 below
 
 
@@ -33,15 +34,11 @@ def perturbed(model_type: str) -> PreTrainedModel:
     return draft
 
 
-NUM_DRAFT_TOKENS: tuple[int | str, ...] = (
-    1,
-    2,
-    5,
-    8,
-    "auto",
-)  # "auto": with random step times, so K changes from step to step
+# "auto": with random step times, so K changes from step to step
+NUM_DRAFT_TOKENS: tuple[int | str, ...] = (1, 2, 5, 8, "auto")
 BATCHES = (1, 4)
 STOPS = (False, True)
+WAYS = ("eager", "recorded")  # steps run directly, or recorded and replayed as on a CUDA device
 
 
 class Case(NamedTuple):
@@ -51,6 +48,7 @@ class Case(NamedTuple):
     num_draft_tokens: int | str
     batch_size: int
     has_eos: bool
+    way: str
 
 
 # The list every lossless test runs over: a new drafter joins it.
@@ -70,7 +68,9 @@ def largest_k(case: Case) -> int:
     return case.num_draft_tokens if isinstance(case.num_draft_tokens, int) else MAX_DRAFT_TOKENS
 
 
-FULL = [Case(*values) for values in itertools.product(FAMILIES, WEIGHTS, DRAFTERS, NUM_DRAFT_TOKENS, BATCHES, STOPS)]
+FULL = [
+    Case(*values) for values in itertools.product(FAMILIES, WEIGHTS, DRAFTERS, NUM_DRAFT_TOKENS, BATCHES, STOPS, WAYS)
+]
 
 
 def covering() -> list[Case]:
@@ -83,6 +83,7 @@ def covering() -> list[Case]:
             NUM_DRAFT_TOKENS[(f + d + w) % 5],
             BATCHES[(f + d // 2 + f // 4 + w) % 2],
             STOPS[(d // 4 + f // 2 + f) % 2],
+            WAYS[(d + f // 3 + w) % 2],
         )
         for (f, model_type), (w, weights), (d, drafter) in itertools.product(
             enumerate(FAMILIES), enumerate(WEIGHTS), enumerate(DRAFTERS)
@@ -105,6 +106,11 @@ def check_identical(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         eos_token_id = int(plain_text(case.family, case.weights, case.batch_size, None)[-1, 11 + 6])
     expected = plain_text(case.family, case.weights, case.batch_size, eos_token_id)
     erratic_k(monkeypatch, seed=len(case.family))
+    with recorded() if case.way == "recorded" else nullcontext():
+        check_call(model, case, expected, eos_token_id)
+
+
+def check_call(model: PreTrainedModel, case: Case, expected: Tensor, eos_token_id: int | None) -> None:
     specdec.enable(model, DRAFTERS[case.drafter](case), num_draft_tokens=case.num_draft_tokens)
     try:
         got = model.generate(

@@ -102,7 +102,7 @@ def synthetic_run(
 
     chances: acceptance probabilities, from which one is drawn for each position of each text. spread: each prompt adds
     a value from -spread … spread to its probabilities. prompts_seed: seeds these values; seed: everything else. speed:
-    of the target, in both engines. extras: with step costs, memory and a sample. changes: of the config, as in config().
+    of the target, in both engines. extras: with step costs, memory and a sample. changes: of the config, see config().
     """
     settings = config(num_draft_tokens=k, repetitions=repetitions, baseline=baseline, **changes)
     is_greedy, length = settings["sampling"]["temperature"] == 0, settings["sampling"]["max_new_tokens"]
