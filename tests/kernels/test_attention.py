@@ -310,9 +310,9 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
             attention(**given, scale=1.0)
 
     refused("must be .B, H, W, D., .B, H', S, D.", query=query[0])
-    refused("do not fit together", key=key[..., :8])
-    refused("do not fit together", key=key[:1])
-    refused("do not fit together", value=value[:, :, :9])
+    refused("do not match", key=key[..., :8])
+    refused("do not match", key=key[:1])
+    refused("do not match", value=value[:, :, :9])
     refused(
         "4 query heads cannot share 3 key heads",
         key=key.repeat(1, 2, 1, 1)[:, :3],

@@ -262,7 +262,7 @@ def test_out_of_memory_while_recording_frees_all_recordings_and_goes_on_eagerly(
 
 def test_a_device_that_replays_wrongly_is_detected(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CpuRecording, "replay", lambda self: None)
-    words = "without CUDA graphs, and slower: of the target, a replay gave other logits"
+    words = "without CUDA graphs, and slower: of the target, the logits of a replay are wrong"
     only_warning(lambda: specdec.enable(model, noisy(), num_draft_tokens=3), words)
     assert text_of(model) == plain_text(model)
 

@@ -195,8 +195,7 @@ class Identity:
                         namespaces.append((vars(value), names_and_attributes))
                 elif is_entered or inspect.isroutine(value):
                     self._globals.setdefault(id(namespace), (namespace, set()))[1].add(name)
-                    origin = namespace_name(getattr(value, "__globals__", {"__name__": "torch"}))
-                    if is_entered or _is_entered(origin):
+                    if is_entered or _is_entered(namespace_name(getattr(value, "__globals__", {"__name__": "torch"}))):
                         self._queue.append((f"{last_name(namespace)}.{name}", value, True))
 
     def _is_same(self) -> bool:
