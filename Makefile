@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | docs | clean. Needs Python 3.11+ and make; everything else goes into .venv.
+# make demo | check | test | test-all | lint | docs | clean. Needs Python 3.11+ and make; everything else goes into .venv.
 VENV ?= .venv
 PYTHON ?= python3
 # Where the CPU build of torch is; `make demo TORCH_INDEX=` takes the platform's usual build, with CUDA on Linux.
@@ -6,10 +6,16 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 # One thread per test worker: small models gain nothing from more, and threads on busy cores wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+# What `make check` runs: a part of every layer that finds most mistakes within a minute or two.
+FAST := tests/test_layout.py tests/core tests/draft_length tests/drafters tests/quant/test_int4.py tests/generation/test_enable.py
 
 demo: $(VENV)/installed
 	$(BIN)/specdec demo
+
+# For the loop of a developer: everything static, and the fast tests.
+check: $(VENV)/installed-dev lint
+	$(PYTEST) $(FAST)
 
 test: $(VENV)/installed-dev lint
 	$(PYTEST)
@@ -54,4 +60,4 @@ $(VENV)/installed-docs: $(VENV)/installed
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: demo test test-all lint docs clean
+.PHONY: demo check test test-all lint docs clean

@@ -546,6 +546,7 @@ def test_a_sweep_with_joblib_has_one_report(tmp_path: Path) -> None:
     assert f"report: {report}" in finished.stdout
 
 
+@pytest.mark.full  # test_speedup.py compares predictions with simulated texts in every run
 def test_expected_and_realized_acceptance_agree_and_predictions_match_a_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import specdec
 from specdec.quant.batch_invariant import ATTENTION, MAX_WINDOW, BatchInvariantLinear, by_phase
+from specdec.quant.layers import linear_layers
 from specdec.runtime.attention.blocks import KEY_BLOCK
 from specdec.runtime.attention.select import batch_invariant_attention
 from specdec.runtime.kv_cache.masks import attention_masks
@@ -90,6 +91,14 @@ def test_a_row_that_sees_nothing_is_finite() -> None:
     query, key, value = torch.randn(3, 1, 2, 5, 16)
     mask = torch.ones(5, 5, dtype=torch.bool).tril()[None, None] & (torch.arange(5) >= 2)
     assert batch_invariant_attention(MODULE, query, key, value, mask)[0].isfinite().all()
+
+
+def test_layers_in_full_precision_count_as_linear_layers_still() -> None:
+    """Their class changes when a model is quantized; a checkpoint or a second quantization finds them all the same."""
+    model = make_model("llama", hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    specdec.quantize(model, specdec.Int4Config(32))
+    assert type(model.lm_head) is BatchInvariantLinear
+    assert list(linear_layers(model)) == ["lm_head"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
