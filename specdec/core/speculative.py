@@ -88,11 +88,11 @@ def step(
     scored = run("target", partial(score_draft, target, sequences), draft.ids, draft.lengths, limit)
     mark("target")
 
+    verify = partial(verify_and_commit, sequences, sampling)
+    if lockstep is not None:
+        verify = partial(lockstep.commit, sequences)
     if lockstep is not None or sampling.needs_prefix or sequences.stop is not None:  # runs Python on the host
         run = run_eager
-    verify = (
-        partial(verify_and_commit, sequences, sampling) if lockstep is None else partial(lockstep.commit, sequences)
-    )
     key = "verification", sampling.cache_key, sequences.stop_ids is None
     accepted, next_ids, *committed = run(key, verify, limit, draft.probs, *scored)
     verdict, logits = Verdict(accepted, next_ids), scored[-1]
