@@ -164,9 +164,7 @@ def _build_sequences(
     return Sequences(
         prompt,
         prompt_lengths,
-        max_length=max(
-            callbacks.max_length, prompt.shape[1] + 1
-        ),  # plain decoding checks its criteria after its first id
+        max_length=max(callbacks.max_length, prompt.shape[1] + 1),  # plain decoding always writes one id
         context=target.context,
         num_draft_tokens=request.max_draft_tokens,
         stop_ids=None if in_lockstep else callbacks.stop_ids,
