@@ -163,6 +163,31 @@ def test_columns_that_count_do_not_depend_on_those_that_do_not(seed: int, used: 
     assert_scores(processors_of_a_call(), seed, width=4, used=torch.tensor(used))
 
 
+@pytest.mark.parametrize("end", ["rejected when greedy", "excluded when sampling", "a stop id", "none"])
+def test_no_processor_is_called_beyond_an_id_that_plain_decoding_cannot_pass(end: str) -> None:
+    """It may raise or count there. Three draft ids, of which the second ends the row or has no probability."""
+    prompt, draft = torch.tensor([[1, 2]]), torch.tensor([[3, 4, 5]])
+    stop_ids = torch.tensor([4]) if end == "a stop id" else None
+    sequences = Sequences(prompt, torch.tensor([2]), max_length=9, num_draft_tokens=3, stop_ids=stop_ids)
+    sequences.stage(draft)
+    logits = torch.zeros(1, 4, V)
+    logits[0, range(3), draft[0]] = 1.0  # the target chooses every draft id
+    if end == "rejected when greedy":
+        logits[0, 1, 6] = 2.0
+    if end == "excluded when sampling":
+        logits[0, 1, 4] = -torch.inf
+    seen: list[list[int]] = []
+
+    def record(input_ids: Tensor, scores: Tensor) -> Tensor:
+        seen.append(input_ids[0].tolist())
+        return scores
+
+    sampling = Sampling([Processor(record)], do_sample=end == "excluded when sampling")
+    sampling.scores(logits, sequences, draft_ids=draft)
+    prefixes = [[1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5]]
+    assert seen == (prefixes if end == "none" else prefixes[:2])
+
+
 def test_the_order_of_the_call_stays_whatever_needs_a_prefix() -> None:
     first, *_, last = processors = processors_of_a_call()
     assert_scores([last, first, *processors[3:5], processors[1]], seed=5, width=3)
