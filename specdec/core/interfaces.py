@@ -38,7 +38,7 @@ class Target(Protocol):
         """Compute the KV entries of positions 0 … last [B] int64 of ids [B, L] int64: -> logits [B, 1, V] at `last`."""
 
     def reserve(self, slots: int) -> None:
-        """Make room for `slots` positions a row, the longest that a row can be after the step that begins."""
+        """Allocate `slots` positions a row, the longest that a row can be after the step that begins."""
 
     def forward(self, ids: Tensor, positions: Tensor) -> TargetOutput:
         """Run ids [B, W] int64 at positions [B, W] int64 over the KV cache: -> logits [B, W, V] float32, features."""

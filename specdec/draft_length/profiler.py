@@ -168,8 +168,8 @@ def _run_rounds(
 def _step_times(timings: dict[int, list[StepTiming]]) -> StepTimes:
     """The least seconds of each part by K, interpolated between the K that were timed.
 
-    The least, since other work on the machine only adds: by the median a plain step was 1.3 times too slow beside busy
-    neighbours, and K=7 was chosen at 0.80 of plain (benchmarks/LOG.md).
+    The least, since other work on the machine only adds: by the median a plain step was 1.3 times too slow on a busy
+    machine, and K=7 was chosen at 0.80 of plain (benchmarks/LOG.md).
     """
 
     def least_s(part: str) -> list[float]:
