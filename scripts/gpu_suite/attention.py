@@ -12,7 +12,7 @@ from specdec_kernels.attention import attention as attention_op
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from gpu_suite.checking import check_case, relative_error
+from gpu_suite.checking import check_case, max_relative_error
 from gpu_suite.rows import goal, timing_row
 from gpu_suite.suite import Row, Section, Suite
 
@@ -84,7 +84,7 @@ def check(suite: Suite) -> list[Row]:
             attention,
             reference,
             same_bits,
-            relative_error,
+            max_relative_error,
             bound,
         )
         for b, s in cases

@@ -29,7 +29,7 @@ def poisoned_empty() -> Iterator[None]:
         yield
 
 
-def relative_error(result: Tensor, expected: Tensor) -> float:
+def max_relative_error(result: Tensor, expected: Tensor) -> float:
     """The largest |result - expected| / (|expected| + rms(expected)); NaN where anything is."""
     scale = expected.abs() + expected.square().mean().sqrt()
     return ((result.double() - expected).abs() / scale).max().item()

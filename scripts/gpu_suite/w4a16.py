@@ -13,7 +13,7 @@ from specdec_kernels.w4a16 import PackedWeight, matmul, prepack
 from specdec_kernels.w4a16.layout import E2M1
 from torch import Tensor
 
-from gpu_suite.checking import check_case, relative_error
+from gpu_suite.checking import check_case, max_relative_error
 from gpu_suite.rows import goal, timing_row
 from gpu_suite.suite import MAIN_FORMAT, Row, Section, Suite, WeightFormat
 from specdec.quant.int4 import Int4Tensor, pack, unpack
@@ -90,7 +90,7 @@ def check(suite: Suite) -> list[Row]:
             lambda x, int4, packed: multiply(x, packed),
             lambda x, int4, packed: reference(x, int4),
             same_bits,
-            relative_error,
+            max_relative_error,
             bound,
         )
 
@@ -109,7 +109,7 @@ def torch_int4(int4: Int4Tensor) -> Callable[[Tensor], Tensor]:
         packed = ops._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
         op = ops._weight_int4pack_mm_for_cpu
     x = torch.randn(2, codes.shape[1], device=codes.device).bfloat16()
-    error = relative_error(op(x, packed, int4.group_size, scales_and_zeros), reference(x, int4))
+    error = max_relative_error(op(x, packed, int4.group_size, scales_and_zeros), reference(x, int4))
     if not error < 0.05:
         raise RuntimeError(f"its result is off by {error:.2g}")
     return lambda x: op(x, packed, int4.group_size, scales_and_zeros)

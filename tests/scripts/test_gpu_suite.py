@@ -19,7 +19,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from gpu_suite import correctness, main, w4a16
-from gpu_suite.checking import check_case, relative_error
+from gpu_suite.checking import check_case, max_relative_error
 from gpu_suite.report import origin
 from gpu_suite.suite import Section, Skipped, Suite
 from gpu_suite.timing import CallTimer
@@ -174,7 +174,7 @@ def test_a_small_error_that_varies_is_detected() -> None:
         remaining = iter(errors)
         row = check_case(
             suite, "op", "case", lambda: (torch.rand(9).double(),), lambda x, rest=remaining: x * (1 + next(rest)),
-            lambda x: x, lambda result, x: True, relative_error, 1e-3,
+            lambda x: x, lambda result, x: True, max_relative_error, 1e-3,
         )  # fmt: skip
         assert row["bounded"]
         assert row["stable"] is row["ok"] is stable
