@@ -233,7 +233,7 @@ def test_a_compiler_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cpu, "_IS_LOADED", None)
     broken = tmp_path / "broken.cpp"
     broken.write_text("int main() { return nothing; }\n", encoding="utf-8")
-    monkeypatch.setattr(cpu, "SOURCE", broken)
+    monkeypatch.setattr(cpu, "SOURCES", (broken,))
     with pytest.raises(RuntimeError, match=r"could not build broken.cpp: .*nothing"):
         cpu.build()
     assert list((tmp_path / "cache").iterdir()) == []

@@ -1,4 +1,4 @@
-"""Kernels for decoding on a CPU: kernels.cpp, built once with the machine's compiler and cached on disk.
+"""Kernels for decoding on a CPU: kernels.cpp with its headers, built once by the machine's compiler and cached.
 
 Importing this module declares the operators; `load` loads the library that implements them, `build` builds it. A row's
 result is the same, bit for bit, at any number of rows and threads and at any index.
@@ -32,7 +32,7 @@ from torch import Tensor, library
 
 import specdec_kernels.attention  # noqa: F401  # declares specdec::attention
 
-SOURCE = Path(__file__).parent / "kernels.cpp"
+SOURCES = (Path(__file__).parent / "kernels.cpp", *sorted(Path(__file__).parent.glob("*.h")))  # the first is compiled
 DTYPES = (torch.float32, torch.bfloat16)
 BLOCK = 64  # columns of the result whose weights are stored together
 WORD = 8  # codes of an int32
@@ -103,13 +103,13 @@ def build() -> None:
         unfinished = path.with_suffix(f".{os.getpid()}")
         torch_folder = Path(torch.__file__).parent
         folders = [f"-I{torch_folder}/include", f"-L{torch_folder}/lib"]
-        command = [compiler, *FLAGS, *folders, str(SOURCE), "-o", str(unfinished), "-ltorch_cpu", "-lc10"]
+        command = [compiler, *FLAGS, *folders, str(SOURCES[0]), "-o", str(unfinished), "-ltorch_cpu", "-lc10"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 lines = done.stderr.splitlines()
                 errors = [line for line in lines if "error" in line] or lines or ["no reason given"]
-                raise RuntimeError(f"{compiler} could not build {SOURCE.name}: {errors[0]}")
+                raise RuntimeError(f"{compiler} could not build {SOURCES[0].name}: {errors[0]}")
             unfinished.chmod(0o700)
             unfinished.replace(path)  # atomic
         finally:
@@ -172,7 +172,8 @@ def untrusted(path: Path) -> str | None:
 
 def built_at() -> Path:
     """The library's path, whose name is a hash of everything that it depends on."""
-    return cache_folder() / f"kernels-{fingerprint(SOURCE.read_text(encoding='utf-8'))}.so"
+    sources = (path.read_text(encoding="utf-8") for path in SOURCES)
+    return cache_folder() / f"kernels-{fingerprint(*sources)}.so"
 
 
 def fingerprint(*parts: str) -> str:

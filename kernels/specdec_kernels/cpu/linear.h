@@ -1,0 +1,82 @@
+// Dense linear layers: specdec::linear.
+#pragma once
+
+#include "vectors.h"
+
+namespace {
+
+template <int R, int N, typename T>
+void dots(const float* x, int64_t depth, const T* w, float* y, int64_t y_stride) {  // R rows of x times N rows of W
+  Vec sums[R][N] = {};
+  int64_t k = 0;
+  for (; k + LANES <= depth; k += LANES) {
+    Vec v[N];
+    for (int n = 0; n < N; ++n) v[n] = load(w + n * depth + k);
+    for (int r = 0; r < R; ++r) {
+      Vec value = load(x + r * depth + k);
+      for (int n = 0; n < N; ++n) sums[r][n] += value * v[n];
+    }
+  }
+  if (k < depth)
+    for (int r = 0; r < R; ++r)
+      for (int n = 0; n < N; ++n)
+        sums[r][n] += load_some(x + r * depth + k, depth - k) * load_some(w + n * depth + k, depth - k);
+  for (int r = 0; r < R; ++r) {
+    if constexpr (N == 4) {
+      Four four = sums_of(sums[r]);
+      std::memcpy(y + r * y_stride, &four, sizeof(four));
+    } else {
+      for (int n = 0; n < N; ++n) y[r * y_stride + n] = sum(sums[r][n]);
+    }
+  }
+}
+
+template <int N, typename T>
+void dots_of_rows(const float* x, int64_t rows, int64_t depth, const T* w, float* y, int64_t y_stride) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) dots<4, N>(x + row * depth, depth, w, y + row * y_stride, y_stride);
+  if (rows - row == 3) dots<3, N>(x + row * depth, depth, w, y + row * y_stride, y_stride);
+  if (rows - row == 2) dots<2, N>(x + row * depth, depth, w, y + row * y_stride, y_stride);
+  if (rows - row == 1) dots<1, N>(x + row * depth, depth, w, y + row * y_stride, y_stride);
+}
+
+template <typename T>
+void linear_into(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, Tensor& y) {
+  const int64_t rows = rows_of(x), depth = x.size(-1), columns = weight.size(0);
+  std::vector<float> buffer;
+  const float* inputs = floats(x, buffer);
+  const T* w = weight.const_data_ptr<T>();
+  const T* b = bias ? bias->const_data_ptr<T>() : nullptr;
+  T* out = y.mutable_data_ptr<T>();
+  const int64_t tiles = (columns + 3) / 4,
+                grain = std::max<int64_t>(1, WORK / (depth * 4 * std::min<int64_t>(rows, 4)));
+  at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> sums(rows * 4);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile * 4, count = std::min<int64_t>(4, columns - first);
+      if (count == 4)
+        dots_of_rows<4>(inputs, rows, depth, w + first * depth, sums.data(), 4);
+      else
+        for (int64_t n = 0; n < count; ++n)
+          dots_of_rows<1>(inputs, rows, depth, w + (first + n) * depth, sums.data() + n, 4);
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t n = 0; n < count; ++n) {
+          T value = static_cast<T>(sums[row * 4 + n]);
+          out[row * columns + first + n] =
+              b ? static_cast<T>(static_cast<float>(value) + static_cast<float>(b[first + n])) : value;
+        }
+    }
+  });
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const Tensor rows = x.contiguous();
+  auto sizes = x.sizes().vec();
+  sizes.back() = weight.size(0);
+  Tensor y = at::empty(sizes, x.options());
+  x.scalar_type() == at::kFloat ? linear_into<float>(rows, weight, bias, y)
+                                : linear_into<BFloat16>(rows, weight, bias, y);
+  return y;
+}
+
+}  // namespace

@@ -1,0 +1,126 @@
+// Vectors of 16 floats in GCC's and clang's vector extensions; the compiler splits them on CPUs with narrower ones.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using at::BFloat16;
+using at::Half;
+using at::Tensor;
+
+constexpr int64_t LANES = 16;
+constexpr int64_t COLUMNS = 64;  // output columns of one block of 4-bit weights: four vectors
+constexpr int64_t ROWS = 8;      // of inputs that share one read of the weights
+constexpr int64_t CHUNK = 256;   // rows whose inputs are prepared at a time, so that they stay in the caches
+constexpr int64_t WORK = 1 << 19;  // multiplications of one task of a thread: about ten microseconds
+
+typedef float Vec __attribute__((vector_size(64)));
+typedef int32_t IntVec __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+
+inline Vec load(const float* at) {
+  Vec v;
+  std::memcpy(&v, at, sizeof(v));
+  return v;
+}
+
+inline Vec load(const BFloat16* at) {
+  Halves h;
+  std::memcpy(&h, at, sizeof(h));
+  Words w = __builtin_convertvector(h, Words) << 16;
+  Vec v;
+  std::memcpy(&v, &w, sizeof(v));
+  return v;
+}
+
+inline Vec load(const Half* at) {  // finite values: the exponent biases of the two formats differ by 112
+  Halves h;
+  std::memcpy(&h, at, sizeof(h));
+  Words w = __builtin_convertvector(h, Words);
+  w = (w & 0x8000) << 16 | (w & 0x7fff) << 13;
+  Vec v;
+  std::memcpy(&v, &w, sizeof(v));
+  return v * 0x1p112f;
+}
+
+inline void store(float* at, Vec v) { std::memcpy(at, &v, sizeof(v)); }
+
+template <typename T>
+Vec load_some(const T* at, int64_t count) {  // the first `count` values, then zeros
+  T padded[LANES] = {};
+  std::memcpy(padded, at, count * sizeof(T));
+  return load(padded);
+}
+
+inline Vec splat(float x) { return x - Vec{}; }
+
+inline float sum(Vec v) {  // adds halves to halves, in a fixed order
+  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1);
+  return v[0] + v[1];
+}
+
+typedef float Four __attribute__((vector_size(16)));
+
+inline Four sums_of(const Vec* v) {  // the sums of four vectors, each in the order of sum()
+  auto halves = [](Vec a, Vec b) {
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  };
+  Vec a = halves(v[0], v[1]), b = halves(v[2], v[3]);
+  Vec w = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+          __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  w += __builtin_shufflevector(w, w, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  w += __builtin_shufflevector(w, w, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  return __builtin_shufflevector(w, w, 0, 4, 8, 12);
+}
+
+inline Vec exponential(Vec x) {  // x <= 0; error up to 2 units in the last place; 0 below -87
+  const Vec low = splat(-87.0f);
+  IntVec dropped = x < low;
+  x = dropped ? low : x;
+  Vec n = x * 1.44269504f + 12582912.0f;  // adding and subtracting 1.5 * 2^23 rounds to an integer
+  IntVec bits;
+  std::memcpy(&bits, &n, sizeof(n));
+  n -= 12582912.0f;
+  Vec r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  IntVec power = ((bits & 0xff) << 24 >> 24) + 127 << 23;  // n fits into 8 bits
+  Vec scale;
+  std::memcpy(&scale, &power, sizeof(scale));
+  Vec y = p * scale;
+  return dropped ? Vec{} : y;
+}
+
+// x [M, K] as floats: x itself, or a copy in `buffer`
+inline const float* floats(const Tensor& x, std::vector<float>& buffer) {
+  if (x.scalar_type() == at::kFloat) return x.const_data_ptr<float>();
+  const BFloat16* from = x.const_data_ptr<BFloat16>();
+  buffer.resize(x.numel());
+  for (int64_t i = 0; i < x.numel(); ++i) buffer[i] = static_cast<float>(from[i]);
+  return buffer.data();
+}
+
+inline int64_t rows_of(const Tensor& x) { return x.numel() / std::max<int64_t>(1, x.size(-1)); }
+
+}  // namespace
