@@ -191,5 +191,11 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
         help="keep this layer, or all below this name, in its precision; repeatable",
     )
     parser.add_argument(
-        "--quantize-head", action="store_true", help="the output head too, unless it is the embedding's"
+        "--head", choices=["int8", "int4", "none"], default="int8", help="the output head; none keeps its precision"
+    )
+    parser.add_argument(
+        "--activations",
+        choices=["int8", "none"],
+        default="int8",
+        help="round the inputs of quantized layers to 8 bits on a CPU; none keeps 16",
     )

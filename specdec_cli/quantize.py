@@ -28,7 +28,8 @@ LOCK = "lock"
 
 def int4_config(options: argparse.Namespace) -> Int4Config:
     """The quantization that the command line describes."""
-    return Int4Config(options.group_size, not options.asymmetric, options.skip, options.quantize_head)
+    head, activations = (None if value == "none" else value for value in (options.head, options.activations))
+    return Int4Config(options.group_size, not options.asymmetric, options.skip, head, activations)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -36,13 +36,14 @@ class QuantConfig:
     group_size: int = 128
     symmetric: bool = True
     skip_modules: list[str] = field(default_factory=list)
-    quantize_head: bool = False
+    head: str | None = "int8"
+    activations: str | None = "int8"
 
     def int4_config(self) -> Int4Config | None:
         """How to quantize; None where int4 is false."""
         if not self.int4:
             return None
-        return Int4Config(self.group_size, self.symmetric, list(self.skip_modules), self.quantize_head)
+        return Int4Config(self.group_size, self.symmetric, list(self.skip_modules), self.head, self.activations)
 
 
 @dataclass

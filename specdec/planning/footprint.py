@@ -30,6 +30,7 @@ from specdec.quant.cpu import OP_GROUP_SIZES, CpuKernel, TorchKernel, row_order
 from specdec.quant.experts import PROJECTIONS
 from specdec.quant.formats import scheme_of
 from specdec.quant.formats.layer import Scheme
+from specdec.quant.heads import head_name
 from specdec.quant.int4 import Int4Tensor
 from specdec.quant.layers import layers_to_quantize, linear_layers, shape_of
 from specdec.quant.linear import TILE_WEIGHTS
@@ -118,19 +119,25 @@ def _quantized(skeleton: Any, settings: dict[str, Any] | None, group_size: int, 
         config = Int4Config.from_dict(settings)
     elif settings is not None:
         scheme = scheme_of(settings)
-        config = Int4Config(scheme.group_sizes[0], scheme.symmetric, quantize_head=method == "compressed-tensors")
+        config = Int4Config(
+            scheme.group_sizes[0], scheme.symmetric, head="int4" if method == "compressed-tensors" else None
+        )
         ignored = [*(settings.get("modules_to_not_convert") or ()), *(settings.get("ignore") or ())]
     try:
         names = layers_to_quantize(skeleton, config)
     except ValueError:  # no layer can be
         return None, 0
     layers, has_kernels = linear_layers(skeleton), device == "cpu" and cpu.load()
+    head = head_name(skeleton)
     ignored_names = [str(pattern).removeprefix("re:") for pattern in ignored]
     saved_bytes = tile_weights = 0
     for name in names:
         groups = (config.group_size, config.symmetric) if scheme is None else _groups_of(scheme, name)
         if groups is not None and should_convert_module(name, ignored_names):
             rows, columns = shape_of(layers[name])
+            if name == head and config.head == "int8":
+                saved_bytes += layers[name].weight.nbytes - rows * (columns + torch.bfloat16.itemsize)
+                continue
             saved_bytes += layers[name].weight.nbytes - _int4_bytes(rows, columns, *groups, device, has_kernels)
             if not has_kernels:
                 tile_weights = max(tile_weights, columns * min(rows, max(64, TILE_WEIGHTS // columns // 64 * 64)))
@@ -167,7 +174,7 @@ def _int4_bytes(rows: int, columns: int, group_size: int, symmetric: bool, devic
         int4 = Int4Tensor(torch.empty(rows, columns // 2, dtype=torch.uint8), scale, zero)
         codes = [int4.weight]  # where there is no kernel
         if has_kernels:
-            kernel: CpuKernel | TorchKernel = CpuKernel(int4)
+            kernel: CpuKernel | TorchKernel = CpuKernel(int4, int8_inputs=True)
             codes = [kernel.weight, kernel.scale]
         elif device == "cpu" and op_size is not None:
             kernel = TorchKernel(int4, op_size)

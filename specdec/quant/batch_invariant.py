@@ -49,6 +49,23 @@ def by_phase(x: Tensor, decode: Callable[[Tensor], Tensor], prefill: Callable[[T
     return y
 
 
+def in_row_blocks(x: Tensor, linear: Callable[[Tensor], Tensor]) -> Tensor:
+    """linear(x) for x [..., W, K], batch-invariant: a decoding window in blocks of rows of one size.
+
+    linear: rows [M, K] -> [M, N]. The blocks have 8 rows on a CPU and 64 on a CUDA device.
+    """
+
+    def decode(x: Tensor) -> Tensor:
+        rows, block = x.reshape(-1, x.shape[-1]), CUDA_BLOCK if x.is_cuda else BLOCK
+        num_rows = len(rows)
+        rows = F.pad(rows, (0, 0, 0, -num_rows % block))
+        blocks = [linear(chunk) for chunk in rows.split(block)]
+        y = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        return y[:num_rows].unflatten(0, x.shape[:-1])
+
+    return by_phase(x, decode, linear)
+
+
 class BatchInvariantLinear(nn.Linear):
     """nn.Linear by specdec's CPU kernel, or in blocks of rows of one size: 8 on a CPU, 64 on a CUDA device."""
 
@@ -65,15 +82,7 @@ class BatchInvariantLinear(nn.Linear):
         ):
             y: Tensor = torch.ops.specdec.linear(x, self.weight, self.bias)
             return y
-        return by_phase(x, self._decode, super().forward)
-
-    def _decode(self, x: Tensor) -> Tensor:
-        rows, block = x.reshape(-1, self.in_features), CUDA_BLOCK if x.is_cuda else BLOCK
-        num_rows = len(rows)
-        rows = F.pad(rows, (0, 0, 0, -num_rows % block))
-        blocks = [F.linear(chunk, self.weight, self.bias) for chunk in rows.split(block)]
-        y = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-        return y[:num_rows].view(*x.shape[:-1], self.out_features)
+        return in_row_blocks(x, super().forward)
 
 
 def make_batch_invariant(model: Any) -> None:

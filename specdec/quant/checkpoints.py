@@ -117,7 +117,7 @@ def _load_format(
     dtype = _dtype(dtype, config, files)
     tensors = convert_checkpoint(files, scheme, skeleton, dtype)
     unquantized = [name for name in linear_layers(skeleton) if f"{name}.weight_scale" not in tensors]
-    int4_config = Int4Config(scheme.group_sizes[0], scheme.symmetric, unquantized)
+    int4_config = Int4Config(scheme.group_sizes[0], scheme.symmetric, unquantized, head=None)  # as it is in the file
     int4_config.tensors = {name: value.to("meta") for name, value in tensors.items()}
     config.quantization_config = int4_config
     arguments = LOADING_OPTIONS | {"dtype": dtype} | kwargs

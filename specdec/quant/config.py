@@ -13,6 +13,8 @@ from specdec.quant.int4 import GROUP_SIZES
 
 METHOD = "specdec_int4"
 VERSION = 1
+HEADS = ("int8", "int4", None)
+ACTIVATIONS = ("int8", None)
 
 
 @register_quantization_config(METHOD)
@@ -24,7 +26,10 @@ class Int4Config(QuantizationConfigMixin):
         CPUs only; on other devices such a layer is dequantized tile by tile for each product.
     symmetric: codes represent -8 … 7 times the scale; False gives each group a zero point.
     skip_modules: names of linear layers that keep their precision; a whole name, its beginning or its end, up to a dot.
-    quantize_head: quantize the output head too. A head that shares the embedding's weights is never quantized.
+    head: "int8" stores the output head in 8 bits with a scale a row, "int4" as the other layers, None in its own
+        precision. An embedding that shares the head's weights reads the same codes.
+    activations: "int8" rounds the inputs of quantized layers to 8 bits, by group of up to 64 columns, where specdec's
+        CPU kernels run; None keeps 16 bits. Other devices always keep 16 bits.
     """
 
     def __init__(
@@ -32,7 +37,8 @@ class Int4Config(QuantizationConfigMixin):
         group_size: int = 128,
         symmetric: bool = True,
         skip_modules: Sequence[str] = (),
-        quantize_head: bool = False,
+        head: str | None = "int8",
+        activations: str | None = "int8",
     ) -> None:
         if group_size not in GROUP_SIZES:
             raise ValueError(
@@ -40,6 +46,10 @@ class Int4Config(QuantizationConfigMixin):
             )
         if not isinstance(symmetric, bool):
             raise ValueError(f"symmetric={symmetric!r} must be True or False")
+        if head not in HEADS:
+            raise ValueError(f"head={head!r} must be 'int8', 'int4', or None to keep its precision")
+        if activations not in ACTIVATIONS:
+            raise ValueError(f"activations={activations!r} must be 'int8', or None to keep 16 bits")
         if isinstance(skip_modules, str):
             raise ValueError(f"skip_modules={skip_modules!r} must be a list of names, not one string")
         self.quant_method: Any = METHOD
@@ -47,7 +57,8 @@ class Int4Config(QuantizationConfigMixin):
         self.group_size = group_size
         self.symmetric = symmetric
         self.skip_modules = list(skip_modules)
-        self.quantize_head = quantize_head
+        self.head = head
+        self.activations = activations
         self.parts: dict[str, int] | None = (
             None  # number of 4-bit tensors by kind: a saved model shows where one is missing
         )
@@ -72,7 +83,9 @@ class Int4Config(QuantizationConfigMixin):
                 f" {VERSION}; install the specdec that wrote it, or quantize the original again"
             )
         parts = values.pop("parts", None)
-        unknown = set(values) - {"group_size", "symmetric", "skip_modules", "quantize_head"}
+        if "quantize_head" in values:  # written before there were 8-bit heads
+            values["head"] = "int4" if values.pop("quantize_head") else None
+        unknown = set(values) - {"group_size", "symmetric", "skip_modules", "head", "activations"}
         if unknown:
             raise ValueError(
                 f"Int4Config has no settings {sorted(unknown)}; install the specdec that wrote this config"

@@ -1,9 +1,10 @@
 """4-bit matmuls of a CPU: specdec's own kernel where it has been built (specdec_kernels.cpu), else PyTorch's int4 op.
 
-specdec's kernel sums in float32 (inputs are rounded to bfloat16 where the CPU has bfloat16 products), and one read of
-the weights serves eight rows. PyTorch's op (torch._weight_int4pack_mm_for_cpu) reads and returns bfloat16; one row
-takes about a quarter of a bfloat16 linear layer's time, from about eight rows on the op is the slower one
-(scripts/bench_int4.py measures both). In both, a row's result does not depend on the other rows.
+specdec's kernel rounds its inputs to 8 bits by group, or with int8_inputs=False to bfloat16 where the CPU has bfloat16
+products, and sums in float32; one read of the weights serves several rows. PyTorch's op
+(torch._weight_int4pack_mm_for_cpu) reads and returns bfloat16; one row takes about a quarter of a bfloat16 linear
+layer's time, from about eight rows on the op is the slower one (scripts/bench_int4.py measures both). In both, a row's
+result does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -24,22 +25,29 @@ OP_GROUP_SIZES = (256, 128, 64, 32)
 class CpuKernel:
     """specdec::int4_linear on one weight [N, K].
 
-    weight: int32 [N'/64, K/8, 64], the codes; scale: [1 or 2, K/G, N']; see specdec_kernels.cpu.pack.
+    weight: int32 [N'/64, K/8, 64], the codes; scale: [1 or 2, N'/64, K/G, 64]; see specdec_kernels.cpu.pack.
+    int8_inputs: round the inputs to 8 bits by group.
     """
 
-    def __init__(self, int4: Int4Tensor) -> None:
+    def __init__(self, int4: Int4Tensor, int8_inputs: bool) -> None:
         self.out_features = int4.weight.shape[0]
+        self.int8_inputs = int8_inputs
         self.weight, self.scale = cpu.pack(int4.codes(), int4.scale, int4.zero)
 
     @classmethod
-    def for_weight(cls, int4: Int4Tensor) -> CpuKernel | None:
+    def for_weight(cls, int4: Int4Tensor, int8_inputs: bool) -> CpuKernel | None:
         """The kernel for a weight, None off the CPU, with a codebook, or where the kernel has not been built."""
         is_supported = int4.weight.device.type == "cpu" and int4.codebook is None and int4.group_size % cpu.WORD == 0
-        return cls(int4) if is_supported and cpu.load() else None
+        return cls(int4, int8_inputs) if is_supported and cpu.load() else None
 
     def codes(self, start: int, stop: int) -> Tensor:
         """Codes 0 … 15, uint8 [stop - start, K], of rows start … stop; start is a multiple of 64."""
         return cpu.unpack(self.weight[start // cpu.BLOCK : -(-stop // cpu.BLOCK)])[: stop - start]
+
+    def codes_at(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """Codes 0 … 15, uint8 [n, K], of rows [n]; weight: the kernel's own."""
+        words = weight[rows // cpu.BLOCK, :, rows % cpu.BLOCK]
+        return (words[..., None] >> 4 * torch.arange(cpu.WORD) & 15).to(torch.uint8).flatten(-2)
 
     def supports(self, dtype: torch.dtype) -> bool:
         """Every dtype: others are computed in float32."""
@@ -51,7 +59,7 @@ class CpuKernel:
             x = x[..., perm]
         inputs = x if x.dtype in cpu.DTYPES else x.float()
         y: Tensor
-        [y] = torch.ops.specdec.int4_linear(inputs, [weight], [scale], [self.out_features])
+        [y] = torch.ops.specdec.int4_linear(inputs, [weight], [scale], [self.out_features], self.int8_inputs)
         return y.to(x.dtype) if bias is None else y.to(x.dtype) + bias.to(x.dtype)
 
 
@@ -76,7 +84,7 @@ class TorchKernel:
         self.scale = F.pad(scale_and_offset, (0, 0, 0, 0, 0, padding)).transpose(0, 1).contiguous().bfloat16()
 
     @classmethod
-    def for_weight(cls, int4: Int4Tensor) -> TorchKernel | None:
+    def for_weight(cls, int4: Int4Tensor, int8_inputs: bool) -> TorchKernel | None:
         """The kernel for a weight, None off the CPU, with a codebook, or where the op does not have its group size."""
         if int4.weight.device.type != "cpu" or int4.codebook is not None or row_order() is None:
             return None
@@ -90,6 +98,14 @@ class TorchKernel:
         packed = self.weight[start : -(-stop // ROW_BLOCK) * ROW_BLOCK]
         nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).view(-1, self.in_features, len(order))
         return nibbles[:, :, order].transpose(1, 2).reshape(-1, self.in_features)[: stop - start]
+
+    def codes_at(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """Codes 0 … 15, uint8 [n, K], of rows [n]; weight: the kernel's own."""
+        order = row_order()
+        assert order is not None
+        packed = weight.view(-1, self.in_features * len(order) // 2)[rows // len(order)]
+        nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).view(len(rows), self.in_features, len(order))
+        return nibbles.take_along_dim(order[rows % len(order), None, None], dim=2)[..., 0]
 
     def supports(self, dtype: torch.dtype) -> bool:
         """Every dtype: inputs are rounded to bfloat16."""

@@ -6,6 +6,8 @@ of rows.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from specdec_kernels import w4a16
 from specdec_kernels.configuration import runs_on
@@ -26,7 +28,7 @@ class CudaKernel:
         self.dtypes = [dtype for dtype in (torch.float16, torch.bfloat16) if w4a16.has_kernel(packed, dtype)]
 
     @classmethod
-    def for_weight(cls, int4: Int4Tensor) -> CudaKernel | None:
+    def for_weight(cls, int4: Int4Tensor, int8_inputs: bool) -> CudaKernel | None:
         """The kernel for a weight, None off CUDA devices and for groups, scales or codebooks without a kernel."""
         if not runs_on(int4.weight.device):
             return None
@@ -37,6 +39,10 @@ class CudaKernel:
     def codes(self, start: int, stop: int) -> Tensor:
         """Codes 0 … 15, uint8 [stop - start, K], of rows start … stop."""
         return self.packed.rows(start, stop).codes()
+
+    def codes_at(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """Codes 0 … 15, uint8 [n, K], of rows [n]; weight: the kernel's own."""
+        return replace(self.packed, tiles=weight[:, rows], out_features=len(rows)).codes()
 
     def supports(self, dtype: torch.dtype) -> bool:
         """The kernel's own dtypes; every dtype if bfloat16 is one of them."""

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from specdec.quant.activations import SCALE_NAME, ScaledActivation, is_activation
 from specdec.quant.experts import PROJECTIONS, Int4Experts
+from specdec.quant.heads import QuantizedHead, head_name, insert_head
 from specdec.quant.int4 import Int4Tensor
+from specdec.quant.int8 import Int8Linear
 from specdec.quant.layers import abbreviate, linear_layers, module_renamer, shape_of, tensor_renamer, tied_weights
 from specdec.quant.linear import WEIGHT_TENSORS, Int4Linear
 
@@ -54,7 +56,15 @@ def insert_empty_layers(model: Any, tensors: Mapping[str, Tensor], left_out: Ite
         layer = linears.get(name)
         if layer is None:
             raise ValueError(f"the checkpoint has 4-bit parts for {module}, where this model has no linear layer")
-        model.set_submodule(name, Int4Linear(_empty_layer(module, tensors, *shape_of(layer)), layer.bias))
+        is_head = name == head_name(model)
+        if is_head and tensors[f"{module}.weight"].dtype == torch.int8:
+            empty: QuantizedHead = Int8Linear(*_empty_int8(module, tensors, *shape_of(layer)), layer.bias)
+        else:
+            empty = Int4Linear(_empty_layer(module, tensors, *shape_of(layer)), layer.bias)
+        if is_head:
+            insert_head(model, empty)
+        else:
+            model.set_submodule(name, empty)
     for module in experts:
         name = module_name(module)
         projections = (_empty_experts(f"{module}.{projection}", tensors) for projection in PROJECTIONS)
@@ -106,6 +116,17 @@ def _empty_layer(module: str, tensors: Mapping[str, Tensor], rows: int, columns:
     return Int4Tensor(*(_empty(value) for value in found.values()))  # type: ignore[arg-type]
 
 
+def _empty_int8(module: str, tensors: Mapping[str, Tensor], rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """The codes and scales of an 8-bit weight [rows, columns] on meta; raises ValueError where they are others."""
+    weight, scale = tensors[f"{module}.weight"], tensors[f"{module}.weight_scale"]
+    if list(weight.shape) != [rows, columns] or list(scale.shape) != [rows] or not scale.is_floating_point():
+        raise ValueError(
+            f"{module} has codes {list(weight.shape)} and scales {scale.dtype} {list(scale.shape)}, but an 8-bit weight"
+            f" of this model has {[rows, columns]} and floating {[rows]}"
+        )
+    return torch.empty_like(weight, device="meta"), torch.empty_like(scale, device="meta")
+
+
 def _empty_experts(name: str, tensors: Mapping[str, Tensor]) -> Int4Tensor:
     weight, scale, codebook = (_empty(tensors.get(f"{name}{part}")) for part in ("", "_scale", "_codebook"))
     if weight is None or scale is None or codebook is None:
@@ -118,8 +139,9 @@ def _empty(like: Tensor | None) -> Tensor | None:
 
 
 def count_parts(model: Any) -> dict[str, int]:
-    """The number of 4-bit tensors of the model, by their name in a layer."""
-    modules = [module for module in model.modules() if isinstance(module, Int4Linear | Int4Experts | ScaledActivation)]
+    """The number of quantized tensors of the model, by their name in a layer."""
+    kinds = Int4Linear | Int8Linear | Int4Experts | ScaledActivation
+    modules = [module for module in model.modules() if isinstance(module, kinds)]
     return dict(
         Counter(name for module in modules for name, _ in module.named_parameters(recurse=False) if name != "bias")
     )

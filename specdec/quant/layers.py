@@ -16,6 +16,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from specdec.quant.batch_invariant import BatchInvariantLinear
 from specdec.quant.config import Int4Config
 from specdec.quant.experts import Int4Experts
+from specdec.quant.heads import head_name, why_not_quantized
 from specdec.quant.int4 import GROUP_SIZES
 from specdec.quant.linear import Int4Linear
 
@@ -49,26 +50,25 @@ def shape_of(layer: Any) -> tuple[int, int]:
 
 
 def select_layers(model: Any, config: Int4Config) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """The linear layers to quantize, by name, and the names of those left out, by reason.
+    """The linear layers to quantize, by name, without the output head; and the names of all that stay, by reason.
 
     Raises ValueError where a name in skip_modules matches no layer, or nothing can be quantized.
     """
-    tied = tied_weights(model)
     layers = linear_layers(model)
     for pattern in config.skip_modules:
         if all(should_convert_module(name, [pattern]) for name in layers):
             raise ValueError(
                 f"skip_modules names {pattern!r}, but no linear layer of this model is called that or lies below it"
             )
-    head = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
+    head = head_name(model)
     chosen: dict[str, Any] = {}
     left_out: dict[str, list[str]] = {}
     for name, layer in layers.items():
         columns = shape_of(layer)[1]
-        if name in head and f"{name}.weight" in tied:
-            reason = "the output head shares the embedding's weights"
-        elif name in head and not config.quantize_head:
-            reason = "the output head; quantize_head=True quantizes it"
+        if name == head:
+            if (why_not := why_not_quantized(model, config)) is None:
+                continue
+            reason = why_not
         elif not should_convert_module(name, config.skip_modules):
             reason = "named in skip_modules"
         elif columns % (config.group_size if config.group_size > 0 else 2):
@@ -92,8 +92,10 @@ def select_layers(model: Any, config: Int4Config) -> tuple[dict[str, Any], dict[
 
 
 def layers_to_quantize(model: Any, config: Int4Config) -> list[str]:
-    """Names of the linear layers that `config` quantizes; the model may be on meta."""
-    return list(select_layers(model, config)[0])
+    """Names of the linear layers that `config` quantizes, the output head last; the model may be on meta."""
+    head = head_name(model)
+    is_quantized = head is not None and why_not_quantized(model, config) is None
+    return [*select_layers(model, config)[0], *([head] if head is not None and is_quantized else [])]
 
 
 def tensor_renamer(model: Any) -> Callable[[str], tuple[str, bool]]:

@@ -34,11 +34,17 @@ class Kernel(Protocol):
     scale: Tensor  # the scales, zero points included
 
     @classmethod
-    def for_weight(cls, int4: Int4Tensor) -> Kernel | None:
-        """The kernel for a weight [N, K] on its device, None where there is none."""
+    def for_weight(cls, int4: Int4Tensor, int8_inputs: bool) -> Kernel | None:
+        """The kernel for a weight [N, K] on its device, None where there is none.
+
+        int8_inputs: it may round its inputs to 8 bits; only CpuKernel does.
+        """
 
     def codes(self, start: int, stop: int) -> Tensor:
         """Codes 0 … 15, uint8 [stop - start, K], of rows start … stop; start is a multiple of 64."""
+
+    def codes_at(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """Codes 0 … 15, uint8 [n, K], of rows [n] int64; weight as in matmul."""
 
     def supports(self, dtype: torch.dtype) -> bool:
         """Whether inputs of a dtype can be multiplied, unchanged or rounded to bfloat16."""
@@ -85,6 +91,7 @@ class Int4Linear(nn.Module):
     The codes are stored in the kernel's layout instead of the canonical one, never in both; state_dict() gives the
     canonical form.
     use_kernel: False computes with weight tiles alone, in the dtype of the inputs.
+    int8_inputs: specdec's CPU kernel rounds the inputs to 8 bits by group; set before the first forward.
     """
 
     weight: Tensor
@@ -100,7 +107,7 @@ class Int4Linear(nn.Module):
         self.out_features = int4.weight.shape[0]
         self.in_features = 2 * int4.weight.shape[1]
         self.group_size = int4.group_size
-        self.use_kernel = True
+        self.use_kernel = self.int8_inputs = True
         self.kernel: Kernel | None = None  # whose layout `weight` is in; None: the canonical layout
         self.has_chosen_kernel = False  # on this device
         self.group: LinearGroup | None = None  # layers with the same input; a copy of a layer has none
@@ -127,6 +134,16 @@ class Int4Linear(nn.Module):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """W [N, K]; see Int4Tensor.dequantize."""
         return self.int4.dequantize(dtype)
+
+    def embed(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of W, as an embedding reads them: ids [...] -> [..., K]."""
+        if not self.has_chosen_kernel:
+            self.choose_kernel()
+        rows = ids.flatten()
+        weight = self.weight[rows] if self.kernel is None else pack(self.kernel.codes_at(rows, self.weight))
+        zero = None if self.weight_zero is None else self.weight_zero[rows]
+        int4 = Int4Tensor(weight, self.weight_scale[rows], zero, self.weight_perm, self.weight_codebook)
+        return int4.dequantize(dtype).unflatten(0, ids.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -191,7 +208,9 @@ class Int4Linear(nn.Module):
             )
             for layer in layers:
                 int4 = layer.int4
-                kernel = next((kernel for cls in KERNELS if (kernel := cls.for_weight(int4)) is not None), None)
+                kernel = next(
+                    (kernel for cls in KERNELS if (kernel := cls.for_weight(int4, layer.int8_inputs)) is not None), None
+                )
                 if kernel is not None:
                     layer.set_kernel(kernel)
             if self.group is not None:

@@ -26,8 +26,17 @@ from specdec.quant.config import METHOD, Int4Config
 from specdec.quant.empty_layers import count_parts, insert_empty_layers, meta_tensors, named_parts
 from specdec.quant.experts import Int4Experts
 from specdec.quant.fused_linear import link_fused_layers
+from specdec.quant.heads import check_finite, head_name, quantize_head, why_not_quantized
 from specdec.quant.int4 import Int4Tensor
-from specdec.quant.layers import abbreviate, is_4bit, select_layers, shape_of, warn_of_full_precision
+from specdec.quant.int8 import Int8Linear
+from specdec.quant.layers import (
+    abbreviate,
+    is_4bit,
+    layers_to_quantize,
+    select_layers,
+    shape_of,
+    warn_of_full_precision,
+)
 from specdec.quant.linear import CAST_ERROR, Int4Linear
 from specdec.quant.rounding import round_to_nearest
 
@@ -75,6 +84,7 @@ class Int4Quantizer(HfQuantizer):
         self.is_loading = False
         self.failures: list[ValueError] = []
         self.shapes: dict[str, torch.Size] = {}  # of the loaded parameters: not every transformers checks them
+        self.head: str | None = None  # the name of an output head that is quantized once it is loaded
         self.transposed: set[str] = set()  # names of GPT-2's Conv1D layers, which store their weights [in, out]
         self.on_layer, self.tensors = quantization_config.on_layer, quantization_config.tensors
         self.quantization_config.on_layer = self.quantization_config.tensors = None
@@ -121,6 +131,7 @@ class Int4Quantizer(HfQuantizer):
         for name, layer in chosen.items():
             rows, columns = shape_of(layer)
             self.shapes[f"{name}.weight"] = torch.Size([rows, columns // 2])
+        self.head = head_name(model) if why_not_quantized(model, config) is None else None
         _record_left_out(config, left_out, stacklevel=4)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -128,19 +139,23 @@ class Int4Quantizer(HfQuantizer):
             raise self.failures[0]
         self._check_loaded(model)
         for module in model.modules():
-            if isinstance(module, Int4Linear | Int4Experts | ScaledActivation):
+            if isinstance(module, Int4Linear | Int8Linear | Int4Experts | ScaledActivation):
                 for value in module.parameters(recurse=False):
                     value.requires_grad_(False)
-        self.is_loading, self.on_layer, self.tensors, self.shapes = False, None, None, {}
+        if self.head is not None:
+            quantize_head(model, self.quantization_config, lambda name: model.get_parameter(f"{name}.weight"))
+            if self.on_layer is not None:
+                self.on_layer(self.head)
+        self.is_loading, self.on_layer, self.tensors, self.shapes, self.head = False, None, None, {}, None
         self.quantization_config.parts = count_parts(model)
-        prepare_quantized_model(model)
+        prepare_quantized_model(model, self.quantization_config)
         return model
 
     def _check_loaded(self, model: Any) -> None:
         """Raise ValueError where a 4-bit tensor is offloaded or missing, or a parameter has another shape."""
         missing, offloaded = [], []
         for name, module in model.named_modules():
-            if isinstance(module, Int4Linear | Int4Experts | ScaledActivation):
+            if isinstance(module, Int4Linear | Int8Linear | Int4Experts | ScaledActivation):
                 for part, value in module.named_parameters(recurse=False):
                     if value.is_meta:
                         offloaded.append(f"{name}.{part}")
@@ -210,10 +225,10 @@ def quantize(
         raise ValueError(
             f"the model is quantized already, by {getattr(method, 'value', method)}; quantize the original instead"
         )
-    chosen, _ = select_layers(model, config)
-    for name, layer in chosen.items():
-        _check_finite(name, layer.weight)
-    return quantize_from(lambda name: chosen[name].weight.detach(), model, config, on_layer=on_layer)
+    weights = {name: model.get_parameter(f"{name}.weight").detach() for name in layers_to_quantize(model, config)}
+    for name, weight in weights.items():
+        check_finite(name, weight)
+    return quantize_from(weights.pop, model, config, on_layer=on_layer)
 
 
 def quantize_from(
@@ -236,6 +251,11 @@ def quantize_from(
         model.set_submodule(name, replacement.train(layer.training))
         if on_layer is not None:
             on_layer(name)
+    head = head_name(model)
+    if head is not None and why_not_quantized(model, config) is None:
+        quantize_head(model, config, weight_of)
+        if on_layer is not None:
+            on_layer(head)
     _record_left_out(config, left_out, stacklevel=3)
     quantizer = Int4Quantizer(config, pre_quantized=False)
     for attribute, value in (("hf_quantizer", quantizer), ("is_quantized", True), ("quantization_method", METHOD)):
@@ -244,8 +264,11 @@ def quantize_from(
     return model
 
 
-def prepare_quantized_model(model: Any) -> None:
+def prepare_quantized_model(model: Any, config: Int4Config) -> None:
     """Make the rest of a 4-bit model batch-invariant, group layers with the same input, and refuse casts."""
+    for module in model.modules():
+        if isinstance(module, Int4Linear | Int8Linear):
+            module.int8_inputs = config.activations == "int8"
     make_batch_invariant(model)
     link_fused_layers(model)
     model.__dict__["_apply"] = _CastGuard(model)
@@ -259,7 +282,8 @@ class _CastGuard:
 
     def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         model: Any = self.model()
-        for dtype in {module.weight_scale.dtype for module in model.modules() if isinstance(module, Int4Linear)}:
+        layers = (module for module in model.modules() if isinstance(module, Int4Linear | Int8Linear))
+        for dtype in {layer.weight_scale.dtype for layer in layers}:
             cast = fn(torch.empty(0, dtype=dtype)).dtype
             if cast != dtype:
                 raise ValueError(CAST_ERROR.format(cast))
@@ -275,11 +299,6 @@ def _record_left_out(config: Int4Config, left_out: dict[str, list[str]], stackle
     config.skip_modules = [name for names in left_out.values() for name in names]
 
 
-def _check_finite(name: str, weight: Tensor) -> None:
-    if not all(bool(chunk.isfinite().all()) for chunk in torch.split(weight, 64)):
-        raise ValueError(f"the weight of {name} has NaN or infinite values; nothing sensible can be rounded from them")
-
-
 def _rounded(name: str, weight: Tensor, config: Int4Config) -> Int4Tensor:
-    _check_finite(name, weight)
+    check_finite(name, weight)
     return round_to_nearest(weight, config.group_size, config.symmetric)

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import specdec
+from specdec.quant.int8 import Int8Linear
 from specdec.quant.linear import Int4Linear
 
 VOCAB_SIZE = 101
@@ -123,7 +124,7 @@ def family(model_type: str, weights: str = "float32") -> PreTrainedModel:
             warnings.simplefilter("ignore", UserWarning)  # about layers whose width no group divides
             specdec.quantize(model, specdec.Int4Config(group_size=32))
         for module in model.modules():
-            if isinstance(module, Int4Linear):
+            if isinstance(module, Int4Linear | Int8Linear):
                 module.use_kernel = weights == "int4_kernel"
     return model
 

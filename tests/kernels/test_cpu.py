@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,12 +33,21 @@ def random_weight(rows: int, columns: int, group_size: int, asymmetric: bool, dt
     return Int4Tensor(pack(codes), scale, zero)
 
 
+def rounded(x: Tensor, group_size: int) -> Tensor:
+    """x [..., K] as layers with int8_inputs see it, in float64."""
+    groups = x.double().unflatten(-1, (-1, math.gcd(group_size, 64)))
+    largest = groups.abs().amax(-1, keepdim=True)
+    codes = (groups.float() * (127 / largest.float())).nan_to_num().round()  # to even
+    return (codes * largest / 127).flatten(-2)
+
+
 def check(got: Tensor, want: Tensor) -> None:
     assert got.shape == want.shape
     error = (got.double() - want.double()).norm() / want.double().norm()
     assert error < TOLERANCE[got.dtype]
 
 
+@pytest.mark.parametrize("int8_inputs", [False, True])
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
@@ -43,15 +56,97 @@ def check(got: Tensor, want: Tensor) -> None:
     [(64, 128, 64), (130, 96, 96), (3, 64, 32), (200, 256, 128), (64, 512, 256), (65, 24, 24), (65, 48, 16)],
 )
 def test_int4_linear(
-    rows: int, columns: int, group_size: int, dtype: torch.dtype, scale_dtype: torch.dtype, asymmetric: bool
+    rows: int,
+    columns: int,
+    group_size: int,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    asymmetric: bool,
+    int8_inputs: bool,
 ) -> None:
     int4 = random_weight(rows, columns, group_size, asymmetric, scale_dtype)
     packed, scale = cpu.pack(int4.codes(), int4.scale, int4.zero)
     assert cpu.unpack(packed)[:rows].equal(int4.codes())
     x = random(2, 7, columns).bfloat16().to(dtype)  # the kernel rounds its inputs where the CPU multiplies bfloat16
-    [got] = OPS.int4_linear(x, [packed], [scale], [rows])
+    [got] = OPS.int4_linear(x, [packed], [scale], [rows], int8_inputs)
     assert got.dtype == dtype
-    check(got, x.double() @ int4.dequantize(torch.float64).T)
+    inputs = rounded(x, group_size) if int8_inputs else x.double()
+    check(got, inputs @ int4.dequantize(torch.float64).T)
+
+
+@pytest.mark.parametrize("int8_inputs", [False, True])
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(64, 128), (70, 48), (3, 16), (1, 96), (9, 320)])
+def test_int8_linear(rows: int, columns: int, dtype: torch.dtype, scale_dtype: torch.dtype, int8_inputs: bool) -> None:
+    weight = torch.randint(-127, 128, (rows, columns), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
+    weight[0] = 127  # sums of neighboring products as large as they get
+    scale = random(rows, dtype=scale_dtype, seed=2)
+    x = random(2, 7, columns, dtype=dtype)
+    x[0, 0] = 3.0
+    got = OPS.int8_linear(x, weight, scale, int8_inputs)
+    assert got.dtype == dtype
+    inputs = rounded(x, columns) if int8_inputs else x.double()
+    check(got, inputs @ (weight.double() * scale.double()[:, None]).T)
+
+
+def test_int8_linear_refuses_widths_that_it_cannot_read() -> None:
+    with pytest.raises(RuntimeError, match="a multiple of 16 columns"):
+        OPS.int8_linear(random(1, 24), torch.zeros(4, 24, dtype=torch.int8), torch.ones(4), True)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_inputs_that_are_not_finite_give_nan_in_their_row_alone(value: float) -> None:
+    int4 = random_weight(65, 128, 64, False, torch.bfloat16)
+    packed, scale = cpu.pack(int4.codes(), int4.scale, int4.zero)
+    x = random(3, 128)
+    x[1, 70] = value
+    for y in (
+        OPS.int4_linear(x, [packed], [scale], [65], True)[0],
+        OPS.int8_linear(x, torch.ones(5, 128, dtype=torch.int8), torch.ones(5), True),
+    ):
+        assert y[1].isnan().all()
+        assert y[[0, 2]].isfinite().all()
+
+
+def test_inputs_of_zeros_give_zeros() -> None:
+    int4 = random_weight(65, 128, 64, True, torch.bfloat16)
+    packed, scale = cpu.pack(int4.codes(), int4.scale, int4.zero)
+    assert not OPS.int4_linear(torch.zeros(2, 128), [packed], [scale], [65], True)[0].any()
+
+
+PORTABLE = """
+import sys, torch
+from specdec_kernels import cpu
+cpu.FLAGS = tuple(sys.argv[2] if flag == "-march=native" else flag for flag in cpu.FLAGS)
+cpu.build()
+generator = torch.Generator().manual_seed(0)
+codes = torch.randint(16, (70, 256), generator=generator, dtype=torch.uint8)
+zero = torch.randint(16, (70, 4), generator=generator, dtype=torch.uint8)
+packed, scale = cpu.pack(codes, torch.rand(70, 4, generator=generator), zero)
+weight = torch.randint(-127, 128, (70, 256), generator=generator, dtype=torch.int8)
+weight[0] = 127
+x = torch.randn(5, 256, generator=generator)
+x[0] = 1.0
+y = torch.ops.specdec.int4_linear(x, [packed], [scale], [70], True)[0]
+z = torch.ops.specdec.int8_linear(x, weight, torch.ones(70), True)
+torch.save((y, z), sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="flags of x86 compilers")
+@pytest.mark.parametrize("flags", ["-march=x86-64", "-march=haswell"])
+def test_kernels_for_other_cpus_give_the_same_numbers(flags: str, tmp_path: Path) -> None:
+    """Without VNNI and AVX-512: bytes are multiplied by other instructions, and their sums are exact."""
+    results = []
+    for name, options in (("native", "-march=native"), ("other", flags)):
+        cache = tmp_path / "cache" if name == "other" else cpu.cache_folder()
+        environment = os.environ | {"SPECDEC_CACHE": str(cache)}
+        file = tmp_path / f"{name}.pt"
+        subprocess.run([sys.executable, "-c", PORTABLE, str(file), options], env=environment, check=True)
+        results.append(torch.load(file))
+    for native, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, native, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -64,8 +159,8 @@ def test_weights_in_one_call_give_the_result_of_each_alone(scale_dtype: torch.dt
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        alone = [OPS.int4_linear(x, [p], [s], [n])[0] for p, s, n in zip(packed, scales, columns, strict=True)]
-        together = OPS.int4_linear(x, packed, scales, columns)
+        alone = [OPS.int4_linear(x, [p], [s], [n], True)[0] for p, s, n in zip(packed, scales, columns, strict=True)]
+        together = OPS.int4_linear(x, packed, scales, columns, True)
         assert all(got.equal(want) for got, want in zip(together, alone, strict=True))
     finally:
         torch.set_num_threads(before)
@@ -80,9 +175,9 @@ def test_weights_that_cannot_share_a_call_are_refused() -> None:
         strict=True,
     )
     with pytest.raises(RuntimeError, match="weights of one kind"):
-        OPS.int4_linear(random(1, 64), list(packed), list(scales), [8, 8])
+        OPS.int4_linear(random(1, 64), list(packed), list(scales), [8, 8], True)
     with pytest.raises(RuntimeError, match="lists of one length"):
-        OPS.int4_linear(random(1, 64), list(packed), list(scales), [8])
+        OPS.int4_linear(random(1, 64), list(packed), list(scales), [8], True)
 
 
 def test_all_float16_scales_are_exact() -> None:
@@ -91,7 +186,7 @@ def test_all_float16_scales_are_exact() -> None:
     codes = torch.full((len(scale), cpu.WORD), 9, dtype=torch.uint8)  # one more than the zero point
     packed, packed_scale = cpu.pack(codes, scale[:, None], None)
     assert packed_scale.dtype == torch.float16
-    [got] = OPS.int4_linear(torch.eye(cpu.WORD)[:1], [packed], [packed_scale], [len(scale)])
+    [got] = OPS.int4_linear(torch.eye(cpu.WORD)[:1], [packed], [packed_scale], [len(scale)], False)
     assert got[0].equal(scale.float())
 
 
@@ -164,15 +259,22 @@ def threads(request: pytest.FixtureRequest) -> None:
 def test_a_row_does_not_depend_on_the_other_rows(dtype: torch.dtype) -> None:
     int4 = random_weight(1030, 256, 64, True, torch.bfloat16)
     packed, scale = cpu.pack(int4.codes(), int4.scale, int4.zero)
-    weight = random(1030, 250, dtype=dtype, seed=1)
-    rows, others = random(64, 256, dtype=dtype), random(64, 250, dtype=dtype)
-    one_by_one = torch.cat([OPS.int4_linear(row, [packed], [scale], [1030])[0] for row in rows.split(1)])
-    alone = torch.cat([OPS.linear(row, weight, None) for row in others.split(1)])
-    for count in (2, 3, 4, 5, 6, 7, 8, 9, 13, 64):
-        for start in {0, 64 - count, (64 - count) // 2}:
-            at = slice(start, start + count)
-            assert OPS.int4_linear(rows[at], [packed], [scale], [1030])[0].equal(one_by_one[at])
-            assert OPS.linear(others[at], weight, None).equal(alone[at])
+    weight, codes, row_scale = random(1030, 256, dtype=dtype, seed=1), random(1030, 256, seed=2), random(1030, seed=3)
+    codes = (30 * codes).clamp(-127, 127).to(torch.int8)
+    rows = random(64, 256, dtype=dtype)
+    layers = [
+        lambda x: OPS.int4_linear(x, [packed], [scale], [1030], False)[0],
+        lambda x: OPS.int4_linear(x, [packed], [scale], [1030], True)[0],
+        lambda x: OPS.int8_linear(x, codes, row_scale, False),
+        lambda x: OPS.int8_linear(x, codes, row_scale, True),
+        lambda x: OPS.linear(x[:, :250], weight[:, :250].contiguous(), None),
+    ]
+    for layer in layers:
+        alone = torch.cat([layer(row) for row in rows.split(1)])
+        for count in (2, 3, 4, 5, 6, 7, 8, 9, 13, 64):
+            for start in {0, 64 - count, (64 - count) // 2}:
+                at = slice(start, start + count)
+                assert layer(rows[at]).equal(alone[at])
 
 
 @pytest.mark.usefixtures("threads")

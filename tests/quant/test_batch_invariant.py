@@ -96,7 +96,7 @@ def test_a_row_that_sees_nothing_is_finite() -> None:
 def test_layers_in_full_precision_count_as_linear_layers_still() -> None:
     """Their class changes when a model is quantized; a checkpoint or a second quantization finds them all the same."""
     model = make_model("llama", hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-    specdec.quantize(model, specdec.Int4Config(32))
+    specdec.quantize(model, specdec.Int4Config(32, head=None))
     assert type(model.lm_head) is BatchInvariantLinear
     assert list(linear_layers(model)) == ["lm_head"]
 

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 import specdec
 from specdec import Int4Config
+from specdec.quant.int8 import Int8Linear
 from specdec.quant.linear import Int4Linear
 from specdec.quant.rounding import round_to_nearest
 from tests.helpers.families import FAMILIES, family, make_model, prompts
@@ -81,7 +82,7 @@ def test_every_family_computes_with_its_rounded_weights(model_type: str) -> None
     quantized, plain = family(model_type, "int4"), copy.deepcopy(family(model_type))
     count = 0
     for name, layer in quantized.named_modules():
-        if isinstance(layer, Int4Linear):
+        if isinstance(layer, Int4Linear | Int8Linear):
             weight = layer.dequantize(torch.float32)
             old = plain.get_submodule(name)
             old.weight.data = weight.T if type(old).__name__ == "Conv1D" else weight
@@ -107,7 +108,7 @@ def test_a_draft_model_may_be_4_bit() -> None:
 def test_layers_left_out_give_one_warning() -> None:
     model = small(intermediate_size=80)
     with pytest.warns(UserWarning, match="specdec keeps in full precision") as caught:
-        specdec.quantize(model, Int4Config(group_size=32, skip_modules=["model.layers.1.self_attn"]))
+        specdec.quantize(model, Int4Config(group_size=32, skip_modules=["model.layers.1.self_attn"], head=None))
     assert len(caught) == 1
     text = str(caught[0].message)
     assert "lm_head (the output head" in text
@@ -119,16 +120,6 @@ def test_layers_left_out_give_one_warning() -> None:
     assert "and 1 more (named in skip_modules)" in text
     assert not isinstance(model.model.layers[1].self_attn.q_proj, Int4Linear)
     assert isinstance(model.model.layers[0].self_attn.q_proj, Int4Linear)
-
-
-def test_the_head_is_left_out_by_default() -> None:
-    assert not isinstance(specdec.quantize(small(), SMALL).lm_head, Int4Linear)
-    with_head = specdec.quantize(small(vocab_size=128), Int4Config(32, quantize_head=True))
-    assert isinstance(with_head.lm_head, Int4Linear)
-    tied = small(tie_word_embeddings=True)
-    with pytest.warns(UserWarning, match="shares the embedding's weights"):
-        specdec.quantize(tied, Int4Config(32, quantize_head=True))
-    assert tied.lm_head.weight is tied.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt2", "qwen3", "gpt_oss"])
@@ -270,7 +261,7 @@ def test_a_cast_is_refused_before_anything_is_cast(cast: object) -> None:
     model = specdec.quantize(small().to(torch.bfloat16), SMALL)
     with pytest.raises(ValueError, match=r"cannot be cast to torch\.\w+: its scales are part of its weights"):
         cast(model)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.uint8}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.uint8, torch.int8}
     with pytest.raises(ValueError, match="not supported for quantized model"):
         model.float()
     model.to("cpu")
@@ -396,4 +387,4 @@ def test_the_peak_above_the_finished_model_is_one_layer(tmp_path: Path) -> None:
 def test_warnings_are_not_swallowed_when_nothing_is_left_out() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        specdec.quantize(small(vocab_size=128), Int4Config(32, quantize_head=True))
+        specdec.quantize(small(vocab_size=128), SMALL)

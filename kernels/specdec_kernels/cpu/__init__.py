@@ -3,13 +3,17 @@
 Importing this module declares the operators; `load` loads the library that implements them, `build` builds it. A row's
 result is the same, bit for bit, at any number of rows and threads and at any index.
 
-    specdec::int4_linear(x [..., K], packed, scales, Ns) -> [..., N] of each   several weights of one kind; see `pack`
-    specdec::linear(x [..., K], weight [N, K], bias [N] or None) -> [..., N]   reads the weights once for up to four
-    rows specdec::attention                                                         see specdec_kernels.attention
-    specdec::mean(x [..., K]) -> [..., 1], cos, sin, tanh, gelu, layer_norm    PyTorch's own, opaque to compilers
-    specdec::softmax(x, dim), sum(x, dims), torch_linear(x, weight, bias)      the same
+    specdec::int4_linear(x [..., K], packed, scales, Ns, int8_inputs) -> [..., N] of each: several weights of one kind;
+        see `pack`
+    specdec::int8_linear(x [..., K], weight int8 [N, K], scale [N], int8_inputs) -> [..., N]; K a multiple of 16
+    specdec::linear(x [..., K], weight [N, K], bias [N] or None) -> [..., N]
+    specdec::attention: see specdec_kernels.attention
+    specdec::mean(x [..., K]) -> [..., 1], cos, sin, tanh, gelu, layer_norm: PyTorch's own, opaque to compilers
+    specdec::softmax(x, dim), sum(x, dims), torch_linear(x, weight, bias): the same
 
-x is float32 or bfloat16, and so are the results; sums are float32. int4_linear rounds its inputs to bfloat16 on CPUs
+x is float32 or bfloat16, and so are the results; sums are float32. With int8_inputs inputs are rounded to 8 bits, in
+groups of the largest power of two up to 64 that divides the weight's groups (K, for int8_linear), symmetric, to
+nearest even, and sums the products of a group in integers. Without, int4_linear rounds its inputs to bfloat16 on CPUs
 with bfloat16 products (AVX512-BF16), and not on others.
 """
 
@@ -40,7 +44,8 @@ SYMMETRIC_ZERO = 8
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-shared", "-fPIC")
 
 _LIBRARY = library.Library("specdec", "FRAGMENT")
-_LIBRARY.define("int4_linear(Tensor x, Tensor[] packed, Tensor[] scales, int[] columns) -> Tensor[]")
+_LIBRARY.define("int4_linear(Tensor x, Tensor[] packed, Tensor[] scales, int[] columns, bool int8_inputs) -> Tensor[]")
+_LIBRARY.define("int8_linear(Tensor x, Tensor weight, Tensor scale, bool int8_inputs) -> Tensor")
 for _name in ("linear", "torch_linear"):
     _LIBRARY.define(f"{_name}(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 for _name in ("mean", "cos", "sin", "tanh"):
@@ -194,8 +199,8 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Ten
     """Codes 0 … 15 [N, K], scale [N, K/G], zero [N, K/G] or None (8) -> packed and scale for specdec::int4_linear.
 
     packed: int32 [N'/64, K/8, 64], eight codes of a row of W in a word, the first in its lowest bits; N' is N padded to
-    whole blocks of 64. scale: [1, K/G, N'], or [2, K/G, N'] with 8 - zero as the second; in 16 bits if the scale has
-    them, else float32.
+    whole blocks of 64. scale: [1, N'/64, K/G, 64], or [2, N'/64, K/G, 64] with 8 - zero as the second; in 16 bits if
+    the scale has them, else float32.
     """
     padding = -codes.shape[0] % BLOCK
     blocks = F.pad(codes, (0, 0, 0, padding)).view(-1, BLOCK, codes.shape[1] // WORD, WORD).int()
@@ -204,8 +209,8 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Ten
         words |= blocks[..., i] << 4 * i
     parts = [scale.float()] if zero is None else [scale.float(), SYMMETRIC_ZERO - zero.float()]
     dtype = scale.dtype if scale.dtype in (torch.bfloat16, torch.float16) else torch.float32
-    scales = torch.stack([F.pad(part, (0, 0, 0, padding)).t() for part in parts]).to(dtype)
-    return words.transpose(1, 2).contiguous(), scales
+    scales = torch.stack([F.pad(part, (0, 0, 0, padding)).view(-1, BLOCK, part.shape[1]).mT for part in parts])
+    return words.transpose(1, 2).contiguous(), scales.to(dtype).contiguous()
 
 
 def unpack(packed: Tensor) -> Tensor:
@@ -215,8 +220,13 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 @library.register_fake("specdec::int4_linear", lib=_LIBRARY)
-def _(x: Tensor, packed: list[Tensor], scales: list[Tensor], columns: list[int]) -> list[Tensor]:
+def _(x: Tensor, packed: list[Tensor], scales: list[Tensor], columns: list[int], int8_inputs: bool) -> list[Tensor]:
     return [x.new_empty(*x.shape[:-1], count) for count in columns]
+
+
+@library.register_fake("specdec::int8_linear", lib=_LIBRARY)
+def _(x: Tensor, weight: Tensor, scale: Tensor, int8_inputs: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @library.register_fake("specdec::linear", lib=_LIBRARY)

@@ -8,10 +8,12 @@
 
 #include "attention.h"
 #include "int4_linear.h"
+#include "int8_linear.h"
 #include "linear.h"
 
 TORCH_LIBRARY_IMPL(specdec, CPU, m) {
   m.impl("int4_linear", int4_linear);
+  m.impl("int8_linear", int8_linear);
   m.impl("linear", linear);
   m.impl("attention", attention);
   m.impl("mean", [](const Tensor& x) { return at::mean(x, {-1}, true); });

@@ -40,12 +40,14 @@ void dots_of_rows(const float* x, int64_t rows, int64_t depth, const T* w, float
   if (rows - row == 1) dots<1, N>(x + row * depth, depth, w, y + row * y_stride, y_stride);
 }
 
-template <typename T>
-void linear_into(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, Tensor& y) {
+// y [M, N] in T = x times W [N, K] in U; a row of W may have a scale, or a bias that is added to the rounded result.
+template <typename T, typename U>
+void linear_into(const Tensor& x, const Tensor& weight, const float* scale, const std::optional<Tensor>& bias,
+    Tensor& y) {
   const int64_t rows = rows_of(x), depth = x.size(-1), columns = weight.size(0);
   std::vector<float> buffer;
   const float* inputs = floats(x, buffer);
-  const T* w = weight.const_data_ptr<T>();
+  const U* w = weight.const_data_ptr<U>();
   const T* b = bias ? bias->const_data_ptr<T>() : nullptr;
   T* out = y.mutable_data_ptr<T>();
   const int64_t tiles = (columns + 3) / 4,
@@ -61,7 +63,7 @@ void linear_into(const Tensor& x, const Tensor& weight, const std::optional<Tens
           dots_of_rows<1>(inputs, rows, depth, w + (first + n) * depth, sums.data() + n, 4);
       for (int64_t row = 0; row < rows; ++row)
         for (int64_t n = 0; n < count; ++n) {
-          T value = static_cast<T>(sums[row * 4 + n]);
+          T value = static_cast<T>(scale ? sums[row * 4 + n] * scale[first + n] : sums[row * 4 + n]);
           out[row * columns + first + n] =
               b ? static_cast<T>(static_cast<float>(value) + static_cast<float>(b[first + n])) : value;
         }
@@ -74,8 +76,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   auto sizes = x.sizes().vec();
   sizes.back() = weight.size(0);
   Tensor y = at::empty(sizes, x.options());
-  x.scalar_type() == at::kFloat ? linear_into<float>(rows, weight, bias, y)
-                                : linear_into<BFloat16>(rows, weight, bias, y);
+  x.scalar_type() == at::kFloat ? linear_into<float, float>(rows, weight, nullptr, bias, y)
+                                : linear_into<BFloat16, BFloat16>(rows, weight, nullptr, bias, y);
   return y;
 }
 

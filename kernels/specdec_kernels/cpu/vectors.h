@@ -6,11 +6,15 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
-#ifdef __AVX512BF16__
+#if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -20,15 +24,13 @@ using at::Half;
 using at::Tensor;
 
 constexpr int64_t LANES = 16;
-constexpr int64_t COLUMNS = 64;  // output columns of one block of 4-bit weights: four vectors
-constexpr int64_t ROWS = 8;      // of inputs that share one read of the weights
-constexpr int64_t CHUNK = 256;   // rows whose inputs are prepared at a time, so that they stay in the caches
 constexpr int64_t WORK = 1 << 19;  // multiplications of one task of a thread: about ten microseconds
 
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t IntVec __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef uint32_t Words __attribute__((vector_size(64)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
 
 inline Vec load(const float* at) {
   Vec v;
@@ -55,7 +57,19 @@ inline Vec load(const Half* at) {  // finite values: the exponent biases of the 
   return v * 0x1p112f;
 }
 
+inline Vec load(const int8_t* at) {
+  Bytes bytes;
+  std::memcpy(&bytes, at, sizeof(bytes));
+  return __builtin_convertvector(bytes, Vec);
+}
+
 inline void store(float* at, Vec v) { std::memcpy(at, &v, sizeof(v)); }
+
+inline void store(float* at, const float* values, int64_t count) { std::memcpy(at, values, count * sizeof(float)); }
+
+inline void store(BFloat16* at, const float* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) at[i] = static_cast<BFloat16>(values[i]);
+}
 
 template <typename T>
 Vec load_some(const T* at, int64_t count) {  // the first `count` values, then zeros
@@ -66,11 +80,44 @@ Vec load_some(const T* at, int64_t count) {  // the first `count` values, then z
 
 inline Vec splat(float x) { return x - Vec{}; }
 
+inline IntVec splat(int32_t x) { return x - IntVec{}; }
+
 inline float sum(Vec v) {  // adds halves to halves, in a fixed order
   v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
   v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
   v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1);
   return v[0] + v[1];
+}
+
+inline int32_t sum(IntVec v) {
+  int32_t total = 0;
+  for (int64_t i = 0; i < LANES; ++i) total += v[i];
+  return total;
+}
+
+inline float maximum(Vec v) {
+  auto larger = [](Vec a, Vec b) { return a > b ? a : b; };
+  v = larger(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  v = larger(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3));
+  v = larger(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1));
+  return std::max(v[0], v[1]);
+}
+
+inline IntVec rounded(Vec x) {  // to nearest even; without an addition that a compiler could fuse with a product x
+#if defined(__AVX512F__)
+  return (IntVec)_mm512_cvtps_epi32((__m512)x);
+#elif defined(__AVX2__)
+  __m256 from[2];
+  std::memcpy(from, &x, sizeof(x));
+  const __m256i to[2] = {_mm256_cvtps_epi32(from[0]), _mm256_cvtps_epi32(from[1])};
+  IntVec y;
+  std::memcpy(&y, to, sizeof(y));
+  return y;
+#else
+  IntVec y;
+  for (int64_t i = 0; i < LANES; ++i) y[i] = static_cast<int32_t>(std::lrint(x[i]));
+  return y;
+#endif
 }
 
 typedef float Four __attribute__((vector_size(16)));

@@ -109,15 +109,15 @@ def _merge_int4_linears(graph: Any) -> None:
     calls_by_input: dict[Any, list[Any]] = {}
     for node in graph.nodes:
         if node.op == "call_function" and node.target == torch.ops.specdec.int4_linear.default:
-            x, _, [scale_node], _ = node.args
+            x, _, [scale_node], *_ = node.args
             scale = scale_node.meta["val"]
-            calls_by_input.setdefault((x, scale.shape[1], scale.dtype), []).append(node)
+            calls_by_input.setdefault((x, scale.shape[2], scale.dtype), []).append(node)
     for (x, *_), nodes in calls_by_input.items():
         if len(nodes) == 1:
             continue
-        packed, scales, columns = ([item for node in nodes for item in node.args[index]] for index in (1, 2, 3))
+        lists = ([item for node in nodes for item in node.args[index]] for index in (1, 2, 3))
         with graph.inserting_before(nodes[0]):
-            merged = graph.call_function(torch.ops.specdec.int4_linear.default, (x, packed, scales, columns))
+            merged = graph.call_function(nodes[0].target, (x, *lists, nodes[0].args[4]))
         merged.meta["val"] = [value for node in nodes for value in node.meta["val"]]
         for index, node in enumerate(nodes):
             [getitem] = node.users  # takes the only result of the node's list

@@ -1,0 +1,134 @@
+// Linear layers on 8-bit weights with a scale a row, such as output heads: specdec::int8_linear.
+//
+// y = scale * sum over input groups of input scale * (sum of x * w), the inner sums in integers, on inputs rounded to 8
+// bits; else y = scale * sum of x * w in float32.
+#pragma once
+
+#include "int8_inputs.h"
+#include "linear.h"
+
+namespace {
+
+// The sums of each lane's four products, of signed bytes of w from -127 on.
+inline IntVec signed_byte_products(IntVec w, IntVec x) {
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+  const IntVec offset = splat(static_cast<int32_t>(0x80808080));  // its sum is computed once for all w
+  return add_byte_products(-add_byte_products(IntVec{}, offset, x), w ^ offset, x);
+#elif defined(__AVX2__)
+  __m256i a[2], b[2];
+  std::memcpy(a, &w, sizeof(a));
+  std::memcpy(b, &x, sizeof(b));
+  for (int i = 0; i < 2; ++i) {
+    b[i] = _mm256_sign_epi8(b[i], a[i]);
+    a[i] = _mm256_abs_epi8(a[i]);
+  }
+  std::memcpy(&w, a, sizeof(a));
+  std::memcpy(&x, b, sizeof(b));
+  return add_byte_products(IntVec{}, w, x);
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return add_byte_products(IntVec{}, w, x);
+#else
+  IntVec sums = {};
+  for (int i = 0; i < 4; ++i) sums += (w << 24 - 8 * i >> 24) * (x << 24 - 8 * i >> 24);
+  return sums;
+#endif
+}
+
+template <int G>
+IntVec load_bytes(const int8_t* at) {  // G of them, then zeros
+  IntVec v = {};
+  std::memcpy(&v, at, G);
+  return v;
+}
+
+// y [R, N] = R rows of inputs times N rows of W, without the scales of W; G: bytes of an input group
+template <int R, int N, int G>
+void dots(const Int8Inputs& x, int64_t row, const int8_t* w, float* y) {
+  const int8_t* values = x.values.data() + row * x.depth;
+  const float* scales = x.scales.data() + row * x.groups;
+  Vec sums[R][N] = {};
+  for (int64_t g = 0; g < x.groups; ++g) {
+    IntVec weights[N];
+    for (int n = 0; n < N; ++n) weights[n] = load_bytes<G>(w + n * x.depth + g * G);
+    for (int r = 0; r < R; ++r) {
+      const IntVec in = load_bytes<G>(values + r * x.depth + g * G);
+      const float scale = scales[r * x.groups + g];
+      for (int n = 0; n < N; ++n)
+        sums[r][n] += __builtin_convertvector(signed_byte_products(weights[n], in), Vec) * scale;
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    if constexpr (N == 4) {
+      const Four four = sums_of(sums[r]);
+      std::memcpy(y + r * N, &four, sizeof(four));
+    } else {
+      for (int n = 0; n < N; ++n) y[r * N + n] = sum(sums[r][n]);
+    }
+  }
+}
+
+template <int N, int G>
+void dots_of_rows(const Int8Inputs& x, int64_t rows, const int8_t* w, float* y) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) dots<4, N, G>(x, row, w, y + row * N);
+  switch (rows - row) {
+    case 1: dots<1, N, G>(x, row, w, y + row * N); break;
+    case 2: dots<2, N, G>(x, row, w, y + row * N); break;
+    case 3: dots<3, N, G>(x, row, w, y + row * N); break;
+  }
+}
+
+template <int N>
+void dots_of_rows(const Int8Inputs& x, int64_t rows, const int8_t* w, float* y) {
+  switch (x.group) {
+    case 64: return dots_of_rows<N, 64>(x, rows, w, y);
+    case 32: return dots_of_rows<N, 32>(x, rows, w, y);
+    default: return dots_of_rows<N, 16>(x, rows, w, y);
+  }
+}
+
+template <typename T>
+void int8_linear_into(const Tensor& x, const Tensor& weight, const float* scale, Tensor& y) {
+  constexpr int64_t TILE = 4;  // rows of W that share the reads of the inputs
+  const int64_t rows = rows_of(x), depth = x.size(-1), columns = weight.size(0);
+  const int8_t* w = weight.const_data_ptr<int8_t>();
+  T* out = y.mutable_data_ptr<T>();
+  const Int8Inputs inputs(x.const_data_ptr<T>(), rows, depth, std::gcd(depth, INPUT_GROUP), false);
+  const int64_t tiles = (columns + TILE - 1) / TILE,
+                grain = std::max<int64_t>(1, 4 * WORK / (depth * TILE * std::min<int64_t>(rows, 4)));
+  at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> sums(rows * TILE);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile * TILE, count = std::min(TILE, columns - first);
+      if (count == TILE)
+        dots_of_rows<TILE>(inputs, rows, w + first * depth, sums.data());
+      else
+        for (int64_t n = 0; n < count; ++n) {
+          std::vector<float> column(rows);
+          dots_of_rows<1>(inputs, rows, w + (first + n) * depth, column.data());
+          for (int64_t row = 0; row < rows; ++row) sums[row * TILE + n] = column[row];
+        }
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t n = 0; n < count; ++n)
+          out[row * columns + first + n] = static_cast<T>(sums[row * TILE + n] * scale[first + n]);
+    }
+  });
+}
+
+Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, bool int8_inputs) {
+  TORCH_CHECK(x.size(-1) % LANES == 0, "int8_linear: rows of a multiple of 16 columns");
+  const Tensor rows = x.contiguous(), float_scale = scale.to(at::kFloat);
+  const float* scales = float_scale.const_data_ptr<float>();
+  auto sizes = x.sizes().vec();
+  sizes.back() = weight.size(0);
+  Tensor y = at::empty(sizes, x.options());
+  const bool is_float = x.scalar_type() == at::kFloat;
+  if (!int8_inputs)
+    is_float ? linear_into<float, int8_t>(rows, weight, scales, std::nullopt, y)
+             : linear_into<BFloat16, int8_t>(rows, weight, scales, std::nullopt, y);
+  else
+    is_float ? int8_linear_into<float>(rows, weight, scales, y) : int8_linear_into<BFloat16>(rows, weight, scales, y);
+  return y;
+}
+
+}  // namespace
