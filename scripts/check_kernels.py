@@ -5,8 +5,8 @@
     python scripts/check_kernels.py --op w4a16 --arch 90
 
 Each must have no spilled register, tensor-core instructions, 128-bit loads of all weights, at most 3.3 instructions a
-weight and 5 barriers (attention: 6) in the main loop, no more shared memory than the architecture has, the layout that
-the inline asm requires, and a barrier between a block's stores and its counter.
+4-bit weight (8 bits: 6.6) and 5 barriers (attention: 6) in the main loop, no more shared memory than the architecture
+has, the layout that the inline asm requires, and a barrier between a block's stores and its counter.
 Prints a table and one JSON line last; the exit code is 1 if any check fails.
 """
 
@@ -28,9 +28,9 @@ from typing import Any
 from specdec_kernels.configuration import ARCHS
 
 ROOT = Path(__file__).parent.parent
-OPS = ("w4a16", "rejection", "attention")
+OPS = ("w4a16", "w8a16", "rejection", "attention")
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-INSTRUCTIONS_A_WEIGHT = 3.3
+INSTRUCTIONS_A_BYTE = 6.6  # of weights
 WARP = 32
 # The layout in which a thread's registers have pairs of adjacent rows of K.
 ADJACENT_PAIRS = r"#ttg\.dot_op<\{opIdx = 1, parent = #\w+, kWidth = 2\}>"
@@ -175,19 +175,21 @@ def failures(configuration: Any, result: Checked, ttir: str, ttgir: str) -> list
         found.append("registers spill")
     if configuration.tensor_cores and not result.tensor_core:
         found.append("no tensor-core instruction")
-    # a load of a thread has 32 codes, where the kernel reads weights
-    needed = max(1, (configuration.weights_per_pass or 0) // (32 * WARP * configuration.num_warps))
+    # every weight is part of a 128-bit load of a thread
+    bits = (configuration.weights_per_pass or 0) * configuration.weight_bits
+    needed = max(1, bits // (128 * WARP * configuration.num_warps))
     if configuration.wide_loads and result.wide_loads < needed:
         found.append(f"{result.wide_loads} loads of 128 bits, at least {needed}")
-    if (result.instructions_per_weight or 0) > INSTRUCTIONS_A_WEIGHT:
-        found.append(f"{result.instructions_per_weight} instructions a weight, at most {INSTRUCTIONS_A_WEIGHT}")
+    most = INSTRUCTIONS_A_BYTE * configuration.weight_bits / 8
+    if (result.instructions_per_weight or 0) > most:
+        found.append(f"{result.instructions_per_weight} instructions a weight, at most {most}")
     if configuration.weights_per_pass and not result.loop_instructions:
         found.append("no main loop found")
     if result.barriers > configuration.barriers:
         found.append(f"{result.barriers} barriers in the loop, at most {configuration.barriers}")
     if result.shared_bytes > SHARED_BYTES[result.arch]:
         found.append(f"{result.shared_bytes} bytes of shared memory, at most {SHARED_BYTES[result.arch]}")
-    if configuration.weights_per_pass:
+    if configuration.adjacent_pairs:
         asm = "\n".join(line for line in ttgir.splitlines() if "elementwise_inline_asm" in line)
         layouts = set(re.findall(r"x(?:i32|b?f16), (#[\w.]+(?:<\{.*?\}>)?)>", asm))
         if not layouts or any(re.fullmatch(ADJACENT_PAIRS, layout) is None for layout in layouts):

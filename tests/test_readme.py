@@ -279,13 +279,14 @@ def test_every_shipped_configuration_was_checked_and_held() -> None:
     from specdec_kernels.configuration import ARCHS
     from specdec_kernels.rejection.kernel import CONFIGURATIONS as REJECTION
     from specdec_kernels.w4a16.kernel import CONFIGURATIONS as W4A16
+    from specdec_kernels.w8a16.kernel import CONFIGURATIONS as W8A16
 
     report = json.loads((ROOT / "benchmarks" / "results" / "check_kernels.json").read_text(encoding="utf-8"))
     assert report["failed"] == 0
     assert {result["triton"].rpartition(".")[0] for result in report["results"]} == {"3.6", "3.9"}
     checked = {(r["op"], r["configuration"], r["arch"], r["triton"]) for r in report["results"] if not r["failures"]}
     for triton in {result["triton"] for result in report["results"]}:
-        for shipped in (*W4A16, *REJECTION, *ATTENTION):
+        for shipped in (*W4A16, *W8A16, *REJECTION, *ATTENTION):
             for arch in ARCHS:
                 assert (shipped.op, shipped.name, arch, triton) in checked
 

@@ -24,7 +24,9 @@ class Configuration:
     signature: Triton type of every argument that is not a constant ("*fp16", "i32", …), by name.
     constants: value of every constexpr argument, by name.
     divisible: names of the arguments that dispatch guarantees to be multiples of 16 (addresses, sizes, strides).
-    weights_per_pass: 4-bit weights that one block reads in one iteration of its main loop; None: the kernel reads none.
+    weights_per_pass: weights that one block reads in one iteration of its main loop; None: the kernel reads none.
+    weight_bits: of a weight's code.
+    adjacent_pairs: the kernel's inline asm is right only if a thread's registers have pairs of adjacent rows of K.
     tensor_cores, wide_loads: the compiled kernel must multiply on tensor cores; load 128 bits at a time.
     barriers: the largest number of them in the main loop.
     ordered: the kernel's blocks synchronize at a counter, so a barrier must separate their stores from the counter.
@@ -39,6 +41,8 @@ class Configuration:
     num_warps: int = 4
     num_stages: int = 4
     weights_per_pass: int | None = None
+    weight_bits: int = 4
+    adjacent_pairs: bool = False
     tensor_cores: bool = True
     wide_loads: bool = True
     barriers: int = 5

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from gpu_suite import attention, rejection_sampling, w4a16
+from gpu_suite import attention, rejection_sampling, w4a16, w8a16
 from gpu_suite.suite import Row, Section, Suite, failed
 
-KERNEL_SECTIONS = (w4a16.SECTION, attention.SECTION, rejection_sampling.SECTION)
+KERNEL_SECTIONS = (w4a16.SECTION, w8a16.SECTION, attention.SECTION, rejection_sampling.SECTION)
 
 
 def run(suite: Suite) -> Row:

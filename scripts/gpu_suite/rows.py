@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from gpu_suite.messages import log
 from gpu_suite.suite import Row, Suite
@@ -29,6 +33,35 @@ def timing_row(suite: Suite, times: dict[str, CallTiming], num_bytes: int, **lab
         row |= {f"{name}_absent": timing.reason} if timing.reason else {}
     log(f"  timed: {', '.join(f'{name} {value}' for name, value in labels.items())}")
     return row
+
+
+def matmul_rows(
+    suite: Suite,
+    candidates: dict[str, list[Callable[[Tensor], Tensor]]],
+    shape: tuple[int, int],
+    rows: Sequence[int],
+    num_bytes: int,
+    form: str,
+    dtype: torch.dtype,
+) -> list[Row]:
+    """Times of products by one weight W [N, K] at each number of rows of x.
+
+    candidates: functions of x [M, K], each with a copy of the weight of its own. num_bytes: of a weight.
+    """
+    (k, n), results = shape, list[Row]()
+    for m in rows:
+        num_inputs = max(map(len, candidates.values()))
+        xs = [torch.randn(m, k, device=suite.device).to(dtype) for _ in range(num_inputs)]
+        times = suite.timer.measure(
+            {
+                name: [partial(function, x) for function, x in zip(functions, xs, strict=False)]
+                for name, functions in candidates.items()
+            }
+        )
+        moved = num_bytes + m * (k + n) * dtype.itemsize
+        results.append(timing_row(suite, times, moved, shape=f"{k}->{n}", form=form, rows=m))
+        results[-1]["cost_in_one_row"] = results[-1]["time_us"] / results[0]["time_us"]
+    return results
 
 
 def goal(text: str, figure: str, worst: Callable, bound: float, rows: Sequence[Row]) -> Row:

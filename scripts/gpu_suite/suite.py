@@ -38,10 +38,11 @@ MAIN_FORMAT = WeightFormat("symmetric, 128")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is run: the matmuls of Llama-3-8B as (K, N), its attention, its vocabulary."""
+    """What is run: the matmuls of Llama-3-8B as (K, N), its attention, its vocabulary; heads of models as (K, N)."""
 
     shapes: tuple[tuple[int, int], ...] = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (4096, 128256))
     other_shape: tuple[int, int] = (4096, 28672)  # of the other formats, at 6 rows
+    head_shapes: tuple[tuple[int, int], ...] = ((576, 49152), (1536, 151936), (4096, 128256))
     rows: tuple[int, ...] = (1, 2, 4, 6, 8, 16, 32, 64)
     checked_rows: tuple[int, ...] = tuple(range(1, 65))
     width: int = 6
@@ -67,7 +68,8 @@ class Sizes:
 
 
 DRY_SIZES = Sizes(
-    shapes=((256, 128), (128, 384)), other_shape=(128, 256), rows=(1, 16), checked_rows=(1, 17), width=3,
+    shapes=((256, 128), (128, 384)), other_shape=(128, 256), head_shapes=((144, 75), (256, 130)), rows=(1, 16),
+    checked_rows=(1, 17), width=3,
     heads=(4, 2, 16), keys=(70, 300), goal_keys=300, attention_batches=(1, 2), vocab_size=5000,
     rejection_batches=(1, 3), copy_bytes=1 << 16, prompts=2, new_tokens=6, rounds=1, repetitions=2,
     target_shape=widen_pair.Shape(384, 512, 12, 4, 1, 64, 4200, False), peer_batches=(1, 2),

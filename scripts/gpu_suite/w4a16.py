@@ -14,7 +14,7 @@ from specdec_kernels.w4a16.layout import E2M1
 from torch import Tensor
 
 from gpu_suite.checking import check_case, max_relative_error
-from gpu_suite.rows import goal, timing_row
+from gpu_suite.rows import goal, matmul_rows
 from gpu_suite.suite import MAIN_FORMAT, Row, Section, Suite, WeightFormat
 from specdec.quant.int4 import Int4Tensor, pack, unpack
 from specdec.quant.linear import Int4Linear
@@ -112,7 +112,7 @@ def torch_int4(int4: Int4Tensor) -> Callable[[Tensor], Tensor]:
     error = max_relative_error(op(x, packed, int4.group_size, scales_and_zeros), reference(x, int4))
     if not error < 0.05:
         raise RuntimeError(f"its result is off by {error:.2g}")
-    return lambda x: op(x, packed, int4.group_size, scales_and_zeros)
+    return lambda x: op(x.bfloat16(), packed, int4.group_size, scales_and_zeros)
 
 
 def raise_error(error: Exception, x: Tensor) -> Tensor:
@@ -148,21 +148,7 @@ def time_format(
             candidates["torch_int4"] = [torch_int4(int4) for _ in copies]
         except (RuntimeError, NotImplementedError) as error:
             candidates["torch_int4"] = [partial(raise_error, error)]
-    results: list[Row] = []
-    for m in rows:
-        num_inputs = max(map(len, candidates.values()))
-        xs = [torch.randn(m, k, device=suite.device).to(weight_format.dtype) for _ in range(num_inputs)]
-        inputs = {name: [x.bfloat16() for x in xs] if name == "torch_int4" else xs for name in candidates}
-        times = suite.timer.measure(
-            {
-                name: [partial(function, x) for function, x in zip(functions, inputs[name], strict=False)]
-                for name, functions in candidates.items()
-            }
-        )
-        moved = num_bytes + m * (k + n) * weight_format.dtype.itemsize
-        results.append(timing_row(suite, times, moved, shape=f"{k}->{n}", form=weight_format.name, rows=m))
-        results[-1]["cost_in_one_row"] = results[-1]["time_us"] / results[0]["time_us"]
-    return results
+    return matmul_rows(suite, candidates, shape, rows, num_bytes, weight_format.name, weight_format.dtype)
 
 
 @torch.inference_mode()

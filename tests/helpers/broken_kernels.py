@@ -69,6 +69,7 @@ CONFIGURATIONS = [
         {},
         ("tiles_ptr", "y_ptr"),
         weights_per_pass=32768,
+        adjacent_pairs=True,
     ),
     replace(_GOOD, name="misaligned", divisible=()),
     replace(_GOOD, name="narrow block", constants=_GOOD.constants | {"BN": 32}, weights_per_pass=128 * 32),

@@ -21,6 +21,8 @@ from specdec_kernels.rejection import kernel as rejection_kernel
 from specdec_kernels.w4a16 import kernel as w4a16_kernel
 from specdec_kernels.w4a16 import reference as w4a16_reference
 from specdec_kernels.w4a16.layout import prepack
+from specdec_kernels.w8a16 import kernel as w8a16_kernel
+from specdec_kernels.w8a16 import reference as w8a16_reference
 
 from specdec.core import verification
 from specdec.core.steps import Draft
@@ -35,6 +37,12 @@ def w4a16(kernel: ModuleType) -> tuple[Tensor, Tensor]:
     assert weight.splits > 1
     x, bias = torch.randn(18, 1024).half(), torch.randn(130).half()
     return kernel.launch(x, weight, bias), w4a16_reference.matmul(x, weight, bias)
+
+
+def w8a16(kernel: ModuleType) -> tuple[Tensor, Tensor]:
+    weight, scale = torch.randint(-128, 128, (71, 400), dtype=torch.int8)[:70], torch.rand(70) / 1000
+    x = torch.full((19, 400), torch.nan).half()[:18].copy_(torch.randn(18, 400))  # NaN follows it
+    return kernel.launch(x, weight, scale), w8a16_reference.matmul(x, weight, scale)
 
 
 def attention(kernel: ModuleType) -> tuple[Tensor, Tensor]:
@@ -60,6 +68,7 @@ def rejection(kernel: ModuleType) -> tuple[Tensor, Tensor]:
 
 OPS = {
     "w4a16": (w4a16, w4a16_kernel),
+    "w8a16": (w8a16, w8a16_kernel),
     "attention": (attention, attention_kernel),
     "rejection": (rejection, rejection_kernel),
 }
@@ -70,6 +79,10 @@ BREAKS = {
     ("w4a16", "missing mask of the bias' columns"): ("n < N * has_bias", "n < 0"),
     ("w4a16", "no block is the last"): ("== splits - 1", "== splits"),
     ("w4a16", "a split too few"): ("tl.range(splits,", "tl.range(splits - 1,"),
+    ("w8a16", "missing mask of the last columns"): ("inside = start + k < K", "inside = k >= 0"),
+    ("w8a16", "a block of K too few"): ("tl.range(0, K, BK)", "tl.range(0, K - BK, BK)"),
+    ("w8a16", "another row's scale"): ("tl.load(scale_ptr + n, n < N", "tl.load(scale_ptr + n // 2, n < N"),
+    ("w8a16", "missing rows of W"): ("(n < N)[:, None]", "(n < N - 1)[:, None]"),
     ("attention", "missing mask"): (
         "(slot[None, :] >= first[:, None]) & (slot[None, :] <= last[:, None])",
         "slot[None, :] >= 0",

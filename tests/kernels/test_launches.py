@@ -87,6 +87,22 @@ kernel.launch(torch.zeros(1, 1024).bfloat16(), weight(256, 1024, 32), None)
         check(got, configuration, ("N",) if one_column else ())
 
 
+def test_the_8_bit_matmul_at_any_number_of_rows() -> None:
+    from specdec_kernels.w8a16.kernel import BY_NAME
+
+    results = launched("""
+from specdec_kernels.w8a16 import kernel
+
+for rows, outputs in ((1, 1000), (16, 1), (17, 1024), (64, 4099)):
+    weight = torch.zeros(outputs, 272, dtype=torch.int8)
+    kernel.launch(torch.zeros(rows, 272).bfloat16(), weight, torch.ones(outputs))
+""")
+    few, many = BY_NAME["bf16-fp32-m16"], BY_NAME["bf16-fp32-m32"]
+    for got, configuration in zip(results, (few, few, many, many), strict=True):
+        check(got, configuration)
+        assert set(got["divisible"]) == set(configuration.divisible)  # one variant for any N
+
+
 def test_attention_of_one_position_and_of_more() -> None:
     from specdec_kernels.attention.kernel import CONFIGURATIONS
 

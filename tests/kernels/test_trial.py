@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from specdec_kernels import attention, rejection, trial, w4a16
+from specdec_kernels import attention, rejection, trial, w4a16, w8a16
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -82,6 +82,15 @@ def test_the_matmul_passes_its_trial_and_a_wrong_one_does_not(kind: str, monkeyp
     assert w4a16._try(*quantization) > 1e-2
 
 
+def test_the_8_bit_matmul_passes_its_trial_and_a_wrong_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from specdec_kernels.w8a16 import kernel
+
+    assert w8a16._try(torch.float16, torch.float32, DEVICE) < 1e-3
+    launch = kernel.launch
+    monkeypatch.setattr(kernel, "launch", lambda x, *rest: launch(x, *rest) * (1.05 if len(x) > 16 else 1))
+    assert w8a16._try(torch.float16, torch.float32, DEVICE) > 1e-2
+
+
 def test_attention_passes_its_trial_and_a_wrong_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     from specdec_kernels.attention import kernel
 
@@ -105,6 +114,7 @@ def test_trials_do_not_change_the_random_state() -> None:
     expected = torch.rand(4, device=DEVICE)
     torch.manual_seed(3)
     w4a16._try("symmetric", 128, torch.float16, torch.float16, DEVICE)
+    w8a16._try(torch.float16, torch.float32, DEVICE)
     attention._try(torch.float16, 32, 32, DEVICE)
     rejection._try(DEVICE)
     assert torch.rand(4, device=DEVICE).equal(expected)

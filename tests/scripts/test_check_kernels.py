@@ -27,11 +27,13 @@ def test_one_configuration_of_each_op_holds_on_every_architecture() -> None:
     assert [result for result in report["results"] if result["failures"]] == []
     assert code == 0
     assert {(r["op"], r["arch"]) for r in report["results"]} == {
-        (op, arch) for op in ("w4a16", "rejection", "attention") for arch in (80, 86, 89, 90, 100, 120)
+        (op, arch) for op in ("w4a16", "w8a16", "rejection", "attention") for arch in (80, 86, 89, 90, 100, 120)
     }
     for result in report["results"]:
         if result["op"] == "w4a16":
             assert 1.5 < result["instructions_per_weight"] <= 3.3
+        if result["op"] == "w8a16":
+            assert 1.5 < result["instructions_per_weight"] <= 2.8
 
 
 def test_what_is_broken_is_refused_for_what_is_broken() -> None:

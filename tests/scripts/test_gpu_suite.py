@@ -26,8 +26,8 @@ from gpu_suite.timing import CallTimer
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "scripts/gpu_suite"
-SECTIONS = ["tests", "correctness", "w4a16", "attention", "rejection", "lossless", "peers"]
-TIMED = SECTIONS[2:5]
+SECTIONS = ["tests", "correctness", "w4a16", "w8a16", "attention", "rejection", "lossless", "peers"]
+TIMED = SECTIONS[2:6]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

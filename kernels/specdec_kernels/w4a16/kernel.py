@@ -267,6 +267,7 @@ def _configuration(dtype: str, kind: Kind, group_size: int, scale: str, block_m:
         },
         divisible=(*pointers, "N", "K", "tile_stride", "scale_stride"),
         weights_per_pass=TILE * block,
+        adjacent_pairs=True,
         ordered=True,
     )
 
