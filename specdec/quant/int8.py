@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from specdec_kernels import cpu
+from specdec_kernels import cpu, w8a16
 from torch import Tensor, nn
 
-from specdec.quant.batch_invariant import in_row_blocks
+from specdec.quant.batch_invariant import by_phase, in_row_blocks
 
 LARGEST = 127  # magnitude of a code; -128 is not used, so that a weight and its negative have codes of one magnitude
 CHUNK = 1 << 22  # weights that are in float32 at any one time
@@ -36,8 +36,8 @@ class Int8Linear(nn.Module):
     int8_inputs: on a CPU, round the inputs to 8 bits by group; see specdec_kernels.cpu.
     use_kernel: False computes with tiles of W in the dtype of the inputs.
 
-    Batch-invariant: a row's result does not depend on the other rows. specdec's CPU kernel has this property; elsewhere
-    tiles of W multiply blocks of a fixed number of rows.
+    Batch-invariant: a row's result does not depend on the other rows. specdec's CPU kernel and, for decoding windows, the
+    Triton kernel have this property; elsewhere tiles of W multiply blocks of a fixed number of rows.
     """
 
     weight: Tensor
@@ -56,10 +56,13 @@ class Int8Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
     def forward(self, x: Tensor) -> Tensor:
-        has_gradients = x.requires_grad and torch.is_grad_enabled()
-        if self.use_kernel and not has_gradients and not x.is_cuda and self.in_features % 16 == 0 and cpu.load():
+        weight, scale = self.weight, self.weight_scale
+        can_use_kernel = self.use_kernel and not (x.requires_grad and torch.is_grad_enabled())
+        if can_use_kernel and not x.is_cuda and self.in_features % 16 == 0 and cpu.load():
             inputs = x if x.dtype in cpu.DTYPES else x.float()
-            y = torch.ops.specdec.int8_linear(inputs, self.weight, self.weight_scale, self.int8_inputs).to(x.dtype)
+            y = torch.ops.specdec.int8_linear(inputs, weight, scale, self.int8_inputs).to(x.dtype)
+        elif can_use_kernel and w8a16.is_supported(x, weight, scale):
+            y = by_phase(x, lambda rows: w8a16.matmul(rows, weight, scale), self._tiles)
         else:
             y = in_row_blocks(x, self._tiles)
         return y if self.bias is None else y + self.bias.to(y.dtype)

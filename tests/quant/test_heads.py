@@ -123,7 +123,7 @@ def test_a_checkpoint_that_lacks_a_part_of_the_head_is_refused(tmp_path: Path, p
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors[f"lm_head.{part}"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="lm_head|lacks 4-bit tensors"):
+    with pytest.raises(ValueError, match=r"lm_head|lacks 4-bit tensors"):
         specdec.load_quantized(tmp_path)
 
 
