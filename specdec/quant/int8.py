@@ -36,7 +36,7 @@ class Int8Linear(nn.Module):
     int8_inputs: on a CPU, round the inputs to 8 bits by group; see specdec_kernels.cpu.
     use_kernel: False computes with tiles of W in the dtype of the inputs.
 
-    Batch-invariant: a row's result does not depend on the other rows. specdec's CPU kernel and, for decoding windows, the
+    Batch-invariant: a row does not depend on the other rows. specdec's CPU kernel and, for decoding windows, the
     Triton kernel have this property; elsewhere tiles of W multiply blocks of a fixed number of rows.
     """
 
