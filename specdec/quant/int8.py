@@ -48,6 +48,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.int8_inputs = self.use_kernel = True
+        self.is_in_huge_pages = False  # for the CPU kernel, from the first forward on
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
@@ -59,6 +60,8 @@ class Int8Linear(nn.Module):
         weight, scale = self.weight, self.weight_scale
         can_use_kernel = self.use_kernel and not (x.requires_grad and torch.is_grad_enabled())
         if can_use_kernel and not x.is_cuda and self.in_features % 16 == 0 and cpu.load():
+            if not self.is_in_huge_pages and not torch.compiler.is_compiling():
+                self.weight.data, self.is_in_huge_pages = cpu.in_huge_pages(weight), True
             inputs = x if x.dtype in cpu.DTYPES else x.float()
             y = torch.ops.specdec.int8_linear(inputs, weight, scale, self.int8_inputs).to(x.dtype)
         elif can_use_kernel and w8a16.is_supported(x, weight, scale):
@@ -83,6 +86,10 @@ class Int8Linear(nn.Module):
             tile = self.weight[rows].float() * self.weight_scale[rows].float()[:, None]
             parts.append(F.linear(x, tile.to(x.dtype)))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
+        self.is_in_huge_pages = False
+        return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         weight = state_dict.get(prefix + "weight")

@@ -10,8 +10,10 @@
 #include "int4_linear.h"
 #include "int8_linear.h"
 #include "linear.h"
+#include "memory.h"
 
 TORCH_LIBRARY_IMPL(specdec, CPU, m) {
+  m.impl("in_huge_pages", in_huge_pages);
   m.impl("int4_linear", int4_linear);
   m.impl("int8_linear", int8_linear);
   m.impl("linear", linear);
