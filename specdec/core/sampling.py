@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from specdec_kernels import cpu
 from torch import Tensor
 
 
@@ -115,11 +116,23 @@ class Sampling:
         return torch.zeros_like(scores, dtype=torch.float32).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
 
 
+def greedy_ids(scores: Tensor) -> Tensor:
+    """The id of the largest score, the first of several: [B, W, V] -> [B, W] int64."""
+    if scores.dtype == torch.float32 and cpu.works_on(scores.device):
+        ids: Tensor = torch.ops.specdec.greedy_ids(scores)
+        return ids
+    return scores.argmax(-1)
+
+
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     """Draw ids by inverting the distribution function: [..., V], [...] float64 in [0, 1) -> [...] int64.
 
     In float64, so that rare ids keep their chance and an id with probability 0 is never drawn.
     """
+    ids: Tensor
+    if probs.dtype == torch.float32 and cpu.works_on(probs.device):
+        ids = torch.ops.specdec.draw(probs, uniforms)
+        return ids
     cdf = probs.double().cumsum(-1)
     total = cdf[..., -1:]
     below_total = torch.nextafter(total, torch.zeros_like(total))

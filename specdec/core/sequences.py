@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from specdec_kernels import cpu
 from torch import Tensor
 
 from specdec.core.steps import Draft, StepResult, Verdict
@@ -165,6 +166,12 @@ class Sequences:
 
     def limit(self, num_draft_tokens: int) -> Tensor:
         """The most ids to draft for each row: [B] int64, 0 where finished. The id before `end` is the target's own."""
+        limits: Tensor
+        if cpu.works_on(self.device):
+            limits = torch.ops.specdec.draft_limits(
+                self.lengths, self.end, self.finished, self.context, num_draft_tokens
+            )
+            return limits
         remaining = self.end - self.lengths - 1
         if self.context is not None:
             remaining = torch.minimum(remaining, self.context - self.lengths)
@@ -180,6 +187,23 @@ class Sequences:
         """Write ids [B, W] after the committed ids and `skip` staged ones; they are stale until committed."""
         columns = self.lengths[:, None] + skip + torch.arange(ids.shape[1], device=self.device)
         self.ids.scatter_(1, columns, ids)
+
+    def stage_window(self, draft: Draft, limit: Tensor, vocab_size: int) -> tuple[Draft, Tensor, Tensor, Tensor]:
+        """Stage a draft as `Draft.within` returns it: -> draft, is_broken, ids and positions of the window to score.
+
+        The window is positions n-1 … n+K-1, [B, K+1] int64. A column beyond a row's draft repeats position n-1: the
+        same id, so the same KV entry in the same slot, within any context.
+        """
+        if cpu.works_on(self.device):
+            ids, lengths, is_broken, *window = torch.ops.specdec.stage_window(
+                self.ids, self.lengths, draft.ids, draft.lengths, limit, vocab_size
+            )
+            return Draft(ids, draft.probs, lengths), is_broken, *window
+        draft, is_broken = draft.within(limit, vocab_size)
+        self.stage(draft.ids)
+        columns = torch.arange(draft.ids.shape[1] + 1, device=self.device)
+        positions = self.lengths[:, None] - 1 + torch.where(columns <= draft.lengths[:, None], columns, 0)
+        return draft, is_broken, self.ids.gather(1, positions), positions
 
     def append(self, ids: Tensor, is_over: bool) -> None:
         """Commit ids [B, n] int64 to every row of a batch in lockstep; is_over: the whole batch ends with them."""

@@ -22,11 +22,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from specdec.core.commit import commit_verdict
 from specdec.core.interfaces import Drafter, DraftLengthPolicy, Run, Target, run_eager
 from specdec.core.lockstep import Lockstep
 from specdec.core.sampling import Sampling
 from specdec.core.sequences import Sequences
-from specdec.core.steps import Draft, StepResult, Verdict, check_draft, find_faults, pack_host_summary
+from specdec.core.steps import Draft, StepResult, Verdict, check_draft
 from specdec.core.timing import Mark, no_mark
 from specdec.core.verification import verify_draft
 
@@ -77,10 +78,11 @@ def step(
     mark("other")
     limit = sequences.begin_step(num_draft_tokens)
     target.reserve(sequences.longest)
-    draft = Draft.empty(sequences.batch_size, sequences.device)
     if num_draft_tokens:
         draft = drafter.propose(sequences, limit)
         check_draft(draft, drafter, sequences.batch_size, sequences.max_draft_tokens, target.vocab_size)
+    else:
+        draft = Draft.empty(sequences.batch_size, sequences.device)
     if lockstep is not None:
         draft = lockstep.extend(draft)
     mark("draft")
@@ -107,21 +109,8 @@ def score_draft(
     target: Target, sequences: Sequences, ids: Tensor, lengths: Tensor, limit: Tensor
 ) -> tuple[Tensor, ...]:
     """Run the target over draft ids [B, K]: -> ids and lengths as `Draft.within` returns them, is_broken, logits."""
-    draft, is_broken = Draft(ids, None, lengths).within(limit, target.vocab_size)
-    sequences.stage(draft.ids)
-    positions = window_positions(sequences.lengths, draft)
-    output = target.forward(sequences.ids.gather(1, positions), positions)
-    return draft.ids, draft.lengths, is_broken, output.logits
-
-
-def window_positions(lengths: Tensor, draft: Draft) -> Tensor:
-    """Positions n-1 … n+K-1 of the verification window: [B, K+1] int64.
-
-    A column beyond a row's draft repeats position n-1: the same id, so the same KV entry in the same slot, within any
-    context.
-    """
-    columns = torch.arange(draft.ids.shape[1] + 1, device=lengths.device)
-    return lengths[:, None] - 1 + torch.where(columns <= draft.lengths[:, None], columns, 0)
+    draft, is_broken, *window = sequences.stage_window(Draft(ids, None, lengths), limit, target.vocab_size)
+    return draft.ids, draft.lengths, is_broken, target.forward(*window).logits
 
 
 def verify_and_commit(
@@ -136,14 +125,8 @@ def verify_and_commit(
 ) -> tuple[Tensor, ...]:
     """Verify a draft, append what is kept: -> accepted, next_ids, then StepResult's fields from `live` to `scores`."""
     draft = Draft(ids, probs, lengths)
-    used = torch.where(sequences.finished, 0, lengths + 1)
+    used = torch.where(sequences.finished, 0, lengths + 1) if sampling.needs_prefix else None
     scores = sampling.scores(logits, sequences, used=used, draft_ids=ids)
     verdict, overlap, is_nan = verify_draft(draft, scores, sampling)
-
-    live = ~sequences.finished
-    emitted, stopped = sequences.commit(draft, verdict)
-    drafted = torch.where(stopped, torch.minimum(lengths, emitted), lengths)  # a last step counts up to its stop
-    accepted = torch.minimum(verdict.accepted, emitted)
-    faults = find_faults(is_broken, is_nan, probs)
-    host_summary = pack_host_summary(limit, drafted, accepted, emitted, stopped, faults, overlap)
-    return verdict.accepted, verdict.next_ids, live, emitted, drafted, accepted, overlap, host_summary, scores
+    *counts, host_summary = commit_verdict(sequences, draft, verdict, overlap, limit, is_broken, is_nan)
+    return verdict.accepted, verdict.next_ids, *counts, overlap, host_summary, scores

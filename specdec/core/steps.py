@@ -177,12 +177,12 @@ class StepResult:
 
     @cached_property
     def _sent(self) -> tuple[Tensor, torch.cuda.Event | None]:
-        on_gpu = self.host_summary.is_cuda
-        host_copy = torch.empty(self.host_summary.shape, dtype=self.host_summary.dtype, pin_memory=on_gpu)
+        if not self.host_summary.is_cuda:
+            return self.host_summary.to("cpu", copy=True), None
+        host_copy = torch.empty(self.host_summary.shape, dtype=self.host_summary.dtype, pin_memory=True)
         host_copy.copy_(self.host_summary, non_blocking=True)
-        copied = torch.cuda.Event() if on_gpu else None
-        if copied is not None:
-            copied.record(torch.cuda.current_stream(self.host_summary.device))
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(self.host_summary.device))
         return host_copy, copied
 
     @cached_property

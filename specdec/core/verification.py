@@ -2,7 +2,8 @@
 
 Leviathan et al., Fast Inference from Transformers via Speculative Decoding (2023), and Chen et al., Accelerating Large
 Language Model Decoding with Speculative Sampling (2023). Pure functions of tensors; random numbers come in as uniforms.
-On a CUDA device specdec_kernels.rejection runs verify() in one launch; this module defines what it computes.
+On a CUDA device specdec_kernels.rejection runs verify() in one launch, on a CPU specdec_kernels.cpu verify() and greedy
+verification in one operator each; this module defines what they compute.
 
     p  target probability        q  draft probability        u  uniform in [0, 1)
     draft id x at position i is accepted      when u < p(x) / q(x), so never where p(x) = 0
@@ -13,7 +14,7 @@ On a CUDA device specdec_kernels.rejection runs verify() in one launch; this mod
 from __future__ import annotations
 
 import torch
-from specdec_kernels import rejection
+from specdec_kernels import cpu, rejection
 from torch import Tensor
 
 from specdec.core.sampling import Sampling, draw, uniforms
@@ -30,6 +31,9 @@ def verify_draft(draft: Draft, scores: Tensor, sampling: Sampling) -> tuple[Verd
         probs = sampling.probs(scores)
         verdict = verify(draft, probs, uniforms(*scores.shape[:2], device=scores.device))
         shared, is_nan = overlap(draft, probs), probs[..., 0].isnan()
+    elif draft.probs is None and scores.dtype == torch.float32 and cpu.works_on(scores.device):
+        accepted, next_ids, shared, is_nan = torch.ops.specdec.verify_greedy(scores, draft.ids, draft.lengths)
+        return Verdict(accepted, next_ids), shared, is_nan
     else:
         best, target_ids = scores.max(-1)  # one-hot distributions, held as ids
         verdict = verify_greedy(draft, target_ids)
@@ -45,6 +49,8 @@ def verify(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Verdict:
     """
     if _has_kernel(target_probs):
         return _verify_in_kernel(draft, target_probs, uniforms)
+    if cpu.works_on(target_probs.device):
+        return Verdict(*torch.ops.specdec.verify(target_probs, draft.ids, draft.probs, draft.lengths, uniforms))
     num_ids = draft.ids.shape[1]
     ids = draft.ids[..., None]
     p = target_probs[:, :num_ids].gather(-1, ids)[..., 0]

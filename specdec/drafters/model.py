@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.core.sampling import Sampling, draw, uniforms
+from specdec.core.sampling import Sampling, draw, greedy_ids, uniforms
 from specdec.core.sequences import Sequences
 from specdec.core.steps import Draft, StepResult
 from specdec.runtime.runner import ModelRunner
@@ -76,7 +76,7 @@ class ModelDrafter:
         last_ids = sequences.ids.gather(1, last[:, None])
         steps = torch.arange(num_ids, device=limit.device)
         is_drafted = steps < limit[:, None]
-        positions = last[:, None] + torch.where(is_drafted, steps, 0)
+        positions = last[:, None] + steps * is_drafted
         ids: list[Tensor] = []
         probs: list[Tensor] = []
         for index in range(num_ids):
@@ -86,19 +86,20 @@ class ModelDrafter:
                 logits = self.runner.forward(next_ids, positions[:, at]).logits
             next_ids, next_probs = self._choose(logits, sequences, index, limit)
             ids.append(next_ids)
-            probs.append(next_probs)
+            if next_probs is not None:
+                probs.append(next_probs)
             if self.sampling.needs_prefix:  # processors read the text so far, and are not called after a row's stop id
                 sequences.stage(next_ids, skip=index)
                 limit = torch.where(sequences.stops_at(next_ids[:, 0]), limit.clamp(max=index + 1), limit)
-        return torch.cat(ids, dim=1), torch.cat(probs, dim=1) if self.sampling.do_sample else None, limit
+        return torch.cat(ids, dim=1), torch.cat(probs, dim=1) if probs else None, limit
 
     def _within_vocabulary(self, ids: Tensor) -> Tensor:
         """Replace ids that a smaller draft vocabulary lacks by its last one: worse drafts, the same text."""
         num_embeddings = self.runner.num_embeddings
         return ids if num_embeddings >= self.num_text_ids else ids.clamp(max=num_embeddings - 1)
 
-    def _choose(self, logits: Tensor, sequences: Sequences, index: int, limit: Tensor) -> tuple[Tensor, Tensor]:
-        """The next id of each row [B, 1] and its distribution [B, 1, V]; for greedy calls its score [B, 1], unused."""
+    def _choose(self, logits: Tensor, sequences: Sequences, index: int, limit: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The next id of each row [B, 1] and the distribution it was drawn from [B, 1, V], None in greedy calls."""
         missing = self.vocab_size - logits.shape[-1]
         if missing:
             logits = F.pad(logits, (0, missing), value=-torch.inf)  # a negative width cuts
@@ -107,7 +108,6 @@ class ModelDrafter:
         if missing > 0:  # where the processors exclude all of a smaller vocabulary, any id is as good a draft
             scores = scores.masked_fill(scores.amax(-1, keepdim=True) == -torch.inf, 0.0)
         if not self.sampling.do_sample:
-            best, ids = scores.max(-1)
-            return ids, best
+            return greedy_ids(scores), None
         probs = self.sampling.probs(scores)
         return draw(probs, uniforms(*probs.shape[:2], device=probs.device)), probs

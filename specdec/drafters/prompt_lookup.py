@@ -6,6 +6,7 @@ Saxena, Prompt Lookup Decoding (2023). It is fast where the output repeats the i
 from __future__ import annotations
 
 import torch
+from specdec_kernels import cpu
 from torch import Tensor
 
 from specdec.core.sampling import Sampling
@@ -28,8 +29,13 @@ class PromptLookup:
         num_ids = sequences.num_requested
         if num_ids == 0:
             return Draft.empty(sequences.batch_size, sequences.device)
-        lengths = sequences.lengths[:, None]
         ids = sequences.ids
+        if cpu.works_on(ids.device):
+            found_ids, num_found = torch.ops.specdec.prompt_lookup(
+                ids, sequences.lengths, limit, self.max_ngram, num_ids
+            )
+            return Draft(found_ids, None, num_found)
+        lengths = sequences.lengths[:, None]
         width = sequences.longest
         columns = torch.arange(width, device=ids.device)
 

@@ -27,6 +27,13 @@ Distribution = tuple[Fraction, ...]
 Chain = dict[Text, Distribution]  # the distribution of the next id after each text
 
 
+@pytest.fixture(params=["tensors", "operators"], autouse=True)
+def _either_way(request: pytest.FixtureRequest) -> None:
+    """Run the test with PyTorch's operators, and with the CPU kernels'."""
+    if request.param == "operators":
+        request.getfixturevalue("cpu_kernels")
+
+
 def distributions(vocab_size: int) -> st.SearchStrategy[Distribution]:
     """With zeros, and often with all mass on few ids."""
     cuts = st.lists(st.integers(0, D), min_size=vocab_size - 1, max_size=vocab_size - 1).map(sorted)

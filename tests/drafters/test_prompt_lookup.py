@@ -16,6 +16,13 @@ from specdec.drafters.prompt_lookup import PromptLookup
 K = 4
 
 
+@pytest.fixture(params=["tensors", "operator"], autouse=True)
+def _either_search(request: pytest.FixtureRequest) -> None:
+    """Run the test with the search by PyTorch's operators, and with the CPU kernels' own."""
+    if request.param == "operator":
+        request.getfixturevalue("cpu_kernels")
+
+
 def reference_lookup(text: list[int], max_ngram: int, limit: int) -> list[int]:
     """What followed the most recent earlier occurrence of the longest n-gram that ends the text."""
     for n in range(min(max_ngram, len(text) - 1), 0, -1):

@@ -10,6 +10,7 @@ result is the same, bit for bit, at any number of rows and threads and at any in
     specdec::attention: see specdec_kernels.attention
     specdec::mean(x [..., K]) -> [..., 1], cos, sin, tanh, gelu, layer_norm: PyTorch's own, opaque to compilers
     specdec::softmax(x, dim), sum(x, dims), torch_linear(x, weight, bias): the same
+    specdec::draft_limits, prompt_lookup, stage_window, greedy_ids, draw, verify, verify_greedy, commit: see step.h
 
 x is float32 or bfloat16, and so are the results; sums are float32. With int8_inputs inputs are rounded to 8 bits, in
 groups of the largest power of two up to 64 that divides the weight's groups (K, for int8_linear), symmetric, to
@@ -54,6 +55,28 @@ for _name in ("mean", "cos", "sin", "tanh"):
 _LIBRARY.define("softmax(Tensor x, int dim, ScalarType? dtype=None) -> Tensor")
 _LIBRARY.define("sum(Tensor x, int[1]? dim, bool keepdim=False, *, ScalarType? dtype=None) -> Tensor")
 _LIBRARY.define("gelu(Tensor x, str approximate) -> Tensor")
+_LIBRARY.define("draft_limits(Tensor lengths, Tensor end, Tensor finished, int? context, int num_ids) -> Tensor")
+_LIBRARY.define(
+    "prompt_lookup(Tensor ids, Tensor lengths, Tensor limit, int max_ngram, int num_ids) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "stage_window(Tensor(a!) ids, Tensor lengths, Tensor draft_ids, Tensor draft_lengths, Tensor limit, int vocab_size)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define("greedy_ids(Tensor scores) -> Tensor")
+_LIBRARY.define("draw(Tensor weights, Tensor uniforms) -> Tensor")
+_LIBRARY.define(
+    "verify(Tensor target_probs, Tensor draft_ids, Tensor? draft_probs, Tensor draft_lengths, Tensor uniforms)"
+    " -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "verify_greedy(Tensor scores, Tensor draft_ids, Tensor draft_lengths) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "commit(Tensor(a!) ids, Tensor(b!) lengths, Tensor end, Tensor(c!) finished, Tensor? stop_ids, Tensor limit,"
+    " Tensor draft_ids, Tensor? draft_probs, Tensor draft_lengths, Tensor accepted, Tensor next_ids, Tensor overlap,"
+    " Tensor is_broken, Tensor is_nan) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 _LIBRARY.define("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor")
 
 _LOADING = threading.Lock()
@@ -78,6 +101,11 @@ def load() -> bool:
     return _IS_LOADED
 
 
+def works_on(device: torch.device) -> bool:
+    """Whether the operators work on tensors of this device."""
+    return device.type == "cpu" and load()
+
+
 def _loads(path: Path) -> bool:
     try:
         reason = untrusted(path)
@@ -93,7 +121,7 @@ def _loads(path: Path) -> bool:
 
 
 def build() -> None:
-    """Build the library, in some ten seconds, and load it.
+    """Build the library, in some twenty seconds, and load it.
 
     Raises RuntimeError where there is no compiler or it fails, OSError where the cache folder cannot be written or
     trusted.

@@ -1,4 +1,5 @@
-// The operators that take most of the time of a decoding forward on a CPU: 4-bit and dense linear layers, attention.
+// The operators that take most of the time of a decoding forward on a CPU, 4-bit and dense linear layers and attention,
+// and those of a step around it.
 //
 // A row's result does not depend on the number of rows of a call, on its index, or on the number of threads: each
 // output is summed in one fixed order. So verifying a draft's tokens together gives the same bits as computing them one
@@ -11,6 +12,7 @@
 #include "int8_linear.h"
 #include "linear.h"
 #include "memory.h"
+#include "step.h"
 
 TORCH_LIBRARY_IMPL(specdec, CPU, m) {
   m.impl("in_huge_pages", in_huge_pages);
@@ -18,6 +20,14 @@ TORCH_LIBRARY_IMPL(specdec, CPU, m) {
   m.impl("int8_linear", int8_linear);
   m.impl("linear", linear);
   m.impl("attention", attention);
+  m.impl("draft_limits", draft_limits);
+  m.impl("prompt_lookup", prompt_lookup);
+  m.impl("stage_window", stage_window);
+  m.impl("greedy_ids", greedy_ids);
+  m.impl("draw", draw);
+  m.impl("verify", verify);
+  m.impl("verify_greedy", verify_greedy);
+  m.impl("commit", commit);
   m.impl("mean", [](const Tensor& x) { return at::mean(x, {-1}, true); });
   m.impl("cos", [](const Tensor& x) { return at::cos(x); });
   m.impl("sin", [](const Tensor& x) { return at::sin(x); });
