@@ -20,7 +20,7 @@ import pytest
 import torch
 import widen_pair
 from common.interleaved import interleave, median_with_interval
-from peers import machine, setup, show
+from peers import machine, measure, runtimes, setup, show
 from peers.engines import (
     CallResult,
     StepMeans,
@@ -53,8 +53,10 @@ def no_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_a_run_ends_with_tables_a_json_and_a_plot(
-    no_peers: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    no_peers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(runtimes, "DTYPES", ("bfloat16",))  # fewer models to compile
+    monkeypatch.setattr(measure, "TUNING_ROUNDS", 1)
     output = tmp_path / "results" / "peers.json"
     assert bench_peers.main([*QUICK, "--batch", "1", "2", "--output", str(output)]) == 0
     report = json.loads(output.read_text(encoding="utf-8"))
@@ -76,7 +78,6 @@ def test_a_run_ends_with_tables_a_json_and_a_plot(
         assert min(r["target_ms"], r["forward_bytes"], r["cpu_ms_per_token"]) > 0
         assert r["tokens_per_step"] >= 1
     tuned = {one["what"]: set(one["tokens_per_second"]) for one in report["tuned"]}
-    assert tuned["transformers plain, batch 1, greedy, 1 thread"] == {"bfloat16", "float32"}
     assert tuned["transformers assisted, batch 1, greedy, 1 thread"] == {"K=1", "K=2"}
     assert {(r["runtime"], r["prompt_tokens"]) for r in report["prompt_processing"]} == {
         ("transformers", 8),
