@@ -535,7 +535,8 @@ def test_a_peer_writes_the_requested_number_of_ids(name: str) -> None:
             for engine in engines:
                 assert [len(row) for row in engine.generate(task_set.tasks()[0]).ids] == [16] * batch
                 assert 4_000_000 < engine.forward_bytes < 6_000_000
-                assert engine.time_steps(task_set.tasks()[0]).other_ms > 0
+                emitted = engine.time_steps(task_set.tasks()[0]).tokens_per_step
+                assert emitted is None or emitted >= 1
         with pytest.raises(PeerFailed):
             runtime.worker.request(op="generate", name="no such pipeline")
     finally:
