@@ -100,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     origin = provenance("cpu")
     try:
         pair = find_pair(args.pair, console)
+        if pair.draft is None:
+            raise ValueError(f"--pair {pair.name} has no draft model")
     except ValueError as error:
         console.print(f"profile_step: {error}", style="red")
         return 1

@@ -42,7 +42,8 @@ from specdec.utils import embedded
 ROOT = Path(__file__).resolve().parent.parent
 ORIGINAL = ROOT / "tests" / "data" / "target"  # the embedded target before it was quantized
 ROTARY_TYPES = ("default", "linear", "llama3")  # frequencies that do not depend on the head's width
-SMALL, LARGE = 2.0**-10, 2.0**26  # they keep new ids from being chosen, see WidenedParameters._head
+# They keep new ids from being chosen, see WidenedParameters._head; LARGE / 8 is a scale that float16 can hold.
+SMALL, LARGE = 2.0**-6, 2.0**18
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ class WidenedParameters:
         """After the last norm the constant is SMALL / (the small model's last rms); new ids' logits are LARGE times
         that lower.
 
-        With a tied head the other logits are higher by the constant times that: about 1e-6, the same for each.
+        With a tied head the other logits are higher by the constant times that, below 1e-3 and the same for each.
         """
         source = self.weights["lm_head.weight"]
         v, h = source.shape

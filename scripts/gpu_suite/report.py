@@ -19,7 +19,7 @@ from specdec.utils.provenance import provenance
 # keys of measured values, which a dry run leaves out
 FIGURE = re.compile(
     r"_us$|gbps$|^ratio|^fraction|^cost|^spread|^seconds$|^worst$|^met$|^launches|^at$|_ms$"
-    r"|^tokens_per_second|^build_s$"
+    r"|tokens_per_second|^cpu_ms_per_token$|^build_s$"
 )
 
 

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 import specdec
+from specdec.quant.layers import is_4bit
 
 Ids = list[list[int]]
 WARM_UP_CALLS = 2
@@ -34,35 +35,52 @@ class Task:
 
 @dataclass(frozen=True)
 class CallResult:
-    """The generated ids of each row, and the seconds that the call took, prompt included."""
+    """The generated ids of each row, and what the call took, prompt included.
+
+    seconds: wall time. cpu_seconds: of all threads of the engine's process together.
+    """
 
     ids: Ids
     seconds: float
+    cpu_seconds: float
 
 
 @dataclass(frozen=True)
 class StepMeans:
     """Mean times of a call's steps. A step is one forward of the target for the whole batch.
 
-    tokens_per_step: of a row, steps without a draft included. prompt_ms: the call without its steps: preparation, the
-    prompt and the first step. The parts are means over the other steps. verification_ms: None where it is part of
-    other_ms.
+    tokens_per_step: of a row, steps without a draft included; None where the engine does not say. prompt_ms: the call
+    without its steps: preparation, the prompt and the first step. The parts are means over the other steps; None: a
+    part that is in other_ms.
     """
 
-    tokens_per_step: float
+    tokens_per_step: float | None
     prompt_ms: float
-    draft_ms: float
-    target_ms: float
+    draft_ms: float | None
+    target_ms: float | None
     verification_ms: float | None
     other_ms: float
 
 
 class Engine(Protocol):
-    """A way to generate. Calls are made within `with engine.ready():`."""
+    """A way to generate. Calls are made within `with engine.ready():`.
 
-    runtime: str
-    name: str
-    num_draft_tokens: int | str | None
+    weights: names the format of the target's weights. forward_bytes: of the weights that one forward of the target
+    reads, each once, None where that is not known.
+    """
+
+    @property
+    def runtime(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def num_draft_tokens(self) -> int | str | None: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def weights(self) -> str: ...
+    @property
+    def forward_bytes(self) -> int | None: ...
 
     def ready(self) -> AbstractContextManager[None]:
         """Set up, untimed."""
@@ -92,6 +110,15 @@ class TransformersEngine:
     num_draft_tokens: int | str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def weights(self) -> str:
+        dtype = str(self.target.dtype).removeprefix("torch.")
+        return f"4 bits, {dtype}" if is_4bit(self.target) else dtype
+
+    @property
+    def forward_bytes(self) -> int:
+        return forward_bytes(self.target)
+
     @contextmanager
     def ready(self) -> Iterator[None]:
         with ExitStack() as stack:
@@ -113,12 +140,12 @@ class TransformersEngine:
         if task.sampled:
             sampling |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         torch.manual_seed(task.seed)
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         output = self.target.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=task.new_tokens, **sampling, **self.options
         )
         new = output[:, ids.shape[1] :].tolist()
-        return CallResult(new, time.perf_counter() - started)
+        return CallResult(new, time.perf_counter() - started, time.process_time() - cpu_started)
 
     def time_steps(self, task: Task) -> StepMeans:
         models = [self.target] if self.draft is None else [self.target, self.draft]
@@ -201,6 +228,25 @@ def specdec_draft(
 
 def specdec_lookup(target: PreTrainedModel, threads: int, k: int) -> SpecdecEngine:
     return SpecdecEngine("specdec", "prompt lookup", target, threads, None, k, drafter="prompt_lookup")
+
+
+def forward_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the weights that one forward reads: each tensor once, codes, scales and the head included.
+
+    Of an embedding that is not the head too, a forward reads single rows, which are not counted.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    head_pointers = {tensor.data_ptr() for tensor in (*head.parameters(), *head.buffers())}
+    sizes: dict[int, int] = {}
+    for module in model.modules():
+        tensors = module._parameters | module._buffers
+        present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        if "kernel_scale" in present:  # what a 4-bit layer's kernel reads in place of these
+            present = {name: tensor for name, tensor in present.items() if name not in ("weight_scale", "weight_zero")}
+        for tensor in present.values():
+            if module is not embedding or tensor.data_ptr() in head_pointers:
+                sizes[tensor.data_ptr()] = tensor.nbytes
+    return sum(sizes.values())
 
 
 class TimedForwards:

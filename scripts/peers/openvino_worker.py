@@ -1,20 +1,22 @@
-"""OpenVINO GenAI in its own process and virtual environment: a line of JSON in, a line of JSON out."""
+"""OpenVINO GenAI in its own process; see worker.py."""
 
-import json
-import os
-import sys
 import time
+from functools import cache
+from pathlib import Path
 
 import numpy
 import openvino
 import openvino_genai
+from serve import serve
 
 CACHE_GB = 1
 ALL_IDS = 1 << 30  # top_k: the whole vocabulary
 ALL_TOKENS = (1 << 63) - 1  # of prompts in one forward, which is its own default for a single user
+MAX_NGRAM = 3  # its own default
 
 
-def load(target: str, draft: str | None, threads: int):
+def load(message: dict):
+    threads, draft = message["threads"], message["draft"]
     properties = {"INFERENCE_NUM_THREADS": threads}
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.cache_size, scheduler.max_num_batched_tokens = CACHE_GB, ALL_TOKENS
@@ -22,60 +24,67 @@ def load(target: str, draft: str | None, threads: int):
     properties["scheduler_config"] = scheduler
     if draft is not None:
         properties["draft_model"] = openvino_genai.draft_model(draft, "CPU", INFERENCE_NUM_THREADS=threads)
-    return openvino_genai.LLMPipeline(target, "CPU", **properties)
+    if message["lookup"]:
+        properties["prompt_lookup"] = True
+    pipeline = openvino_genai.LLMPipeline(message["target"], "CPU", **properties)
+    return (pipeline, message["lookup"]), forward_bytes(message["target"])
 
 
-def generate(pipeline, prompts: list[list[int]], new_tokens: int, sampled: bool, seed: int, k: int | None) -> dict:
+@cache
+def forward_bytes(folder: str) -> int:
+    """Bytes of the constants that matrix products read: codes, scales and zero points."""
+    model = openvino.Core().read_model(Path(folder) / "openvino_model.xml")
+    sizes: dict[str, int] = {}
+    found = [op for op in model.get_ordered_ops() if op.get_type_name() == "MatMul"]
+    sources = [op.input_value(1).get_node() for op in found]
+    while sources:
+        node = sources.pop()
+        if node.get_type_name() == "Constant":
+            sizes[node.get_friendly_name()] = node.get_byte_size()
+        elif node.get_type_name() in ("Convert", "Multiply", "Subtract", "Reshape"):  # how 4-bit weights are written
+            sources += [value.get_node() for value in node.input_values()]
+    return sum(sizes.values())
+
+
+def generate(loaded, message: dict) -> dict:
+    pipeline, lookup = loaded
+    k = message["k"]
     config = openvino_genai.GenerationConfig()
-    config.max_new_tokens, config.ignore_eos = new_tokens, True
+    config.max_new_tokens, config.ignore_eos = message["new_tokens"], True
     if k is not None:
         config.num_assistant_tokens = k
-    if sampled:
+    if lookup:
+        config.max_ngram_size = MAX_NGRAM
+    if message["sampled"]:
         config.do_sample, config.temperature, config.top_p, config.top_k = True, 1.0, 1.0, ALL_IDS
-        config.rng_seed = seed
-    ids = numpy.array(prompts, dtype=numpy.int64)
+        config.rng_seed = message["seed"]
+    ids = numpy.array(message["prompts"], dtype=numpy.int64)
     inputs = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(numpy.ones_like(ids)))
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     results = pipeline.generate(inputs, config)
-    seconds = time.perf_counter() - started
-    return {"ids": [list(row) for row in results.tokens], "seconds": seconds} | metrics(results, k)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    answer = {"ids": [list(row) for row in results.tokens], "seconds": seconds, "cpu_seconds": cpu_seconds}
+    if lookup:  # it reports no times; each step of a single row emits one id of the target's own
+        emitted = list(results.perf_metrics.raw_metrics.m_batch_sizes)
+        accepted = sum(emitted) - len(emitted) if len(ids) == 1 else None
+        return answer | {"target_s": None, "draft_s": None, "steps": len(emitted), "accepted": accepted}
+    return answer | metrics(results, speculative=k is not None)
 
 
-def metrics(results, k: int | None) -> dict:
+def metrics(results, speculative: bool) -> dict:
     """Seconds of the models' forwards, the prompt's included; the numbers of steps and of accepted draft ids."""
     perf = results.perf_metrics
     steps = len(perf.raw_metrics.token_infer_durations)
-    if k is None:
+    if not speculative:
         return {"target_s": total(perf), "draft_s": 0.0, "steps": steps, "accepted": 0}
     both = results.extended_perf_metrics
-    accepted = both.get_num_accepted_tokens()
     parts = {"target_s": total(both.main_model_metrics), "draft_s": total(both.draft_model_metrics)}
-    return parts | {"steps": steps, "accepted": accepted}
+    return parts | {"steps": steps, "accepted": both.get_num_accepted_tokens()}
 
 
 def total(perf) -> float:
     return sum(perf.raw_metrics.inference_durations) / 1e6
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print goes to the log
-    pipelines: dict = {}
-    for line in sys.stdin:
-        message = json.loads(line)
-        try:
-            if message["op"] == "load":  # once: one pipeline serves every K
-                if message["name"] not in pipelines:
-                    pipelines[message["name"]] = load(message["target"], message["draft"], message["threads"])
-                answer = {}
-            else:
-                answer = generate(
-                    pipelines[message["name"]], *(message[n] for n in ("prompts", "new_tokens", "sampled", "seed", "k"))
-                )
-        except Exception as error:  # the parent process raises it
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve(load, generate)

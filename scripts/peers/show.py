@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
+from peers.measure import ratios
+
 Result = dict[str, Any]
-COLOURS = {"transformers": "#8a8a8a", "OpenVINO": "#3b75af", "specdec": "#d1602f"}
+COLOURS = {
+    "transformers": "#8a8a8a", "OpenVINO": "#3b75af", "ONNX Runtime": "#4c9a5b", "llama.cpp": "#8c6bb1",
+    "specdec": "#d1602f",
+}  # fmt: skip
+WIDTH = 100
+IDLE_ENOUGH = 0.95  # of the CPU time, below which ratios would be those of other programs too
+STOCK_LOOP = "4-bit, stock loop"  # transformers' own, on specdec's model: what texts are compared with
+
+
+def threads_of(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def name_of(result: Result) -> str:
@@ -18,39 +30,102 @@ def name_of(result: Result) -> str:
     return f"{result['runtime']} {result['engine']}{k}"
 
 
+def is_idle(report: dict[str, Any]) -> bool:
+    """Whether other programs used so little of the machine that ratios mean something."""
+    idle = report["provenance"]["idle_otherwise"]
+    return idle is not None and idle >= IDLE_ENOUGH
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The best of each runtime; all rows are in the JSON."""
+    console, results = Console(width=WIDTH), report["results"]
+    for sampling in dict.fromkeys(r["sampling"] for r in results):
+        rows = [r for r in results if r["sampling"] == sampling]
+        for title, wanted in (("plain decoding", is_plain), ("with speculation", is_speculative)):
+            console.print(f"\n{title}, {sampling}: tokens/s of whole calls (decoding; CPU ms a token)", highlight=False)
+            console.print(best_table([r for r in rows if wanted(r)]))
+    if report["bounds"]:
+        console.print("\nplain decoding, one row: bytes of the weights, and the bound of reading them")
+        console.print(bound_table(report["bounds"]))
+    if report["prompt_processing"]:
+        console.print("\nreading a prompt, one row: tokens/s by its length")
+        console.print(prompt_table(report["prompt_processing"]))
+    console.print()
+    idle = report["provenance"]["idle_otherwise"]
+    share = "an unknown share" if idle is None else f"{100 * idle:.0f} %"
+    console.print(f"{share} of the CPU time was not used by other programs", highlight=False)
+    if is_idle(report):
+        lines = sentences(results)
+    else:
+        lines = [f"so no ratios: they need a machine that is at least {100 * IDLE_ENOUGH:.0f} % idle otherwise"]
+    for line in [*lines, *report["missing"]]:
+        console.print(line, highlight=False)
+
+
 def groups(results: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
-    """Results by batch and sampling, in their order, each group with its title."""
-    for (batch, sampling), group in groupby(results, key=lambda r: (r["batch"], r["sampling"])):
-        yield f"batch {batch}, {sampling}", list(group)
+    """Results by batch, sampling and threads, each group with its title."""
+    keys = dict.fromkeys((r["batch"], r["sampling"], r["threads"]) for r in results)
+    for batch, sampling, threads in keys:
+        group = [r for r in results if (r["batch"], r["sampling"], r["threads"]) == (batch, sampling, threads)]
+        yield f"batch {batch}, {sampling}, {threads_of(threads)}", group
 
 
-def speed_table(title: str, group: Sequence[Result]) -> Table:
-    """Tokens per second of each engine: the median of interleaved rounds, and their range."""
-    table = Table(title=f"{title}: tokens per second, median of interleaved rounds", title_justify="left")
-    for column in ("engine", "tok/s", "least – most", "× baseline", "× own plain", "same text"):
+def is_plain(result: Result) -> bool:
+    return result["engine"] == "plain"
+
+
+def is_speculative(result: Result) -> bool:
+    return result["engine"] not in ("plain", STOCK_LOOP)
+
+
+def best_table(results: Sequence[Result]) -> Table:
+    """The fastest engine of each runtime, a row each, by batch and threads: whole calls, and decoding alone."""
+    table = Table()
+    table.add_column("", no_wrap=True)
+    columns = list(dict.fromkeys((r["batch"], r["threads"]) for r in results))
+    for batch, threads in columns:
+        table.add_column(f"batch {batch}\n{threads_of(threads)}", justify="right")
+    for runtime in dict.fromkeys(r["runtime"] for r in results):
+        cells = []
+        for column in columns:
+            fastest = best([r for r in results if (r["batch"], r["threads"]) == column], runtime)
+            cells.append("" if fastest is None else cell_of(fastest))
+        table.add_row(runtime, *cells)
+    return table
+
+
+def cell_of(result: Result) -> str:
+    decoding = result["decode_tokens_per_second"]
+    k = "" if result["num_draft_tokens"] is None else f"{result['engine']} {result['num_draft_tokens']}"
+    second = f"({'-' if decoding is None else f'{decoding:,.0f}'}; {result['cpu_ms_per_token']:.2f})"
+    return f"{result['tokens_per_second']:,.0f}\n{second}" + (f"\n{k}" if k else "")
+
+
+def bound_table(bounds: Sequence[Result]) -> Table:
+    """What reading the target's weights allows in plain decoding of one row, and the share that was reached."""
+    table = Table()
+    for column in ("engine", "threads", "MB", "GB/s", "bound, tok/s", "reached"):
         table.add_column(column, justify="left" if column == "engine" else "right", no_wrap=True)
-    for r in group:
-        rounds = r["tokens_per_second_rounds"]
+    for r in bounds:
         table.add_row(
-            name_of(r), f"{r['tokens_per_second']:,.0f}", f"{min(rounds):,.0f} – {max(rounds):,.0f}",
-            f"{r['ratio_to_baseline']['median']:.2f}", f"{r['ratio_to_own_plain']['median']:.2f}",
-            "" if r["identical_rows"] is None else f"{r['identical_rows']}/{r['rows']}",
+            f"{r['runtime']}, {r['weights']}", str(r["threads"]), f"{r['forward_bytes'] / 1e6:,.1f}",
+            f"{r['gb_per_second']:.1f}", f"{r['bound_tokens_per_second']:,.0f}",
+            "" if r["share"] is None else f"{100 * r['share']:.0f} %",
         )  # fmt: skip
     return table
 
 
-def steps_table(title: str, group: Sequence[Result]) -> Table:
-    """The parts of a step, and what a call takes besides its steps."""
-    table = Table(
-        title=f"{title}: one step (a forward of the target) in ms; what a call takes besides", title_justify="left"
-    )
-    for column in ("engine", "tokens", "draft", "target", "verifying", "rest", "together", "prompt"):
-        table.add_column(column, justify="left" if column == "engine" else "right", no_wrap=True)
-    for r in group:
-        parts = [r["draft_ms"], r["target_ms"], r["verification_ms"], r["other_ms"]]
-        written = ["in rest" if part is None else f"{part:.2f}" for part in parts]
-        together = f"{sum(part or 0 for part in parts):.2f}"
-        table.add_row(name_of(r), f"{r['tokens_per_step']:.2f}", *written, together, f"{r['prompt_ms']:.0f}")
+def prompt_table(timed: Sequence[Result]) -> Table:
+    """Tokens per second of reading a prompt, by its length and threads."""
+    table = Table()
+    table.add_column("", no_wrap=True)
+    columns = sorted({(r["threads"], r["prompt_tokens"]) for r in timed})
+    for threads, length in columns:
+        table.add_column(f"{length:,}\n{threads_of(threads)}", justify="right")
+    rates = {(r["runtime"], r["threads"], r["prompt_tokens"]): r["tokens_per_second"] for r in timed}
+    for runtime in dict.fromkeys(r["runtime"] for r in timed):
+        cells = [rates.get((runtime, *column)) for column in columns]
+        table.add_row(runtime, *("" if rate is None else f"{rate:,.0f}" for rate in cells))
     return table
 
 
@@ -59,20 +134,28 @@ def best(results: Sequence[Result], runtime: str) -> Result | None:
 
 
 def sentences(results: Sequence[Result]) -> list[str]:
-    """For each group, specdec's fastest engine against each other runtime's fastest, whichever is faster."""
+    """For each group, specdec's fastest engine against the fastest of the others, plain and with speculation.
+
+    Ratios are medians of those within a round, whichever is faster.
+    """
     lines = []
+    kinds: list[tuple[str, Callable[[Result], bool]]] = [("plain", is_plain), ("speculative", is_speculative)]
     for title, group in groups(results):
-        fastest = best(group, "specdec")
-        runtimes = dict.fromkeys(r["runtime"] for r in group if r["runtime"] != "specdec")
-        others = [other for runtime in runtimes if (other := best(group, runtime)) is not None]
-        if fastest is not None and others:
-            rate = fastest["tokens_per_second"]
-            comparisons = [
-                f"{rate / o['tokens_per_second']:.2f} times {name_of(o)} ({o['tokens_per_second']:,.0f})"
-                for o in others
-            ]
-            lines.append(f"{title}: {name_of(fastest)} ({rate:,.0f} tok/s) is {', '.join(comparisons)}")
+        for kind, wanted in kinds:
+            rows = [r for r in group if wanted(r)]
+            ours = best(rows, "specdec")
+            other = max((r for r in rows if r["runtime"] != "specdec"), key=_rate, default=None)
+            if ours is not None and other is not None:
+                ratio = ratios(ours["tokens_per_second_rounds"], other["tokens_per_second_rounds"])["median"]
+                lines.append(
+                    f"{title}, {kind}: {name_of(ours)} ({_rate(ours):,.0f} tok/s) is {ratio:.2f} times"
+                    f" {name_of(other)} ({_rate(other):,.0f})"
+                )
     return lines
+
+
+def _rate(result: Result) -> float:
+    return float(result["tokens_per_second"])
 
 
 def plot(results: Sequence[Result], title: str, path: Path) -> None:
