@@ -1,4 +1,4 @@
-// The operators that take most of the time of a decoding forward on a CPU: 4-bit and dense linear layers, attention.
+// The operators of a decoding forward on a CPU: 4-bit and dense linear layers, norms, attention.
 //
 // A row's result does not depend on the number of rows of a call, on its index, or on the number of threads: each
 // output is summed in one fixed order. So verifying a draft's tokens together gives the same bits as computing them one
@@ -9,11 +9,16 @@
 #include "attention.h"
 #include "int4_linear.h"
 #include "linear.h"
+#include "norm.h"
+#include "shims.h"
 
 TORCH_LIBRARY_IMPL(specdec, CPU, m) {
   m.impl("int4_linear", int4_linear);
   m.impl("linear", linear);
   m.impl("attention", attention);
+  m.impl("rotary_attention", rotary_attention);
+  m.impl("rms_norm", rms_norm);
+  m.impl("add_rms_norm", add_rms_norm);
   m.impl("mean", [](const Tensor& x) { return at::mean(x, {-1}, true); });
   m.impl("cos", [](const Tensor& x) { return at::cos(x); });
   m.impl("sin", [](const Tensor& x) { return at::sin(x); });
