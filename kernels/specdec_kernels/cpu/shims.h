@@ -18,12 +18,22 @@ using torch::aot_inductor::new_tensor_handle;
 
 inline Tensor& tensor_of(AtenTensorHandle handle) { return *reinterpret_cast<Tensor*>(handle); }
 
-inline std::vector<Tensor> tensors_of(const AtenTensorHandle* handles, int64_t count) {
-  std::vector<Tensor> tensors;
-  tensors.reserve(count);
-  for (int64_t i = 0; i < count; ++i) tensors.push_back(tensor_of(handles[i]));
-  return tensors;
-}
+// The tensors of a list of handles, which own them: no reference is counted.
+class Borrowed {
+ public:
+  Borrowed(const AtenTensorHandle* handles, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) tensors_.push_back(Traits::createBorrow(tensor_of(handles[i])));
+  }
+  Borrowed(const Borrowed&) = delete;
+  ~Borrowed() {
+    for (Tensor& tensor : tensors_) Traits::destroyBorrow(tensor);
+  }
+  operator at::TensorList() const { return tensors_; }
+
+ private:
+  using Traits = c10::MaybeOwnedTraits<Tensor>;
+  c10::SmallVector<Tensor, 4> tensors_;
+};
 
 }  // namespace
 
@@ -33,8 +43,8 @@ extern "C" {
 AOTITorchError aoti_torch_cpu_int4_linear(AtenTensorHandle x, const AtenTensorHandle* packed, int64_t num_packed,
     const AtenTensorHandle* scales, int64_t num_scales, const int64_t* columns, int64_t num_columns, ...) {
   AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
-    std::vector<Tensor> results = int4_linear(tensor_of(x), tensors_of(packed, num_packed),
-        tensors_of(scales, num_scales), {columns, static_cast<size_t>(num_columns)});
+    std::vector<Tensor> results = int4_linear(tensor_of(x), Borrowed(packed, num_packed),
+        Borrowed(scales, num_scales), {columns, static_cast<size_t>(num_columns)});
     va_list handles;
     va_start(handles, num_columns);
     for (Tensor& result : results) *va_arg(handles, AtenTensorHandle*) = new_tensor_handle(std::move(result));
