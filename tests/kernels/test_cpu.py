@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import subprocess
@@ -45,6 +46,14 @@ def check(got: Tensor, want: Tensor) -> None:
     assert got.shape == want.shape
     error = (got.double() - want.double()).norm() / want.double().norm()
     assert error < TOLERANCE[got.dtype]
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("int8_inputs", [False, True])
@@ -239,19 +248,88 @@ def test_attention_in_another_dtype_goes_through_float32() -> None:
     assert got.float().equal(want)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The definition, in PyTorch's operators."""
+    values = x.float()
+    return weight * (values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize("columns", [1, 16, 40, 64, 100, 257, 576, 1000, 2048, 5120])
+def test_norms_give_the_bits_of_pytorch(columns: int, dtype: torch.dtype) -> None:
+    weight = random(columns, dtype=dtype, seed=1)
+    for rows in (1, 3, 70):
+        x, y = 3 * random(rows, columns, dtype=dtype), random(rows, columns, dtype=dtype, seed=2)
+        assert OPS.rms_norm(x, weight, 1e-5).equal(rms_norm(x, weight, 1e-5))
+        total, normed = OPS.add_rms_norm(x, y, weight, 1e-6)
+        assert total.equal(x + y)
+        assert normed.equal(rms_norm(x + y, weight, 1e-6))
+        assert OPS.rms_norm(x.T.contiguous().T, weight, 1e-5).equal(rms_norm(x, weight, 1e-5))
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The definition of the rotary embedding of x [B, H, W, D], by halves."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat([-high, low], dim=-1) * sin[:, None]
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "value_dim"), [(4, 1, 64, 64), (4, 4, 40, 24), (6, 2, 8, 128), (2, 1, 16, 7)]
+)
+@pytest.mark.parametrize(("batch", "width"), [(1, 1), (3, 5), (1, 70)])
+def test_rotary_attention_gives_the_bits_of_its_parts(
+    batch: int, width: int, heads: int, kv_heads: int, dim: int, value_dim: int, dtype: torch.dtype
+) -> None:
+    query, key, value = (
+        random(batch, width, count * size, dtype=dtype, seed=count)
+        for count, size in ((heads, dim), (kv_heads, dim), (kv_heads, value_dim))
+    )
+    cos, sin = random(2, batch, width, dim, dtype=dtype)
+    positions = torch.arange(width) + 3 * torch.arange(batch)[:, None]
+    intervals = torch.stack([positions // 2, positions], dim=1)[..., None].int()
+    keys, values = (random(batch, kv_heads, 90, size, dtype=dtype, seed=3) for size in (dim, value_dim))
+
+    states = [x.unflatten(2, (-1, size)).transpose(1, 2) for x, size in ((query, dim), (key, dim), (value, value_dim))]
+    want_keys, want_values = keys.clone(), values.clone()
+    rows = torch.arange(batch)[:, None]
+    want_keys[rows, :, positions] = rotated(states[1], cos, sin).transpose(1, 2)
+    want_values[rows, :, positions] = states[2].transpose(1, 2)
+    first, last = intervals[..., 0].unbind(1)
+    want = OPS.attention(rotated(states[0], cos, sin), want_keys, want_values, first, last, 0.125)
+
+    got = OPS.rotary_attention(query, key, value, cos, sin, positions, intervals, keys, values, 0.125)
+    assert got.equal(want.flatten(2))
+    assert keys.equal(want_keys)
+    assert values.equal(want_values)
+
+
+def test_a_position_beyond_the_cache_is_refused() -> None:
+    states, rotation = random(1, 1, 8), random(1, 1, 8)
+    buffers = random(1, 1, 4, 8), random(1, 1, 4, 8)
+    for position in (-1, 4):
+        positions = torch.tensor([[position]])
+        intervals = torch.zeros(1, 2, 1, 1, dtype=torch.int32)
+        with pytest.raises(RuntimeError, match=f"position {position} of a cache of 4 slots"):
+            OPS.rotary_attention(states, states, states, rotation, rotation, positions, intervals, *buffers, 1.0)
+
+
+def test_the_library_has_the_declared_c_functions() -> None:
+    functions = ctypes.CDLL(str(cpu.built_at()))
+    for operator, declarations in cpu.c_shims().items():
+        for declaration in declarations:
+            name = declaration.partition("(")[0].split()[-1]
+            assert getattr(functions, name)
+            assert name == f"aoti_torch_cpu_{operator.overloadpacket.__name__}"
+
+
 def test_large_scores_do_not_overflow() -> None:
     query, key, value = 100 * random(1, 1, 2, 32), 100 * random(1, 1, 50, 32, seed=1), random(1, 1, 50, 32, seed=2)
     last = torch.tensor([[30, 49]], dtype=torch.int32)
     got = OPS.attention(query, key, value, torch.zeros_like(last), last, 1.0)
     check(got, reference.attention(query.double(), key.double(), value.double(), torch.zeros_like(last), last, 1.0))
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("threads")

@@ -12,6 +12,7 @@ import resource
 import sys
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import cache
@@ -153,6 +154,21 @@ def test_logits_of_a_4_bit_target_are_bit_exact(dtype: torch.dtype) -> None:
     target, _ = embedded_pair(dtype)
     # prompts of more than 64 positions run compiled too
     assert_bit_exact(target, (1, 2, 6, 9), [200], [70], [1], [200, 1, 33])
+
+
+@pytest.mark.parametrize("weights", ["float32", "int4_kernel"])
+@pytest.mark.parametrize(("model_type", "is_fused"), [("llama", True), ("qwen3", True), ("gemma3_text", False)])
+def test_norms_and_attention_are_one_operator_each(model_type: str, is_fused: bool, weights: str) -> None:
+    """Of Llama's form; qwen3 has norms of queries and keys too, and gemma3 adds 1 to the weights of its norms."""
+    model, _ = family_on_kernels(model_type, weights)
+    program, _ = tracing.trace(PairMember("target", ModelRunner(model), exact=True))
+    counts = Counter(str(node.target) for node in program.graph.nodes if node.op == "call_function")
+    layers = model.config.num_hidden_layers
+    assert counts["specdec.rotary_attention.default"] == layers
+    assert counts["specdec.attention.default"] == counts["aten.index_put_.default"] == 0
+    assert counts["specdec.add_rms_norm.default"] == 2 * layers * is_fused
+    assert counts["specdec.rms_norm.default"] == (1 + 2 * layers * (model_type == "qwen3")) * is_fused
+    assert (counts["specdec.mean.default"] == 0) == is_fused
 
 
 def test_activation_order_and_experts_are_bit_exact(tmp_path: Path) -> None:

@@ -8,6 +8,12 @@ result is the same, bit for bit, at any number of rows and threads and at any in
     specdec::int8_linear(x [..., K], weight int8 [N, K], scale [N], int8_inputs) -> [..., N]; K a multiple of 16
     specdec::linear(x [..., K], weight [N, K], bias [N] or None) -> [..., N]
     specdec::attention: see specdec_kernels.attention
+    specdec::rms_norm(x [..., K], weight [K], eps) -> [..., K]: the bits of PyTorch's operators
+    specdec::add_rms_norm(x, y, weight, eps) -> x + y, rms_norm(x + y, weight, eps)
+    specdec::rotary_attention(query [B, W, H * D], key [B, W, H' * D], value [B, W, H' * DV], cos [B, W, D], sin,
+        positions [B, W] int64, intervals [B, 2, W, 1] int32, keys, values, scale) -> [B, W, H * DV]
+        rotates the halves of query and key, writes key and value into the buffers keys [B, H', S, D] and values
+        [B, H', S, DV] at the positions, and attends to the slots of the intervals, first to last
     specdec::mean(x [..., K]) -> [..., 1], cos, sin, tanh, gelu, layer_norm: PyTorch's own, opaque to compilers
     specdec::softmax(x, dim), sum(x, dims), torch_linear(x, weight, bias): the same
     specdec::draft_limits, prompt_lookup, stage_window, greedy_ids, draw, verify, verify_greedy, commit: see step.h
@@ -20,6 +26,7 @@ with bfloat16 products (AVX512-BF16), and not on others.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -52,6 +59,13 @@ for _name in ("linear", "torch_linear"):
     _LIBRARY.define(f"{_name}(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 for _name in ("mean", "cos", "sin", "tanh"):
     _LIBRARY.define(f"{_name}(Tensor x) -> Tensor")
+for _schema in (
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    "add_rms_norm(Tensor x, Tensor y, Tensor weight, float eps) -> (Tensor, Tensor)",
+    "rotary_attention(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor positions, "
+    "Tensor intervals, Tensor(a!) keys, Tensor(b!) values, float scale) -> Tensor",
+):
+    _LIBRARY.define(_schema, tags=torch.Tag.flexible_layout)  # else the compiler copies some inputs for each call
 _LIBRARY.define("softmax(Tensor x, int dim, ScalarType? dtype=None) -> Tensor")
 _LIBRARY.define("sum(Tensor x, int[1]? dim, bool keepdim=False, *, ScalarType? dtype=None) -> Tensor")
 _LIBRARY.define("gelu(Tensor x, str approximate) -> Tensor")
@@ -78,6 +92,17 @@ _LIBRARY.define(
     " Tensor is_broken, Tensor is_nan) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor")
+
+# Declarations of shims.h: the arguments of each operator as torch's compiler passes them to a C function.
+_SHIMS = {
+    "int4_linear": "TENSOR, const TENSOR*, int64_t, const TENSOR*, int64_t, const int64_t*, int64_t, int32_t, ...",
+    "int8_linear": "TENSOR, TENSOR, TENSOR, int32_t, TENSOR*",
+    "linear": "TENSOR, TENSOR, const TENSOR*, TENSOR*",
+    "rms_norm": "TENSOR, TENSOR, double, TENSOR*",
+    "add_rms_norm": "TENSOR, TENSOR, TENSOR, double, TENSOR*, TENSOR*",
+    "attention": "TENSOR, TENSOR, TENSOR, TENSOR, TENSOR, double, TENSOR*",
+    "rotary_attention": f"{9 * 'TENSOR, '}double, TENSOR*",
+}
 
 _LOADING = threading.Lock()
 _IS_LOADED: bool | None = None  # None: not tried yet
@@ -110,6 +135,7 @@ def _loads(path: Path) -> bool:
     try:
         reason = untrusted(path)
         if reason is None:
+            ctypes.CDLL(str(path.resolve()), mode=ctypes.RTLD_GLOBAL)  # compiled packages call the functions of shims.h
             torch.ops.load_library(path.resolve())
             return True
     except OSError as error:
@@ -151,6 +177,21 @@ def build() -> None:
     _IS_LOADED = None
     if not load():
         raise RuntimeError(_WARNED[-1] if _WARNED else f"{path} is gone")
+
+
+def c_shims() -> dict[torch._ops.OpOverload, list[str]]:
+    """The C functions that torch's compiler may call for an operator, for `custom_ops_to_c_shims` of its settings.
+
+    The library's symbols are seen by compiled packages on Linux alone.
+    """
+    if sys.platform != "linux":
+        return {}
+    return {
+        getattr(torch.ops.specdec, name).default: [
+            f"AOTITorchError aoti_torch_cpu_{name}({arguments.replace('TENSOR', 'AtenTensorHandle')})"
+        ]
+        for name, arguments in _SHIMS.items()
+    }
 
 
 def was_warned_of(error: Exception) -> bool:
@@ -275,6 +316,32 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @library.register_fake("specdec::mean", lib=_LIBRARY)
 def _(x: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], 1)
+
+
+@library.register_fake("specdec::rms_norm", lib=_LIBRARY)
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@library.register_fake("specdec::add_rms_norm", lib=_LIBRARY)
+def _(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@library.register_fake("specdec::rotary_attention", lib=_LIBRARY)
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    intervals: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+) -> Tensor:
+    return query.new_empty(*positions.shape, query.shape[2] // keys.shape[3] * values.shape[3])
 
 
 @library.register_fake("specdec::softmax", lib=_LIBRARY)

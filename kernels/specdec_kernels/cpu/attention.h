@@ -1,4 +1,4 @@
-// Attention over a ragged KV cache: specdec::attention.
+// Attention over a ragged KV cache: specdec::attention, specdec::rotary_attention.
 #pragma once
 
 #include "vectors.h"
@@ -34,7 +34,7 @@ void attend(const float* x, const T* keys, Cache k, const T* values, Cache v, co
   const int64_t num_slots = std::max<int64_t>(0, end - start);
   if (num_slots == 0) start = 0;
   const int64_t capacity = num_slots + 2 * LANES;
-  std::vector<float> scores(R * capacity);
+  float* scores = scratch<float>(R * capacity);
   for (int64_t j = 0; j < num_slots; j += 4) {
     const T* four[4];  // keys; beyond the last slot the last key is repeated
     for (int64_t i = 0; i < 4; ++i) four[i] = keys + (start + std::min(j + i, num_slots - 1)) * k.stride;
@@ -81,8 +81,8 @@ void attend(const float* x, const T* keys, Cache k, const T* values, Cache v, co
   int64_t d = 0;
   values += start * v.stride;
   for (; d + 4 * LANES <= v.dim; d += 4 * LANES)
-    mix<R, 4>(scores.data(), capacity, values + d, v, num_slots, total, y + d);
-  for (; d + LANES <= v.dim; d += LANES) mix<R, 1>(scores.data(), capacity, values + d, v, num_slots, total, y + d);
+    mix<R, 4>(scores, capacity, values + d, v, num_slots, total, y + d);
+  for (; d + LANES <= v.dim; d += LANES) mix<R, 1>(scores, capacity, values + d, v, num_slots, total, y + d);
   if (d < v.dim)
     for (int r = 0; r < R; ++r) {
       Vec sums = {};
@@ -93,45 +93,63 @@ void attend(const float* x, const T* keys, Cache k, const T* values, Cache v, co
     }
 }
 
+// Queries [B, H, W, D]: strides of the first three dimensions; the last is contiguous.
 template <typename T>
-void attention_into(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& first,
-    const Tensor& last, double scale, Tensor& y) {
-  const int64_t heads = query.size(1), width = query.size(2), dim = query.size(3), value_dim = value.size(3),
+struct Queries {
+  const T* at;
+  int64_t row_stride, head_stride, column_stride, heads, width;
+};
+
+// first, last: of row b and column w at b * interval_stride + w.
+template <typename T>
+void attention_into(const Queries<T>& query, const Tensor& key, const Tensor& value, const int32_t* first,
+    const int32_t* last, int64_t interval_stride, double scale, T* out) {
+  const int64_t heads = query.heads, width = query.width, dim = key.size(3), value_dim = value.size(3),
       slots = key.size(2);
   const int64_t kv_heads = key.size(1), group = heads / kv_heads, queries = group * width, units = (queries + 3) / 4;
-  const T *q = query.const_data_ptr<T>(), *k = key.const_data_ptr<T>(), *v = value.const_data_ptr<T>();
-  const int32_t *from = first.const_data_ptr<int32_t>(), *to = last.const_data_ptr<int32_t>();
-  T* out = y.mutable_data_ptr<T>();
+  const T *k = key.const_data_ptr<T>(), *v = value.const_data_ptr<T>();
   const int64_t grain = std::max<int64_t>(1, WORK / std::max<int64_t>(1, 4 * slots * dim));
-  at::parallel_for(0, query.size(0) * kv_heads * units, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> x(4 * dim), mixed(4 * value_dim);
+  at::parallel_for(0, key.size(0) * kv_heads * units, grain, [&](int64_t begin, int64_t end) {
+    float *x = scratch<float, 1>(4 * (dim + value_dim)), *mixed = x + 4 * dim;
     for (int64_t index = begin; index < end; ++index) {
       const int64_t row = index / (kv_heads * units), kv_head = index / units % kv_heads, unit = index % units * 4;
       const int64_t count = std::min<int64_t>(4, queries - unit);
       int64_t starts[4], stops[4];
       for (int64_t i = 0; i < count; ++i) {
         const int64_t head = kv_head * group + (unit + i) % group, column = (unit + i) / group;
-        const T* own = q + row * query.stride(0) + head * query.stride(1) + column * query.stride(2);
-        for (int64_t d = 0; d < dim; ++d) x[i * dim + d] = static_cast<float>(own[d]) * static_cast<float>(scale);
-        starts[i] = std::max<int64_t>(0, from[row * width + column]);
-        stops[i] = std::min<int64_t>(slots, to[row * width + column] + 1);
+        const T* own = query.at + row * query.row_stride + head * query.head_stride + column * query.column_stride;
+        in_vectors(dim, [&](int64_t d, auto read, auto write) {
+          write(x + i * dim + d, read(own + d) * static_cast<float>(scale));
+        });
+        starts[i] = std::max<int64_t>(0, first[row * interval_stride + column]);
+        stops[i] = std::min<int64_t>(slots, last[row * interval_stride + column] + 1);
       }
       const T* keys = k + row * key.stride(0) + kv_head * key.stride(1);
       const T* values = v + row * value.stride(0) + kv_head * value.stride(1);
       const Cache of_keys{key.stride(2), dim}, of_values{value.stride(2), value_dim};
       switch (count) {
-        case 1: attend<1>(x.data(), keys, of_keys, values, of_values, starts, stops, mixed.data()); break;
-        case 2: attend<2>(x.data(), keys, of_keys, values, of_values, starts, stops, mixed.data()); break;
-        case 3: attend<3>(x.data(), keys, of_keys, values, of_values, starts, stops, mixed.data()); break;
-        default: attend<4>(x.data(), keys, of_keys, values, of_values, starts, stops, mixed.data());
+        case 1: attend<1>(x, keys, of_keys, values, of_values, starts, stops, mixed); break;
+        case 2: attend<2>(x, keys, of_keys, values, of_values, starts, stops, mixed); break;
+        case 3: attend<3>(x, keys, of_keys, values, of_values, starts, stops, mixed); break;
+        default: attend<4>(x, keys, of_keys, values, of_values, starts, stops, mixed);
       }
       for (int64_t i = 0; i < count; ++i) {
         const int64_t head = kv_head * group + (unit + i) % group, column = (unit + i) / group;
         T* at = out + ((row * width + column) * heads + head) * value_dim;
-        for (int64_t d = 0; d < value_dim; ++d) at[d] = static_cast<T>(mixed[i * value_dim + d]);
+        in_vectors(value_dim,
+            [&](int64_t d, auto read, auto write) { write(at + d, read(mixed + i * value_dim + d)); });
       }
     }
   });
+}
+
+template <typename T>
+void attention_of(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& first,
+    const Tensor& last, double scale, Tensor& y) {
+  const Queries<T> queries{query.const_data_ptr<T>(), query.stride(0), query.stride(1), query.stride(2), query.size(1),
+      query.size(2)};
+  attention_into<T>(queries, key, value, first.const_data_ptr<int32_t>(), last.const_data_ptr<int32_t>(),
+      query.size(2), scale, y.mutable_data_ptr<T>());
 }
 
 Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& first, const Tensor& last,
@@ -139,10 +157,83 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
   const auto dtype = query.scalar_type();
   if (dtype != at::kFloat && dtype != at::kBFloat16)
     return attention(query.to(at::kFloat), key.to(at::kFloat), value.to(at::kFloat), first, last, scale).to(dtype);
-  Tensor y = at::empty({query.size(0), query.size(2), query.size(1), value.size(3)}, query.options());
+  Tensor y = empty({query.size(0), query.size(2), query.size(1), value.size(3)}, dtype);
   Tensor from = first.contiguous(), to = last.contiguous();
-  dtype == at::kFloat ? attention_into<float>(query, key, value, from, to, scale, y)
-                      : attention_into<BFloat16>(query, key, value, from, to, scale, y);
+  dtype == at::kFloat ? attention_of<float>(query, key, value, from, to, scale, y)
+                      : attention_of<BFloat16>(query, key, value, from, to, scale, y);
+  return y;
+}
+
+// x [D] rotated: x * cos + rotate_half(x) * sin, each operation rounded to T.
+template <typename T>
+void rotate(const T* x, const T* cos, const T* sin, int64_t dim, T* y) {
+  const int64_t half = dim / 2;
+  in_vectors(half, [&](int64_t d, auto read, auto write) {
+    const Vec low = read(x + d), high = read(x + half + d);
+    write(y + d, rounded_to<T>(unfused(low * read(cos + d))) - rounded_to<T>(unfused(high * read(sin + d))));
+    write(y + half + d, rounded_to<T>(unfused(high * read(cos + half + d))) +
+                            rounded_to<T>(unfused(low * read(sin + half + d))));
+  });
+}
+
+template <typename T>
+void rotary_attention_of(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cos,
+    const Tensor& sin, const Tensor& positions, const Tensor& intervals, Tensor& keys, Tensor& values, double scale,
+    Tensor& y) {
+  const int64_t rows = positions.size(0), width = positions.size(1), dim = keys.size(3), value_dim = values.size(3),
+      kv_heads = keys.size(1), heads = query.size(2) / dim, slots = keys.size(2);
+  const T *q = query.const_data_ptr<T>(), *k = key.const_data_ptr<T>(), *v = value.const_data_ptr<T>();
+  const T *c = cos.const_data_ptr<T>(), *s = sin.const_data_ptr<T>();
+  const int64_t* slot_of = positions.const_data_ptr<int64_t>();
+  T *rotated = scratch<T, 2>(query.numel()), *to_keys = keys.mutable_data_ptr<T>(),
+    *to_values = values.mutable_data_ptr<T>();
+  for (int64_t at = 0; at < rows * width; ++at)
+    TORCH_CHECK(slot_of[at] >= 0 && slot_of[at] < slots, "position ", slot_of[at], " of a cache of ", slots, " slots");
+  const int64_t grain = std::max<int64_t>(1, WORK / (16 * (heads + 2 * kv_heads) * dim));
+  at::parallel_for(0, rows * width, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; ++at) {
+      const T *cos_at = c + at * dim, *sin_at = s + at * dim;
+      const int64_t row = at / width, slot = slot_of[at];
+      for (int64_t head = 0; head < heads; ++head)
+        rotate(q + (at * heads + head) * dim, cos_at, sin_at, dim, rotated + (at * heads + head) * dim);
+      for (int64_t head = 0; head < kv_heads; ++head) {
+        rotate(k + (at * kv_heads + head) * dim, cos_at, sin_at, dim,
+            to_keys + row * keys.stride(0) + head * keys.stride(1) + slot * keys.stride(2));
+        std::memcpy(to_values + row * values.stride(0) + head * values.stride(1) + slot * values.stride(2),
+            v + (at * kv_heads + head) * value_dim, value_dim * sizeof(T));
+      }
+    }
+  });
+  const Queries<T> queries{rotated, width * heads * dim, dim, heads * dim, heads, width};
+  const int32_t* first = intervals.const_data_ptr<int32_t>();
+  attention_into<T>(queries, keys, values, first, first + width, 2 * width, scale, y.mutable_data_ptr<T>());
+}
+
+Tensor rotary_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cos,
+    const Tensor& sin, const Tensor& positions, const Tensor& intervals, Tensor keys, Tensor values, double scale) {
+  for (const Tensor* x : {&query, &key, &value, &cos, &sin, &positions, &intervals})
+    if (!x->is_contiguous())
+      return rotary_attention(query.contiguous(), key.contiguous(), value.contiguous(), cos.contiguous(),
+          sin.contiguous(), positions.contiguous(), intervals.contiguous(), keys, values, scale);
+  const auto dtype = query.scalar_type();
+  const int64_t rows = positions.size(0), width = positions.size(1);
+  for (const Tensor* x : {&key, &value, &cos, &sin, static_cast<const Tensor*>(&keys),
+           static_cast<const Tensor*>(&values)})
+    TORCH_CHECK(x->scalar_type() == dtype && (dtype == at::kFloat || dtype == at::kBFloat16),
+        "rotary_attention: all in one dtype, float32 or bfloat16");
+  const int64_t dim = keys.size(3), per_position = rows * width * keys.size(1);
+  TORCH_CHECK(keys.stride(3) == 1 && values.stride(3) == 1 && keys.size(0) == rows && values.size(0) == rows &&
+                  values.size(1) == keys.size(1) && values.size(2) == keys.size(2) && dim % 2 == 0 &&
+                  query.numel() == rows * width * query.size(2) && query.size(2) % (keys.size(1) * dim) == 0 &&
+                  key.numel() == per_position * dim &&
+                  value.numel() == per_position * values.size(3) && cos.numel() == rows * width * dim &&
+                  sin.numel() == cos.numel() && intervals.numel() == rows * 2 * width,
+      "rotary_attention: shapes do not match");
+  Tensor y = empty({rows, width, query.size(2) / dim * values.size(3)}, dtype);
+  if (dtype == at::kFloat)
+    rotary_attention_of<float>(query, key, value, cos, sin, positions, intervals, keys, values, scale, y);
+  else
+    rotary_attention_of<BFloat16>(query, key, value, cos, sin, positions, intervals, keys, values, scale, y);
   return y;
 }
 

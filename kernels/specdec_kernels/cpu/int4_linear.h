@@ -12,8 +12,8 @@ template <typename T, typename S>
 void int4_linear_of(const Tensor& x, at::TensorList packed, at::TensorList scales, at::IntArrayRef columns,
     bool int8_inputs, const std::vector<Tensor>& y) {
   const int64_t depth = x.size(-1), group = depth / scales[0].size(2);
-  for (int64_t first = 0; first < x.size(0); first += CHUNK) {
-    const int64_t rows = std::min(CHUNK, x.size(0) - first);
+  for (int64_t first = 0; first < rows_of(x); first += CHUNK) {
+    const int64_t rows = std::min(CHUNK, rows_of(x) - first);
     const T* from = x.const_data_ptr<T>() + first * depth;
     std::vector<T*> to;
     for (size_t i = 0; i < columns.size(); ++i) to.push_back(y[i].mutable_data_ptr<T>() + first * columns[i]);
@@ -44,14 +44,14 @@ std::vector<Tensor> int4_linear(const Tensor& x, at::TensorList packed, at::Tens
     at::IntArrayRef columns, bool int8_inputs) {
   TORCH_CHECK(packed.size() == columns.size() && scales.size() == columns.size() && !columns.empty(),
               "int4_linear: lists of one length");
-  const Tensor rows = x.contiguous().view({rows_of(x), x.size(-1)});
+  const Tensor rows = x.contiguous();
   std::vector<Tensor> y;
   for (size_t i = 0; i < columns.size(); ++i) {
     TORCH_CHECK(scales[i].size(2) == scales[0].size(2) && scales[i].scalar_type() == scales[0].scalar_type(),
                 "int4_linear: weights of one kind");
     auto sizes = x.sizes().vec();
     sizes.back() = columns[i];
-    y.push_back(at::empty(sizes, x.options()));
+    y.push_back(empty(sizes, x.scalar_type()));
   }
   if (x.scalar_type() == at::kFloat)
     int4_linear_of<float>(rows, packed, scales, columns, int8_inputs, y);

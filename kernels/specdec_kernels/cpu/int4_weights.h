@@ -34,7 +34,7 @@ void for_each_block(int64_t rows, int64_t depth, at::TensorList packed, at::Tens
     blocks += scale.size(1);
   }
   at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> sums(rows * COLUMNS);
+    float* sums = scratch<float, 1>(rows * COLUMNS);
     for (int64_t index = begin; index < end; ++index) {
       size_t i = columns.size() - 1;
       while (first_blocks[i] > index) --i;
@@ -43,9 +43,9 @@ void for_each_block(int64_t rows, int64_t depth, at::TensorList packed, at::Tens
       const S* scale = scales[i].const_data_ptr<S>() + block * groups * COLUMNS;
       const S* offset = scales[i].size(0) == 2 ? scale + scales[i].size(1) * groups * COLUMNS : nullptr;
       const int32_t* words = packed[i].const_data_ptr<int32_t>() + block * (depth / WORD) * COLUMNS;
-      multiply(Block<S>{words, scale, offset, depth / groups}, sums.data());
+      multiply(Block<S>{words, scale, offset, depth / groups}, sums);
       for (int64_t row = 0; row < rows; ++row)
-        store(y[i] + row * columns[i] + first, sums.data() + row * COLUMNS, count);
+        store(y[i] + row * columns[i] + first, sums + row * COLUMNS, count);
     }
   });
 }

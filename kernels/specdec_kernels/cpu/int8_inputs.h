@@ -44,19 +44,19 @@ inline IntVec add_byte_products(IntVec sums, IntVec a, IntVec b) {
 // Rows of inputs x = scale * values, in groups of `group` columns, a multiple of 8 that divides the row's length.
 struct Int8Inputs {
   int64_t depth, group, groups;
-  std::vector<int8_t> values;  // [M, K]
-  std::vector<float> scales;   // [M, K / group]
-  std::vector<int32_t> sums;   // [M, K / group], of the values
+  int8_t* values;  // [M, K]; all three are this thread's scratch memory, so one object at a time
+  float* scales;   // [M, K / group]
+  int32_t* sums;   // [M, K / group], of the values
 
   // x [M, K]. A group is scaled so that its largest magnitude is 127, and rounded to nearest even; with an infinity or
   // a NaN in it, its scale is NaN. by_parity: of each eight columns the even ones come first.
   template <typename T>
   Int8Inputs(const T* x, int64_t rows, int64_t depth, int64_t group, bool by_parity)
-      : depth(depth), group(group), groups(depth / group), values(rows * depth), scales(rows * groups),
-        sums(rows * groups) {
+      : depth(depth), group(group), groups(depth / group), values(scratch<int8_t>(rows * depth)),
+        scales(scratch<float>(rows * groups)), sums(scratch<int32_t>(rows * groups)) {
     for (int64_t i = 0; i < rows * groups; ++i) {
       const T* from = x + i * group;
-      int8_t* to = values.data() + i * group;
+      int8_t* to = values + i * group;
       Vec largest = {}, zeros = {};
       int64_t k = 0;
       for (; k < group; k += LANES) {

@@ -44,8 +44,8 @@ IntVec load_bytes(const int8_t* at) {  // G of them, then zeros
 // y [R, N] = R rows of inputs times N rows of W, without the scales of W; G: bytes of an input group
 template <int R, int N, int G>
 void dots(const Int8Inputs& x, int64_t row, const int8_t* w, float* y) {
-  const int8_t* values = x.values.data() + row * x.depth;
-  const float* scales = x.scales.data() + row * x.groups;
+  const int8_t* values = x.values + row * x.depth;
+  const float* scales = x.scales + row * x.groups;
   Vec sums[R][N] = {};
   for (int64_t g = 0; g < x.groups; ++g) {
     IntVec weights[N];
@@ -97,11 +97,11 @@ void int8_linear_into(const Tensor& x, const Tensor& weight, const float* scale,
   const int64_t tiles = (columns + TILE - 1) / TILE,
                 grain = std::max<int64_t>(1, 4 * WORK / (depth * TILE * std::min<int64_t>(rows, 4)));
   at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> sums(rows * TILE);
+    float* sums = scratch<float, 1>(rows * TILE);
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = tile * TILE, count = std::min(TILE, columns - first);
       if (count == TILE)
-        dots_of_rows<TILE>(inputs, rows, w + first * depth, sums.data());
+        dots_of_rows<TILE>(inputs, rows, w + first * depth, sums);
       else
         for (int64_t n = 0; n < count; ++n) {
           std::vector<float> column(rows);
@@ -121,7 +121,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, b
   const float* scales = float_scale.const_data_ptr<float>();
   auto sizes = x.sizes().vec();
   sizes.back() = weight.size(0);
-  Tensor y = at::empty(sizes, x.options());
+  Tensor y = empty(sizes, x.scalar_type());
   const bool is_float = x.scalar_type() == at::kFloat;
   if (!int8_inputs)
     is_float ? linear_into<float, int8_t>(rows, weight, scales, std::nullopt, y)

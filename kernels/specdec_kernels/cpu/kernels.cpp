@@ -1,5 +1,4 @@
-// The operators that take most of the time of a decoding forward on a CPU, 4-bit and dense linear layers and attention,
-// and those of a step around it.
+// The operators of a decoding forward on a CPU, linear layers, norms and attention, and those of a step around it.
 //
 // A row's result does not depend on the number of rows of a call, on its index, or on the number of threads: each
 // output is summed in one fixed order. So verifying a draft's tokens together gives the same bits as computing them one
@@ -12,6 +11,8 @@
 #include "int8_linear.h"
 #include "linear.h"
 #include "memory.h"
+#include "norm.h"
+#include "shims.h"
 #include "step.h"
 
 TORCH_LIBRARY_IMPL(specdec, CPU, m) {
@@ -28,6 +29,9 @@ TORCH_LIBRARY_IMPL(specdec, CPU, m) {
   m.impl("verify", verify);
   m.impl("verify_greedy", verify_greedy);
   m.impl("commit", commit);
+  m.impl("rotary_attention", rotary_attention);
+  m.impl("rms_norm", rms_norm);
+  m.impl("add_rms_norm", add_rms_norm);
   m.impl("mean", [](const Tensor& x) { return at::mean(x, {-1}, true); });
   m.impl("cos", [](const Tensor& x) { return at::cos(x); });
   m.impl("sin", [](const Tensor& x) { return at::sin(x); });

@@ -12,9 +12,9 @@ namespace {
 template <int R, int V, typename S>
 void multiply(const Int8Inputs& x, int64_t row, const Block<S>& block, float* y) {
   const int64_t depth = x.group / WORD, parts = block.group / x.group;  // words of an input group
-  const int8_t* values = x.values.data() + row * x.depth;
-  const float* scales = x.scales.data() + row * x.groups;
-  const int32_t* totals = x.sums.data() + row * x.groups;
+  const int8_t* values = x.values + row * x.depth;
+  const float* scales = x.scales + row * x.groups;
+  const int32_t* totals = x.sums + row * x.groups;
   Vec y_sums[R][VECTORS] = {};
   for (int64_t g = 0; g < x.groups; ++g)
 #pragma GCC unroll 4

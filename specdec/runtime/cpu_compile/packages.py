@@ -127,6 +127,7 @@ def _compile(member: PairMember, package: Path, identity: Identity, on_progress:
     on_progress()
     settings = INDUCTOR_SETTINGS | {
         "emulate_precision_casts": member.exact,
+        "aot_inductor.custom_ops_to_c_shims": cpu.c_shims(),
         "aot_inductor.metadata": {BUFFER_SHAPES: json.dumps(buffer_shapes)},
     }
     content = io.BytesIO()  # torch's own file writer aborts the process where the disk is full

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from specdec.quant.layers import is_4bit
 from specdec.runtime.attention.override import attention_override
+from specdec.runtime.cpu_compile.fusion import fuse
 from specdec.runtime.kv_cache.ragged import RaggedCache
 from specdec.runtime.pair import PairMember
 from specdec.runtime.runner import ModelRunner
@@ -63,6 +64,7 @@ def trace(member: PairMember) -> tuple[Any, list[list[int]]]:
             dynamic_shapes=dynamic_shapes,
             strict=False,
         )
+    fuse(program.graph)
     is_bit_exact = must_be_bit_exact(member)
     for node in program.graph.nodes:
         _replace_operator(node, member.exact, is_bit_exact)
