@@ -48,7 +48,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.int8_inputs = self.use_kernel = True
-        self.is_in_huge_pages = False  # for the CPU kernel, from the first forward on
+        self.is_in_huge_pages = False
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
@@ -56,12 +56,16 @@ class Int8Linear(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
+    def choose_kernel(self) -> None:
+        """Bring the weight into the memory that the CPU kernel reads fastest, where it runs."""
+        if not self.is_in_huge_pages and self.weight.device.type == "cpu" and cpu.load():
+            self.weight.data, self.is_in_huge_pages = cpu.in_huge_pages(self.weight), True
+
     def forward(self, x: Tensor) -> Tensor:
+        self.choose_kernel()
         weight, scale = self.weight, self.weight_scale
         can_use_kernel = self.use_kernel and not (x.requires_grad and torch.is_grad_enabled())
         if can_use_kernel and not x.is_cuda and self.in_features % 16 == 0 and cpu.load():
-            if not self.is_in_huge_pages and not torch.compiler.is_compiling():
-                self.weight.data, self.is_in_huge_pages = cpu.in_huge_pages(weight), True
             inputs = x if x.dtype in cpu.DTYPES else x.float()
             y = torch.ops.specdec.int8_linear(inputs, weight, scale, self.int8_inputs).to(x.dtype)
         elif can_use_kernel and w8a16.is_supported(x, weight, scale):
