@@ -84,7 +84,7 @@ def test_int4_linear(
 
 
 @pytest.mark.parametrize("int8_inputs", [False, True])
-@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
 @pytest.mark.parametrize(("rows", "columns"), [(64, 128), (70, 48), (3, 16), (1, 96), (9, 320)])
 def test_int8_linear(rows: int, columns: int, dtype: torch.dtype, scale_dtype: torch.dtype, int8_inputs: bool) -> None:

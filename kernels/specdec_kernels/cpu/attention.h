@@ -1,6 +1,7 @@
 // Attention over a ragged KV cache: specdec::attention, specdec::rotary_attention.
 #pragma once
 
+#include "memory.h"
 #include "vectors.h"
 
 namespace {

@@ -1,6 +1,7 @@
 // 4-bit linear layers: specdec::int4_linear.
 #pragma once
 
+#include "memory.h"
 #include "w4a16.h"
 #include "w4a8.h"
 
@@ -15,7 +16,7 @@ void int4_linear_of(const Tensor& x, at::TensorList packed, at::TensorList scale
   for (int64_t first = 0; first < rows_of(x); first += CHUNK) {
     const int64_t rows = std::min(CHUNK, rows_of(x) - first);
     const T* from = x.const_data_ptr<T>() + first * depth;
-    std::vector<T*> to;
+    c10::SmallVector<T*, 4> to;
     for (size_t i = 0; i < columns.size(); ++i) to.push_back(y[i].mutable_data_ptr<T>() + first * columns[i]);
     const int64_t work = depth * COLUMNS * std::min<int64_t>(rows, 4);
     if (int8_inputs) {
@@ -49,7 +50,7 @@ std::vector<Tensor> int4_linear(const Tensor& x, at::TensorList packed, at::Tens
   for (size_t i = 0; i < columns.size(); ++i) {
     TORCH_CHECK(scales[i].size(2) == scales[0].size(2) && scales[i].scalar_type() == scales[0].scalar_type(),
                 "int4_linear: weights of one kind");
-    auto sizes = x.sizes().vec();
+    at::DimVector sizes(x.sizes());
     sizes.back() = columns[i];
     y.push_back(empty(sizes, x.scalar_type()));
   }

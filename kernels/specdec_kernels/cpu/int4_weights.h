@@ -22,30 +22,45 @@ struct Block {  // 64 columns of a weight: word [K / 8, 64], scale and offset [K
   }
 };
 
+// The blocks of one weight [N, K], and the columns of y [M, N] that they give.
+template <typename T, typename S>
+struct Blocks {
+  Block<S> first;
+  int64_t words, scales;  // from block to block
+  int64_t columns, first_index;  // N; the first block's index among those of all weights
+  T* y;
+};
+
 // Calls multiply(block, sums [rows, 64]) for each block of weights with the same input, on all threads, and writes what
 // it has put into sums to rows of y, [rows, N] of each weight. grain: blocks of one thread, at least.
 template <typename T, typename S, typename Multiply>
 void for_each_block(int64_t rows, int64_t depth, at::TensorList packed, at::TensorList scales,
-    at::IntArrayRef columns, std::vector<T*> y, int64_t grain, const Multiply& multiply) {
-  std::vector<int64_t> first_blocks;
+    at::IntArrayRef columns, const c10::SmallVector<T*, 4>& y, int64_t grain, const Multiply& multiply) {
+  const int64_t groups = scales[0].size(2);
+  c10::SmallVector<Blocks<T, S>, 4> weights;
   int64_t blocks = 0;
-  for (const Tensor& scale : scales) {
-    first_blocks.push_back(blocks);
-    blocks += scale.size(1);
+  for (size_t i = 0; i < columns.size(); ++i) {
+    const int64_t count = scales[i].size(1);
+    const S* scale = scales[i].const_data_ptr<S>();
+    const S* offset = scales[i].size(0) == 2 ? scale + count * groups * COLUMNS : nullptr;
+    weights.push_back({{packed[i].const_data_ptr<int32_t>(), scale, offset, depth / groups}, depth / WORD * COLUMNS,
+                       groups * COLUMNS, columns[i], blocks, y[i]});
+    blocks += count;
   }
   at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     float* sums = scratch<float, 1>(rows * COLUMNS);
     for (int64_t index = begin; index < end; ++index) {
-      size_t i = columns.size() - 1;
-      while (first_blocks[i] > index) --i;
-      const int64_t block = index - first_blocks[i], groups = scales[i].size(2), first = block * COLUMNS,
-                    count = std::min(COLUMNS, columns[i] - first);
-      const S* scale = scales[i].const_data_ptr<S>() + block * groups * COLUMNS;
-      const S* offset = scales[i].size(0) == 2 ? scale + scales[i].size(1) * groups * COLUMNS : nullptr;
-      const int32_t* words = packed[i].const_data_ptr<int32_t>() + block * (depth / WORD) * COLUMNS;
-      multiply(Block<S>{words, scale, offset, depth / groups}, sums);
+      const Blocks<T, S>* weight = &weights.back();
+      while (weight->first_index > index) --weight;
+      const int64_t number = index - weight->first_index, first = number * COLUMNS,
+                    count = std::min(COLUMNS, weight->columns - first);
+      Block<S> block = weight->first;
+      block.words += number * weight->words;
+      block.scale += number * weight->scales;
+      if (block.offset) block.offset += number * weight->scales;
+      multiply(block, sums);
       for (int64_t row = 0; row < rows; ++row)
-        store(y[i] + row * columns[i] + first, sums + row * COLUMNS, count);
+        store(weight->y + row * weight->columns + first, sums + row * COLUMNS, count);
     }
   });
 }

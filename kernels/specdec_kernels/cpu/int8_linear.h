@@ -87,8 +87,8 @@ void dots_of_rows(const Int8Inputs& x, int64_t rows, const int8_t* w, float* y) 
   }
 }
 
-template <typename T>
-void int8_linear_into(const Tensor& x, const Tensor& weight, const float* scale, Tensor& y) {
+template <typename T, typename S>
+void int8_linear_into(const Tensor& x, const Tensor& weight, const S* scale, Tensor& y) {
   constexpr int64_t TILE = 4;  // rows of W that share the reads of the inputs
   const int64_t rows = rows_of(x), depth = x.size(-1), columns = weight.size(0);
   const int8_t* w = weight.const_data_ptr<int8_t>();
@@ -110,24 +110,33 @@ void int8_linear_into(const Tensor& x, const Tensor& weight, const float* scale,
         }
       for (int64_t row = 0; row < rows; ++row)
         for (int64_t n = 0; n < count; ++n)
-          out[row * columns + first + n] = static_cast<T>(sums[row * TILE + n] * scale[first + n]);
+          out[row * columns + first + n] = static_cast<T>(sums[row * TILE + n] * static_cast<float>(scale[first + n]));
     }
   });
 }
 
+template <typename T, typename S>
+void int8_linear_of(const Tensor& x, const Tensor& weight, const Tensor& scale, bool int8_inputs, Tensor& y) {
+  const S* scales = scale.const_data_ptr<S>();
+  int8_inputs ? int8_linear_into<T, S>(x, weight, scales, y)
+              : linear_into<T, int8_t, S>(x, weight, scales, std::nullopt, y);
+}
+
 Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, bool int8_inputs) {
   TORCH_CHECK(x.size(-1) % LANES == 0, "int8_linear: rows of a multiple of 16 columns");
-  const Tensor rows = x.contiguous(), float_scale = scale.to(at::kFloat);
-  const float* scales = float_scale.const_data_ptr<float>();
-  auto sizes = x.sizes().vec();
+  if (scale.scalar_type() != at::kFloat && scale.scalar_type() != at::kBFloat16)
+    return int8_linear(x, weight, scale.to(at::kFloat), int8_inputs);
+  const Tensor rows = x.contiguous();
+  at::DimVector sizes(x.sizes());
   sizes.back() = weight.size(0);
   Tensor y = empty(sizes, x.scalar_type());
-  const bool is_float = x.scalar_type() == at::kFloat;
-  if (!int8_inputs)
-    is_float ? linear_into<float, int8_t>(rows, weight, scales, std::nullopt, y)
-             : linear_into<BFloat16, int8_t>(rows, weight, scales, std::nullopt, y);
+  const bool has_float_scales = scale.scalar_type() == at::kFloat;
+  if (x.scalar_type() == at::kFloat)
+    has_float_scales ? int8_linear_of<float, float>(rows, weight, scale, int8_inputs, y)
+                     : int8_linear_of<float, BFloat16>(rows, weight, scale, int8_inputs, y);
   else
-    is_float ? int8_linear_into<float>(rows, weight, scales, y) : int8_linear_into<BFloat16>(rows, weight, scales, y);
+    has_float_scales ? int8_linear_of<BFloat16, float>(rows, weight, scale, int8_inputs, y)
+                     : int8_linear_of<BFloat16, BFloat16>(rows, weight, scale, int8_inputs, y);
   return y;
 }
 

@@ -1,6 +1,7 @@
 // Dense linear layers: specdec::linear.
 #pragma once
 
+#include "memory.h"
 #include "vectors.h"
 
 namespace {
@@ -41,8 +42,8 @@ void dots_of_rows(const float* x, int64_t rows, int64_t depth, const T* w, float
 }
 
 // y [M, N] in T = x times W [N, K] in U; a row of W may have a scale, or a bias that is added to the rounded result.
-template <typename T, typename U>
-void linear_into(const Tensor& x, const Tensor& weight, const float* scale, const std::optional<Tensor>& bias,
+template <typename T, typename U, typename S>
+void linear_into(const Tensor& x, const Tensor& weight, const S* scale, const std::optional<Tensor>& bias,
     Tensor& y) {
   const int64_t rows = rows_of(x), depth = x.size(-1), columns = weight.size(0);
   std::vector<float> buffer;
@@ -63,7 +64,7 @@ void linear_into(const Tensor& x, const Tensor& weight, const float* scale, cons
           dots_of_rows<1>(inputs, rows, depth, w + (first + n) * depth, sums.data() + n, 4);
       for (int64_t row = 0; row < rows; ++row)
         for (int64_t n = 0; n < count; ++n) {
-          T value = static_cast<T>(scale ? sums[row * 4 + n] * scale[first + n] : sums[row * 4 + n]);
+          T value = static_cast<T>(scale ? sums[row * 4 + n] * static_cast<float>(scale[first + n]) : sums[row * 4 + n]);
           out[row * columns + first + n] =
               b ? static_cast<T>(static_cast<float>(value) + static_cast<float>(b[first + n])) : value;
         }
@@ -73,11 +74,11 @@ void linear_into(const Tensor& x, const Tensor& weight, const float* scale, cons
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const Tensor rows = x.contiguous();
-  auto sizes = x.sizes().vec();
+  at::DimVector sizes(x.sizes());
   sizes.back() = weight.size(0);
-  Tensor y = at::empty(sizes, x.options());
-  x.scalar_type() == at::kFloat ? linear_into<float, float>(rows, weight, nullptr, bias, y)
-                                : linear_into<BFloat16, BFloat16>(rows, weight, nullptr, bias, y);
+  Tensor y = empty(sizes, x.scalar_type());
+  x.scalar_type() == at::kFloat ? linear_into<float, float, float>(rows, weight, nullptr, bias, y)
+                                : linear_into<BFloat16, BFloat16, float>(rows, weight, nullptr, bias, y);
   return y;
 }
 

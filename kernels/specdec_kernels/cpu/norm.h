@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "memory.h"
 #include "vectors.h"
 
 namespace {

@@ -143,10 +143,6 @@ T* scratch(int64_t count) {
   return memory.data();
 }
 
-inline Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {  // without the dispatcher
-  return at::detail::empty_cpu(sizes, dtype, false, std::nullopt);
-}
-
 inline IntVec splat(int32_t x) { return x - IntVec{}; }
 
 inline float sum(Vec v) {  // adds halves to halves, in a fixed order
