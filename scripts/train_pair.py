@@ -33,6 +33,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import specdec  # noqa: F401  # so that transformers reads its 4-bit checkpoints
 from specdec_cli.main import main as specdec_command
 
 STAGES = ("tokenizer", "original", "draft", "target", "card")
@@ -377,8 +378,9 @@ ROLES = {
     "original": ("The model that the embedded target was quantized from.", "bfloat16"),
     "target": (
         "The model whose distribution counts.",
-        "linear layers in 4 bits, but for the first layer's; those, the embeddings and the norms in bfloat16. Made of"
-        f" the original by\n`specdec quantize ORIGINAL TARGET {' '.join(QUANTIZATION)}`",
+        "linear layers in 4 bits, but for the first layer's; those and the norms in bfloat16, the embedding, which is"
+        " the head too, in 8 bits. Made of the original by\n`specdec quantize ORIGINAL TARGET"
+        f" {' '.join(QUANTIZATION)}`",
     ),
     "draft": ("Distilled from the target's original, to propose for it.", "bfloat16"),
 }

@@ -40,6 +40,7 @@ from specdec.runtime.runner import ModelRunner
 from specdec.utils import embedded
 from tests.conftest import ROOT
 from tests.generation import test_distribution, test_lossless
+from tests.generation.test_concurrency import in_threads
 from tests.helpers.checkpoint_writers import Case, write
 from tests.helpers.families import FAMILIES, family, make_model, prompts
 from tests.helpers.plain import CALLS, WIDTH, continuation, pair
@@ -244,6 +245,27 @@ def num_packages(cache: Path) -> int:
     assert {path.suffix for path in cache.iterdir()} <= {".so", ".pt2", ""}
     assert len(list(cache.glob("*.so"))) == 1
     return len(list(cache.glob("*.pt2")))
+
+
+def test_threads_take_turns_in_a_package() -> None:
+    """A call whose inputs die while it runs needs the GIL, and the package is not run twice at once."""
+    target, _ = embedded_pair(torch.float32)
+    specdec.enable(target, "none", compile=True)
+    runners = [state_of(target).target.spare() for _ in range(2)]
+    ids = torch.arange(10, 30).view(2, 10)
+
+    def run(runner: ModelRunner) -> Tensor:
+        assert runner.compiled is not None
+        runner.begin(2)
+        runner.prefill(ids, torch.tensor([5, 5]))
+        positions = torch.arange(6, 8).repeat(2, 1)
+        for _ in range(150):
+            logits = runner.forward(ids[:, 6:7], positions[:, :1]).logits  # not contiguous, so copies are the inputs
+        return logits
+
+    first, second = in_threads(lambda: run(runners[0]), lambda: run(runners[1]))
+    assert isinstance(first, Tensor), first
+    assert first.equal(second)
 
 
 def text_of(model: PreTrainedModel) -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import threading
 import warnings
 import weakref
 from pathlib import Path
@@ -46,6 +47,7 @@ class CompiledForward:
         self.weights: list[Tensor] = []  # the package does not own them, so they are kept alive here
         self.addresses: list[int] = []
         self.columns: dict[tuple[int, bool], Tensor] = {}
+        self.lock = threading.Lock()
         layers = [module for module in model.modules() if isinstance(module, Int4Linear)]
         self.any_width = bool(layers) and all(
             isinstance(layer.kernel, CpuKernel) and layer.use_kernel for layer in layers
@@ -86,8 +88,10 @@ class CompiledForward:
             if width <= MAX_WINDOW:
                 self.columns[key] = columns
         inputs = [ids.contiguous(), positions.contiguous(), columns, *cache.buffers()]  # strides are not checked
-        # not through the package's own __call__, which parses its signature from JSON every time
-        logits: Tensor = self.package.loader.boxed_run(inputs)[0]
+        # A second call of a package waits for the first without releasing the GIL, which the first may need to free an
+        # input. Not through the package's own __call__, which parses its signature from JSON every time.
+        with self.lock:
+            logits: Tensor = self.package.loader.boxed_run(inputs)[0]
         return logits
 
 
