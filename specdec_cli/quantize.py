@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from specdec.quant.checkpoints import config_folder, load_checkpoint, named_errors, read_config
 from specdec.quant.config import Int4Config
+from specdec.quant.heads import head_name
 from specdec.quant.layers import layers_to_quantize
 from specdec.runtime.loading import read_tokenizer
 
@@ -46,7 +47,8 @@ def run(options: argparse.Namespace) -> int:
             )
         with torch.device("meta"):
             skeleton: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-        total = len(layers_to_quantize(skeleton, quantization))
+        names = layers_to_quantize(skeleton, quantization)
+        num_int8 = int(quantization.head == "int8" and head_name(skeleton) in names)
 
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -55,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
         warnings.catch_warnings(record=True) as notes,
     ):
         warnings.simplefilter("always", UserWarning)
-        task = progress.add_task("quantizing", total=total)
+        task = progress.add_task("quantizing", total=len(names))
         quantization.on_layer = lambda name: progress.update(task, advance=1, description=name)
         model = load_checkpoint(options.source, quantization)
         progress.update(task, description="saving")
@@ -72,7 +74,8 @@ def run(options: argparse.Namespace) -> int:
     size = f"{after / 1e6:.1f} MB" + (
         f", {before / after:.2f} times smaller than the {before / 1e6:.1f} MB it was" if before else ""
     )
-    console.print(f"{total} layers in 4 bits -> {destination}: {size}", soft_wrap=True)
+    head = ", the output head in 8 bits" if num_int8 else ""
+    console.print(f"{len(names) - num_int8} layers in 4 bits{head} -> {destination}: {size}", soft_wrap=True)
     return 0
 
 
