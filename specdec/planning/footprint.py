@@ -32,6 +32,7 @@ from specdec.quant.formats import scheme_of
 from specdec.quant.formats.layer import Scheme
 from specdec.quant.heads import head_name
 from specdec.quant.int4 import Int4Tensor
+from specdec.quant.int8 import tile_rows
 from specdec.quant.layers import layers_to_quantize, linear_layers, shape_of
 from specdec.quant.linear import TILE_WEIGHTS
 from specdec.runtime.kv_cache.masks import attention_kinds, attention_masks
@@ -78,7 +79,7 @@ def _measure(
     if kinds - LINEAR_KINDS or skeleton._is_stateful:
         raise ValueError("it has layers that keep more than keys and values by position; only attention can be planned")
     plain_bytes = sum(tensor.nbytes for tensor in (*skeleton.parameters(), *skeleton.buffers()))
-    saved_bytes, tile_weights = _quantized(skeleton, settings, group_size, device)
+    saved_bytes, tile_weights, head_tile_weights = _quantized(skeleton, settings, group_size, device)
     return ModelFootprint(
         name=name,
         dtype=dtype,
@@ -91,6 +92,7 @@ def _measure(
         has_kernels=(dtype in cpu.DTYPES and cpu.load()) if device == "cpu" else dtype in DTYPES,
         num_masks=len(kinds),
         tile_weights=tile_weights,
+        head_tile_weights=head_tile_weights,
         keeps_last_logits="logits_to_keep" in inspect.signature(skeleton.forward).parameters,
         **_measured_forward(skeleton, text, kinds),
     )
@@ -109,11 +111,15 @@ def _read_config(model: str | Path | PreTrainedConfig) -> tuple[Any, dict[str, A
 # Weights in four bits
 
 
-def _quantized(skeleton: Any, settings: dict[str, Any] | None, group_size: int, device: str) -> tuple[int | None, int]:
-    """Bytes that four bits save, None where no layer can be in four bits; and the weights of the largest tile."""
+def _quantized(
+    skeleton: Any, settings: dict[str, Any] | None, group_size: int, device: str
+) -> tuple[int | None, int, int]:
+    """Bytes that quantization saves, None where no layer can be in four bits; and the number of weights of the largest
+    tile of a 4-bit layer, and of an 8-bit head.
+    """
     method = None if settings is None else settings.get("quant_method")
     if method == "mxfp4":
-        return _saved_by_mxfp4(skeleton), 0
+        return _saved_by_mxfp4(skeleton), 0, 0
     config, ignored, scheme = Int4Config(group_size), [], None
     if settings is not None and method == METHOD:
         config = Int4Config.from_dict(settings)
@@ -126,22 +132,24 @@ def _quantized(skeleton: Any, settings: dict[str, Any] | None, group_size: int, 
     try:
         names = layers_to_quantize(skeleton, config)
     except ValueError:  # no layer can be
-        return None, 0
+        return None, 0, 0
     layers, has_kernels = linear_layers(skeleton), device == "cpu" and cpu.load()
     head = head_name(skeleton)
     ignored_names = [str(pattern).removeprefix("re:") for pattern in ignored]
-    saved_bytes = tile_weights = 0
+    saved_bytes = tile_weights = head_tile_weights = 0
     for name in names:
         groups = (config.group_size, config.symmetric) if scheme is None else _groups_of(scheme, name)
         if groups is not None and should_convert_module(name, ignored_names):
             rows, columns = shape_of(layers[name])
             if name == head and config.head == "int8":
                 saved_bytes += layers[name].weight.nbytes - rows * (columns + torch.bfloat16.itemsize)
+                if device == "cpu" and not has_kernels:
+                    head_tile_weights = columns * min(rows, tile_rows(columns))
                 continue
             saved_bytes += layers[name].weight.nbytes - _int4_bytes(rows, columns, *groups, device, has_kernels)
             if not has_kernels:
                 tile_weights = max(tile_weights, columns * min(rows, max(64, TILE_WEIGHTS // columns // 64 * 64)))
-    return saved_bytes, tile_weights
+    return saved_bytes, tile_weights, head_tile_weights
 
 
 def _saved_by_mxfp4(skeleton: Any) -> int:

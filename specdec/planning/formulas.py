@@ -47,6 +47,7 @@ class ModelFootprint:
     has_kernels: attention of a decoding window holds nothing but its result; on a CPU only in models with 4-bit layers,
     where prompts are read by decoding windows too.
     tile_weights: the largest number of a 4-bit layer's weights that prefill holds in full precision at a time.
+    head_tile_weights: the largest number of an 8-bit head's weights that a forward holds in full precision at a time.
     keeps_last_logits: prefill makes logits of the last position alone.
     """
 
@@ -71,6 +72,7 @@ class ModelFootprint:
     has_kernels: bool
     num_masks: int
     tile_weights: int
+    head_tile_weights: int
     keeps_last_logits: bool
 
     @property
@@ -111,13 +113,16 @@ class ModelFootprint:
         # the CPU kernel does not pad its last block: up to 7 rows less
         block = BLOCK if self.device == "cpu" else CUDA_BLOCK
         padded = -(-rows // block) * block
-        return self.vocab_size * max(padded * size * (2 if padded > block else 1), padded * size + rows * 4)
+        product = padded * size * (2 if padded > block else 1)
+        tile = self._head_tile_bytes(int4)
+        return max(self.vocab_size * product + tile, self.vocab_size * (padded * size + rows * 4))
 
     def prefill_bytes(self, batch: int, prompt: int, int4: bool) -> int:
         """The peak of prefill without weights and cache; only the last logits are copied to float32."""
         width = prompt if batch * prompt**2 <= PREFILL_MASK else min(prompt, PREFILL_CHUNK)
         logits = batch * self.vocab_size * self.dtype.itemsize * (1 if self.keeps_last_logits else width)
-        return max(self.forward_bytes(batch, width, prompt, int4), logits + batch * self.vocab_size * 4)
+        copies = max(batch * self.vocab_size * 4, self._head_tile_bytes(int4))
+        return max(self.forward_bytes(batch, width, prompt, int4), logits + copies)
 
     def _is_decoding(self, width: int, int4: bool) -> bool:
         """Whether a window runs on the batch-invariant path."""
@@ -159,3 +164,8 @@ class ModelFootprint:
             return 0
         size = self.dtype.itemsize
         return self.tile_weights * (TILE_BYTES if size == 4 else TILE_BYTES + size)
+
+    def _head_tile_bytes(self, int4: bool) -> int:
+        """A tile of an 8-bit head's weights in float32 and, where that is another one, in the model's dtype."""
+        size = self.dtype.itemsize
+        return self.head_tile_weights * (4 if size == 4 else 4 + size) if int4 else 0

@@ -11,20 +11,25 @@ from torch import Tensor, nn
 
 from specdec.quant.batch_invariant import by_phase, in_row_blocks
 
-LARGEST = 127  # magnitude of a code; -128 is not used, so that a weight and its negative have codes of one magnitude
-CHUNK = 1 << 22  # weights that are in float32 at any one time
+MAX_CODE = 127  # -128 is not used, so that a weight and its negative have codes of one magnitude
+TILE_WEIGHTS = 1 << 18  # weights that are in float32 at any one time
+
+
+def tile_rows(in_features: int) -> int:
+    """Rows of a weight that are in float32 at any one time."""
+    return max(1, TILE_WEIGHTS // in_features)
 
 
 def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round weight [N, K] to nearest: -> codes int8 [N, K] and scales bfloat16 [N], the largest magnitude at 127."""
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(len(weight), dtype=torch.bfloat16, device=weight.device)
-    step = max(1, CHUNK // weight.shape[1])
+    step = tile_rows(weight.shape[1])
     for start in range(0, len(weight), step):
         rows = weight[start : start + step].float()
-        scale = (rows.abs().amax(1, keepdim=True) / LARGEST).bfloat16()
+        scale = (rows.abs().amax(1, keepdim=True) / MAX_CODE).bfloat16()
         scale = torch.where(scale == 0, 1, scale)
-        codes[start : start + step] = (rows / scale.float()).round().clamp(-LARGEST, LARGEST).to(torch.int8)
+        codes[start : start + step] = (rows / scale.float()).round().clamp(-MAX_CODE, MAX_CODE).to(torch.int8)
         scales[start : start + step] = scale[:, 0]
     return codes, scales
 
@@ -80,16 +85,17 @@ class Int8Linear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """W [N, K], by default in the dtype of its scales."""
-        return (self.weight.float() * self.weight_scale.float()[:, None]).to(dtype or self.weight_scale.dtype)
+        return self._rows(slice(None)).to(dtype or self.weight_scale.dtype)
 
     def _tiles(self, x: Tensor) -> Tensor:
-        step = max(1, CHUNK // self.in_features)
-        parts = []
-        for start in range(0, self.out_features, step):
-            rows = slice(start, start + step)
-            tile = self.weight[rows].float() * self.weight_scale[rows].float()[:, None]
-            parts.append(F.linear(x, tile.to(x.dtype)))
+        step = tile_rows(self.in_features)
+        starts = range(0, self.out_features, step)
+        parts = [F.linear(x, self._rows(slice(start, start + step)).to(x.dtype)) for start in starts]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def _rows(self, rows: slice) -> Tensor:
+        """Rows of W in float32."""
+        return self.weight[rows].float().mul_(self.weight_scale[rows].float()[:, None])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
         self.is_in_huge_pages = False

@@ -33,7 +33,7 @@ def draft() -> PreTrainedModel:
 
 def test_the_pair_fits_in_11_mb_the_target_in_4_bits() -> None:
     total = 0
-    for folder, expected in ((embedded.TARGET, {"BF16", "U8"}), (embedded.DRAFT, {"BF16"}), (ORIGINAL, {"BF16"})):
+    for folder, expected in ((embedded.TARGET, {"BF16", "U8", "I8"}), (embedded.DRAFT, {"BF16"}), (ORIGINAL, {"BF16"})):
         with safe_open(folder / "model.safetensors", "pt") as weights:
             assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == expected  # noqa: SIM118
         total += 0 if folder is ORIGINAL else (folder / "model.safetensors").stat().st_size

@@ -37,7 +37,7 @@ PACKAGE = Path(__file__).parents[2]  # specdec
 TRACED = (
     *("runtime/cpu_compile", "runtime/kv_cache", "runtime/attention", "runtime/model_forward.py"),
     *("quant/batch_invariant.py", "quant/cpu.py", "quant/experts.py", "quant/fused_linear.py"),
-    *("quant/int4.py", "quant/linear.py"),
+    *("quant/heads.py", "quant/int4.py", "quant/int8.py", "quant/linear.py"),
 )
 PROGRESS_FORMAT = "{desc} |{bar}| {n}/{total} [{elapsed}]"
 INDUCTOR_SETTINGS = {
