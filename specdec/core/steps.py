@@ -178,7 +178,7 @@ class StepResult:
     @cached_property
     def _sent(self) -> tuple[Tensor, torch.cuda.Event | None]:
         if not self.host_summary.is_cuda:
-            return self.host_summary, None
+            return self.host_summary.to("cpu", copy=True), None  # a recorded step overwrites its results
         host_copy = torch.empty(self.host_summary.shape, dtype=self.host_summary.dtype, pin_memory=True)
         host_copy.copy_(self.host_summary, non_blocking=True)
         copied = torch.cuda.Event()
