@@ -10,8 +10,8 @@
 All engines get the same prompts, of one length, and write the same number of ids; EOS ids are ignored. Each engine runs
 with one thread and with --threads, and with its fastest settings for each (dtype or format, K), which are measured
 first and recorded in the JSON. Rounds are interleaved. specdec runs compiled; compiling itself is not in the figures.
-Beside them stand what this machine's memory allows, measured in the same run, and how idle the machine was: below 95 %
-no ratios are printed. How to read the results: benchmarks/README.md.
+The report also gives what this machine's memory allows, measured in the same run, and how idle the machine was: below
+95 % no ratios are printed. How to read the results: benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt-lengths", type=int, nargs="*", default=[64, 512, 2048], help="prompts that are timed")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="beside 1")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="one thread is measured too")
     parser.add_argument("--setup-peers", action="store_true", help="install the peers and end; runs never install")
     parser.add_argument(
         "--output", type=Path, help="bench_peers-<pair>.json in benchmarks/results, of a quick run in build"

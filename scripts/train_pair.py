@@ -369,7 +369,7 @@ The standard library of Python {python} (without generated tables, and without {
 {minutes:g} minutes on {device} with torch {torch}: {tokens:.1f}M tokens in {steps} steps, final loss {final_loss}.
 By `scripts/train_pair.py`.
 
-`prompts.jsonl`, which ships beside the pair, holds cuts from the held-out modules of Python {python} (PSF License,
+`prompts.jsonl`, which ships with the pair, holds cuts from the held-out modules of Python {python} (PSF License,
 Version 2); sha256 `{prompts_sha256}`.
 """
 

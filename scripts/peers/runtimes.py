@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 from peers import setup
@@ -116,6 +117,16 @@ class Peer(Runtime):
     def worker(self) -> Worker:
         return Worker(self.name, [str(word) for word in self.command], setup.BUILD / f"{type(self).__name__}.log")
 
+    def fastest(
+        self, conditions: Conditions, name: str, common: tuple[str, Path, int], candidates: Mapping[str, dict[str, Any]]
+    ) -> Any:
+        """The fastest of the engines called `name`, whose further settings are named by the candidates' keys.
+
+        common: an engine's format of the weights, target and threads.
+        """
+        engines = {key: RemoteEngine(self.worker, name, *common, **settings) for key, settings in candidates.items()}
+        return conditions.choose(name, engines)
+
     def close(self) -> None:
         if "worker" in self.__dict__:
             self.worker.close()
@@ -132,21 +143,15 @@ class OpenVino(Peer):
         return setup.PYTHON.exists()
 
     def engines(self, conditions: Conditions) -> list[Engine]:
-        target = setup.export_openvino(self.pair.target, self.on_progress)
+        target, ks = setup.export_openvino(self.pair.target, self.on_progress), conditions.ks
         common = (f"4 bits, groups of {setup.GROUP_SIZE}", target, conditions.threads)
         engines: list[Engine] = [RemoteEngine(self.worker, "plain", *common)]
         if self.pair.draft is not None:
             draft = setup.export_openvino(self.pair.draft, self.on_progress)
-            drafted = {
-                f"K={k}": RemoteEngine(self.worker, "draft model", *common, draft, num_draft_tokens=k)
-                for k in conditions.ks
-            }
-            engines.append(conditions.choose("draft model", drafted))
-        lookup = {
-            f"K={k}": RemoteEngine(self.worker, "prompt lookup", *common, lookup=True, num_draft_tokens=k)
-            for k in conditions.ks
-        }
-        engines.append(conditions.choose("prompt lookup", lookup))
+            drafted = {f"K={k}": {"draft": draft, "num_draft_tokens": k} for k in ks}
+            engines.append(self.fastest(conditions, "draft model", common, drafted))
+        lookup = {f"K={k}": {"lookup": True, "num_draft_tokens": k} for k in ks}
+        engines.append(self.fastest(conditions, "prompt lookup", common, lookup))
         return engines
 
 
@@ -161,27 +166,18 @@ class OnnxRuntime(Peer):
         return setup.PYTHON.exists()
 
     def engines(self, conditions: Conditions) -> list[Engine]:
-        target = setup.export_onnx(self.pair.target, self.on_progress)
+        target, ks = setup.export_onnx(self.pair.target, self.on_progress), conditions.ks
         common = (f"4 bits, groups of {setup.ONNX_BLOCK_SIZE}", target, conditions.threads)
         engines: list[Engine] = [RemoteEngine(self.worker, "plain", *common)]
         if conditions.task_set.batch > 1:
             return engines
         if self.pair.draft is not None:
             both = setup.join_onnx(target, setup.export_onnx(self.pair.draft, self.on_progress))
-            drafted = {
-                f"K={k}": RemoteEngine(self.worker, "draft model", *common, both, num_draft_tokens=k)
-                for k in conditions.ks
-            }
-            engines.append(conditions.choose("draft model", drafted))
+            drafted = {f"K={k}": {"draft": both, "num_draft_tokens": k} for k in ks}
+            engines.append(self.fastest(conditions, "draft model", common, drafted))
         if not conditions.task_set.sampled:
-            lookup = {
-                f"K={k}, n={n}": RemoteEngine(
-                    self.worker, "n-gram lookup", *common, lookup=True, num_draft_tokens=k, ngram=n
-                )
-                for k in conditions.ks
-                for n in NGRAMS
-            }
-            engines.append(conditions.choose("n-gram lookup", lookup))
+            lookup = {f"K={k}, n={n}": {"lookup": True, "num_draft_tokens": k, "ngram": n} for k in ks for n in NGRAMS}
+            engines.append(self.fastest(conditions, "n-gram lookup", common, lookup))
         return engines
 
 

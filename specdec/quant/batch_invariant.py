@@ -1,7 +1,7 @@
 """Batch-invariant computation: a position's result does not depend on how many positions a forward holds.
 
 Verification computes K+1 positions at once, plain decoding one. A matmul library sums in another order for another
-number of rows, so the last bits differ. 4-bit layers that round their inputs to bfloat16 turn some of these into larger
+number of rows, so the last bits differ. 4-bit layers that round their inputs turn some of these into larger
 differences, and texts diverge at near ties. With a 4-bit model on a CPU every module of a decoding forward therefore
 computes a row the same way in any batch: with specdec's own kernels where they have been built (specdec_kernels.cpu);
 else the int4 op has this property, and other linear layers and attention run in blocks of 8 rows and 128 keys. Plain

@@ -67,14 +67,18 @@ def why_not_quantized(model: Any, config: Int4Config) -> str | None:
     return None
 
 
-def quantize_head(model: Any, config: Int4Config, weight_of: Callable[[str], Tensor]) -> None:
-    """Quantize a model's output head as the config says, in place.
+def head_to_quantize(model: Any, config: Int4Config) -> str | None:
+    """The name of a model's output head where the config quantizes it, else None."""
+    name = head_name(model)
+    return name if name is not None and why_not_quantized(model, config) is None else None
+
+
+def quantize_head(model: Any, name: str, config: Int4Config, weight_of: Callable[[str], Tensor]) -> None:
+    """Quantize a model's output head, `name`, as the config says, in place.
 
     weight_of: the head's name -> its weight [V, K] in full precision.
     """
-    head, name = model.get_output_embeddings(), head_name(model)
-    assert name is not None
-    weight = weight_of(name)
+    head, weight = model.get_output_embeddings(), weight_of(name)
     check_finite(name, weight)
     new: QuantizedHead
     if config.head == "int8":

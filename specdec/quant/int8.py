@@ -97,6 +97,10 @@ class Int8Linear(nn.Module):
         """Rows of W in float32."""
         return self.weight[rows].float().mul_(self.weight_scale[rows].float()[:, None])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles and copies have memory of their own."""
+        return self.__dict__ | {"is_in_huge_pages": False}
+
     def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
         self.is_in_huge_pages = False
         return super()._apply(fn, recurse)

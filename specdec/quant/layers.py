@@ -16,7 +16,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from specdec.quant.batch_invariant import BatchInvariantLinear
 from specdec.quant.config import Int4Config
 from specdec.quant.experts import Int4Experts
-from specdec.quant.heads import head_name, why_not_quantized
+from specdec.quant.heads import head_name, head_to_quantize, why_not_quantized
 from specdec.quant.int4 import GROUP_SIZES
 from specdec.quant.linear import Int4Linear
 
@@ -93,9 +93,8 @@ def select_layers(model: Any, config: Int4Config) -> tuple[dict[str, Any], dict[
 
 def layers_to_quantize(model: Any, config: Int4Config) -> list[str]:
     """Names of the linear layers that `config` quantizes, the output head last; the model may be on meta."""
-    head = head_name(model)
-    is_quantized = head is not None and why_not_quantized(model, config) is None
-    return [*select_layers(model, config)[0], *([head] if head is not None and is_quantized else [])]
+    head = head_to_quantize(model, config)
+    return [*select_layers(model, config)[0], *([] if head is None else [head])]
 
 
 def tensor_renamer(model: Any) -> Callable[[str], tuple[str, bool]]:

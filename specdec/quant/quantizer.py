@@ -26,7 +26,7 @@ from specdec.quant.config import METHOD, Int4Config
 from specdec.quant.empty_layers import count_parts, insert_empty_layers, meta_tensors, named_parts
 from specdec.quant.experts import Int4Experts
 from specdec.quant.fused_linear import link_fused_layers
-from specdec.quant.heads import check_finite, head_name, quantize_head, why_not_quantized
+from specdec.quant.heads import check_finite, head_to_quantize, quantize_head
 from specdec.quant.int4 import Int4Tensor
 from specdec.quant.int8 import Int8Linear
 from specdec.quant.layers import (
@@ -131,7 +131,7 @@ class Int4Quantizer(HfQuantizer):
         for name, layer in chosen.items():
             rows, columns = shape_of(layer)
             self.shapes[f"{name}.weight"] = torch.Size([rows, columns // 2])
-        self.head = head_name(model) if why_not_quantized(model, config) is None else None
+        self.head = head_to_quantize(model, config)
         _record_left_out(config, left_out, stacklevel=4)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -143,7 +143,8 @@ class Int4Quantizer(HfQuantizer):
                 for value in module.parameters(recurse=False):
                     value.requires_grad_(False)
         if self.head is not None:
-            quantize_head(model, self.quantization_config, lambda name: model.get_parameter(f"{name}.weight"))
+            config = self.quantization_config
+            quantize_head(model, self.head, config, lambda name: model.get_parameter(f"{name}.weight"))
             if self.on_layer is not None:
                 self.on_layer(self.head)
         self.is_loading, self.on_layer, self.tensors, self.shapes, self.head = False, None, None, {}, None
@@ -251,9 +252,9 @@ def quantize_from(
         model.set_submodule(name, replacement.train(layer.training))
         if on_layer is not None:
             on_layer(name)
-    head = head_name(model)
-    if head is not None and why_not_quantized(model, config) is None:
-        quantize_head(model, config, weight_of)
+    head = head_to_quantize(model, config)
+    if head is not None:
+        quantize_head(model, head, config, weight_of)
         if on_layer is not None:
             on_layer(head)
     _record_left_out(config, left_out, stacklevel=3)

@@ -125,6 +125,31 @@ def test_inputs_of_zeros_give_zeros() -> None:
     assert not OPS.int4_linear(torch.zeros(2, 128), [packed], [scale], [65], True)[0].any()
 
 
+def test_weights_in_large_pages_are_copies_that_outlive_each_other() -> None:
+    sources = [random(*shape, dtype=dtype) for shape in ((3,), (64, 33), (1500, 1000)) for dtype in cpu.DTYPES]
+    sources += [random(2000, 3000).t(), torch.arange(7), torch.empty(0, 4)]  # a whole chunk more, other dtypes, nothing
+    copies = [cpu.in_huge_pages(source) for source in sources]
+    for source, copied in zip(sources, copies, strict=True):
+        assert copied.is_contiguous()
+        assert copied.dtype == source.dtype
+        assert copied.equal(source)
+        assert not copied.numel() or copied.data_ptr() % 64 == 0
+    copies[0].fill_(7)
+    kept = copies[1::2]
+    del copies
+    for source, copied in zip(sources[1::2], kept, strict=True):
+        assert copied.equal(source)
+
+
+def test_results_that_live_at_once_share_no_memory() -> None:
+    """Small results are in blocks that are used again; more of them live here than are kept, of several sizes."""
+    weight = torch.ones(40, 16)
+    for _ in range(2):
+        results = [OPS.linear(torch.full((rows, 16), float(i)), weight, None) for i in range(40) for rows in (1, 3, 70)]
+        for i, result in enumerate(results):
+            assert (result == 16.0 * (i // 3)).all()
+
+
 def byte_products() -> tuple[Tensor, Tensor]:
     """Results of both layers that multiply bytes."""
     int4 = random_weight(70, 256, 64, True, torch.float32)

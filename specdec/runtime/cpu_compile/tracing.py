@@ -111,15 +111,15 @@ def _merge_int4_linears(graph: Any) -> None:
     calls_by_input: dict[Any, list[Any]] = {}
     for node in graph.nodes:
         if node.op == "call_function" and node.target == torch.ops.specdec.int4_linear.default:
-            x, _, [scale_node], *_ = node.args
+            x, _, [scale_node], _, int8_inputs = node.args
             scale = scale_node.meta["val"]
-            calls_by_input.setdefault((x, scale.shape[2], scale.dtype), []).append(node)
-    for (x, *_), nodes in calls_by_input.items():
+            calls_by_input.setdefault((x, int8_inputs, scale.shape[2], scale.dtype), []).append(node)
+    for (x, int8_inputs, *_), nodes in calls_by_input.items():
         if len(nodes) == 1:
             continue
         lists = ([item for node in nodes for item in node.args[index]] for index in (1, 2, 3))
         with graph.inserting_before(nodes[0]):
-            merged = graph.call_function(nodes[0].target, (x, *lists, nodes[0].args[4]))
+            merged = graph.call_function(nodes[0].target, (x, *lists, int8_inputs))
         merged.meta["val"] = [value for node in nodes for value in node.meta["val"]]
         for index, node in enumerate(nodes):
             [getitem] = node.users  # takes the only result of the node's list
