@@ -148,6 +148,7 @@ def test_results_that_live_at_once_share_no_memory() -> None:
         results = [OPS.linear(torch.full((rows, 16), float(i)), weight, None) for i in range(40) for rows in (1, 3, 70)]
         for i, result in enumerate(results):
             assert (result == 16.0 * (i // 3)).all()
+        del result, results  # so that the next ones are made of their blocks
 
 
 def byte_products() -> tuple[Tensor, Tensor]:
