@@ -331,6 +331,66 @@ def test_rotary_attention_gives_the_bits_of_its_parts(
     assert values.equal(want_values)
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("is_dense", [False, True])
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize(("batch", "width"), [(1, 1), (3, 5), (1, 70)])
+def test_blocks_give_the_bits_of_their_parts(batch: int, width: int, dtype: torch.dtype, is_dense: bool) -> None:
+    hidden, heads, kv_heads, dim, value_dim, inner = 64, 4, 2, 16, 8, 96
+    x, residual = random(2, batch, width, hidden, dtype=dtype)
+    norm = random(hidden, dtype=dtype, seed=4)
+
+    def layers(*shapes: tuple[int, int]) -> tuple[list[Tensor], list[Tensor], list[int], bool]:
+        columns = [rows for rows, _ in shapes]
+        if is_dense:
+            return (
+                [random(*shape, dtype=dtype, seed=index) / 8 for index, shape in enumerate(shapes)],
+                [],
+                columns,
+                False,
+            )
+        int4 = [random_weight(*shape, 16, False, dtype) for shape in shapes]
+        packed, scales = zip(*(cpu.pack(one.codes(), one.scale, one.zero) for one in int4), strict=True)
+        return list(packed), list(scales), columns, True
+
+    def linear(x: Tensor, layers: tuple[list[Tensor], list[Tensor], list[int], bool], index: int) -> Tensor:
+        weights, scales, columns, int8_inputs = layers
+        if is_dense:
+            return OPS.linear(x, weights[index], None)
+        return OPS.int4_linear(x, [weights[index]], [scales[index]], [columns[index]], int8_inputs)[0]
+
+    qkvo = layers(
+        (heads * dim, hidden), (kv_heads * dim, hidden), (kv_heads * value_dim, hidden), (hidden, heads * value_dim)
+    )
+    cos, sin = random(2, batch, width, dim, dtype=dtype)
+    positions = torch.arange(width) + 3 * torch.arange(batch)[:, None]
+    intervals = torch.stack([positions // 2, positions], dim=1)[..., None].int()
+    keys, values = (random(batch, kv_heads, 90, size, dtype=dtype, seed=3) for size in (dim, value_dim))
+    want_keys, want_values = keys.clone(), values.clone()
+    states = [linear(x, qkvo, index) for index in range(3)]
+    mixed = OPS.rotary_attention(*states, cos, sin, positions, intervals, want_keys, want_values, 0.25)
+    want = OPS.add_rms_norm(residual, linear(mixed, qkvo, 3), norm, 1e-5)
+    got = OPS.attention_block(x, residual, *qkvo, cos, sin, positions, intervals, keys, values, 0.25, norm, 1e-5)
+    assert all(one.equal(other) for one, other in zip(got, want, strict=True))
+    assert keys.equal(want_keys)
+    assert values.equal(want_values)
+
+    mlp = layers((inner, hidden), (inner, hidden), (hidden, inner))
+    product = torch.nn.functional.silu(linear(x, mlp, 0)) * linear(x, mlp, 1)
+    want = OPS.add_rms_norm(residual, linear(product, mlp, 2), norm, 1e-5)
+    got = OPS.mlp_block(x, residual, *mlp, norm, 1e-5)
+    assert all(one.equal(other) for one, other in zip(got, want, strict=True))
+
+
+def test_silu_has_the_bits_of_pytorch_for_every_bfloat16() -> None:
+    x = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)[:, None]
+    one, zero = torch.ones(1, 1, dtype=x.dtype), torch.zeros_like(x)
+    total, _ = OPS.mlp_block(x, zero, [one, one, one], [], [1, 1, 1], False, one[0], 1e-5)
+    want = torch.nn.functional.silu(x) * x + 0
+    assert total[~want.isnan()].equal(want[~want.isnan()])
+    assert total[want.isnan()].isnan().all()
+
+
 def test_a_position_beyond_the_cache_is_refused() -> None:
     states, rotation = random(1, 1, 8), random(1, 1, 8)
     buffers = random(1, 1, 4, 8), random(1, 1, 4, 8)

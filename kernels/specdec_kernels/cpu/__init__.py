@@ -14,6 +14,13 @@ result is the same, bit for bit, at any number of rows and threads and at any in
         positions [B, W] int64, intervals [B, 2, W, 1] int32, keys, values, scale) -> [B, W, H * DV]
         rotates the halves of query and key, writes key and value into the buffers keys [B, H', S, D] and values
         [B, H', S, DV] at the positions, and attends to the slots of the intervals, first to last
+    specdec::attention_block(x [B, W, E], residual [B, W, E], weights, scales, Ns, int8_inputs, cos, sin, positions,
+        intervals, keys, values, scale, norm, eps) -> sum, rms_norm(sum, norm, eps), where
+        sum = residual + o(rotary_attention(q(x), k(x), v(x), ...)); weights: of q, k, v, o, all packed in 4 bits, or
+        dense without scales
+    specdec::mlp_block(x, residual, weights, scales, Ns, int8_inputs, norm, eps) -> sum, rms_norm(sum, norm, eps), where
+        sum = residual + down(silu(gate(x)) * up(x)); weights: of gate, up, down
+    specdec::cos_sin(x) -> PyTorch's cos(x) and sin(x)
     specdec::mean(x [..., K]) -> [..., 1], cos, sin, tanh, gelu, layer_norm: PyTorch's own, opaque to compilers
     specdec::softmax(x, dim), sum(x, dims), torch_linear(x, weight, bias): the same
     specdec::draft_limits, prompt_lookup, stage_window, greedy_ids, draw, verify, verify_greedy, commit: see step.h
@@ -64,8 +71,14 @@ for _schema in (
     "add_rms_norm(Tensor x, Tensor y, Tensor weight, float eps) -> (Tensor, Tensor)",
     "rotary_attention(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor positions, "
     "Tensor intervals, Tensor(a!) keys, Tensor(b!) values, float scale) -> Tensor",
+    "attention_block(Tensor x, Tensor residual, Tensor[] weights, Tensor[] scales, int[] columns, bool int8_inputs, "
+    "Tensor cos, Tensor sin, Tensor positions, Tensor intervals, Tensor(a!) keys, Tensor(b!) values, float scale, "
+    "Tensor norm, float eps) -> (Tensor, Tensor)",
+    "mlp_block(Tensor x, Tensor residual, Tensor[] weights, Tensor[] scales, int[] columns, bool int8_inputs, "
+    "Tensor norm, float eps) -> (Tensor, Tensor)",
 ):
     _LIBRARY.define(_schema, tags=torch.Tag.flexible_layout)  # else the compiler copies some inputs for each call
+_LIBRARY.define("cos_sin(Tensor x) -> (Tensor, Tensor)")
 _LIBRARY.define("softmax(Tensor x, int dim, ScalarType? dtype=None) -> Tensor")
 _LIBRARY.define("sum(Tensor x, int[1]? dim, bool keepdim=False, *, ScalarType? dtype=None) -> Tensor")
 _LIBRARY.define("gelu(Tensor x, str approximate) -> Tensor")
@@ -94,14 +107,18 @@ _LIBRARY.define(
 _LIBRARY.define("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor")
 
 # Declarations of shims.h: the arguments of each operator as torch's compiler passes them to a C function.
+_WEIGHTS = "const TENSOR*, int64_t, const TENSOR*, int64_t, const int64_t*, int64_t, int32_t"  # int4_linear's
 _SHIMS = {
-    "int4_linear": "TENSOR, const TENSOR*, int64_t, const TENSOR*, int64_t, const int64_t*, int64_t, int32_t, ...",
+    "int4_linear": f"TENSOR, {_WEIGHTS}, ...",
     "int8_linear": "TENSOR, TENSOR, TENSOR, int32_t, TENSOR*",
     "linear": "TENSOR, TENSOR, const TENSOR*, TENSOR*",
     "rms_norm": "TENSOR, TENSOR, double, TENSOR*",
     "add_rms_norm": "TENSOR, TENSOR, TENSOR, double, TENSOR*, TENSOR*",
+    "cos_sin": "TENSOR, TENSOR*, TENSOR*",
     "attention": "TENSOR, TENSOR, TENSOR, TENSOR, TENSOR, double, TENSOR*",
     "rotary_attention": f"{9 * 'TENSOR, '}double, TENSOR*",
+    "attention_block": f"TENSOR, TENSOR, {_WEIGHTS}, {6 * 'TENSOR, '}double, TENSOR, double, TENSOR*, TENSOR*",
+    "mlp_block": f"TENSOR, TENSOR, {_WEIGHTS}, TENSOR, double, TENSOR*, TENSOR*",
 }
 
 _LOADING = threading.Lock()
@@ -342,6 +359,17 @@ def _(
     scale: float,
 ) -> Tensor:
     return query.new_empty(*positions.shape, query.shape[2] // keys.shape[3] * values.shape[3])
+
+
+@library.register_fake("specdec::attention_block", lib=_LIBRARY)
+@library.register_fake("specdec::mlp_block", lib=_LIBRARY)
+def _(x: Tensor, residual: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    return residual.new_empty(residual.shape), residual.new_empty(residual.shape)
+
+
+@library.register_fake("specdec::cos_sin", lib=_LIBRARY)
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
 
 
 @library.register_fake("specdec::softmax", lib=_LIBRARY)

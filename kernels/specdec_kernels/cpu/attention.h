@@ -108,7 +108,7 @@ void attention_into(const Queries<T>& query, const Tensor& key, const Tensor& va
   const int64_t heads = query.heads, width = query.width, dim = key.size(3), value_dim = value.size(3),
       slots = key.size(2);
   const int64_t kv_heads = key.size(1), group = heads / kv_heads, queries = group * width, units = (queries + 3) / 4;
-  const T *k = key.const_data_ptr<T>(), *v = value.const_data_ptr<T>();
+  const T *k = data<T>(key), *v = data<T>(value);
   const int64_t grain = std::max<int64_t>(1, WORK / std::max<int64_t>(1, 4 * slots * dim));
   at::parallel_for(0, key.size(0) * kv_heads * units, grain, [&](int64_t begin, int64_t end) {
     float *x = scratch<float, 1>(4 * (dim + value_dim)), *mixed = x + 4 * dim;
@@ -147,10 +147,10 @@ void attention_into(const Queries<T>& query, const Tensor& key, const Tensor& va
 template <typename T>
 void attention_of(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& first,
     const Tensor& last, double scale, Tensor& y) {
-  const Queries<T> queries{query.const_data_ptr<T>(), query.stride(0), query.stride(1), query.stride(2), query.size(1),
+  const Queries<T> queries{data<T>(query), query.stride(0), query.stride(1), query.stride(2), query.size(1),
       query.size(2)};
-  attention_into<T>(queries, key, value, first.const_data_ptr<int32_t>(), last.const_data_ptr<int32_t>(),
-      query.size(2), scale, y.mutable_data_ptr<T>());
+  attention_into<T>(queries, key, value, data<int32_t>(first), data<int32_t>(last),
+      query.size(2), scale, mutable_data<T>(y));
 }
 
 Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& first, const Tensor& last,
@@ -177,19 +177,48 @@ void rotate(const T* x, const T* cos, const T* sin, int64_t dim, T* y) {
   });
 }
 
+// What rotary attention takes beside the states: cos and sin [B, W, D], positions [B, W], intervals [B, 2, W, 1], and the
+// buffers keys [B, H', S, D], values [B, H', S, DV].
+struct Rotary {
+  const Tensor &cos, &sin, &positions, &intervals;
+  Tensor &keys, &values;
+  double scale;
+
+  int64_t rows() const { return positions.size(0); }
+  int64_t width() const { return positions.size(1); }
+  int64_t dim() const { return keys.size(3); }
+  int64_t value_dim() const { return values.size(3); }
+  int64_t kv_heads() const { return keys.size(1); }
+
+  void check(at::ScalarType dtype, int64_t query_size) const {  // query_size: H * D
+    for (const Tensor* x : {&cos, &sin, static_cast<const Tensor*>(&keys), static_cast<const Tensor*>(&values)})
+      TORCH_CHECK(x->scalar_type() == dtype && (dtype == at::kFloat || dtype == at::kBFloat16),
+          "rotary_attention: all in one dtype, float32 or bfloat16");
+    TORCH_CHECK(keys.stride(3) == 1 && values.stride(3) == 1 && keys.size(0) == rows() && values.size(0) == rows() &&
+                    values.size(1) == kv_heads() && values.size(2) == keys.size(2) && dim() % 2 == 0 &&
+                    query_size % (kv_heads() * dim()) == 0 && cos.numel() == rows() * width() * dim() &&
+                    sin.numel() == cos.numel() && intervals.numel() == rows() * 2 * width() && cos.is_contiguous() &&
+                    sin.is_contiguous() && positions.is_contiguous() && intervals.is_contiguous(),
+        "rotary_attention: shapes do not match");
+    const int64_t* slot_of = data<int64_t>(positions);
+    for (int64_t at = 0; at < rows() * width(); ++at)
+      TORCH_CHECK(slot_of[at] >= 0 && slot_of[at] < keys.size(2), "position ", slot_of[at], " of a cache of ",
+          keys.size(2), " slots");
+  }
+};
+
+// q [B, W, H, D], k [B, W, H', D], v [B, W, H', DV] -> y [B, W, H, DV]
 template <typename T>
-void rotary_attention_of(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cos,
-    const Tensor& sin, const Tensor& positions, const Tensor& intervals, Tensor& keys, Tensor& values, double scale,
-    Tensor& y) {
-  const int64_t rows = positions.size(0), width = positions.size(1), dim = keys.size(3), value_dim = values.size(3),
-      kv_heads = keys.size(1), heads = query.size(2) / dim, slots = keys.size(2);
-  const T *q = query.const_data_ptr<T>(), *k = key.const_data_ptr<T>(), *v = value.const_data_ptr<T>();
-  const T *c = cos.const_data_ptr<T>(), *s = sin.const_data_ptr<T>();
-  const int64_t* slot_of = positions.const_data_ptr<int64_t>();
-  T *rotated = scratch<T, 2>(query.numel()), *to_keys = keys.mutable_data_ptr<T>(),
-    *to_values = values.mutable_data_ptr<T>();
-  for (int64_t at = 0; at < rows * width; ++at)
-    TORCH_CHECK(slot_of[at] >= 0 && slot_of[at] < slots, "position ", slot_of[at], " of a cache of ", slots, " slots");
+void rotary_attention_of(const T* q, const T* k, const T* v, int64_t heads, const Rotary& rotary, T* y) {
+  const int64_t rows = rotary.rows(), width = rotary.width(), dim = rotary.dim(), value_dim = rotary.value_dim(),
+      kv_heads = rotary.kv_heads();
+  const Tensor &keys = rotary.keys, &values = rotary.values;
+  const int64_t key_strides[] = {keys.stride(0), keys.stride(1), keys.stride(2)};
+  const int64_t value_strides[] = {values.stride(0), values.stride(1), values.stride(2)};
+  const T *c = data<T>(rotary.cos), *s = data<T>(rotary.sin);
+  const int64_t* slot_of = data<int64_t>(rotary.positions);
+  T *rotated = scratch<T, 2>(rows * width * heads * dim), *to_keys = mutable_data<T>(rotary.keys),
+    *to_values = mutable_data<T>(rotary.values);
   const int64_t grain = std::max<int64_t>(1, WORK / (16 * (heads + 2 * kv_heads) * dim));
   at::parallel_for(0, rows * width, grain, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
@@ -199,15 +228,15 @@ void rotary_attention_of(const Tensor& query, const Tensor& key, const Tensor& v
         rotate(q + (at * heads + head) * dim, cos_at, sin_at, dim, rotated + (at * heads + head) * dim);
       for (int64_t head = 0; head < kv_heads; ++head) {
         rotate(k + (at * kv_heads + head) * dim, cos_at, sin_at, dim,
-            to_keys + row * keys.stride(0) + head * keys.stride(1) + slot * keys.stride(2));
-        std::memcpy(to_values + row * values.stride(0) + head * values.stride(1) + slot * values.stride(2),
+            to_keys + row * key_strides[0] + head * key_strides[1] + slot * key_strides[2]);
+        std::memcpy(to_values + row * value_strides[0] + head * value_strides[1] + slot * value_strides[2],
             v + (at * kv_heads + head) * value_dim, value_dim * sizeof(T));
       }
     }
   });
   const Queries<T> queries{rotated, width * heads * dim, dim, heads * dim, heads, width};
-  const int32_t* first = intervals.const_data_ptr<int32_t>();
-  attention_into<T>(queries, keys, values, first, first + width, 2 * width, scale, y.mutable_data_ptr<T>());
+  const int32_t* first = data<int32_t>(rotary.intervals);
+  attention_into<T>(queries, keys, values, first, first + width, 2 * width, rotary.scale, y);
 }
 
 Tensor rotary_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cos,
@@ -217,24 +246,21 @@ Tensor rotary_attention(const Tensor& query, const Tensor& key, const Tensor& va
       return rotary_attention(query.contiguous(), key.contiguous(), value.contiguous(), cos.contiguous(),
           sin.contiguous(), positions.contiguous(), intervals.contiguous(), keys, values, scale);
   const auto dtype = query.scalar_type();
-  const int64_t rows = positions.size(0), width = positions.size(1);
-  for (const Tensor* x : {&key, &value, &cos, &sin, static_cast<const Tensor*>(&keys),
-           static_cast<const Tensor*>(&values)})
-    TORCH_CHECK(x->scalar_type() == dtype && (dtype == at::kFloat || dtype == at::kBFloat16),
-        "rotary_attention: all in one dtype, float32 or bfloat16");
-  const int64_t dim = keys.size(3), per_position = rows * width * keys.size(1);
-  TORCH_CHECK(keys.stride(3) == 1 && values.stride(3) == 1 && keys.size(0) == rows && values.size(0) == rows &&
-                  values.size(1) == keys.size(1) && values.size(2) == keys.size(2) && dim % 2 == 0 &&
-                  query.numel() == rows * width * query.size(2) && query.size(2) % (keys.size(1) * dim) == 0 &&
-                  key.numel() == per_position * dim &&
-                  value.numel() == per_position * values.size(3) && cos.numel() == rows * width * dim &&
-                  sin.numel() == cos.numel() && intervals.numel() == rows * 2 * width,
+  const Rotary rotary{cos, sin, positions, intervals, keys, values, scale};
+  rotary.check(dtype, query.size(2));
+  const int64_t rows = positions.size(0), width = positions.size(1), dim = keys.size(3),
+      per_position = rows * width * keys.size(1), heads = query.size(2) / dim;
+  TORCH_CHECK(query.numel() == rows * width * query.size(2) && key.numel() == per_position * dim &&
+                  value.numel() == per_position * values.size(3) && key.scalar_type() == dtype &&
+                  value.scalar_type() == dtype,
       "rotary_attention: shapes do not match");
-  Tensor y = empty({rows, width, query.size(2) / dim * values.size(3)}, dtype);
-  if (dtype == at::kFloat)
-    rotary_attention_of<float>(query, key, value, cos, sin, positions, intervals, keys, values, scale, y);
-  else
-    rotary_attention_of<BFloat16>(query, key, value, cos, sin, positions, intervals, keys, values, scale, y);
+  Tensor y = empty({rows, width, heads * values.size(3)}, dtype);
+  auto run = [&](auto of) {
+    using T = decltype(of);
+    rotary_attention_of<T>(data<T>(query), data<T>(key), data<T>(value), heads, rotary,
+        mutable_data<T>(y));
+  };
+  dtype == at::kFloat ? run(float{}) : run(BFloat16{});
   return y;
 }
 

@@ -41,9 +41,9 @@ void for_each_block(int64_t rows, int64_t depth, at::TensorList packed, at::Tens
   int64_t blocks = 0;
   for (size_t i = 0; i < columns.size(); ++i) {
     const int64_t count = scales[i].size(1);
-    const S* scale = scales[i].const_data_ptr<S>();
+    const S* scale = data<S>(scales[i]);
     const S* offset = scales[i].size(0) == 2 ? scale + count * groups * COLUMNS : nullptr;
-    weights.push_back({{packed[i].const_data_ptr<int32_t>(), scale, offset, depth / groups}, depth / WORD * COLUMNS,
+    weights.push_back({{data<int32_t>(packed[i]), scale, offset, depth / groups}, depth / WORD * COLUMNS,
                        groups * COLUMNS, columns[i], blocks, y[i]});
     blocks += count;
   }

@@ -41,9 +41,10 @@ IntVec load_bytes(const int8_t* at) {  // G of them, then zeros
   return v;
 }
 
-// y [R, N] = R rows of inputs times N rows of W, without the scales of W; G: bytes of an input group
+// y [R, N] = R rows of inputs times N rows of W, without the scales of W; stride: from row to row of y; G: bytes of an
+// input group
 template <int R, int N, int G>
-void dots(const Int8Inputs& x, int64_t row, const int8_t* w, float* y) {
+void dots(const Int8Inputs& x, int64_t row, const int8_t* w, float* y, int64_t stride) {
   const int8_t* values = x.values + row * x.depth;
   const float* scales = x.scales + row * x.groups;
   Vec sums[R][N] = {};
@@ -60,66 +61,63 @@ void dots(const Int8Inputs& x, int64_t row, const int8_t* w, float* y) {
   for (int r = 0; r < R; ++r) {
     if constexpr (N == 4) {
       const Four four = sums_of(sums[r]);
-      std::memcpy(y + r * N, &four, sizeof(four));
+      std::memcpy(y + r * stride, &four, sizeof(four));
     } else {
-      for (int n = 0; n < N; ++n) y[r * N + n] = sum(sums[r][n]);
+      for (int n = 0; n < N; ++n) y[r * stride + n] = sum(sums[r][n]);
     }
   }
 }
 
 template <int N, int G>
-void dots_of_rows(const Int8Inputs& x, int64_t rows, const int8_t* w, float* y) {
+void dots_of_rows(const Int8Inputs& x, int64_t rows, const int8_t* w, float* y, int64_t stride) {
   int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) dots<4, N, G>(x, row, w, y + row * N);
+  for (; row + 4 <= rows; row += 4) dots<4, N, G>(x, row, w, y + row * stride, stride);
   switch (rows - row) {
-    case 1: dots<1, N, G>(x, row, w, y + row * N); break;
-    case 2: dots<2, N, G>(x, row, w, y + row * N); break;
-    case 3: dots<3, N, G>(x, row, w, y + row * N); break;
+    case 1: dots<1, N, G>(x, row, w, y + row * stride, stride); break;
+    case 2: dots<2, N, G>(x, row, w, y + row * stride, stride); break;
+    case 3: dots<3, N, G>(x, row, w, y + row * stride, stride); break;
   }
 }
 
 template <int N>
-void dots_of_rows(const Int8Inputs& x, int64_t rows, const int8_t* w, float* y) {
+void dots_of_rows(const Int8Inputs& x, int64_t rows, const int8_t* w, float* y, int64_t stride) {
   switch (x.group) {
-    case 64: return dots_of_rows<N, 64>(x, rows, w, y);
-    case 32: return dots_of_rows<N, 32>(x, rows, w, y);
-    default: return dots_of_rows<N, 16>(x, rows, w, y);
+    case 64: return dots_of_rows<N, 64>(x, rows, w, y, stride);
+    case 32: return dots_of_rows<N, 32>(x, rows, w, y, stride);
+    default: return dots_of_rows<N, 16>(x, rows, w, y, stride);
   }
 }
 
 template <typename T, typename S>
 void int8_linear_into(const Tensor& x, const Tensor& weight, const S* scale, Tensor& y) {
-  constexpr int64_t TILE = 4;  // rows of W that share the reads of the inputs
+  constexpr int64_t TILE = 4, BLOCK = 64;  // rows of W that share the reads of the inputs; of a task
   const int64_t rows = rows_of(x), depth = x.size(-1), columns = weight.size(0);
-  const int8_t* w = weight.const_data_ptr<int8_t>();
-  T* out = y.mutable_data_ptr<T>();
-  const Int8Inputs inputs(x.const_data_ptr<T>(), rows, depth, std::gcd(depth, INPUT_GROUP), false);
-  const int64_t tiles = (columns + TILE - 1) / TILE,
-                grain = std::max<int64_t>(1, 4 * WORK / (depth * TILE * std::min<int64_t>(rows, 4)));
-  at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
-    float* sums = scratch<float, 1>(rows * TILE);
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = tile * TILE, count = std::min(TILE, columns - first);
-      if (count == TILE)
-        dots_of_rows<TILE>(inputs, rows, w + first * depth, sums);
-      else
-        for (int64_t n = 0; n < count; ++n) {
-          std::vector<float> column(rows);
-          dots_of_rows<1>(inputs, rows, w + (first + n) * depth, column.data());
-          for (int64_t row = 0; row < rows; ++row) sums[row * TILE + n] = column[row];
-        }
+  const int8_t* w = data<int8_t>(weight);
+  T* out = mutable_data<T>(y);
+  const Int8Inputs inputs(data<T>(x), rows, depth, std::gcd(depth, INPUT_GROUP), false);
+  const int64_t blocks = (columns + BLOCK - 1) / BLOCK,
+                grain = std::max<int64_t>(1, 4 * WORK / (depth * BLOCK * std::min<int64_t>(rows, 4)));
+  at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    float* sums = scratch<float, 1>(rows * BLOCK);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * BLOCK, count = std::min(BLOCK, columns - first);
+      int64_t n = 0;
+      for (; n + TILE <= count; n += TILE) dots_of_rows<TILE>(inputs, rows, w + (first + n) * depth, sums + n, BLOCK);
+      for (; n < count; ++n) dots_of_rows<1>(inputs, rows, w + (first + n) * depth, sums + n, BLOCK);
       for (int64_t row = 0; row < rows; ++row)
-        for (int64_t n = 0; n < count; ++n)
-          out[row * columns + first + n] = static_cast<T>(sums[row * TILE + n] * static_cast<float>(scale[first + n]));
+        in_vectors(count, [&](int64_t n, auto read, auto write) {
+          write(out + row * columns + first + n, load(sums + row * BLOCK + n) * read(scale + first + n));
+        });
     }
   });
 }
 
 template <typename T, typename S>
 void int8_linear_of(const Tensor& x, const Tensor& weight, const Tensor& scale, bool int8_inputs, Tensor& y) {
-  const S* scales = scale.const_data_ptr<S>();
+  const S* scales = data<S>(scale);
   int8_inputs ? int8_linear_into<T, S>(x, weight, scales, y)
-              : linear_into<T, int8_t, S>(x, weight, scales, std::nullopt, y);
+              : linear_into<T, int8_t, S>(data<T>(x), rows_of(x), weight, scales, nullptr,
+                    mutable_data<T>(y));
 }
 
 Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, bool int8_inputs) {

@@ -7,6 +7,7 @@
 // specdec_kernels/cpu/__init__.py declares and documents the operators and builds this file.
 
 #include "attention.h"
+#include "block.h"
 #include "int4_linear.h"
 #include "int8_linear.h"
 #include "linear.h"
@@ -30,9 +31,12 @@ TORCH_LIBRARY_IMPL(specdec, CPU, m) {
   m.impl("verify_greedy", verify_greedy);
   m.impl("commit", commit);
   m.impl("rotary_attention", rotary_attention);
+  m.impl("attention_block", attention_block);
+  m.impl("mlp_block", mlp_block);
   m.impl("rms_norm", rms_norm);
   m.impl("add_rms_norm", add_rms_norm);
   m.impl("mean", [](const Tensor& x) { return at::mean(x, {-1}, true); });
+  m.impl("cos_sin", cos_sin);
   m.impl("cos", [](const Tensor& x) { return at::cos(x); });
   m.impl("sin", [](const Tensor& x) { return at::sin(x); });
   m.impl("tanh", [](const Tensor& x) { return at::tanh(x); });

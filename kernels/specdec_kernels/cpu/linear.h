@@ -41,16 +41,14 @@ void dots_of_rows(const float* x, int64_t rows, int64_t depth, const T* w, float
   if (rows - row == 1) dots<1, N>(x + row * depth, depth, w, y + row * y_stride, y_stride);
 }
 
-// y [M, N] in T = x times W [N, K] in U; a row of W may have a scale, or a bias that is added to the rounded result.
+// y [M, N] in T = x [M, K] times W [N, K] in U; a row of W may have a scale, or a bias that is added to the rounded
+// result.
 template <typename T, typename U, typename S>
-void linear_into(const Tensor& x, const Tensor& weight, const S* scale, const std::optional<Tensor>& bias,
-    Tensor& y) {
-  const int64_t rows = rows_of(x), depth = x.size(-1), columns = weight.size(0);
+void linear_into(const T* x, int64_t rows, const Tensor& weight, const S* scale, const T* bias, T* y) {
+  const int64_t columns = weight.size(0), depth = weight.size(1);
   std::vector<float> buffer;
-  const float* inputs = floats(x, buffer);
-  const U* w = weight.const_data_ptr<U>();
-  const T* b = bias ? bias->const_data_ptr<T>() : nullptr;
-  T* out = y.mutable_data_ptr<T>();
+  const float* inputs = floats(x, rows * depth, buffer);
+  const U* w = data<U>(weight);
   const int64_t tiles = (columns + 3) / 4,
                 grain = std::max<int64_t>(1, WORK / (depth * 4 * std::min<int64_t>(rows, 4)));
   at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
@@ -65,8 +63,8 @@ void linear_into(const Tensor& x, const Tensor& weight, const S* scale, const st
       for (int64_t row = 0; row < rows; ++row)
         for (int64_t n = 0; n < count; ++n) {
           T value = static_cast<T>(scale ? sums[row * 4 + n] * static_cast<float>(scale[first + n]) : sums[row * 4 + n]);
-          out[row * columns + first + n] =
-              b ? static_cast<T>(static_cast<float>(value) + static_cast<float>(b[first + n])) : value;
+          y[row * columns + first + n] =
+              bias ? static_cast<T>(static_cast<float>(value) + static_cast<float>(bias[first + n])) : value;
         }
     }
   });
@@ -77,8 +75,12 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   at::DimVector sizes(x.sizes());
   sizes.back() = weight.size(0);
   Tensor y = empty(sizes, x.scalar_type());
-  x.scalar_type() == at::kFloat ? linear_into<float, float, float>(rows, weight, nullptr, bias, y)
-                                : linear_into<BFloat16, BFloat16, float>(rows, weight, nullptr, bias, y);
+  auto run = [&](auto of) {
+    using T = decltype(of);
+    linear_into<T, T, float>(data<T>(rows), rows_of(x), weight, nullptr,
+        bias ? data<T>(*bias) : nullptr, mutable_data<T>(y));
+  };
+  x.scalar_type() == at::kFloat ? run(float{}) : run(BFloat16{});
   return y;
 }
 

@@ -55,7 +55,7 @@ inline bool is_mean_of_squares(SumOfSquares sum) {
   for (int64_t depth : {16, 40, 64, 72, 96, 128, 160, 250, 256, 576, 896, 1000, 2048, 3072, 4100, 5120, 8192, 20000})
     for (int64_t rows : {1, 3}) {
       Tensor x = at::empty({rows, depth}, at::kFloat);
-      float* values = x.mutable_data_ptr<float>();
+      float* values = mutable_data<float>(x);
       uint32_t random = 1;
       for (int64_t i = 0; i < rows * depth; ++i) {
         random = random * 1664525 + 1013904223;
@@ -63,7 +63,7 @@ inline bool is_mean_of_squares(SumOfSquares sum) {
       }
       const Tensor mean = at::mean(x * x, {-1});
       for (int64_t row = 0; row < rows; ++row)
-        if (sum(values + row * depth, depth) / static_cast<float>(depth) != mean.const_data_ptr<float>()[row])
+        if (sum(values + row * depth, depth) / static_cast<float>(depth) != data<float>(mean)[row])
           return false;
     }
   return true;
@@ -98,9 +98,9 @@ template <typename T>
 void norm_rows(SumOfSquares sum, const Tensor& x, const Tensor* y, const Tensor& weight, double eps, Tensor& total,
     Tensor& out) {
   const int64_t depth = x.size(-1);
-  const T *from = x.const_data_ptr<T>(), *others = y ? y->const_data_ptr<T>() : nullptr;
-  const T* w = weight.const_data_ptr<T>();
-  T *sums = total.mutable_data_ptr<T>(), *to = out.mutable_data_ptr<T>();
+  const T *from = data<T>(x), *others = y ? data<T>(*y) : nullptr;
+  const T* w = data<T>(weight);
+  T *sums = mutable_data<T>(total), *to = mutable_data<T>(out);
   at::parallel_for(0, rows_of(x), std::max<int64_t>(1, WORK / (8 * depth)), [&](int64_t begin, int64_t end) {
     for (int64_t at = begin * depth; at < end * depth; at += depth)
       norm_row<T>(sum, from + at, y ? others + at : nullptr, w, static_cast<float>(eps), depth, sums + at, to + at);

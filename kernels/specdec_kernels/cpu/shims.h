@@ -8,6 +8,7 @@
 #include <cstdarg>
 
 #include "attention.h"
+#include "block.h"
 #include "int4_linear.h"
 #include "int8_linear.h"
 #include "linear.h"
@@ -35,6 +36,8 @@ class Borrowed {
   using Traits = c10::MaybeOwnedTraits<Tensor>;
   c10::SmallVector<Tensor, 4> tensors_;
 };
+
+std::tuple<Tensor, Tensor> cos_sin(const Tensor& x) { return {at::cos(x), at::sin(x)}; }
 
 }  // namespace
 
@@ -85,6 +88,14 @@ AOTITorchError aoti_torch_cpu_add_rms_norm(AtenTensorHandle x, AtenTensorHandle 
   });
 }
 
+AOTITorchError aoti_torch_cpu_cos_sin(AtenTensorHandle x, AtenTensorHandle* cos, AtenTensorHandle* sin) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    auto [cosines, sines] = cos_sin(tensor_of(x));
+    *cos = new_tensor_handle(std::move(cosines));
+    *sin = new_tensor_handle(std::move(sines));
+  });
+}
+
 AOTITorchError aoti_torch_cpu_attention(AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value,
     AtenTensorHandle first, AtenTensorHandle last, double scale, AtenTensorHandle* result) {
   AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
@@ -99,6 +110,33 @@ AOTITorchError aoti_torch_cpu_rotary_attention(AtenTensorHandle query, AtenTenso
   AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
     *result = new_tensor_handle(rotary_attention(tensor_of(query), tensor_of(key), tensor_of(value), tensor_of(cos),
         tensor_of(sin), tensor_of(positions), tensor_of(intervals), tensor_of(keys), tensor_of(values), scale));
+  });
+}
+
+AOTITorchError aoti_torch_cpu_attention_block(AtenTensorHandle x, AtenTensorHandle residual,
+    const AtenTensorHandle* weights, int64_t num_weights, const AtenTensorHandle* scales, int64_t num_scales,
+    const int64_t* columns, int64_t num_columns, int32_t int8_inputs, AtenTensorHandle cos, AtenTensorHandle sin,
+    AtenTensorHandle positions, AtenTensorHandle intervals, AtenTensorHandle keys, AtenTensorHandle values, double scale,
+    AtenTensorHandle norm, double eps, AtenTensorHandle* sum, AtenTensorHandle* result) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    auto [total, normed] = attention_block(tensor_of(x), tensor_of(residual), Borrowed(weights, num_weights),
+        Borrowed(scales, num_scales), {columns, static_cast<size_t>(num_columns)}, int8_inputs, tensor_of(cos),
+        tensor_of(sin), tensor_of(positions), tensor_of(intervals), tensor_of(keys), tensor_of(values), scale,
+        tensor_of(norm), eps);
+    *sum = new_tensor_handle(std::move(total));
+    *result = new_tensor_handle(std::move(normed));
+  });
+}
+
+AOTITorchError aoti_torch_cpu_mlp_block(AtenTensorHandle x, AtenTensorHandle residual, const AtenTensorHandle* weights,
+    int64_t num_weights, const AtenTensorHandle* scales, int64_t num_scales, const int64_t* columns,
+    int64_t num_columns, int32_t int8_inputs, AtenTensorHandle norm, double eps, AtenTensorHandle* sum,
+    AtenTensorHandle* result) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    auto [total, normed] = mlp_block(tensor_of(x), tensor_of(residual), Borrowed(weights, num_weights),
+        Borrowed(scales, num_scales), {columns, static_cast<size_t>(num_columns)}, int8_inputs, tensor_of(norm), eps);
+    *sum = new_tensor_handle(std::move(total));
+    *result = new_tensor_handle(std::move(normed));
   });
 }
 

@@ -33,6 +33,19 @@ typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef int8_t Bytes __attribute__((vector_size(16)));
 
+// The data of a tensor of T: const_data_ptr<T> and mutable_data_ptr<T>, inlined.
+template <typename T>
+const T* data(const Tensor& x) {
+  TORCH_CHECK(x.dtype() == caffe2::TypeMeta::Make<T>(), "expected a tensor of another dtype than ", x.dtype());
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+template <typename T>
+T* mutable_data(const Tensor& x) {
+  TORCH_CHECK(x.dtype() == caffe2::TypeMeta::Make<T>(), "expected a tensor of another dtype than ", x.dtype());
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
 inline Vec splat(float x) { return x - Vec{}; }
 
 inline Vec load(const float* at) {
@@ -198,10 +211,19 @@ inline Four sums_of(const Vec* v) {  // the sums of four vectors, each in the or
   return __builtin_shufflevector(w, w, 0, 4, 8, 12);
 }
 
-inline Vec exponential(Vec x) {  // x <= 0; error up to 2 units in the last place; 0 below -87
-  const Vec low = splat(-87.0f);
-  IntVec dropped = x < low;
-  x = dropped ? low : x;
+inline Vec power_of_two(IntVec n) {  // -126 <= n <= 127
+  const IntVec bits = n + 127 << 23;
+  Vec y;
+  std::memcpy(&y, &bits, sizeof(y));
+  return y;
+}
+
+struct Exponential {  // p * 2^n
+  Vec p;
+  IntVec n;
+};
+
+inline Exponential exponential_of(Vec x) {  // -89 <= x <= 89; error up to 2 units in the last place
   Vec n = x * 1.44269504f + 12582912.0f;  // adding and subtracting 1.5 * 2^23 rounds to an integer
   IntVec bits;
   std::memcpy(&bits, &n, sizeof(n));
@@ -214,20 +236,23 @@ inline Vec exponential(Vec x) {  // x <= 0; error up to 2 units in the last plac
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  IntVec power = ((bits & 0xff) << 24 >> 24) + 127 << 23;  // n fits into 8 bits
-  Vec scale;
-  std::memcpy(&scale, &power, sizeof(scale));
-  Vec y = p * scale;
+  return {p * (r * r) + r + 1.0f, (bits & 0xffff) << 16 >> 16};
+}
+
+inline Vec exponential(Vec x) {  // x <= 0; 0 below -87
+  const Vec low = splat(-87.0f);
+  const IntVec dropped = x < low;
+  const auto [p, n] = exponential_of(dropped ? low : x);
+  const Vec y = p * power_of_two(n);
   return dropped ? Vec{} : y;
 }
 
-// x [M, K] as floats: x itself, or a copy in `buffer`
-inline const float* floats(const Tensor& x, std::vector<float>& buffer) {
-  if (x.scalar_type() == at::kFloat) return x.const_data_ptr<float>();
-  const BFloat16* from = x.const_data_ptr<BFloat16>();
-  buffer.resize(x.numel());
-  for (int64_t i = 0; i < x.numel(); ++i) buffer[i] = static_cast<float>(from[i]);
+// x [count] as floats: x itself, or a copy in `buffer`
+inline const float* floats(const float* x, int64_t, std::vector<float>&) { return x; }
+
+inline const float* floats(const BFloat16* x, int64_t count, std::vector<float>& buffer) {
+  buffer.resize(count);
+  for (int64_t i = 0; i < count; ++i) buffer[i] = static_cast<float>(x[i]);
   return buffer.data();
 }
 

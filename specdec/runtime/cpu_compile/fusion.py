@@ -2,6 +2,7 @@
 
     specdec::rms_norm, add_rms_norm     RMSNorm as Llama writes it, also of a residual sum
     specdec::rotary_attention           rotary embedding of halves, then the write to the KV cache, then attention
+    specdec::attention_block, mlp_block the halves of a decoder layer, made of these and of its linear layers
 
 A model that writes them in another way keeps its own operators, which torch's compiler fuses as far as it can.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import operator
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,6 +75,23 @@ def fuse(graph: Any) -> None:
             _fuse_norm(node)
         elif node.target == specdec_ops.attention.default:
             _fuse_attention(node)
+        elif node.target == aten.cos.default:
+            _fuse_cos_sin(node)
+    graph.eliminate_dead_code()
+
+
+def fuse_blocks(graph: Any) -> None:
+    """Replace the halves of decoder layers, in place. The linear layers are specdec's operators, merged by input."""
+    replaced = []
+    for node in graph.nodes:
+        if node.target == specdec_ops.add_rms_norm.default:
+            if (attention := _fuse_attention_block(node)) is not None:
+                replaced.append(attention)
+            else:
+                _fuse_mlp_block(node)
+    graph.eliminate_dead_code()
+    for attention in replaced:  # it writes to its arguments, so it is not dead code
+        graph.erase_node(attention)
     graph.eliminate_dead_code()
 
 
@@ -138,6 +157,15 @@ def _insert_pair(before: Any, target: Any, arguments: tuple[Any, ...]) -> tuple[
     return results[0], results[1]
 
 
+def _fuse_cos_sin(node: Any) -> None:
+    """`node` is the cosine of the angles of a rotary embedding; a sine of the same is computed with it."""
+    [angles] = node.args
+    for sine in [user for user in angles.users if user.target == aten.sin.default]:
+        results = _insert_pair(node, specdec_ops.cos_sin.default, (angles,))
+        for old, new in zip((node, sine), results, strict=True):
+            old.replace_all_uses_with(new)
+
+
 def _fuse_attention(node: Any) -> None:
     found: dict[str, Any] = {}
     if not match(node, ATTENTION, found):
@@ -175,3 +203,73 @@ def _flat(states: Any) -> Any:
     flat = states.graph.call_function(aten.flatten.using_ints, (rows, 2))
     flat.meta["val"] = value
     return flat
+
+
+@dataclass(frozen=True)
+class _Linears:
+    """Linear layers of the same input: all with packed weights and scales, or all dense and without scales."""
+
+    x: Any
+    weights: list[Any]
+    scales: list[Any]
+    columns: list[int]
+    int8_inputs: bool
+
+    def before(self, output: _Linears) -> tuple[list[Any], list[Any], list[int], bool] | None:
+        """The arguments of a block that begins with these layers and ends with `output`, None of another kind."""
+        if bool(self.scales) != bool(output.scales) or self.int8_inputs != output.int8_inputs:
+            return None
+        lists = self.weights + output.weights, self.scales + output.scales, self.columns + output.columns
+        return *lists, self.int8_inputs
+
+
+def _linears(results: list[Any]) -> _Linears | None:
+    """The layers that give these results, each of which is used once."""
+    if not all(isinstance(result, Node) and len(result.users) == 1 for result in results):
+        return None
+    first = results[0]
+    if all(result.target == operator.getitem and result.args[0] == first.args[0] for result in results):
+        call, indices = first.args[0], [result.args[1] for result in results]
+        if call.target != specdec_ops.int4_linear.default:
+            return None
+        x, *lists, int8_inputs = call.args
+        weights, scales, columns = ([values[index] for index in indices] for values in lists)
+        return _Linears(x, weights, scales, columns, int8_inputs)
+    is_dense = all(result.target == specdec_ops.linear.default and result.args[2] is None for result in results)
+    if not is_dense or any(result.args[0] != first.args[0] for result in results):
+        return None
+    weights = [result.args[1] for result in results]
+    return _Linears(first.args[0], weights, [], [weight.meta["val"].shape[0] for weight in weights], False)
+
+
+def _fuse_attention_block(node: Any) -> Any:
+    """`node` is the norm of the sum after attention. Returns the attention's node where it was fused, else None."""
+    residual, out, norm, eps = node.args
+    output = _linears([out])
+    found: dict[str, Any] = {}
+    if output is None or not match(output.x, (aten.reshape.default, (aten.unflatten.int, "mixed", 2, ANY), ANY), found):
+        return None
+    attention = found["mixed"]
+    if not isinstance(attention, Node) or attention.target != specdec_ops.rotary_attention.default:
+        return None
+    inputs = _linears(list(attention.args[:3]))
+    layers = None if inputs is None else inputs.before(output)
+    if inputs is None or layers is None or len(attention.users) > 1:
+        return None
+    node.target = specdec_ops.attention_block.default
+    node.args = (inputs.x, residual, *layers, *attention.args[3:], norm, eps)
+    return attention
+
+
+def _fuse_mlp_block(node: Any) -> None:
+    """`node` is the norm of the sum after an MLP."""
+    residual, out, norm, eps = node.args
+    output = _linears([out])
+    found: dict[str, Any] = {}
+    if output is None or not match(output.x, (aten.mul.Tensor, (aten.silu.default, "gate"), "up"), found):
+        return
+    inputs = _linears([found["gate"], found["up"]])
+    layers = None if inputs is None else inputs.before(output)
+    if inputs is not None and layers is not None and len(output.x.users) == 1:
+        node.target = specdec_ops.mlp_block.default
+        node.args = (inputs.x, residual, *layers, norm, eps)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from specdec.quant.layers import is_4bit
 from specdec.runtime.attention.override import attention_override
-from specdec.runtime.cpu_compile.fusion import fuse
+from specdec.runtime.cpu_compile.fusion import fuse, fuse_blocks
 from specdec.runtime.kv_cache.ragged import RaggedCache
 from specdec.runtime.pair import PairMember
 from specdec.runtime.runner import ModelRunner
@@ -69,6 +69,7 @@ def trace(member: PairMember) -> tuple[Any, list[list[int]]]:
     for node in program.graph.nodes:
         _replace_operator(node, member.exact, is_bit_exact)
     _merge_int4_linears(program.graph)
+    fuse_blocks(program.graph)
     program.graph_module.recompile()
     return program, [[buffer.shape[1], buffer.shape[3]] for buffer in buffers]
 
