@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -389,6 +390,41 @@ def test_silu_has_the_bits_of_pytorch_for_every_bfloat16() -> None:
     want = torch.nn.functional.silu(x) * x + 0
     assert total[~want.isnan()].equal(want[~want.isnan()])
     assert total[want.isnan()].isnan().all()
+
+
+@pytest.mark.usefixtures("threads")
+def test_several_threads_call_at_once() -> None:
+    """One of them has the pool's threads at a time, the others compute alone: the same bits."""
+    weight = random_weight(2048, 256, 64, False, torch.bfloat16)
+    packed, scale = cpu.pack(weight.codes(), weight.scale, weight.zero)
+    inputs = [random(24, 256, dtype=torch.bfloat16, seed=seed) for seed in range(8)]
+
+    def outputs(x: Tensor) -> list[Tensor]:
+        return [OPS.int4_linear(x, [packed], [scale], [2048], True)[0] for _ in range(20)]
+
+    want = [outputs(x)[0] for x in inputs]
+    with ThreadPoolExecutor(4) as executor:
+        for got, expected in zip(executor.map(outputs, inputs), want, strict=True):
+            assert all(one.equal(expected) for one in got)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_does_not_wait_for_its_parents_threads() -> None:
+    code = """
+import os, torch
+from specdec_kernels import cpu
+assert cpu.load()
+torch.set_num_threads(2)
+x, w = torch.randn(64, 256), torch.randn(4096, 256)
+want = torch.ops.specdec.linear(x, w, None)
+pid = os.fork()
+got = torch.ops.specdec.linear(x, w, None)
+assert got.equal(want)
+if pid == 0:
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_a_position_beyond_the_cache_is_refused() -> None:

@@ -110,7 +110,7 @@ void attention_into(const Queries<T>& query, const Tensor& key, const Tensor& va
   const int64_t kv_heads = key.size(1), group = heads / kv_heads, queries = group * width, units = (queries + 3) / 4;
   const T *k = data<T>(key), *v = data<T>(value);
   const int64_t grain = std::max<int64_t>(1, WORK / std::max<int64_t>(1, 4 * slots * dim));
-  at::parallel_for(0, key.size(0) * kv_heads * units, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, key.size(0) * kv_heads * units, grain, [&](int64_t begin, int64_t end) {
     float *x = scratch<float, 1>(4 * (dim + value_dim)), *mixed = x + 4 * dim;
     for (int64_t index = begin; index < end; ++index) {
       const int64_t row = index / (kv_heads * units), kv_head = index / units % kv_heads, unit = index % units * 4;
@@ -220,7 +220,7 @@ void rotary_attention_of(const T* q, const T* k, const T* v, int64_t heads, cons
   T *rotated = scratch<T, 2>(rows * width * heads * dim), *to_keys = mutable_data<T>(rotary.keys),
     *to_values = mutable_data<T>(rotary.values);
   const int64_t grain = std::max<int64_t>(1, WORK / (16 * (heads + 2 * kv_heads) * dim));
-  at::parallel_for(0, rows * width, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows * width, grain, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
       const T *cos_at = c + at * dim, *sin_at = s + at * dim;
       const int64_t row = at / width, slot = slot_of[at];

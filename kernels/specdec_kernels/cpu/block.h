@@ -64,7 +64,7 @@ void silu_product(T* gate, const T* up, int64_t rows, int64_t depth) {
     Tensor all = at::from_blob(gate, {rows, depth}, c10::CppTypeToScalarType<T>::value);
     at::silu_(all);
   }
-  at::parallel_for(0, rows, std::max<int64_t>(1, WORK / (16 * depth)), [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, std::max<int64_t>(1, WORK / (16 * depth)), [&](int64_t begin, int64_t end) {
     in_vectors((end - begin) * depth, [&](int64_t k, auto read, auto write) {
       T* at = gate + begin * depth + k;
       const Vec x = read(at);

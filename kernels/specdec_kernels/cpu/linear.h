@@ -51,7 +51,7 @@ void linear_into(const T* x, int64_t rows, const Tensor& weight, const S* scale,
   const U* w = data<U>(weight);
   const int64_t tiles = (columns + 3) / 4,
                 grain = std::max<int64_t>(1, WORK / (depth * 4 * std::min<int64_t>(rows, 4)));
-  at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> sums(rows * 4);
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = tile * 4, count = std::min<int64_t>(4, columns - first);

@@ -101,7 +101,7 @@ void norm_rows(SumOfSquares sum, const Tensor& x, const Tensor* y, const Tensor&
   const T *from = data<T>(x), *others = y ? data<T>(*y) : nullptr;
   const T* w = data<T>(weight);
   T *sums = mutable_data<T>(total), *to = mutable_data<T>(out);
-  at::parallel_for(0, rows_of(x), std::max<int64_t>(1, WORK / (8 * depth)), [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows_of(x), std::max<int64_t>(1, WORK / (8 * depth)), [&](int64_t begin, int64_t end) {
     for (int64_t at = begin * depth; at < end * depth; at += depth)
       norm_row<T>(sum, from + at, y ? others + at : nullptr, w, static_cast<float>(eps), depth, sums + at, to + at);
   });

@@ -133,7 +133,7 @@ Tensor greedy_ids(const Tensor& scores) {
   const float* from = rows.const_data_ptr<float>();
   Tensor ids = like(scores, {scores.size(0), scores.size(1)}, at::kLong);
   int64_t* id = ids.mutable_data_ptr<int64_t>();
-  at::parallel_for(0, ids.numel(), std::max<int64_t>(1, WORK / vocab_size), [&](int64_t begin, int64_t end) {
+  parallel_for(0, ids.numel(), std::max<int64_t>(1, WORK / vocab_size), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) id[i] = argmax(from + i * vocab_size, vocab_size);
   });
   return ids;
@@ -162,7 +162,7 @@ Tensor draw(const Tensor& weights, const Tensor& uniforms) {
   const double* uniform = at.const_data_ptr<double>();
   Tensor ids = like(uniforms, uniforms.sizes(), at::kLong);
   int64_t* id = ids.mutable_data_ptr<int64_t>();
-  at::parallel_for(0, count, std::max<int64_t>(1, WORK / vocab_size), [&](int64_t begin, int64_t end) {
+  parallel_for(0, count, std::max<int64_t>(1, WORK / vocab_size), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const float* weight = from + i * vocab_size;
       id[i] = invert([=](int64_t j) { return weight[j]; }, vocab_size, uniform[i]);
@@ -188,7 +188,7 @@ std::tuple<Tensor, Tensor> verify(const Tensor& target_probs, const Tensor& draf
   Tensor accepted = like(draft_ids, {batch}, at::kLong), next_ids = like(draft_ids, {batch}, at::kLong);
   int64_t* counts = accepted.mutable_data_ptr<int64_t>();
   int64_t* next = next_ids.mutable_data_ptr<int64_t>();
-  at::parallel_for(0, batch, std::max<int64_t>(1, WORK / vocab_size), [&](int64_t begin, int64_t end) {
+  parallel_for(0, batch, std::max<int64_t>(1, WORK / vocab_size), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t num_drafted = std::min(length[b], num_ids);
       int64_t count = 0;
