@@ -19,11 +19,10 @@ class Sequences:
     """B rows of ids, compact: column == position, no padding inside. Columns at and beyond a row's length are stale.
 
     On the device: ids [B, L] int64; lengths (n) [B] int64, committed ids; end [B] int64, the length at which the row
-    ends; finished [B] bool.
+    ends; finished [B] bool. no_draft: the draft of a step that proposes nothing.
 
     The host only holds bounds (num_requested, remaining_tokens, shortest, longest), so a step can begin before the
-    results
-    of earlier ones are read: `begin_step` starts a step, `retire` applies the result of the oldest one in flight.
+    results of earlier ones are read: `begin_step` starts a step, `retire` applies the result of the oldest in flight.
     """
 
     def __init__(
@@ -51,6 +50,7 @@ class Sequences:
         self.prompt, self.ids = torch.empty_like(prompt), torch.zeros_like(prompt)
         self.padding, self.lengths, self.end = (torch.zeros_like(prompt_lengths) for _ in range(3))
         self.finished = torch.zeros_like(prompt_lengths, dtype=torch.bool)
+        self.no_draft = Draft.empty(batch_size, prompt.device)
 
         self.num_requested = 0  # draft ids that the step in progress may request for a row
         self._paddings, self._lengths = [0] * batch_size, [0] * batch_size  # as the host knows them
@@ -152,7 +152,7 @@ class Sequences:
         self._reserve_columns()
         self.num_requested = num_draft_tokens
         self._in_flight.append(num_draft_tokens + 1)
-        return self.limit(num_draft_tokens)
+        return self.limit(num_draft_tokens) if num_draft_tokens else self.no_draft.lengths
 
     def retire(self, result: StepResult) -> None:
         """Apply the result of the oldest step in flight to the host's bounds."""

@@ -29,7 +29,7 @@ from specdec.core.sampling import Sampling
 from specdec.core.sequences import Sequences
 from specdec.core.steps import Draft, StepResult, Verdict, check_draft
 from specdec.core.timing import Mark, no_mark
-from specdec.core.verification import verify_draft
+from specdec.core.verification import has_greedy_operator, verify_draft
 
 
 def speculate(
@@ -57,6 +57,8 @@ def speculate(
     while not sequences.is_done:
         k = policy.next() if max_in_flight else min(policy.next(), sequences.remaining_tokens)
         in_flight.append(step(target, drafter, sequences, sampling, k, run, mark, lockstep))
+        if max_in_flight:
+            in_flight[-1].send()
         if len(in_flight) > max_in_flight:
             result = in_flight.popleft()
             sequences.retire(result)
@@ -82,7 +84,7 @@ def step(
         draft = drafter.propose(sequences, limit)
         check_draft(draft, drafter, sequences.batch_size, sequences.max_draft_tokens, target.vocab_size)
     else:
-        draft = Draft.empty(sequences.batch_size, sequences.device)
+        draft = sequences.no_draft
     if lockstep is not None:
         draft = lockstep.extend(draft)
     mark("draft")
@@ -96,10 +98,8 @@ def step(
     if lockstep is not None or sampling.needs_prefix or sequences.stop is not None:  # runs Python on the host
         run = run_eager
     key = "verification", sampling.cache_key, sequences.stop_ids is None
-    accepted, next_ids, *committed = run(key, verify, limit, draft.probs, *scored)
-    verdict, logits = Verdict(accepted, next_ids), scored[-1]
-    result = StepResult(type(drafter).__name__, draft, verdict, limit, logits, *committed)
-    result.send()
+    accepted, next_ids, host_summary, scores = run(key, verify, limit, draft.probs, *scored)
+    result = StepResult(type(drafter).__name__, draft, Verdict(accepted, next_ids), scored[-1], scores, host_summary)
     drafter.observe(result)
     mark("verification")
     return result
@@ -123,10 +123,15 @@ def verify_and_commit(
     is_broken: Tensor,
     logits: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Verify a draft, append what is kept: -> accepted, next_ids, then StepResult's fields from `live` to `scores`."""
+    """Verify a draft, append what is kept: -> accepted, next_ids, and StepResult's host_summary and scores."""
     draft = Draft(ids, probs, lengths)
     used = torch.where(sequences.finished, 0, lengths + 1) if sampling.needs_prefix else None
     scores = sampling.scores(logits, sequences, used=used, draft_ids=ids)
+    if sequences.stop is None and has_greedy_operator(draft, scores, sampling):
+        return *torch.ops.specdec.commit_greedy(
+            scores, sequences.ids, sequences.lengths, sequences.end, sequences.finished, sequences.stop_ids, limit,
+            ids, lengths, is_broken,
+        ), scores  # fmt: skip
     verdict, overlap, is_nan = verify_draft(draft, scores, sampling)
-    *counts, host_summary = commit_verdict(sequences, draft, verdict, overlap, limit, is_broken, is_nan)
-    return verdict.accepted, verdict.next_ids, *counts, overlap, host_summary, scores
+    host_summary = commit_verdict(sequences, draft, verdict, overlap, limit, is_broken, is_nan)
+    return verdict.accepted, verdict.next_ids, host_summary, scores

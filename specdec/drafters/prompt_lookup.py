@@ -28,7 +28,7 @@ class PromptLookup:
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
         num_ids = sequences.num_requested
         if num_ids == 0:
-            return Draft.empty(sequences.batch_size, sequences.device)
+            return sequences.no_draft
         ids = sequences.ids
         if cpu.works_on(ids.device):
             found_ids, num_found = torch.ops.specdec.prompt_lookup(

@@ -85,10 +85,10 @@ def run_steps(seed: int, is_sampled: bool) -> list[Tensor]:
         scores = random_scores(generator, *window[0].shape, V)
         staged = sequences.ids.clone()
         verdict, overlap, is_nan = verify_draft(draft, scores, sampling)
-        committed = commit_verdict(sequences, draft, verdict, overlap, limit, is_broken, is_nan)
+        summary = commit_verdict(sequences, draft, verdict, overlap, limit, is_broken, is_nan)
         state = [x.clone() for x in (sequences.ids, sequences.lengths, sequences.finished)]
         seen += [limit, draft.ids, draft.lengths, is_broken, *window, staged]
-        seen += [verdict.accepted, verdict.next_ids, overlap, is_nan, *committed, *state]
+        seen += [verdict.accepted, verdict.next_ids, overlap, is_nan, summary, *state]
     return seen
 
 
@@ -122,7 +122,7 @@ def test_a_stop_id_among_accepted_ids_ends_the_row() -> None:
     draft, is_broken, *_ = sequences.stage_window(Draft(torch.tensor([[3, 4, 1]]), None, limit), limit, V)
     scores = torch.nn.functional.one_hot(torch.tensor([[3, 4, 1, 2]]), V).float()
     verdict, overlap, is_nan = verify_draft(draft, scores, Sampling())
-    *_, summary = commit_verdict(sequences, draft, verdict, overlap, limit, is_broken, is_nan)
+    summary = commit_verdict(sequences, draft, verdict, overlap, limit, is_broken, is_nan)
     assert summary.tolist() == [[3, 2, 2, 2, 1, 0, 1, 1, 1]]
     assert sequences.ids[0, : int(sequences.lengths)].tolist() == [1, 2, 3, 4]
 

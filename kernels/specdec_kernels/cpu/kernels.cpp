@@ -29,6 +29,7 @@ TORCH_LIBRARY_IMPL(specdec, CPU, m) {
   m.impl("verify", verify);
   m.impl("verify_greedy", verify_greedy);
   m.impl("commit", commit);
+  m.impl("commit_greedy", commit_greedy);
   m.impl("rotary_attention", rotary_attention);
   m.impl("rms_norm", rms_norm);
   m.impl("add_rms_norm", add_rms_norm);

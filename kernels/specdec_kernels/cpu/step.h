@@ -244,9 +244,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> verify_greedy(const Tensor& scores, c
   return {accepted, next_ids, overlap, is_nan};
 }
 
-// speculative.commit_verdict without a stop function: appends the accepted ids and the next id of each row, up to its
-// first stop id, and counts them: live, emitted, drafted, accepted [B], and host_summary float32 [B, 6 + K].
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> commit(const Tensor& ids, const Tensor& lengths, const Tensor& end,
+// commit.commit_verdict without a stop function: appends the accepted ids and the next id of each row, up to its first
+// stop id, and counts them: host_summary float32 [B, 6 + K].
+Tensor commit(const Tensor& ids, const Tensor& lengths, const Tensor& end,
     const Tensor& finished, const std::optional<Tensor>& stop_ids, const Tensor& limit, const Tensor& draft_ids,
     const std::optional<Tensor>& draft_probs, const Tensor& draft_lengths, const Tensor& accepted,
     const Tensor& next_ids, const Tensor& overlap, const Tensor& is_broken, const Tensor& is_nan) {
@@ -262,9 +262,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> commit(const Tensor& ids, con
   const auto broken = is_broken.accessor<bool, 1>(), nan = is_nan.accessor<bool, 1>();
   const Tensor stops = stop_ids ? stop_ids->to(at::kLong).contiguous() : Tensor();
   const int64_t *stop = stop_ids ? stops.const_data_ptr<int64_t>() : nullptr, num_stops = stop_ids ? stops.numel() : 0;
-  Tensor live = like(ids, {batch}, at::kBool), emitted = like(ids, {batch}, at::kLong),
-         counted = like(ids, {batch}, at::kLong), kept = like(ids, {batch}, at::kLong),
-         host_summary = like(ids, {batch, SUMMARY_COUNTS + num_ids}, at::kFloat);
+  Tensor host_summary = like(ids, {batch, SUMMARY_COUNTS + num_ids}, at::kFloat);
   float* summary = host_summary.mutable_data_ptr<float>();
   for (int64_t b = 0; b < batch; ++b, summary += SUMMARY_COUNTS + num_ids) {
     const int64_t n = length[b];
@@ -280,12 +278,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> commit(const Tensor& ids, con
     length[b] += count;
     is_finished[b] |= is_last;
 
-    live.mutable_data_ptr<bool>()[b] = is_live;
-    emitted.mutable_data_ptr<int64_t>()[b] = count;
     const int64_t num_drafted = is_last ? std::min<int64_t>(drafted[b], count) : drafted[b];
     const int64_t num_accepted = std::min<int64_t>(verified[b], count);
-    counted.mutable_data_ptr<int64_t>()[b] = num_drafted;
-    kept.mutable_data_ptr<int64_t>()[b] = num_accepted;
     bool draft_is_nan = false;
     if (draft_probs)
       for (int64_t i = 0; i < num_ids; ++i) draft_is_nan |= std::isnan(draft_probs->accessor<float, 3>()[b][i][0]);
@@ -294,7 +288,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> commit(const Tensor& ids, con
     std::copy(std::begin(counts), std::end(counts), summary);
     for (int64_t i = 0; i < num_ids; ++i) summary[SUMMARY_COUNTS + i] = shared[b][i];
   }
-  return {live, emitted, counted, kept, host_summary};
+  return host_summary;
+}
+
+// verify_greedy, then commit: how many draft ids are accepted [B], the target's next id [B], and host_summary.
+std::tuple<Tensor, Tensor, Tensor> commit_greedy(const Tensor& scores, const Tensor& ids, const Tensor& lengths,
+    const Tensor& end, const Tensor& finished, const std::optional<Tensor>& stop_ids, const Tensor& limit,
+    const Tensor& draft_ids, const Tensor& draft_lengths, const Tensor& is_broken) {
+  const auto [accepted, next_ids, overlap, is_nan] = verify_greedy(scores, draft_ids, draft_lengths);
+  return {accepted, next_ids,
+      commit(ids, lengths, end, finished, stop_ids, limit, draft_ids, std::nullopt, draft_lengths, accepted, next_ids,
+          overlap, is_broken, is_nan)};
 }
 
 }  // namespace

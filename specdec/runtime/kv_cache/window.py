@@ -54,7 +54,7 @@ class Window:
         self.positions = positions
         self.first = None
         if batch == 1:  # consecutive positions, the usual case, are written as a slice: cheaper than an index
-            row = positions[0].tolist()
+            (row,) = positions.tolist()
             self.end = max(row) + 1
             if row[0] >= 0 and row[0] + width == self.end and row[-1] + 1 == self.end:
                 self.first = row[0]
