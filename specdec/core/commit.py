@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from specdec_kernels import cpu
 from torch import Tensor
 
 from specdec.core.sequences import Sequences
@@ -25,7 +24,7 @@ def commit_verdict(
     -> StepResult.host_summary. On a CPU with specdec's kernels one operator, except where a stop function runs Python.
     """
     host_summary: Tensor
-    if sequences.stop is None and cpu.works_on(sequences.device):
+    if sequences.stop is None and sequences.has_kernels:
         host_summary = torch.ops.specdec.commit(
             sequences.ids, sequences.lengths, sequences.end, sequences.finished, sequences.stop_ids, limit,
             draft.ids, draft.probs, draft.lengths, verdict.accepted, verdict.next_ids, overlap, is_broken, is_nan,

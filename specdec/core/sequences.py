@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Callable
 
@@ -20,6 +21,7 @@ class Sequences:
 
     On the device: ids [B, L] int64; lengths (n) [B] int64, committed ids; end [B] int64, the length at which the row
     ends; finished [B] bool. no_draft: the draft of a step that proposes nothing.
+    has_kernels: whether specdec_kernels.cpu works on them.
 
     The host only holds bounds (num_requested, remaining_tokens, shortest, longest), so a step can begin before the
     results of earlier ones are read: `begin_step` starts a step, `retire` applies the result of the oldest in flight.
@@ -51,6 +53,7 @@ class Sequences:
         self.padding, self.lengths, self.end = (torch.zeros_like(prompt_lengths) for _ in range(3))
         self.finished = torch.zeros_like(prompt_lengths, dtype=torch.bool)
         self.no_draft = Draft.empty(batch_size, prompt.device)
+        self.has_kernels = cpu.works_on(prompt.device)
 
         self.num_requested = 0  # draft ids that the step in progress may request for a row
         self._paddings, self._lengths = [0] * batch_size, [0] * batch_size  # as the host knows them
@@ -157,17 +160,17 @@ class Sequences:
     def retire(self, result: StepResult) -> None:
         """Apply the result of the oldest step in flight to the host's bounds."""
         self._in_flight.popleft()
-        counts = [0 if step is None else step.emitted for step in result.steps]
+        steps, row_ends = result.read()
+        counts = [0 if step is None else step.emitted for step in steps]
         if self.in_lockstep:
             counts = [max(counts)] * len(counts)
-        for row, (count, ends) in enumerate(zip(counts, result.ends, strict=True)):
-            self._lengths[row] += count
-            self._is_live[row] &= not ends
+        self._lengths = list(map(operator.add, self._lengths, counts))
+        self._is_live = [live and not ends for live, ends in zip(self._is_live, row_ends, strict=True)]
 
     def limit(self, num_draft_tokens: int) -> Tensor:
         """The most ids to draft for each row: [B] int64, 0 where finished. The id before `end` is the target's own."""
         limits: Tensor
-        if cpu.works_on(self.device):
+        if self.has_kernels:
             limits = torch.ops.specdec.draft_limits(
                 self.lengths, self.end, self.finished, self.context, num_draft_tokens
             )
@@ -188,22 +191,24 @@ class Sequences:
         columns = self.lengths[:, None] + skip + torch.arange(ids.shape[1], device=self.device)
         self.ids.scatter_(1, columns, ids)
 
-    def stage_window(self, draft: Draft, limit: Tensor, vocab_size: int) -> tuple[Draft, Tensor, Tensor, Tensor]:
-        """Stage a draft as `Draft.within` returns it: -> draft, is_broken, ids and positions of the window to score.
+    def stage_window(
+        self, draft_ids: Tensor, draft_lengths: Tensor, limit: Tensor, vocab_size: int
+    ) -> tuple[Tensor, ...]:
+        """Stage a draft as `Draft.within` returns it: -> its ids, its lengths, is_broken, and the window to score.
 
-        The window is positions n-1 … n+K-1, [B, K+1] int64. A column beyond a row's draft repeats position n-1: the
-        same id, so the same KV entry in the same slot, within any context.
+        The window is ids and positions [B, K+1] int64, positions n-1 … n+K-1. A column beyond a row's draft repeats
+        position n-1: the same id, so the same KV entry in the same slot, within any context.
         """
-        if cpu.works_on(self.device):
-            ids, lengths, is_broken, *window = torch.ops.specdec.stage_window(
-                self.ids, self.lengths, draft.ids, draft.lengths, limit, vocab_size
+        if self.has_kernels:
+            staged: tuple[Tensor, ...] = torch.ops.specdec.stage_window(
+                self.ids, self.lengths, draft_ids, draft_lengths, limit, vocab_size
             )
-            return Draft(ids, draft.probs, lengths), is_broken, *window
-        draft, is_broken = draft.within(limit, vocab_size)
+            return staged
+        draft, is_broken = Draft(draft_ids, None, draft_lengths).within(limit, vocab_size)
         self.stage(draft.ids)
         columns = torch.arange(draft.ids.shape[1] + 1, device=self.device)
         positions = self.lengths[:, None] - 1 + torch.where(columns <= draft.lengths[:, None], columns, 0)
-        return draft, is_broken, self.ids.gather(1, positions), positions
+        return draft.ids, draft.lengths, is_broken, self.ids.gather(1, positions), positions
 
     def append(self, ids: Tensor, is_over: bool) -> None:
         """Commit ids [B, n] int64 to every row of a batch in lockstep; is_over: the whole batch ends with them."""
@@ -249,7 +254,7 @@ class Sequences:
 
     def _reserve_columns(self) -> None:
         """Widen `ids` for one more step; by doubling, since most texts end far before max_length."""
-        padded = max(length + padding for length, padding in zip(self._lengths, self._paddings, strict=True))
+        padded = max(map(operator.add, self._lengths, self._paddings))
         needed = min(padded + sum(self._in_flight), self.max_length) + self.max_draft_tokens + 1
         width = self.ids.shape[1]
         if needed > width:

@@ -29,7 +29,7 @@ from specdec.core.sampling import Sampling
 from specdec.core.sequences import Sequences
 from specdec.core.steps import Draft, StepResult, Verdict, check_draft
 from specdec.core.timing import Mark, no_mark
-from specdec.core.verification import has_greedy_operator, verify_draft
+from specdec.core.verification import verify_draft
 
 
 def speculate(
@@ -55,7 +55,9 @@ def speculate(
     mark("prefill")
     in_flight: deque[StepResult] = deque()
     while not sequences.is_done:
-        k = policy.next() if max_in_flight else min(policy.next(), sequences.remaining_tokens)
+        k = policy.next()
+        if k and not max_in_flight:
+            k = min(k, sequences.remaining_tokens)
         in_flight.append(step(target, drafter, sequences, sampling, k, run, mark, lockstep))
         if max_in_flight:
             in_flight[-1].send()
@@ -109,8 +111,8 @@ def score_draft(
     target: Target, sequences: Sequences, ids: Tensor, lengths: Tensor, limit: Tensor
 ) -> tuple[Tensor, ...]:
     """Run the target over draft ids [B, K]: -> ids and lengths as `Draft.within` returns them, is_broken, logits."""
-    draft, is_broken, *window = sequences.stage_window(Draft(ids, None, lengths), limit, target.vocab_size)
-    return draft.ids, draft.lengths, is_broken, target.forward(*window).logits
+    *draft, window_ids, positions = sequences.stage_window(ids, lengths, limit, target.vocab_size)
+    return *draft, target.forward(window_ids, positions).logits
 
 
 def verify_and_commit(
@@ -124,14 +126,15 @@ def verify_and_commit(
     logits: Tensor,
 ) -> tuple[Tensor, ...]:
     """Verify a draft, append what is kept: -> accepted, next_ids, and StepResult's host_summary and scores."""
-    draft = Draft(ids, probs, lengths)
     used = torch.where(sequences.finished, 0, lengths + 1) if sampling.needs_prefix else None
     scores = sampling.scores(logits, sequences, used=used, draft_ids=ids)
-    if sequences.stop is None and has_greedy_operator(draft, scores, sampling):
+    is_greedy = probs is None and not sampling.do_sample
+    if is_greedy and sequences.stop is None and sequences.has_kernels and scores.dtype == torch.float32:
         return *torch.ops.specdec.commit_greedy(
             scores, sequences.ids, sequences.lengths, sequences.end, sequences.finished, sequences.stop_ids, limit,
             ids, lengths, is_broken,
         ), scores  # fmt: skip
+    draft = Draft(ids, probs, lengths)
     verdict, overlap, is_nan = verify_draft(draft, scores, sampling)
     host_summary = commit_verdict(sequences, draft, verdict, overlap, limit, is_broken, is_nan)
     return verdict.accepted, verdict.next_ids, host_summary, scores

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -151,6 +150,7 @@ class StepResult:
     scores: Tensor
     host_summary: Tensor
     _sent: tuple[Tensor, torch.cuda.Event | None] | None = field(default=None, init=False, repr=False)
+    _read: tuple[list[RowStep | None], list[bool]] | None = field(default=None, init=False, repr=False)
 
     @property
     def requested(self) -> Tensor:
@@ -196,28 +196,31 @@ class StepResult:
     @property
     def steps(self) -> list[RowStep | None]:
         """What the step did to each row; None for a row that had finished. Raises ValueError where `faults` says so."""
-        return self._read[0]
+        return self.read()[0]
 
     @property
     def ends(self) -> list[bool]:
         """Whether it was each row's last step."""
-        return self._read[1]
+        return self.read()[1]
 
-    @cached_property
-    def _read(self) -> tuple[list[RowStep | None], list[bool]]:
+    def read(self) -> tuple[list[RowStep | None], list[bool]]:
+        """`steps` and `ends`."""
+        if self._read is not None:
+            return self._read
         host_copy, copied = self._sent or (self.host_summary, None)
         if copied is not None:
             copied.synchronize()
         steps: list[RowStep | None] = []
         ends = []
-        for requested, drafted, accepted, emitted, last, faults, *overlap in host_copy.tolist():
+        for row in host_copy.tolist():
+            requested, drafted, accepted, emitted, last, faults = map(int, row[:NUM_COUNTS])
             if faults:
-                raise ValueError(self._error_message(int(faults)))
-            tested = int(min(drafted, accepted + 1))
-            row_step = RowStep(int(requested), int(drafted), int(accepted), int(emitted), overlap[:tested])
-            steps.append(row_step if emitted else None)
+                raise ValueError(self._error_message(faults))
+            overlap = row[NUM_COUNTS : NUM_COUNTS + min(drafted, accepted + 1)]
+            steps.append(RowStep(requested, drafted, accepted, emitted, overlap) if emitted else None)
             ends.append(bool(last))
-        return steps, ends
+        self._read = steps, ends
+        return self._read
 
     def _error_message(self, faults: int) -> str:
         if faults & BROKEN_DRAFT:

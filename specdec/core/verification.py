@@ -31,7 +31,7 @@ def verify_draft(draft: Draft, scores: Tensor, sampling: Sampling) -> tuple[Verd
         probs = sampling.probs(scores)
         verdict = verify(draft, probs, uniforms(*scores.shape[:2], device=scores.device))
         shared, is_nan = overlap(draft, probs), probs[..., 0].isnan()
-    elif has_greedy_operator(draft, scores, sampling):
+    elif draft.probs is None and scores.dtype == torch.float32 and cpu.works_on(scores.device):
         accepted, next_ids, shared, is_nan = torch.ops.specdec.verify_greedy(scores, draft.ids, draft.lengths)
         return Verdict(accepted, next_ids), shared, is_nan
     else:
@@ -39,12 +39,6 @@ def verify_draft(draft: Draft, scores: Tensor, sampling: Sampling) -> tuple[Verd
         verdict = verify_greedy(draft, target_ids)
         shared, is_nan = overlap_greedy(draft, target_ids), best.isnan()
     return Verdict(verdict.accepted, verdict.next_ids.clamp(0, scores.shape[-1] - 1)), shared, is_nan.any(1)
-
-
-def has_greedy_operator(draft: Draft, scores: Tensor, sampling: Sampling) -> bool:
-    """Whether one operator verifies the draft: in a greedy call on a CPU with specdec's kernels."""
-    is_greedy = draft.probs is None and not sampling.do_sample
-    return is_greedy and scores.dtype == torch.float32 and cpu.works_on(scores.device)
 
 
 def verify(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Verdict:

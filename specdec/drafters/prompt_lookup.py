@@ -6,7 +6,6 @@ Saxena, Prompt Lookup Decoding (2023). It is fast where the output repeats the i
 from __future__ import annotations
 
 import torch
-from specdec_kernels import cpu
 from torch import Tensor
 
 from specdec.core.sampling import Sampling
@@ -30,7 +29,7 @@ class PromptLookup:
         if num_ids == 0:
             return sequences.no_draft
         ids = sequences.ids
-        if cpu.works_on(ids.device):
+        if sequences.has_kernels:
             found_ids, num_found = torch.ops.specdec.prompt_lookup(
                 ids, sequences.lengths, limit, self.max_ngram, num_ids
             )

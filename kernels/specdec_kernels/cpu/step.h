@@ -5,6 +5,7 @@
 // counts are int64, flags bool.
 #pragma once
 
+#include "memory.h"
 #include "vectors.h"
 
 namespace {
@@ -12,17 +13,13 @@ namespace {
 constexpr int64_t BLOCK = 1024;  // values whose largest one is found before its index, so they stay in the L1 cache
 constexpr int64_t SUMMARY_COUNTS = 6;  // columns of a host summary before the overlap
 
-inline Tensor like(const Tensor& x, at::IntArrayRef shape, at::ScalarType dtype) {
-  return at::empty(shape, x.options().dtype(dtype));
-}
-
 // Sequences.limit: the most ids to draft for each row, [B].
 Tensor draft_limits(const Tensor& lengths, const Tensor& end, const Tensor& finished, std::optional<int64_t> context,
     int64_t num_ids) {
   const int64_t batch = lengths.size(0);
   const auto length = lengths.accessor<int64_t, 1>(), ends = end.accessor<int64_t, 1>();
   const auto is_finished = finished.accessor<bool, 1>();
-  Tensor limits = like(lengths, {batch}, at::kLong);
+  Tensor limits = empty({batch}, at::kLong);
   int64_t* limit = limits.mutable_data_ptr<int64_t>();
   for (int64_t b = 0; b < batch; ++b) {
     int64_t remaining = ends[b] - length[b] - 1;
@@ -40,7 +37,7 @@ std::tuple<Tensor, Tensor> prompt_lookup(const Tensor& ids, const Tensor& length
   const int64_t batch = ids.size(0);
   const auto text = ids.accessor<int64_t, 2>();
   const auto length = lengths.accessor<int64_t, 1>(), limits = limit.accessor<int64_t, 1>();
-  Tensor draft_ids = at::zeros({batch, num_ids}, ids.options()), draft_lengths = like(ids, {batch}, at::kLong);
+  Tensor draft_ids = at::zeros({batch, num_ids}, ids.options()), draft_lengths = empty({batch}, at::kLong);
   int64_t* drafted = draft_ids.mutable_data_ptr<int64_t>();
   int64_t* counts = draft_lengths.mutable_data_ptr<int64_t>();
   for (int64_t b = 0; b < batch; ++b) {
@@ -68,9 +65,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> stage_window(const Tensor& id
   const auto draft = draft_ids.accessor<int64_t, 2>();
   const auto length = lengths.accessor<int64_t, 1>(), drafted = draft_lengths.accessor<int64_t, 1>(),
              limits = limit.accessor<int64_t, 1>();
-  Tensor allowed_ids = like(ids, {batch, num_ids}, at::kLong), allowed_lengths = like(ids, {batch}, at::kLong),
-         broken = like(ids, {batch}, at::kBool), window_ids = like(ids, {batch, width}, at::kLong),
-         positions = like(ids, {batch, width}, at::kLong);
+  Tensor allowed_ids = empty({batch, num_ids}, at::kLong), allowed_lengths = empty({batch}, at::kLong),
+         broken = empty({batch}, at::kBool), window_ids = empty({batch, width}, at::kLong),
+         positions = empty({batch, width}, at::kLong);
   int64_t* allowed = allowed_ids.mutable_data_ptr<int64_t>();
   int64_t* window = window_ids.mutable_data_ptr<int64_t>();
   int64_t* position = positions.mutable_data_ptr<int64_t>();
@@ -131,7 +128,7 @@ Tensor greedy_ids(const Tensor& scores) {
   const Tensor rows = scores.contiguous();
   const int64_t vocab_size = scores.size(2);
   const float* from = rows.const_data_ptr<float>();
-  Tensor ids = like(scores, {scores.size(0), scores.size(1)}, at::kLong);
+  Tensor ids = empty({scores.size(0), scores.size(1)}, at::kLong);
   int64_t* id = ids.mutable_data_ptr<int64_t>();
   at::parallel_for(0, ids.numel(), std::max<int64_t>(1, WORK / vocab_size), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) id[i] = argmax(from + i * vocab_size, vocab_size);
@@ -160,7 +157,7 @@ Tensor draw(const Tensor& weights, const Tensor& uniforms) {
       count, " uniforms");
   const float* from = rows.const_data_ptr<float>();
   const double* uniform = at.const_data_ptr<double>();
-  Tensor ids = like(uniforms, uniforms.sizes(), at::kLong);
+  Tensor ids = empty(uniforms.sizes(), at::kLong);
   int64_t* id = ids.mutable_data_ptr<int64_t>();
   at::parallel_for(0, count, std::max<int64_t>(1, WORK / vocab_size), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -185,7 +182,7 @@ std::tuple<Tensor, Tensor> verify(const Tensor& target_probs, const Tensor& draf
   const auto draft = draft_ids.accessor<int64_t, 2>();
   const auto length = draft_lengths.accessor<int64_t, 1>();
   const auto uniform = uniforms.accessor<double, 2>();
-  Tensor accepted = like(draft_ids, {batch}, at::kLong), next_ids = like(draft_ids, {batch}, at::kLong);
+  Tensor accepted = empty({batch}, at::kLong), next_ids = empty({batch}, at::kLong);
   int64_t* counts = accepted.mutable_data_ptr<int64_t>();
   int64_t* next = next_ids.mutable_data_ptr<int64_t>();
   at::parallel_for(0, batch, std::max<int64_t>(1, WORK / vocab_size), [&](int64_t begin, int64_t end) {
@@ -226,8 +223,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> verify_greedy(const Tensor& scores, c
   const float* score = rows.const_data_ptr<float>();
   const auto draft = draft_ids.accessor<int64_t, 2>();
   const auto length = draft_lengths.accessor<int64_t, 1>();
-  Tensor accepted = like(draft_ids, {batch}, at::kLong), next_ids = like(draft_ids, {batch}, at::kLong),
-         overlap = like(scores, {batch, num_ids}, at::kFloat), is_nan = like(scores, {batch}, at::kBool);
+  Tensor accepted = empty({batch}, at::kLong), next_ids = empty({batch}, at::kLong),
+         overlap = empty({batch, num_ids}, at::kFloat), is_nan = empty({batch}, at::kBool);
   float* shared = overlap.mutable_data_ptr<float>();
   for (int64_t b = 0; b < batch; ++b, target += width, score += width * rows.size(2), shared += num_ids) {
     int64_t count = 0;
@@ -262,7 +259,7 @@ Tensor commit(const Tensor& ids, const Tensor& lengths, const Tensor& end,
   const auto broken = is_broken.accessor<bool, 1>(), nan = is_nan.accessor<bool, 1>();
   const Tensor stops = stop_ids ? stop_ids->to(at::kLong).contiguous() : Tensor();
   const int64_t *stop = stop_ids ? stops.const_data_ptr<int64_t>() : nullptr, num_stops = stop_ids ? stops.numel() : 0;
-  Tensor host_summary = like(ids, {batch, SUMMARY_COUNTS + num_ids}, at::kFloat);
+  Tensor host_summary = empty({batch, SUMMARY_COUNTS + num_ids}, at::kFloat);
   float* summary = host_summary.mutable_data_ptr<float>();
   for (int64_t b = 0; b < batch; ++b, summary += SUMMARY_COUNTS + num_ids) {
     const int64_t n = length[b];

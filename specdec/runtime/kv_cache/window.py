@@ -54,7 +54,7 @@ class Window:
         self.positions = positions
         self.first = None
         if batch == 1:  # consecutive positions, the usual case, are written as a slice: cheaper than an index
-            (row,) = positions.tolist()
+            row = positions[0].tolist()
             self.end = max(row) + 1
             if row[0] >= 0 and row[0] + width == self.end and row[-1] + 1 == self.end:
                 self.first = row[0]
@@ -63,6 +63,10 @@ class Window:
         self.reserve(self.end)
         if self.right_aligned:
             self.padding = self.key_length - width - positions[:, 0]
+
+    def cover(self, positions: Tensor) -> None:
+        """Make layers hold positions [B, W] on a CPU, for a forward that reads the positions itself."""
+        self.reserve(max(map(max, positions.tolist())) + 1)
 
     def move_static(self, positions: Tensor, key_length: int) -> None:
         """As `move`, for a recorded or traced forward: attention reads key_length slots, the host no positions."""
