@@ -106,6 +106,8 @@ class Sequences:
 
     def padded(self, width: int) -> Tensor:
         """[B, width] int64: the left-padded prompt, then the ids; columns beyond a row's staged ids are stale."""
+        if not any(self._paddings):
+            return self.ids[:, :width].clone()
         columns = torch.arange(width, device=self.device) - self.padding[:, None]
         ids = self.ids.gather(1, columns.clamp(min=0))
         prompt_width = min(width, self.prompt_width)
@@ -244,12 +246,16 @@ class Sequences:
     def _place(self, rows: slice, prompt: Tensor, prompt_lengths: Tensor) -> None:
         """Write left-padded prompts [b, P] into rows and set all that is kept of these rows."""
         padding = self.prompt_width - prompt_lengths
-        columns = torch.arange(self.prompt_width, device=prompt.device) + padding[:, None]
-        self.ids[rows, : self.prompt_width] = prompt.gather(1, columns.clamp(max=self.prompt_width - 1))
+        paddings = padding.tolist()
+        ids = prompt
+        if any(paddings):
+            columns = torch.arange(self.prompt_width, device=prompt.device) + padding[:, None]
+            ids = prompt.gather(1, columns.clamp(max=self.prompt_width - 1))
+        self.ids[rows, : self.prompt_width] = ids
         self.prompt[rows], self.padding[rows], self.lengths[rows] = prompt, padding, prompt_lengths
         self.end[rows] = self.max_length - padding
         self.finished[rows] = self.prompt_width >= self.max_length
-        self._paddings[rows], self._lengths[rows] = padding.tolist(), prompt_lengths.tolist()
+        self._paddings[rows], self._lengths[rows] = paddings, prompt_lengths.tolist()
         self._is_live[rows] = [self.prompt_width < self.max_length] * len(prompt)
 
     def _reserve_columns(self) -> None:

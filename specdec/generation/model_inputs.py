@@ -38,7 +38,7 @@ class _Window:
 
 def find_other_inputs(request: Request) -> str | None:
     """How the inputs of the first two forwards differ from those that specdec feeds; None where they are the same."""
-    model, ids, mask = request.model, request.input_ids, request.mask
+    model, ids, mask = request.model, request.input_ids, request.model_kwargs.get("attention_mask")
     assert ids is not None
     cache_argument = request.runner.cache_argument
     is_shown = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()

@@ -75,6 +75,7 @@ class Identity:
         self._functions: list[FunctionType] = []
         self._walk(model)
         self._containers = [watched.container for watched in self._whole]
+        self._containers += [owner for _, owner in self._tensor_dicts if not owner]  # `_is_same` has no view of these
         self._copies = list(map(copy_of, self._containers))
 
     def change(self) -> str | None:
@@ -116,15 +117,22 @@ class Identity:
             if id(value) not in seen and not isinstance(value, (*PLAIN, ModuleType)):
                 seen.add(id(value))
                 self._add(path, value, is_global)
+        filled = [owner for _, owner in self._tensor_dicts if owner]
         for namespace, names in self._globals.values():
             self._viewed.append(selected(last_name(namespace), frozenset(names), namespace))
         self._viewed += [
             Watched(
                 "", "attribute", self._objects, type_view, quick=lambda objects: [type(value) for _, value in objects]
             ),
-            Watched("", "tensor", self._tensor_dicts, tensor_view, quick=address_view),
+            Watched("", "tensor", self._tensor_dicts, tensor_view, quick=lambda dicts: address_view(filled)),
             Watched("", "version", self._other_tensors, version_view),
-            Watched("", "code", self._functions, lambda functions: {one: one.__code__ for one in functions}),
+            Watched(
+                "",
+                "code",
+                self._functions,
+                lambda functions: {one: one.__code__ for one in functions},
+                quick=lambda functions: [one.__code__ for one in functions],
+            ),
         ]
         del self._queue, self._globals
 
