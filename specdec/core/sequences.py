@@ -58,6 +58,7 @@ class Sequences:
         self.num_requested = 0  # draft ids that the step in progress may request for a row
         self._paddings, self._lengths = [0] * batch_size, [0] * batch_size  # as the host knows them
         self._is_live = [False] * batch_size
+        self._last = [0] * batch_size  # the length from which on nothing is drafted
         self._in_flight: deque[int] = deque()  # ids that each unread step may have committed
         self._static_buffer: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
         self._place(slice(0, batch_size), prompt, prompt_lengths)
@@ -84,10 +85,8 @@ class Sequences:
     @property
     def remaining_tokens(self) -> int:
         """Upper bound of the draft ids that any row may still take."""
-        context = self.max_length if self.context is None else self.context
-        rows = zip(self._lengths, self._paddings, self._is_live, strict=True)
-        ends = ((min(self.max_length - padding - 1, context), length) for length, padding, live in rows if live)
-        return max((end - length for end, length in ends if end > length), default=0)
+        rows = zip(self._last, self._lengths, self._is_live, strict=True)
+        return max([0, *(last - length for last, length, live in rows if live)])
 
     @property
     def shortest(self) -> int:
@@ -256,6 +255,8 @@ class Sequences:
         self.end[rows] = self.max_length - padding
         self.finished[rows] = self.prompt_width >= self.max_length
         self._paddings[rows], self._lengths[rows] = paddings, prompt_lengths.tolist()
+        context = self.max_length if self.context is None else self.context
+        self._last[rows] = [min(self.max_length - padding - 1, context) for padding in paddings]
         self._is_live[rows] = [self.prompt_width < self.max_length] * len(prompt)
 
     def _reserve_columns(self) -> None:

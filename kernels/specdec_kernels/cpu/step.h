@@ -37,8 +37,9 @@ std::tuple<Tensor, Tensor> prompt_lookup(const Tensor& ids, const Tensor& length
   const int64_t batch = ids.size(0);
   const auto text = ids.accessor<int64_t, 2>();
   const auto length = lengths.accessor<int64_t, 1>(), limits = limit.accessor<int64_t, 1>();
-  Tensor draft_ids = at::zeros({batch, num_ids}, ids.options()), draft_lengths = empty({batch}, at::kLong);
+  Tensor draft_ids = empty({batch, num_ids}, at::kLong), draft_lengths = empty({batch}, at::kLong);
   int64_t* drafted = draft_ids.mutable_data_ptr<int64_t>();
+  std::fill(drafted, drafted + batch * num_ids, 0);
   int64_t* counts = draft_lengths.mutable_data_ptr<int64_t>();
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t n = length[b];

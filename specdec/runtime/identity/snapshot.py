@@ -94,6 +94,11 @@ class Identity:
         except Exception as error:  # a value's own error, or a thread that is changing the model at this time
             return f"it could not be compared with what it was ({type(error).__name__}: {error})"
 
+    @property
+    def placement(self) -> object:
+        """The same object as long as no parameter or buffer was replaced or moved, by the last `change`."""
+        return self._tensors.quick_before
+
     def is_part_of(self, model: nn.Module) -> bool:
         """Whether every tensor that the snapshot keeps alive is one of the model's."""
         kept = {id(tensor) for _, owner in self._tensor_dicts for tensor in owner.values()}
@@ -118,13 +123,14 @@ class Identity:
                 seen.add(id(value))
                 self._add(path, value, is_global)
         filled = [owner for _, owner in self._tensor_dicts if owner]
+        self._tensors = Watched("", "tensor", self._tensor_dicts, tensor_view, quick=lambda dicts: address_view(filled))
         for namespace, names in self._globals.values():
             self._viewed.append(selected(last_name(namespace), frozenset(names), namespace))
         self._viewed += [
             Watched(
                 "", "attribute", self._objects, type_view, quick=lambda objects: [type(value) for _, value in objects]
             ),
-            Watched("", "tensor", self._tensor_dicts, tensor_view, quick=lambda dicts: address_view(filled)),
+            self._tensors,
             Watched("", "version", self._other_tensors, version_view),
             Watched(
                 "",
