@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from specdec_kernels import cpu
 from torch import Tensor
 
 from specdec.core.sequences import Sequences
@@ -18,24 +17,21 @@ def commit_verdict(
     limit: Tensor,
     is_broken: Tensor,
     is_nan: Tensor,
-) -> tuple[Tensor, ...]:
+) -> Tensor:
     """Append each row's accepted ids and next id, up to its first stop.
 
     overlap: [B, K] float32. limit: [B] int64. is_broken, is_nan: [B] bool, see `Draft.within` and `verify_draft`.
-    -> live, emitted, drafted, accepted and host_summary of StepResult. On a CPU with specdec's kernels one operator,
-    except where a stop function runs Python.
+    -> StepResult.host_summary. On a CPU with specdec's kernels one operator, except where a stop function runs Python.
     """
-    committed: tuple[Tensor, ...]
-    if sequences.stop is None and cpu.works_on(sequences.device):
-        committed = torch.ops.specdec.commit(
+    host_summary: Tensor
+    if sequences.stop is None and sequences.has_kernels:
+        host_summary = torch.ops.specdec.commit(
             sequences.ids, sequences.lengths, sequences.end, sequences.finished, sequences.stop_ids, limit,
             draft.ids, draft.probs, draft.lengths, verdict.accepted, verdict.next_ids, overlap, is_broken, is_nan,
         )  # fmt: skip
-        return committed
-    live = ~sequences.finished
+        return host_summary
     emitted, stopped = sequences.commit(draft, verdict)
     drafted = torch.where(stopped, torch.minimum(draft.lengths, emitted), draft.lengths)  # a last step: up to its stop
     accepted = torch.minimum(verdict.accepted, emitted)
     faults = find_faults(is_broken, is_nan, draft.probs)
-    host_summary = pack_host_summary(limit, drafted, accepted, emitted, stopped, faults, overlap)
-    return live, emitted, drafted, accepted, host_summary
+    return pack_host_summary(limit, drafted, accepted, emitted, stopped, faults, overlap)

@@ -109,7 +109,7 @@ class Lockstep:
         faults = counts[2] * find_faults(is_broken, has_nan, probs)
         ends = torch.full_like(drafted, is_over)
         summary = pack_host_summary(limit, drafted, counts[1], counts[0], ends, faults, overlap)
-        return counts[1], chosen[-1], counts[2].bool(), counts[0], drafted, counts[1], overlap, summary, processed
+        return counts[1], chosen[-1], summary, processed
 
     def _processed(self, logits: Tensor) -> Tensor:
         """Apply all processors at the position after the text: [B, V] -> [B, V]."""

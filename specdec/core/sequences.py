@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Callable
 
@@ -19,11 +20,11 @@ class Sequences:
     """B rows of ids, compact: column == position, no padding inside. Columns at and beyond a row's length are stale.
 
     On the device: ids [B, L] int64; lengths (n) [B] int64, committed ids; end [B] int64, the length at which the row
-    ends; finished [B] bool.
+    ends; finished [B] bool. no_draft: the draft of a step that proposes nothing.
+    has_kernels: whether specdec_kernels.cpu works on them.
 
     The host only holds bounds (num_requested, remaining_tokens, shortest, longest), so a step can begin before the
-    results
-    of earlier ones are read: `begin_step` starts a step, `retire` applies the result of the oldest one in flight.
+    results of earlier ones are read: `begin_step` starts a step, `retire` applies the result of the oldest in flight.
     """
 
     def __init__(
@@ -51,10 +52,13 @@ class Sequences:
         self.prompt, self.ids = torch.empty_like(prompt), torch.zeros_like(prompt)
         self.padding, self.lengths, self.end = (torch.zeros_like(prompt_lengths) for _ in range(3))
         self.finished = torch.zeros_like(prompt_lengths, dtype=torch.bool)
+        self.no_draft = Draft.empty(batch_size, prompt.device)
+        self.has_kernels = cpu.works_on(prompt.device)
 
         self.num_requested = 0  # draft ids that the step in progress may request for a row
         self._paddings, self._lengths = [0] * batch_size, [0] * batch_size  # as the host knows them
         self._is_live = [False] * batch_size
+        self._last = [0] * batch_size  # the length from which on nothing is drafted
         self._in_flight: deque[int] = deque()  # ids that each unread step may have committed
         self._static_buffer: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
         self._place(slice(0, batch_size), prompt, prompt_lengths)
@@ -81,10 +85,8 @@ class Sequences:
     @property
     def remaining_tokens(self) -> int:
         """Upper bound of the draft ids that any row may still take."""
-        context = self.max_length if self.context is None else self.context
-        rows = zip(self._lengths, self._paddings, self._is_live, strict=True)
-        ends = ((min(self.max_length - padding - 1, context), length) for length, padding, live in rows if live)
-        return max((end - length for end, length in ends if end > length), default=0)
+        rows = zip(self._last, self._lengths, self._is_live, strict=True)
+        return max([0, *(last - length for last, length, live in rows if live)])
 
     @property
     def shortest(self) -> int:
@@ -103,6 +105,8 @@ class Sequences:
 
     def padded(self, width: int) -> Tensor:
         """[B, width] int64: the left-padded prompt, then the ids; columns beyond a row's staged ids are stale."""
+        if not any(self._paddings):
+            return self.ids[:, :width].clone()
         columns = torch.arange(width, device=self.device) - self.padding[:, None]
         ids = self.ids.gather(1, columns.clamp(min=0))
         prompt_width = min(width, self.prompt_width)
@@ -152,22 +156,22 @@ class Sequences:
         self._reserve_columns()
         self.num_requested = num_draft_tokens
         self._in_flight.append(num_draft_tokens + 1)
-        return self.limit(num_draft_tokens)
+        return self.limit(num_draft_tokens) if num_draft_tokens else self.no_draft.lengths
 
     def retire(self, result: StepResult) -> None:
         """Apply the result of the oldest step in flight to the host's bounds."""
         self._in_flight.popleft()
-        counts = [0 if step is None else step.emitted for step in result.steps]
+        steps, row_ends = result.read()
+        counts = [0 if step is None else step.emitted for step in steps]
         if self.in_lockstep:
             counts = [max(counts)] * len(counts)
-        for row, (count, ends) in enumerate(zip(counts, result.ends, strict=True)):
-            self._lengths[row] += count
-            self._is_live[row] &= not ends
+        self._lengths = list(map(operator.add, self._lengths, counts))
+        self._is_live = [live and not ends for live, ends in zip(self._is_live, row_ends, strict=True)]
 
     def limit(self, num_draft_tokens: int) -> Tensor:
         """The most ids to draft for each row: [B] int64, 0 where finished. The id before `end` is the target's own."""
         limits: Tensor
-        if cpu.works_on(self.device):
+        if self.has_kernels:
             limits = torch.ops.specdec.draft_limits(
                 self.lengths, self.end, self.finished, self.context, num_draft_tokens
             )
@@ -188,22 +192,24 @@ class Sequences:
         columns = self.lengths[:, None] + skip + torch.arange(ids.shape[1], device=self.device)
         self.ids.scatter_(1, columns, ids)
 
-    def stage_window(self, draft: Draft, limit: Tensor, vocab_size: int) -> tuple[Draft, Tensor, Tensor, Tensor]:
-        """Stage a draft as `Draft.within` returns it: -> draft, is_broken, ids and positions of the window to score.
+    def stage_window(
+        self, draft_ids: Tensor, draft_lengths: Tensor, limit: Tensor, vocab_size: int
+    ) -> tuple[Tensor, ...]:
+        """Stage a draft as `Draft.within` returns it: -> its ids, its lengths, is_broken, and the window to score.
 
-        The window is positions n-1 … n+K-1, [B, K+1] int64. A column beyond a row's draft repeats position n-1: the
-        same id, so the same KV entry in the same slot, within any context.
+        The window is ids and positions [B, K+1] int64, positions n-1 … n+K-1. A column beyond a row's draft repeats
+        position n-1: the same id, so the same KV entry in the same slot, within any context.
         """
-        if cpu.works_on(self.device):
-            ids, lengths, is_broken, *window = torch.ops.specdec.stage_window(
-                self.ids, self.lengths, draft.ids, draft.lengths, limit, vocab_size
+        if self.has_kernels:
+            staged: tuple[Tensor, ...] = torch.ops.specdec.stage_window(
+                self.ids, self.lengths, draft_ids, draft_lengths, limit, vocab_size
             )
-            return Draft(ids, draft.probs, lengths), is_broken, *window
-        draft, is_broken = draft.within(limit, vocab_size)
+            return staged
+        draft, is_broken = Draft(draft_ids, None, draft_lengths).within(limit, vocab_size)
         self.stage(draft.ids)
         columns = torch.arange(draft.ids.shape[1] + 1, device=self.device)
         positions = self.lengths[:, None] - 1 + torch.where(columns <= draft.lengths[:, None], columns, 0)
-        return draft, is_broken, self.ids.gather(1, positions), positions
+        return draft.ids, draft.lengths, is_broken, self.ids.gather(1, positions), positions
 
     def append(self, ids: Tensor, is_over: bool) -> None:
         """Commit ids [B, n] int64 to every row of a batch in lockstep; is_over: the whole batch ends with them."""
@@ -239,17 +245,23 @@ class Sequences:
     def _place(self, rows: slice, prompt: Tensor, prompt_lengths: Tensor) -> None:
         """Write left-padded prompts [b, P] into rows and set all that is kept of these rows."""
         padding = self.prompt_width - prompt_lengths
-        columns = torch.arange(self.prompt_width, device=prompt.device) + padding[:, None]
-        self.ids[rows, : self.prompt_width] = prompt.gather(1, columns.clamp(max=self.prompt_width - 1))
+        paddings = padding.tolist()
+        ids = prompt
+        if any(paddings):
+            columns = torch.arange(self.prompt_width, device=prompt.device) + padding[:, None]
+            ids = prompt.gather(1, columns.clamp(max=self.prompt_width - 1))
+        self.ids[rows, : self.prompt_width] = ids
         self.prompt[rows], self.padding[rows], self.lengths[rows] = prompt, padding, prompt_lengths
         self.end[rows] = self.max_length - padding
         self.finished[rows] = self.prompt_width >= self.max_length
-        self._paddings[rows], self._lengths[rows] = padding.tolist(), prompt_lengths.tolist()
+        self._paddings[rows], self._lengths[rows] = paddings, prompt_lengths.tolist()
+        context = self.max_length if self.context is None else self.context
+        self._last[rows] = [min(self.max_length - padding - 1, context) for padding in paddings]
         self._is_live[rows] = [self.prompt_width < self.max_length] * len(prompt)
 
     def _reserve_columns(self) -> None:
         """Widen `ids` for one more step; by doubling, since most texts end far before max_length."""
-        padded = max(length + padding for length, padding in zip(self._lengths, self._paddings, strict=True))
+        padded = max(map(operator.add, self._lengths, self._paddings))
         needed = min(padded + sum(self._in_flight), self.max_length) + self.max_draft_tokens + 1
         width = self.ids.shape[1]
         if needed > width:

@@ -55,8 +55,12 @@ def speculate(
     mark("prefill")
     in_flight: deque[StepResult] = deque()
     while not sequences.is_done:
-        k = policy.next() if max_in_flight else min(policy.next(), sequences.remaining_tokens)
+        k = policy.next()
+        if k and not max_in_flight:
+            k = min(k, sequences.remaining_tokens)
         in_flight.append(step(target, drafter, sequences, sampling, k, run, mark, lockstep))
+        if max_in_flight:
+            in_flight[-1].send()
         if len(in_flight) > max_in_flight:
             result = in_flight.popleft()
             sequences.retire(result)
@@ -82,7 +86,7 @@ def step(
         draft = drafter.propose(sequences, limit)
         check_draft(draft, drafter, sequences.batch_size, sequences.max_draft_tokens, target.vocab_size)
     else:
-        draft = Draft.empty(sequences.batch_size, sequences.device)
+        draft = sequences.no_draft
     if lockstep is not None:
         draft = lockstep.extend(draft)
     mark("draft")
@@ -96,10 +100,8 @@ def step(
     if lockstep is not None or sampling.needs_prefix or sequences.stop is not None:  # runs Python on the host
         run = run_eager
     key = "verification", sampling.cache_key, sequences.stop_ids is None
-    accepted, next_ids, *committed = run(key, verify, limit, draft.probs, *scored)
-    verdict, logits = Verdict(accepted, next_ids), scored[-1]
-    result = StepResult(type(drafter).__name__, draft, verdict, limit, logits, *committed)
-    result.send()
+    accepted, next_ids, host_summary, scores = run(key, verify, limit, draft.probs, *scored)
+    result = StepResult(type(drafter).__name__, draft, Verdict(accepted, next_ids), scored[-1], scores, host_summary)
     drafter.observe(result)
     mark("verification")
     return result
@@ -109,8 +111,8 @@ def score_draft(
     target: Target, sequences: Sequences, ids: Tensor, lengths: Tensor, limit: Tensor
 ) -> tuple[Tensor, ...]:
     """Run the target over draft ids [B, K]: -> ids and lengths as `Draft.within` returns them, is_broken, logits."""
-    draft, is_broken, *window = sequences.stage_window(Draft(ids, None, lengths), limit, target.vocab_size)
-    return draft.ids, draft.lengths, is_broken, target.forward(*window).logits
+    *draft, window_ids, positions = sequences.stage_window(ids, lengths, limit, target.vocab_size)
+    return *draft, target.forward(window_ids, positions).logits
 
 
 def verify_and_commit(
@@ -123,10 +125,16 @@ def verify_and_commit(
     is_broken: Tensor,
     logits: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Verify a draft, append what is kept: -> accepted, next_ids, then StepResult's fields from `live` to `scores`."""
-    draft = Draft(ids, probs, lengths)
+    """Verify a draft, append what is kept: -> accepted, next_ids, and StepResult's host_summary and scores."""
     used = torch.where(sequences.finished, 0, lengths + 1) if sampling.needs_prefix else None
     scores = sampling.scores(logits, sequences, used=used, draft_ids=ids)
+    is_greedy = probs is None and not sampling.do_sample
+    if is_greedy and sequences.stop is None and sequences.has_kernels and scores.dtype == torch.float32:
+        return *torch.ops.specdec.commit_greedy(
+            scores, sequences.ids, sequences.lengths, sequences.end, sequences.finished, sequences.stop_ids, limit,
+            ids, lengths, is_broken,
+        ), scores  # fmt: skip
+    draft = Draft(ids, probs, lengths)
     verdict, overlap, is_nan = verify_draft(draft, scores, sampling)
-    *counts, host_summary = commit_verdict(sequences, draft, verdict, overlap, limit, is_broken, is_nan)
-    return verdict.accepted, verdict.next_ids, *counts, overlap, host_summary, scores
+    host_summary = commit_verdict(sequences, draft, verdict, overlap, limit, is_broken, is_nan)
+    return verdict.accepted, verdict.next_ids, host_summary, scores

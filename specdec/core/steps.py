@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -128,78 +127,100 @@ class RowStep:
 
 
 BROKEN_DRAFT, NAN_DRAFT, NAN_TARGET = 1, 2, 4  # flags of what went wrong in a row's step
+NUM_COUNTS = 6  # columns of StepResult.host_summary before the overlap
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class StepResult:
     """One committed step. Rows that had finished before it have live = False and zeros everywhere.
 
     drafter: the name of the drafter's class. draft, verdict: as proposed and verified, before any stop.
-    requested: [B] int64, the limit that the drafter was given.
     logits, scores: [B, K+1, V] float32, the target's, before and after the call's processors.
-    live: [B] bool, whether the row took part.
-    emitted: [B] int64, ids committed for the row: accepted + 1, or fewer where a stop fell.
-    drafted, accepted: [B] int64, the counts for the statistics; on a row's last step up to its stop.
-    overlap: [B, K] float32, sum(min(p, q)) at each draft position.
-    host_summary: [B, 6 + K] float32, packed for one copy to the host: requested, drafted, accepted, emitted, whether
-        the row ends, faults, overlap.
+    host_summary: [B, 6 + K] float32, what is counted, packed for one copy to the host: requested, drafted, accepted,
+        emitted, whether the row ends, faults, overlap.
 
     The tensors lie on the device; where steps are recorded as CUDA graphs, the next step overwrites them. `send` starts
-    the copy to the host, and `steps` and `ends` wait for it.
+    a copy of host_summary to the host. `steps` and `ends` wait for it; without it, they wait for the step.
     """
 
     drafter: str
     draft: Draft
     verdict: Verdict
-    requested: Tensor
     logits: Tensor
-    live: Tensor
-    emitted: Tensor
-    drafted: Tensor
-    accepted: Tensor
-    overlap: Tensor
-    host_summary: Tensor
     scores: Tensor
+    host_summary: Tensor
+    _sent: tuple[Tensor, torch.cuda.Event | None] | None = field(default=None, init=False, repr=False)
+    _read: tuple[list[RowStep | None], list[bool]] | None = field(default=None, init=False, repr=False)
+
+    @property
+    def requested(self) -> Tensor:
+        """[B] int64, the limit that the drafter was given."""
+        return self.host_summary[:, 0].long()
+
+    @property
+    def drafted(self) -> Tensor:
+        """[B] int64, the draft ids that count: on a row's last step up to its stop."""
+        return self.host_summary[:, 1].long()
+
+    @property
+    def accepted(self) -> Tensor:
+        """[B] int64, the accepted ones of those."""
+        return self.host_summary[:, 2].long()
+
+    @property
+    def emitted(self) -> Tensor:
+        """[B] int64, ids committed for the row: accepted + 1, or fewer where a stop fell."""
+        return self.host_summary[:, 3].long()
+
+    @property
+    def live(self) -> Tensor:
+        """[B] bool, whether the row took part; it then emitted at least one id."""
+        return self.host_summary[:, 3] > 0
+
+    @property
+    def overlap(self) -> Tensor:
+        """[B, K] float32, sum(min(p, q)) at each draft position."""
+        return self.host_summary[:, NUM_COUNTS:]
 
     def send(self) -> None:
-        """Start the copy of host_summary to the host without waiting for it."""
-        _ = self._sent
-
-    @property
-    def steps(self) -> list[RowStep | None]:
-        """What the step did to each row; None for a row that had finished. Raises ValueError where `faults` says so."""
-        return self._read[0]
-
-    @property
-    def ends(self) -> list[bool]:
-        """Whether it was each row's last step."""
-        return self._read[1]
-
-    @cached_property
-    def _sent(self) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Start the copy of host_summary to the host without waiting for it, before a next step may overwrite it."""
         if not self.host_summary.is_cuda:
-            return self.host_summary.to("cpu", copy=True), None  # a recorded step overwrites its results
+            self._sent = self.host_summary.clone(), None
+            return
         host_copy = torch.empty(self.host_summary.shape, dtype=self.host_summary.dtype, pin_memory=True)
         host_copy.copy_(self.host_summary, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(self.host_summary.device))
-        return host_copy, copied
+        self._sent = host_copy, copied
 
-    @cached_property
-    def _read(self) -> tuple[list[RowStep | None], list[bool]]:
-        host_copy, copied = self._sent
+    @property
+    def steps(self) -> list[RowStep | None]:
+        """What the step did to each row; None for a row that had finished. Raises ValueError where `faults` says so."""
+        return self.read()[0]
+
+    @property
+    def ends(self) -> list[bool]:
+        """Whether it was each row's last step."""
+        return self.read()[1]
+
+    def read(self) -> tuple[list[RowStep | None], list[bool]]:
+        """`steps` and `ends`."""
+        if self._read is not None:
+            return self._read
+        host_copy, copied = self._sent or (self.host_summary, None)
         if copied is not None:
             copied.synchronize()
         steps: list[RowStep | None] = []
         ends = []
-        for requested, drafted, accepted, emitted, last, faults, *overlap in host_copy.tolist():
+        for row in host_copy.tolist():
+            requested, drafted, accepted, emitted, last, faults = map(int, row[:NUM_COUNTS])
             if faults:
-                raise ValueError(self._error_message(int(faults)))
-            tested = int(min(drafted, accepted + 1))
-            row_step = RowStep(int(requested), int(drafted), int(accepted), int(emitted), overlap[:tested])
-            steps.append(row_step if emitted else None)
+                raise ValueError(self._error_message(faults))
+            overlap = row[NUM_COUNTS : NUM_COUNTS + min(drafted, accepted + 1)]
+            steps.append(RowStep(requested, drafted, accepted, emitted, overlap) if emitted else None)
             ends.append(bool(last))
-        return steps, ends
+        self._read = steps, ends
+        return self._read
 
     def _error_message(self, faults: int) -> str:
         if faults & BROKEN_DRAFT:

@@ -45,7 +45,7 @@ class ModelDrafter:
         if context is not None:
             num_ids = min(num_ids, context - sequences.shortest)
         if num_ids <= 0:
-            return Draft.empty(sequences.batch_size, sequences.device)
+            return sequences.no_draft
         if not self.has_begun:
             self.runner.begin(sequences.batch_size, sequences.length_limit)
             self.has_begun = True

@@ -16,7 +16,7 @@ class NoDrafter:
         pass
 
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
-        return Draft.empty(sequences.batch_size, sequences.device)
+        return sequences.no_draft
 
     def observe(self, result: StepResult) -> None:
         pass

@@ -6,7 +6,6 @@ Saxena, Prompt Lookup Decoding (2023). It is fast where the output repeats the i
 from __future__ import annotations
 
 import torch
-from specdec_kernels import cpu
 from torch import Tensor
 
 from specdec.core.sampling import Sampling
@@ -28,9 +27,9 @@ class PromptLookup:
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
         num_ids = sequences.num_requested
         if num_ids == 0:
-            return Draft.empty(sequences.batch_size, sequences.device)
+            return sequences.no_draft
         ids = sequences.ids
-        if cpu.works_on(ids.device):
+        if sequences.has_kernels:
             found_ids, num_found = torch.ops.specdec.prompt_lookup(
                 ids, sequences.lengths, limit, self.max_ngram, num_ids
             )

@@ -243,7 +243,7 @@ def _in_progress(state: State, call: Call) -> Iterator[None]:
             yield
     finally:
         state.calls.pop()
-        call.request = None  # call and prepare_stock refer to each other, so only the garbage collector frees them
+        del call.request, call.prepare_stock  # which refer to the call, so that no garbage collection has to free it
 
 
 def _check_prompt(prompt: Any) -> None:

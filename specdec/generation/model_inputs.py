@@ -38,16 +38,16 @@ class _Window:
 
 def find_other_inputs(request: Request) -> str | None:
     """How the inputs of the first two forwards differ from those that specdec feeds; None where they are the same."""
-    model, ids, mask = request.model, request.input_ids, request.mask
+    model, ids, mask = request.model, request.input_ids, request.model_kwargs.get("attention_mask")
     assert ids is not None
     cache_argument = request.runner.cache_argument
-    cache = DynamicCache(config=request.runner.config)
-    kwargs = request.model_kwargs | {cache_argument: cache}
     is_shown = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     positions = (is_shown.long().cumsum(1) - 1).clamp(min=0)
     window = _Window(ids, positions, mask, is_shown)
     if _has_stock_methods(model):  # they feed what they are given
-        return _difference(request, kwargs | {"input_ids": ids}, cache, window)
+        return _difference(request, request.model_kwargs | {"input_ids": ids, cache_argument: None}, None, window)
+    cache = DynamicCache(config=request.runner.config)
+    kwargs = request.model_kwargs | {cache_argument: cache}
     try:
         first = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
         if reason := _difference(request, first, cache, window):
@@ -83,7 +83,7 @@ def _has_stock_methods(model: Any) -> bool:
     return not overridden and not model.is_remote_code() and methods == STOCK_METHODS
 
 
-def _difference(request: Request, fed: dict[str, Any], cache: Cache, window: _Window) -> str | None:
+def _difference(request: Request, fed: dict[str, Any], cache: Cache | None, window: _Window) -> str | None:
     """How the prepared inputs of one forward differ from what specdec feeds in it."""
     method, parameters = "its prepare_inputs_for_generation", request.runner.parameters
     if (fed_ids := fed.get("input_ids")) is None or not _equal(fed_ids, window.ids):
@@ -112,11 +112,11 @@ def _difference(request: Request, fed: dict[str, Any], cache: Cache, window: _Wi
 def _is_same_mask(fed: Any, mask: Tensor | None) -> bool:
     if mask is None:
         return fed is None or (isinstance(fed, Tensor) and bool(fed.bool().all()))
-    return isinstance(fed, Tensor) and _equal(fed.bool(), mask.bool())
+    return fed is mask or (isinstance(fed, Tensor) and _equal(fed.bool(), mask.bool()))
 
 
 def _equal(fed: Tensor, expected: Tensor) -> bool:
-    return fed.shape == expected.shape and bool((fed.to(expected.device) == expected).all())
+    return fed is expected or (fed.shape == expected.shape and bool((fed.to(expected.device) == expected).all()))
 
 
 def _first_line(error: Exception) -> str:

@@ -78,6 +78,8 @@ def padded_text(sequences: Sequences, pad_token_id: int) -> Tensor:
     """[B, P + longest continuation] int64: the prompts as passed, the new ids, padding after each row's stop."""
     lengths = sequences.padded_lengths
     text = sequences.padded(int(lengths.max()))
+    if len(text) == 1:
+        return text
     is_padding = torch.arange(text.shape[1], device=text.device) >= lengths[:, None]
     return text.masked_fill(is_padding, pad_token_id)
 

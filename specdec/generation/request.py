@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -42,10 +43,12 @@ class Request:
     draft_trial: Trial | None = None
     acquired_drafter: Drafter | None = None
 
-    @property
+    @cached_property
     def mask(self) -> Tensor | None:
-        """int64 or bool [B, L]; None where no position is masked."""
-        return self.model_kwargs.get("attention_mask")
+        """int64 or bool [B, L]; None where no position is masked. Read when input_ids is set."""
+        assert self.input_ids is not None
+        mask: Tensor | None = self.model_kwargs.get("attention_mask")
+        return None if mask is not None and mask.shape == self.input_ids.shape and mask.all() else mask
 
     @property
     def max_length(self) -> int:

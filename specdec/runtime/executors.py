@@ -81,7 +81,7 @@ class CompiledExecutor(EagerExecutor):
     def forward(self, ids: Tensor, positions: Tensor, last_only: bool) -> Tensor:
         if not self.is_current or not (positions.shape[1] <= MAX_WINDOW or self.compiled.any_width):
             return super().forward(ids, positions, last_only)
-        self.cache.window.move(positions, last_only)
+        self.cache.window.cover(positions)
         return self.compiled(ids, positions, last_only, self.cache)
 
 

@@ -119,7 +119,8 @@ class ModelRunner:
 
         batch_size 0 frees the cache.
         """
-        self.refresh()
+        if batch_size:
+            self.refresh()
         self._executor.begin(batch_size, max_slots, self.unchanged)
 
     def reserve(self, slots: int) -> None:

@@ -207,25 +207,21 @@ def test_the_result_of_a_finished_row_is_all_zeros(call: tuple) -> None:
             assert (counts[~step.live] == 0).all()
 
 
-def make_result(
-    live: list[bool], drafted: list[int], accepted: list[int], emitted: list[int], overlap: list[list[float]]
-) -> StepResult:
+def make_result(drafted: list[int], accepted: list[int], emitted: list[int], overlap: list[list[float]]) -> StepResult:
     """A result with only what is counted."""
     counts = [torch.tensor(values) for values in (emitted, drafted, accepted)]
-    requested, shared, zeros = torch.tensor(drafted), torch.tensor(overlap), torch.zeros(len(live))
+    requested, shared, zeros = torch.tensor(drafted), torch.tensor(overlap), torch.zeros(len(drafted))
     host_summary = torch.cat(
         [torch.stack([requested, counts[1], counts[2], counts[0], zeros, zeros], dim=1), shared], dim=1
     )
-    return StepResult("", None, None, requested, None, torch.tensor(live), *counts, shared, host_summary, None)  # type: ignore[arg-type]
+    return StepResult("", None, None, None, None, host_summary)  # type: ignore[arg-type]
 
 
 def test_an_example_by_hand() -> None:
     counter = StatsCounter(2, 2)
-    counter.add(make_result([True, True], [2, 1], [2, 0], [3, 1], [[0.5, 0.25], [0.125, 9.0]]))
-    counter.add(make_result([True, True], [2, 0], [0, 0], [1, 1], [[0.0, 9.0], [9.0, 9.0]]))
-    counter.add(
-        make_result([False, True], [0, 1], [0, 1], [0, 1], [[9.0, 9.0], [1.0, 9.0]])
-    )  # row 1 stops on its draft id
+    counter.add(make_result([2, 1], [2, 0], [3, 1], [[0.5, 0.25], [0.125, 9.0]]))
+    counter.add(make_result([2, 0], [0, 0], [1, 1], [[0.0, 9.0], [9.0, 9.0]]))
+    counter.add(make_result([0, 1], [0, 1], [0, 1], [[9.0, 9.0], [1.0, 9.0]]))  # row 1 stops on its draft id
     stats = counter.stats()
     assert stats.num_steps == 5
     assert stats.num_spec_steps == 4  # one had nothing to offer
@@ -268,7 +264,7 @@ def test_expected_acceptance_does_not_depend_on_the_coin_flips() -> None:
     """Where each step drafts one id from the same q against the same p, it is 1 - TV(p, q), whatever was accepted."""
     counter = StatsCounter(1, 1)
     for accepted in (0, 1, 1, 0, 0):
-        counter.add(make_result([True], [1], [accepted], [accepted + 1], [[0.3]]))
+        counter.add(make_result([1], [accepted], [accepted + 1], [[0.3]]))
     assert counter.stats().expected_acceptance == pytest.approx(0.3)
     assert counter.stats().draft_acceptance_rate == 2 / 5
 

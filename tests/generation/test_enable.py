@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, LlamaForCausalLM, Pr
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 import specdec
+from specdec.generation import enable as generation_enable
+from specdec.generation.state import Call
 from specdec.runtime.model_forward import cache_argument, forward_parameters
 from tests.helpers.families import FAMILIES, REFUSED, VOCAB_SIZE, make_model, prompts
 from tests.helpers.plain import WIDTH, continuation, drafter, target
@@ -61,6 +63,25 @@ def test_enabling_draws_no_random_numbers() -> None:
     state = torch.get_rng_state()
     specdec.enable(model, drafter())
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_call_is_freed_without_a_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = specdec.enable(fresh(), drafter())
+    model.generate(**prompts(1), max_new_tokens=2)
+    calls: list[weakref.ref[Call]] = []
+
+    def make_call(arguments: dict[str, Any]) -> Call:
+        call = Call(arguments)
+        calls.append(weakref.ref(call))
+        return call
+
+    monkeypatch.setattr(generation_enable, "Call", make_call)
+    gc.disable()
+    try:
+        model.generate(**prompts(1), max_new_tokens=2)
+        assert [call() for call in calls] == [None]
+    finally:
+        gc.enable()
 
 
 def test_last_stats_are_those_of_the_last_call() -> None:

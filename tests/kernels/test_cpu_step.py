@@ -13,6 +13,7 @@ from torch import Tensor
 from specdec.core.commit import commit_verdict
 from specdec.core.sampling import Sampling, draw, greedy_ids
 from specdec.core.sequences import Sequences
+from specdec.core.speculative import verify_and_commit
 from specdec.core.steps import BROKEN_DRAFT, NAN_DRAFT, NAN_TARGET, Draft
 from specdec.core.verification import verify_draft
 
@@ -81,11 +82,13 @@ def run_steps(seed: int, is_sampled: bool) -> list[Tensor]:
     seen: list[Tensor] = []
     for _ in range(4):
         limit = sequences.begin_step(K)
-        draft, is_broken, *window = sequences.stage_window(random_draft(generator, limit, is_sampled), limit, V)
+        draft = random_draft(generator, limit, is_sampled)
+        ids, lengths, is_broken, *window = sequences.stage_window(draft.ids, draft.lengths, limit, V)
+        draft = Draft(ids, draft.probs, lengths)
         scores = random_scores(generator, *window[0].shape, V)
         staged = sequences.ids.clone()
         verdict, overlap, is_nan = verify_draft(draft, scores, sampling)
-        committed = commit_verdict(sequences, draft, verdict, overlap, limit, is_broken, is_nan)
+        committed = verify_and_commit(sequences, sampling, limit, draft.probs, ids, lengths, is_broken, scores)
         state = [x.clone() for x in (sequences.ids, sequences.lengths, sequences.finished)]
         seen += [limit, draft.ids, draft.lengths, is_broken, *window, staged]
         seen += [verdict.accepted, verdict.next_ids, overlap, is_nan, *committed, *state]
@@ -119,10 +122,11 @@ def test_a_stop_id_among_accepted_ids_ends_the_row() -> None:
         torch.tensor([[1, 2]]), torch.tensor([2]), max_length=20, num_draft_tokens=K, stop_ids=torch.tensor([4])
     )
     limit = sequences.begin_step(K)
-    draft, is_broken, *_ = sequences.stage_window(Draft(torch.tensor([[3, 4, 1]]), None, limit), limit, V)
+    ids, lengths, is_broken, *_ = sequences.stage_window(torch.tensor([[3, 4, 1]]), limit, limit, V)
+    draft = Draft(ids, None, lengths)
     scores = torch.nn.functional.one_hot(torch.tensor([[3, 4, 1, 2]]), V).float()
     verdict, overlap, is_nan = verify_draft(draft, scores, Sampling())
-    *_, summary = commit_verdict(sequences, draft, verdict, overlap, limit, is_broken, is_nan)
+    summary = commit_verdict(sequences, draft, verdict, overlap, limit, is_broken, is_nan)
     assert summary.tolist() == [[3, 2, 2, 2, 1, 0, 1, 1, 1]]
     assert sequences.ids[0, : int(sequences.lengths)].tolist() == [1, 2, 3, 4]
 

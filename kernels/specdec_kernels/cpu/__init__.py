@@ -23,7 +23,8 @@ result is the same, bit for bit, at any number of rows and threads and at any in
     specdec::cos_sin(x) -> PyTorch's cos(x) and sin(x)
     specdec::mean(x [..., K]) -> [..., 1], cos, sin, tanh, gelu, layer_norm: PyTorch's own, opaque to compilers
     specdec::softmax(x, dim), sum(x, dims), torch_linear(x, weight, bias): the same
-    specdec::draft_limits, prompt_lookup, stage_window, greedy_ids, draw, verify, verify_greedy, commit: see step.h
+    specdec::draft_limits, prompt_lookup, stage_window, greedy_ids, draw, verify, verify_greedy, commit,
+        commit_greedy: see step.h
 
 x is float32 or bfloat16, and so are the results; sums are float32. With int8_inputs inputs are rounded to 8 bits, in
 groups of the largest power of two up to 64 that divides the weight's groups (K, for int8_linear), symmetric, to
@@ -102,7 +103,12 @@ _LIBRARY.define(
 _LIBRARY.define(
     "commit(Tensor(a!) ids, Tensor(b!) lengths, Tensor end, Tensor(c!) finished, Tensor? stop_ids, Tensor limit,"
     " Tensor draft_ids, Tensor? draft_probs, Tensor draft_lengths, Tensor accepted, Tensor next_ids, Tensor overlap,"
-    " Tensor is_broken, Tensor is_nan) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " Tensor is_broken, Tensor is_nan) -> Tensor"
+)
+_LIBRARY.define(
+    "commit_greedy(Tensor scores, Tensor(a!) ids, Tensor(b!) lengths, Tensor end, Tensor(c!) finished,"
+    " Tensor? stop_ids, Tensor limit, Tensor draft_ids, Tensor draft_lengths, Tensor is_broken)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor")
 
@@ -145,7 +151,7 @@ def load() -> bool:
 
 def works_on(device: torch.device) -> bool:
     """Whether the operators work on tensors of this device."""
-    return device.type == "cpu" and load()
+    return device.type == "cpu" and (load() if _IS_LOADED is None else _IS_LOADED)
 
 
 def _loads(path: Path) -> bool:

@@ -30,6 +30,7 @@ TORCH_LIBRARY_IMPL(specdec, CPU, m) {
   m.impl("verify", verify);
   m.impl("verify_greedy", verify_greedy);
   m.impl("commit", commit);
+  m.impl("commit_greedy", commit_greedy);
   m.impl("rotary_attention", rotary_attention);
   m.impl("attention_block", attention_block);
   m.impl("mlp_block", mlp_block);

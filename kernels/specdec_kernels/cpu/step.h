@@ -5,6 +5,7 @@
 // counts are int64, flags bool.
 #pragma once
 
+#include "memory.h"
 #include "vectors.h"
 
 namespace {
@@ -12,17 +13,13 @@ namespace {
 constexpr int64_t BLOCK = 1024;  // values whose largest one is found before its index, so they stay in the L1 cache
 constexpr int64_t SUMMARY_COUNTS = 6;  // columns of a host summary before the overlap
 
-inline Tensor like(const Tensor& x, at::IntArrayRef shape, at::ScalarType dtype) {
-  return at::empty(shape, x.options().dtype(dtype));
-}
-
 // Sequences.limit: the most ids to draft for each row, [B].
 Tensor draft_limits(const Tensor& lengths, const Tensor& end, const Tensor& finished, std::optional<int64_t> context,
     int64_t num_ids) {
   const int64_t batch = lengths.size(0);
   const auto length = lengths.accessor<int64_t, 1>(), ends = end.accessor<int64_t, 1>();
   const auto is_finished = finished.accessor<bool, 1>();
-  Tensor limits = like(lengths, {batch}, at::kLong);
+  Tensor limits = empty({batch}, at::kLong);
   int64_t* limit = limits.mutable_data_ptr<int64_t>();
   for (int64_t b = 0; b < batch; ++b) {
     int64_t remaining = ends[b] - length[b] - 1;
@@ -40,8 +37,9 @@ std::tuple<Tensor, Tensor> prompt_lookup(const Tensor& ids, const Tensor& length
   const int64_t batch = ids.size(0);
   const auto text = ids.accessor<int64_t, 2>();
   const auto length = lengths.accessor<int64_t, 1>(), limits = limit.accessor<int64_t, 1>();
-  Tensor draft_ids = at::zeros({batch, num_ids}, ids.options()), draft_lengths = like(ids, {batch}, at::kLong);
+  Tensor draft_ids = empty({batch, num_ids}, at::kLong), draft_lengths = empty({batch}, at::kLong);
   int64_t* drafted = draft_ids.mutable_data_ptr<int64_t>();
+  std::fill(drafted, drafted + batch * num_ids, 0);
   int64_t* counts = draft_lengths.mutable_data_ptr<int64_t>();
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t n = length[b];
@@ -68,9 +66,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> stage_window(const Tensor& id
   const auto draft = draft_ids.accessor<int64_t, 2>();
   const auto length = lengths.accessor<int64_t, 1>(), drafted = draft_lengths.accessor<int64_t, 1>(),
              limits = limit.accessor<int64_t, 1>();
-  Tensor allowed_ids = like(ids, {batch, num_ids}, at::kLong), allowed_lengths = like(ids, {batch}, at::kLong),
-         broken = like(ids, {batch}, at::kBool), window_ids = like(ids, {batch, width}, at::kLong),
-         positions = like(ids, {batch, width}, at::kLong);
+  Tensor allowed_ids = empty({batch, num_ids}, at::kLong), allowed_lengths = empty({batch}, at::kLong),
+         broken = empty({batch}, at::kBool), window_ids = empty({batch, width}, at::kLong),
+         positions = empty({batch, width}, at::kLong);
   int64_t* allowed = allowed_ids.mutable_data_ptr<int64_t>();
   int64_t* window = window_ids.mutable_data_ptr<int64_t>();
   int64_t* position = positions.mutable_data_ptr<int64_t>();
@@ -131,7 +129,7 @@ Tensor greedy_ids(const Tensor& scores) {
   const Tensor rows = scores.contiguous();
   const int64_t vocab_size = scores.size(2);
   const float* from = rows.const_data_ptr<float>();
-  Tensor ids = like(scores, {scores.size(0), scores.size(1)}, at::kLong);
+  Tensor ids = empty({scores.size(0), scores.size(1)}, at::kLong);
   int64_t* id = ids.mutable_data_ptr<int64_t>();
   parallel_for(0, ids.numel(), std::max<int64_t>(1, WORK / vocab_size), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) id[i] = argmax(from + i * vocab_size, vocab_size);
@@ -160,7 +158,7 @@ Tensor draw(const Tensor& weights, const Tensor& uniforms) {
       count, " uniforms");
   const float* from = rows.const_data_ptr<float>();
   const double* uniform = at.const_data_ptr<double>();
-  Tensor ids = like(uniforms, uniforms.sizes(), at::kLong);
+  Tensor ids = empty(uniforms.sizes(), at::kLong);
   int64_t* id = ids.mutable_data_ptr<int64_t>();
   parallel_for(0, count, std::max<int64_t>(1, WORK / vocab_size), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -185,7 +183,7 @@ std::tuple<Tensor, Tensor> verify(const Tensor& target_probs, const Tensor& draf
   const auto draft = draft_ids.accessor<int64_t, 2>();
   const auto length = draft_lengths.accessor<int64_t, 1>();
   const auto uniform = uniforms.accessor<double, 2>();
-  Tensor accepted = like(draft_ids, {batch}, at::kLong), next_ids = like(draft_ids, {batch}, at::kLong);
+  Tensor accepted = empty({batch}, at::kLong), next_ids = empty({batch}, at::kLong);
   int64_t* counts = accepted.mutable_data_ptr<int64_t>();
   int64_t* next = next_ids.mutable_data_ptr<int64_t>();
   parallel_for(0, batch, std::max<int64_t>(1, WORK / vocab_size), [&](int64_t begin, int64_t end) {
@@ -226,8 +224,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> verify_greedy(const Tensor& scores, c
   const float* score = rows.const_data_ptr<float>();
   const auto draft = draft_ids.accessor<int64_t, 2>();
   const auto length = draft_lengths.accessor<int64_t, 1>();
-  Tensor accepted = like(draft_ids, {batch}, at::kLong), next_ids = like(draft_ids, {batch}, at::kLong),
-         overlap = like(scores, {batch, num_ids}, at::kFloat), is_nan = like(scores, {batch}, at::kBool);
+  Tensor accepted = empty({batch}, at::kLong), next_ids = empty({batch}, at::kLong),
+         overlap = empty({batch, num_ids}, at::kFloat), is_nan = empty({batch}, at::kBool);
   float* shared = overlap.mutable_data_ptr<float>();
   for (int64_t b = 0; b < batch; ++b, target += width, score += width * rows.size(2), shared += num_ids) {
     int64_t count = 0;
@@ -244,9 +242,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> verify_greedy(const Tensor& scores, c
   return {accepted, next_ids, overlap, is_nan};
 }
 
-// speculative.commit_verdict without a stop function: appends the accepted ids and the next id of each row, up to its
-// first stop id, and counts them: live, emitted, drafted, accepted [B], and host_summary float32 [B, 6 + K].
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> commit(const Tensor& ids, const Tensor& lengths, const Tensor& end,
+// commit.commit_verdict without a stop function: appends the accepted ids and the next id of each row, up to its first
+// stop id, and counts them: host_summary float32 [B, 6 + K].
+Tensor commit(const Tensor& ids, const Tensor& lengths, const Tensor& end,
     const Tensor& finished, const std::optional<Tensor>& stop_ids, const Tensor& limit, const Tensor& draft_ids,
     const std::optional<Tensor>& draft_probs, const Tensor& draft_lengths, const Tensor& accepted,
     const Tensor& next_ids, const Tensor& overlap, const Tensor& is_broken, const Tensor& is_nan) {
@@ -262,9 +260,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> commit(const Tensor& ids, con
   const auto broken = is_broken.accessor<bool, 1>(), nan = is_nan.accessor<bool, 1>();
   const Tensor stops = stop_ids ? stop_ids->to(at::kLong).contiguous() : Tensor();
   const int64_t *stop = stop_ids ? stops.const_data_ptr<int64_t>() : nullptr, num_stops = stop_ids ? stops.numel() : 0;
-  Tensor live = like(ids, {batch}, at::kBool), emitted = like(ids, {batch}, at::kLong),
-         counted = like(ids, {batch}, at::kLong), kept = like(ids, {batch}, at::kLong),
-         host_summary = like(ids, {batch, SUMMARY_COUNTS + num_ids}, at::kFloat);
+  Tensor host_summary = empty({batch, SUMMARY_COUNTS + num_ids}, at::kFloat);
   float* summary = host_summary.mutable_data_ptr<float>();
   for (int64_t b = 0; b < batch; ++b, summary += SUMMARY_COUNTS + num_ids) {
     const int64_t n = length[b];
@@ -280,12 +276,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> commit(const Tensor& ids, con
     length[b] += count;
     is_finished[b] |= is_last;
 
-    live.mutable_data_ptr<bool>()[b] = is_live;
-    emitted.mutable_data_ptr<int64_t>()[b] = count;
     const int64_t num_drafted = is_last ? std::min<int64_t>(drafted[b], count) : drafted[b];
     const int64_t num_accepted = std::min<int64_t>(verified[b], count);
-    counted.mutable_data_ptr<int64_t>()[b] = num_drafted;
-    kept.mutable_data_ptr<int64_t>()[b] = num_accepted;
     bool draft_is_nan = false;
     if (draft_probs)
       for (int64_t i = 0; i < num_ids; ++i) draft_is_nan |= std::isnan(draft_probs->accessor<float, 3>()[b][i][0]);
@@ -294,7 +286,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> commit(const Tensor& ids, con
     std::copy(std::begin(counts), std::end(counts), summary);
     for (int64_t i = 0; i < num_ids; ++i) summary[SUMMARY_COUNTS + i] = shared[b][i];
   }
-  return {live, emitted, counted, kept, host_summary};
+  return host_summary;
+}
+
+// verify_greedy, then commit: how many draft ids are accepted [B], the target's next id [B], and host_summary.
+std::tuple<Tensor, Tensor, Tensor> commit_greedy(const Tensor& scores, const Tensor& ids, const Tensor& lengths,
+    const Tensor& end, const Tensor& finished, const std::optional<Tensor>& stop_ids, const Tensor& limit,
+    const Tensor& draft_ids, const Tensor& draft_lengths, const Tensor& is_broken) {
+  const auto [accepted, next_ids, overlap, is_nan] = verify_greedy(scores, draft_ids, draft_lengths);
+  return {accepted, next_ids,
+      commit(ids, lengths, end, finished, stop_ids, limit, draft_ids, std::nullopt, draft_lengths, accepted, next_ids,
+          overlap, is_broken, is_nan)};
 }
 
 }  // namespace

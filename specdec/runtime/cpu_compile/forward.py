@@ -46,6 +46,9 @@ class CompiledForward:
         self.weight_owners = [_owner(model, name.removeprefix("model.")) for name in self.weight_names]
         self.weights: list[Tensor] = []  # the package does not own them, so they are kept alive here
         self.addresses: list[int] = []
+        self.placement: object = None  # `Identity.placement` at the last call
+        watched = {id(owner) for module in model.modules() for owner in (module._parameters, module._buffers)}
+        self.is_watched = all(id(owner) in watched for owner, _ in self.weight_owners)
         self.columns: dict[tuple[int, bool], Tensor] = {}
         self.lock = threading.Lock()
         layers = [module for module in model.modules() if isinstance(module, Int4Linear)]
@@ -69,12 +72,16 @@ class CompiledForward:
                 self.reported.add(reason)
                 warnings.warn(f"the {self.name} runs eagerly: {reason}", stacklevel=3)
             return False
+        placement = self.identity.placement
+        if self.is_watched and placement is self.placement:
+            return True
         weights = [tensors[name] for tensors, name in self.weight_owners]
         addresses = [weight.data_ptr() for weight in weights]
         if addresses != self.addresses:
             constants = dict(zip(self.weight_names, weights, strict=True))
             self.package.load_constants(constants, check_full_update=True, user_managed=True)
             self.weights, self.addresses = weights, addresses
+        self.placement = placement
         return True
 
     def __call__(self, ids: Tensor, positions: Tensor, last_only: bool, cache: RaggedCache) -> Tensor:

@@ -75,6 +75,7 @@ class Identity:
         self._functions: list[FunctionType] = []
         self._walk(model)
         self._containers = [watched.container for watched in self._whole]
+        self._containers += [owner for _, owner in self._tensor_dicts if not owner]  # `_is_same` has no view of these
         self._copies = list(map(copy_of, self._containers))
 
     def change(self) -> str | None:
@@ -92,6 +93,11 @@ class Identity:
             return self._find_change()
         except Exception as error:  # a value's own error, or a thread that is changing the model at this time
             return f"it could not be compared with what it was ({type(error).__name__}: {error})"
+
+    @property
+    def placement(self) -> object:
+        """The same object as long as no parameter or buffer was replaced or moved, by the last `change`."""
+        return self._tensors.quick_before
 
     def is_part_of(self, model: nn.Module) -> bool:
         """Whether every tensor that the snapshot keeps alive is one of the model's."""
@@ -116,15 +122,23 @@ class Identity:
             if id(value) not in seen and not isinstance(value, (*PLAIN, ModuleType)):
                 seen.add(id(value))
                 self._add(path, value, is_global)
+        filled = [owner for _, owner in self._tensor_dicts if owner]
+        self._tensors = Watched("", "tensor", self._tensor_dicts, tensor_view, quick=lambda dicts: address_view(filled))
         for namespace, names in self._globals.values():
             self._viewed.append(selected(last_name(namespace), frozenset(names), namespace))
         self._viewed += [
             Watched(
                 "", "attribute", self._objects, type_view, quick=lambda objects: [type(value) for _, value in objects]
             ),
-            Watched("", "tensor", self._tensor_dicts, tensor_view, quick=address_view),
+            self._tensors,
             Watched("", "version", self._other_tensors, version_view),
-            Watched("", "code", self._functions, lambda functions: {one: one.__code__ for one in functions}),
+            Watched(
+                "",
+                "code",
+                self._functions,
+                lambda functions: {one: one.__code__ for one in functions},
+                quick=lambda functions: [one.__code__ for one in functions],
+            ),
         ]
         del self._queue, self._globals
 

@@ -145,12 +145,12 @@ def tensor_view(dicts: list[tuple[str, dict[str, Any]]]) -> dict[str, tuple[Any,
     return dict(zip(by_name, layouts, strict=True))
 
 
-def address_view(dicts: list[tuple[str, dict[str, Any]]]) -> list[Any]:
+def address_view(dicts: list[dict[str, Any]]) -> list[Any]:
     """Parameters and buffers, and their addresses, shapes and strides: less time than `tensor_view`.
 
     A tensor that is the same object at the same address keeps its dtype and device.
     """
-    values = [tensor for _, owner in dicts for tensor in owner.values() if tensor is not None]
+    values = [tensor for owner in dicts for tensor in owner.values() if tensor is not None]
     return [values, *(list(map(read, values)) for read in (Tensor.data_ptr, Tensor.size, Tensor.stride))]
 
 

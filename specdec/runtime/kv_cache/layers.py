@@ -86,5 +86,6 @@ def _grown(buffer: Tensor, window: Window) -> Tensor:
     if slots == capacity:
         return buffer
     larger = buffer.new_zeros(*buffer.shape[:2], slots, buffer.shape[3])
-    larger[:, :, :capacity] = buffer
+    if capacity:
+        larger[:, :, :capacity] = buffer
     return larger

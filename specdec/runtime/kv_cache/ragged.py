@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from specdec.runtime.kv_cache.layers import RaggedLayer
+from specdec.runtime.kv_cache.layers import RaggedLayer, grown_capacity
 from specdec.runtime.kv_cache.window import Window
 
 
@@ -40,12 +40,13 @@ class RaggedCache(Cache):
         return cache
 
     def fill(self, shapes: Sequence[Sequence[int]], batch_size: int, dtype: torch.dtype) -> None:
-        """Make empty layers, for a first forward that cannot make them.
+        """Make layers that hold the window, for a first forward that cannot make them.
 
         shapes: heads and width of each of the buffers().
         """
         device = self.window.positions.device
-        self._use([torch.zeros(batch_size, heads, 0, width, dtype=dtype, device=device) for heads, width in shapes])
+        slots = grown_capacity(0, self.window.key_length, self.window.max_slots)
+        self._use([torch.zeros(batch_size, heads, slots, width, dtype=dtype, device=device) for heads, width in shapes])
 
     def _use(self, buffers: list[Tensor]) -> None:
         """Append layers that use these buffers, keys and values of each layer in turn."""

@@ -64,6 +64,10 @@ class Window:
         if self.right_aligned:
             self.padding = self.key_length - width - positions[:, 0]
 
+    def cover(self, positions: Tensor) -> None:
+        """Make layers hold positions [B, W] on a CPU, for a forward that reads the positions itself."""
+        self.reserve(max(map(max, positions.tolist())) + 1)
+
     def move_static(self, positions: Tensor, key_length: int) -> None:
         """As `move`, for a recorded or traced forward: attention reads key_length slots, the host no positions."""
         self.rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
