@@ -18,7 +18,7 @@ void int4_linear_of(const Tensor& x, at::TensorList packed, at::TensorList scale
     const T* from = x.const_data_ptr<T>() + first * depth;
     c10::SmallVector<T*, 4> to;
     for (size_t i = 0; i < columns.size(); ++i) to.push_back(y[i].mutable_data_ptr<T>() + first * columns[i]);
-    const int64_t work = depth * COLUMNS * std::min<int64_t>(rows, 4);
+    const int64_t work = depth * COLUMNS * rows;
     if (int8_inputs) {
       const Int8Inputs inputs(from, rows, depth, std::gcd(group, INPUT_GROUP), true);
       for_each_block<T, S>(rows, depth, packed, scales, columns, to, std::max<int64_t>(1, 4 * WORK / work),

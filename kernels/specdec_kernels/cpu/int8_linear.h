@@ -95,7 +95,7 @@ void int8_linear_into(const Tensor& x, const Tensor& weight, const S* scale, Ten
   T* out = y.mutable_data_ptr<T>();
   const Int8Inputs inputs(x.const_data_ptr<T>(), rows, depth, std::gcd(depth, INPUT_GROUP), false);
   const int64_t tiles = (columns + TILE - 1) / TILE,
-                grain = std::max<int64_t>(1, 4 * WORK / (depth * TILE * std::min<int64_t>(rows, 4)));
+                grain = std::max<int64_t>(1, 4 * WORK / (depth * TILE * rows));
   at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
     float* sums = scratch<float, 1>(rows * TILE);
     for (int64_t tile = begin; tile < end; ++tile) {

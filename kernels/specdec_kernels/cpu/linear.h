@@ -52,7 +52,7 @@ void linear_into(const Tensor& x, const Tensor& weight, const S* scale, const st
   const T* b = bias ? bias->const_data_ptr<T>() : nullptr;
   T* out = y.mutable_data_ptr<T>();
   const int64_t tiles = (columns + 3) / 4,
-                grain = std::max<int64_t>(1, WORK / (depth * 4 * std::min<int64_t>(rows, 4)));
+                grain = std::max<int64_t>(1, WORK / (depth * 4 * rows));
   at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> sums(rows * 4);
     for (int64_t tile = begin; tile < end; ++tile) {

@@ -145,24 +145,26 @@ T* scratch(int64_t count) {
 
 inline IntVec splat(int32_t x) { return x - IntVec{}; }
 
-inline float sum(Vec v) {  // adds halves to halves, in a fixed order
-  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
-  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1);
+// f of all lanes: of halves with halves, in a fixed order; the result is in the first two lanes, to be combined by f.
+template <typename V, typename F>
+V halved(V v, F f) {
+  v = f(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  v = f(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3));
+  return f(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1));
+}
+
+inline float sum(Vec v) {
+  v = halved(v, [](Vec a, Vec b) { return a + b; });
   return v[0] + v[1];
 }
 
 inline int32_t sum(IntVec v) {
-  int32_t total = 0;
-  for (int64_t i = 0; i < LANES; ++i) total += v[i];
-  return total;
+  v = halved(v, [](IntVec a, IntVec b) { return a + b; });
+  return v[0] + v[1];
 }
 
-inline float maximum(Vec v) {
-  auto larger = [](Vec a, Vec b) { return a > b ? a : b; };
-  v = larger(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-  v = larger(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3));
-  v = larger(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1));
+inline int32_t maximum(IntVec v) {
+  v = halved(v, [](IntVec a, IntVec b) { return a > b ? a : b; });
   return std::max(v[0], v[1]);
 }
 
