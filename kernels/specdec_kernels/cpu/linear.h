@@ -46,28 +46,38 @@ template <typename T, typename U, typename S>
 void linear_into(const Tensor& x, const Tensor& weight, const S* scale, const std::optional<Tensor>& bias,
     Tensor& y) {
   const int64_t rows = rows_of(x), depth = x.size(-1), columns = weight.size(0);
-  std::vector<float> buffer;
-  const float* inputs = floats(x, buffer);
+  const float* inputs = floats(x);
   const U* w = weight.const_data_ptr<U>();
   const T* b = bias ? bias->const_data_ptr<T>() : nullptr;
   T* out = y.mutable_data_ptr<T>();
-  const int64_t tiles = (columns + 3) / 4,
-                grain = std::max<int64_t>(1, WORK / (depth * 4 * rows));
+  const int64_t tiles = (columns + 3) / 4, grain = std::max<int64_t>(1, WORK / (depth * 4 * rows));
+  // As many rows at a time as stay in the first cache. From MANY on, W is converted once for all of them.
+  constexpr int64_t MANY = 16, FLOATS = 1 << 13;
+  const int64_t chunk = std::max(MANY, FLOATS / depth / 4 * 4);
   at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> sums(rows * 4);
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = tile * 4, count = std::min<int64_t>(4, columns - first);
-      if (count == 4)
-        dots_of_rows<4>(inputs, rows, depth, w + first * depth, sums.data(), 4);
-      else
-        for (int64_t n = 0; n < count; ++n)
-          dots_of_rows<1>(inputs, rows, depth, w + (first + n) * depth, sums.data() + n, 4);
-      for (int64_t row = 0; row < rows; ++row)
-        for (int64_t n = 0; n < count; ++n) {
-          T value = static_cast<T>(scale ? sums[row * 4 + n] * static_cast<float>(scale[first + n]) : sums[row * 4 + n]);
-          out[row * columns + first + n] =
-              b ? static_cast<T>(static_cast<float>(value) + static_cast<float>(b[first + n])) : value;
+    float *sums = scratch<float, 2>(chunk * 4), *converted = scratch<float, 3>(4 * depth);
+    for (int64_t top = 0; top < rows; top += chunk) {
+      const int64_t height = std::min(chunk, rows - top);
+      const float* in = inputs + top * depth;
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t first = tile * 4, count = std::min<int64_t>(4, columns - first);
+        if (count == 4 && height >= MANY) {
+          to_floats(w + first * depth, 4 * depth, converted);
+          dots_of_rows<4>(in, height, depth, converted, sums, 4);
+        } else if (count == 4) {
+          dots_of_rows<4>(in, height, depth, w + first * depth, sums, 4);
+        } else {
+          for (int64_t n = 0; n < count; ++n)
+            dots_of_rows<1>(in, height, depth, w + (first + n) * depth, sums + n, 4);
         }
+        for (int64_t row = 0; row < height; ++row)
+          for (int64_t n = 0; n < count; ++n) {
+            const float sum = sums[row * 4 + n];
+            const T value = static_cast<T>(scale ? sum * static_cast<float>(scale[first + n]) : sum);
+            out[(top + row) * columns + first + n] =
+                b ? static_cast<T>(static_cast<float>(value) + static_cast<float>(b[first + n])) : value;
+          }
+      }
     }
   });
 }

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <vector>
 #if defined(__AVX2__) || defined(__AVX512F__)
@@ -135,12 +136,16 @@ V unfused(V product) {
   return product;
 }
 
-// Memory of this thread for `count` values of any content, until its next call for the same T and USE.
+// Memory of this thread for `count` values of any content, until its next call for the same T and USE; aligned, so that
+// a vector is in one line of the caches.
 template <typename T, int USE = 0>
 T* scratch(int64_t count) {
   static thread_local std::vector<T> memory;
-  if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
-  return memory.data();
+  const size_t size = count * sizeof(T), space = size + sizeof(Vec);
+  if (memory.size() * sizeof(T) < space) memory.resize(space / sizeof(T));
+  void* at = memory.data();
+  size_t left = space;
+  return static_cast<T*>(std::align(sizeof(Vec), size, at, left));
 }
 
 inline IntVec splat(int32_t x) { return x - IntVec{}; }
@@ -224,13 +229,17 @@ inline Vec exponential(Vec x) {  // x <= 0; error up to 2 units in the last plac
   return dropped ? Vec{} : y;
 }
 
-// x [M, K] as floats: x itself, or a copy in `buffer`
-inline const float* floats(const Tensor& x, std::vector<float>& buffer) {
+template <typename T>
+void to_floats(const T* x, int64_t count, float* y) {
+  in_vectors(count, [&](int64_t k, auto read, auto write) { write(y + k, read(x + k)); });
+}
+
+// x [M, K] as floats: x itself, or a copy in this thread's scratch memory
+inline const float* floats(const Tensor& x) {
   if (x.scalar_type() == at::kFloat) return x.const_data_ptr<float>();
-  const BFloat16* from = x.const_data_ptr<BFloat16>();
-  buffer.resize(x.numel());
-  for (int64_t i = 0; i < x.numel(); ++i) buffer[i] = static_cast<float>(from[i]);
-  return buffer.data();
+  float* y = scratch<float>(x.numel());
+  to_floats(x.const_data_ptr<BFloat16>(), x.numel(), y);
+  return y;
 }
 
 inline int64_t rows_of(const Tensor& x) { return x.numel() / std::max<int64_t>(1, x.size(-1)); }
