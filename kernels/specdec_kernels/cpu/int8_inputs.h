@@ -64,7 +64,8 @@ struct Int8Inputs {
       : depth(depth), group(group), groups(depth / group), values(scratch<int8_t>(rows * depth)),
         scales(scratch<float>(rows * groups)), sums(scratch<int32_t>(rows * groups)) {
     at::parallel_for(0, rows, std::max<int64_t>(1, WORK / (8 * depth)), [&](int64_t begin, int64_t end) {
-      by_parity ? round_rows<true>(x, begin * groups, end * groups) : round_rows<false>(x, begin * groups, end * groups);
+      const int64_t first = begin * groups, last = end * groups;
+      by_parity ? round_rows<true>(x, first, last) : round_rows<false>(x, first, last);
     });
   }
 

@@ -168,9 +168,37 @@ inline int32_t sum(IntVec v) {
   return v[0] + v[1];
 }
 
-inline int32_t maximum(IntVec v) {
-  v = halved(v, [](IntVec a, IntVec b) { return a > b ? a : b; });
+template <typename V>
+auto maximum(V v) {
+  v = halved(v, [](V a, V b) { return a > b ? a : b; });
   return std::max(v[0], v[1]);
+}
+
+// columns[i][j] = word i of rows[j]: sixteen rows of sixteen words
+inline void transpose(const void* const* rows, IntVec* columns) {
+#ifdef __AVX512F__
+  for (int64_t i = 0; i < LANES; i += 4) {  // four words of the rows j, j + 4, j + 8, j + 12 in a vector
+    auto words = [&](int64_t row) { return _mm_loadu_si128(static_cast<const __m128i*>(rows[row]) + i / 4); };
+    __m512i four[4];
+    for (int64_t j = 0; j < 4; ++j) {
+      four[j] = _mm512_inserti32x4(_mm512_castsi128_si512(words(j)), words(j + 4), 1);
+      four[j] = _mm512_inserti32x4(_mm512_inserti32x4(four[j], words(j + 8), 2), words(j + 12), 3);
+    }
+    const __m512i low[2] = {_mm512_unpacklo_epi32(four[0], four[1]), _mm512_unpacklo_epi32(four[2], four[3])};
+    const __m512i high[2] = {_mm512_unpackhi_epi32(four[0], four[1]), _mm512_unpackhi_epi32(four[2], four[3])};
+    columns[i] = (IntVec)_mm512_unpacklo_epi64(low[0], low[1]);
+    columns[i + 1] = (IntVec)_mm512_unpackhi_epi64(low[0], low[1]);
+    columns[i + 2] = (IntVec)_mm512_unpacklo_epi64(high[0], high[1]);
+    columns[i + 3] = (IntVec)_mm512_unpackhi_epi64(high[0], high[1]);
+  }
+#else
+  for (int64_t i = 0; i < LANES; ++i)
+    for (int64_t j = 0; j < LANES; ++j) {
+      int32_t word;
+      std::memcpy(&word, static_cast<const char*>(rows[j]) + i * sizeof(word), sizeof(word));
+      columns[i][j] = word;
+    }
+#endif
 }
 
 inline IntVec rounded(Vec x) {  // to nearest even; without an addition that a compiler could fuse with a product x
