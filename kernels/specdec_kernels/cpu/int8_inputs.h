@@ -6,6 +6,7 @@
 namespace {
 
 constexpr int64_t INPUT_GROUP = 64;  // columns of an input row that share a scale, at most
+constexpr int64_t TILE_ROWS = 16;    // of a matrix in AMX's registers
 
 // Lane i: sums[i] + the sum of four products, of the unsigned bytes of a[i] and the signed bytes of b[i]. Two products
 // of neighbors fit into int16: either a < 16 or |b| * a <= 127 * 127.
@@ -53,7 +54,7 @@ inline void store(int8_t* at, IntVec v) {  // the low bytes
 // Rows of inputs x = scale * values, in groups of `group` columns, 8, 16, 32 or 64, that divide the row's length.
 struct Int8Inputs {
   int64_t depth, group, groups;
-  int8_t* values;  // [M, K]; all three are this thread's scratch memory, so one object at a time
+  int8_t* values;  // [M, K], and more rows of any content, as tiles read them; all three are this thread's scratch memory, so one object at a time
   float* scales;   // [M, K / group]
   int32_t* sums;   // [M, K / group], of the values
 
@@ -61,7 +62,7 @@ struct Int8Inputs {
   // a NaN in it, its scale is NaN. by_parity: of each eight columns the even ones come first.
   template <typename T>
   Int8Inputs(const T* x, int64_t rows, int64_t depth, int64_t group, bool by_parity)
-      : depth(depth), group(group), groups(depth / group), values(scratch<int8_t>(rows * depth)),
+      : depth(depth), group(group), groups(depth / group), values(scratch<int8_t>((rows + TILE_ROWS) * depth)),
         scales(scratch<float>(rows * groups)), sums(scratch<int32_t>(rows * groups)) {
     at::parallel_for(0, rows, std::max<int64_t>(1, WORK / (8 * depth)), [&](int64_t begin, int64_t end) {
       const int64_t first = begin * groups, last = end * groups;
