@@ -21,7 +21,8 @@ void int4_linear_of(const Tensor& x, at::TensorList packed, at::TensorList scale
     const int64_t work = depth * COLUMNS * rows;
     if (int8_inputs) {
       const Int8Inputs inputs(from, rows, depth, std::gcd(group, INPUT_GROUP), true);
-      for_each_block<T, S>(rows, depth, packed, scales, columns, to, std::max<int64_t>(1, 4 * WORK / work),
+      const int64_t task = rows < TILE_ROWS ? 4 * WORK : 8 * WORK;
+      for_each_block<T, S>(rows, depth, packed, scales, columns, to, std::max<int64_t>(1, task / work),
           [&](const Block<S>& block, float* sums) { multiply_block(inputs, rows, block, sums); });
     } else {
       const RoundedInputs inputs(from, rows, depth, group);

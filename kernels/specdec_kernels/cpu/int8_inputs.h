@@ -64,7 +64,7 @@ struct Int8Inputs {
   Int8Inputs(const T* x, int64_t rows, int64_t depth, int64_t group, bool by_parity)
       : depth(depth), group(group), groups(depth / group), values(scratch<int8_t>((rows + TILE_ROWS) * depth)),
         scales(scratch<float>(rows * groups)), sums(scratch<int32_t>(rows * groups)) {
-    at::parallel_for(0, rows, std::max<int64_t>(1, WORK / (8 * depth)), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, rows, std::max<int64_t>(1, WORK / (4 * depth)), [&](int64_t begin, int64_t end) {
       const int64_t first = begin * groups, last = end * groups;
       by_parity ? round_rows<true>(x, first, last) : round_rows<false>(x, first, last);
     });
