@@ -46,7 +46,7 @@ template <typename T, typename U, typename S>
 void linear_into(const Tensor& x, const Tensor& weight, const S* scale, const std::optional<Tensor>& bias,
     Tensor& y) {
   const int64_t rows = rows_of(x), depth = x.size(-1), columns = weight.size(0);
-  const float* inputs = floats(x);
+  const T* inputs = x.const_data_ptr<T>();
   const U* w = weight.const_data_ptr<U>();
   const T* b = bias ? bias->const_data_ptr<T>() : nullptr;
   T* out = y.mutable_data_ptr<T>();
@@ -55,20 +55,20 @@ void linear_into(const Tensor& x, const Tensor& weight, const S* scale, const st
   constexpr int64_t MANY = 16, FLOATS = 1 << 13;
   const int64_t chunk = std::max(MANY, FLOATS / depth / 4 * 4);
   at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
-    float *sums = scratch<float, 2>(chunk * 4), *converted = scratch<float, 3>(4 * depth);
+    float *of_x = scratch<float, 1>(std::min(rows, chunk) * depth), *of_w = scratch<float, 2>(4 * depth),
+          *sums = scratch<float, 3>(chunk * 4);
     for (int64_t top = 0; top < rows; top += chunk) {
       const int64_t height = std::min(chunk, rows - top);
-      const float* in = inputs + top * depth;
+      const float* in = floats(inputs + top * depth, height * depth, of_x);
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t first = tile * 4, count = std::min<int64_t>(4, columns - first);
+        const U* from = w + first * depth;
         if (count == 4 && height >= MANY) {
-          to_floats(w + first * depth, 4 * depth, converted);
-          dots_of_rows<4>(in, height, depth, converted, sums, 4);
+          dots_of_rows<4>(in, height, depth, floats(from, 4 * depth, of_w), sums, 4);
         } else if (count == 4) {
-          dots_of_rows<4>(in, height, depth, w + first * depth, sums, 4);
+          dots_of_rows<4>(in, height, depth, from, sums, 4);
         } else {
-          for (int64_t n = 0; n < count; ++n)
-            dots_of_rows<1>(in, height, depth, w + (first + n) * depth, sums + n, 4);
+          for (int64_t n = 0; n < count; ++n) dots_of_rows<1>(in, height, depth, from + n * depth, sums + n, 4);
         }
         for (int64_t row = 0; row < height; ++row)
           for (int64_t n = 0; n < count; ++n) {

@@ -257,17 +257,12 @@ inline Vec exponential(Vec x) {  // x <= 0; error up to 2 units in the last plac
   return dropped ? Vec{} : y;
 }
 
+// `count` values as floats: x itself, or a copy in `buffer`
 template <typename T>
-void to_floats(const T* x, int64_t count, float* y) {
-  in_vectors(count, [&](int64_t k, auto read, auto write) { write(y + k, read(x + k)); });
-}
-
-// x [M, K] as floats: x itself, or a copy in this thread's scratch memory
-inline const float* floats(const Tensor& x) {
-  if (x.scalar_type() == at::kFloat) return x.const_data_ptr<float>();
-  float* y = scratch<float>(x.numel());
-  to_floats(x.const_data_ptr<BFloat16>(), x.numel(), y);
-  return y;
+const float* floats(const T* x, int64_t count, float* buffer) {
+  if constexpr (std::is_same_v<T, float>) return x;
+  in_vectors(count, [&](int64_t k, auto read, auto write) { write(buffer + k, read(x + k)); });
+  return buffer;
 }
 
 inline int64_t rows_of(const Tensor& x) { return x.numel() / std::max<int64_t>(1, x.size(-1)); }
