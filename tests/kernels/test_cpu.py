@@ -106,18 +106,21 @@ def test_int8_linear_refuses_widths_that_it_cannot_read() -> None:
         OPS.int8_linear(random(1, 24), torch.zeros(4, 24, dtype=torch.int8), torch.ones(4), True)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_inputs_that_are_not_finite_give_nan_in_their_row_alone(value: float) -> None:
-    int4 = random_weight(65, 128, 64, False, torch.bfloat16)
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("group_size", [8, 16, 32, 64])
+@pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+def test_inputs_that_are_not_finite_give_nan_in_their_row_alone(value: float, group_size: int, rows: int) -> None:
+    int4 = random_weight(65, 128, group_size, False, torch.bfloat16)
     packed, scale = cpu.pack(int4.codes(), int4.scale, int4.zero)
-    x = random(3, 128)
+    x = random(rows, 128)
     x[1, 70] = value
     for y in (
         OPS.int4_linear(x, [packed], [scale], [65], True)[0],
         OPS.int8_linear(x, torch.ones(5, 128, dtype=torch.int8), torch.ones(5), True),
     ):
         assert y[1].isnan().all()
-        assert y[[0, 2]].isfinite().all()
+        assert y[0].isfinite().all()
+        assert y[2:].isfinite().all()
 
 
 def test_inputs_of_zeros_give_zeros() -> None:
@@ -152,36 +155,45 @@ def test_results_that_live_at_once_share_no_memory() -> None:
         del result, results  # so that the next ones are made of their blocks
 
 
-def byte_products() -> tuple[Tensor, Tensor]:
-    """Results of both layers that multiply bytes."""
+def results() -> tuple[Tensor, ...]:
+    """Results of both layers that multiply bytes, of few rows and many, and of attention."""
     int4 = random_weight(70, 256, 64, True, torch.float32)
     packed, scale = cpu.pack(int4.codes(), int4.scale, int4.zero)
     weight = torch.randint(-127, 128, (70, 256), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
     weight[0] = 127
-    x = random(5, 256)
+    x = random(40, 256)
     x[0] = 1.0
-    return OPS.int4_linear(x, [packed], [scale], [70], True)[0], OPS.int8_linear(x, weight, torch.ones(70), True)
+    query, key, value = random(1, 4, 9, 40), random(1, 1, 50, 40, seed=1), random(1, 1, 50, 40, seed=2)
+    last = torch.arange(30, 39, dtype=torch.int32)[None]
+    return (
+        OPS.int4_linear(x[:5], [packed], [scale], [70], True)[0],
+        OPS.int4_linear(x, [packed], [scale], [70], True)[0],
+        OPS.int8_linear(x, weight, torch.ones(70), True),
+        OPS.attention(query, key, value, last // 2, last, 0.125),
+        OPS.attention(*(states.bfloat16() for states in (query, key, value)), last // 2, last, 0.125),
+    )
 
 
 ON_ANOTHER_CPU = """
 import sys, torch
 from specdec_kernels import cpu
-from tests.kernels.test_cpu import byte_products
+from tests.kernels.test_cpu import results
 replaced = {"-march=native": sys.argv[2], "-O3": "-O1"}  # -O1 compiles in a third of the time
 cpu.FLAGS = tuple(replaced.get(flag, flag) for flag in cpu.FLAGS)
 cpu.build()
-torch.save(byte_products(), sys.argv[1])
+torch.save(results(), sys.argv[1])
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="flags of x86 compilers")
 @pytest.mark.parametrize("flags", [pytest.param("-march=x86-64", marks=pytest.mark.full), "-march=haswell"])
 def test_kernels_for_other_cpus_give_the_same_numbers(flags: str, tmp_path: Path) -> None:
-    """Without VNNI and AVX-512: bytes are multiplied by other instructions, and their sums are exact."""
+    """Without AMX, VNNI and AVX-512: bytes are multiplied by other instructions, and their sums are exact."""
     command = [sys.executable, "-c", ON_ANOTHER_CPU, str(tmp_path / "results.pt"), flags]
     subprocess.run(command, env=os.environ | {"SPECDEC_CACHE": str(tmp_path / "cache")}, cwd=ROOT, check=True)
-    for other, native in zip(torch.load(tmp_path / "results.pt"), byte_products(), strict=True):
-        torch.testing.assert_close(other, native, rtol=1e-5, atol=1e-3)
+    for other, native in zip(torch.load(tmp_path / "results.pt"), results(), strict=True):
+        rtol = 1e-5 if native.dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(other, native, rtol=rtol, atol=1e-3)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -477,18 +489,34 @@ def test_a_row_does_not_depend_on_the_other_rows(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_many_rows_have_the_bits_of_one(group_size: int, asymmetric: bool) -> None:
+    """From 16 rows on a CPU with AMX multiplies tiles of 16 rows; 300 rows are more than are prepared at a time."""
+    int4 = random_weight(200, 256, group_size, asymmetric, torch.bfloat16)
+    packed, scale = cpu.pack(int4.codes(), int4.scale, int4.zero)
+    rows = random(300, 256)
+    rows[3], rows[20, 64:128], rows[40, 7] = 1.0, 0.0, 1e4  # the largest sums, the smallest and large differences
+    alone = torch.cat([OPS.int4_linear(row, [packed], [scale], [200], True)[0] for row in rows.split(1)])
+    for count in (15, 16, 17, 33, 64, 70, 300):
+        assert OPS.int4_linear(rows[:count], [packed], [scale], [200], True)[0].equal(alone[:count])
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("width", [6, 50])
+@pytest.mark.parametrize("heads", [2, 4, 6, 14])
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
-def test_a_query_does_not_depend_on_the_other_queries(dtype: torch.dtype) -> None:
+def test_a_query_does_not_depend_on_the_other_queries(dtype: torch.dtype, heads: int, width: int) -> None:
     query, key, value = (
-        random(3, 4, 6, 64, dtype=dtype),
+        random(3, heads, width, 64, dtype=dtype),
         random(3, 2, 700, 64, dtype=dtype, seed=1),
         random(3, 2, 700, 64, dtype=dtype),
     )
-    last = torch.randint(700, (3, 6), generator=torch.Generator().manual_seed(3)).int()
+    last = torch.randint(700, (3, width), generator=torch.Generator().manual_seed(3)).int()
     first = last // 3
     whole = OPS.attention(query, key, value, first, last, 0.125)
     for row in range(3):
-        for column in range(6):
+        for column in range(width):
             slots = int(last[row, column]) + 1
             at = slice(row, row + 1), slice(column, column + 1)
             alone = OPS.attention(

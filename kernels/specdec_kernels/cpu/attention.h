@@ -6,6 +6,8 @@
 
 namespace {
 
+constexpr int64_t MOST_QUERIES = 32;  // that are computed together
+
 struct Cache {  // of the keys or values of one row and head
   int64_t stride, dim;
 };
@@ -24,74 +26,121 @@ void mix(const float* weights, int64_t capacity, const T* values, Cache v, int64
     for (int n = 0; n < N; ++n) store(y + r * v.dim + n * LANES, sums[r][n] / total[r]);
 }
 
-// R queries of one row and one key head, over the slots that any of them attends to. Slots that a query does not attend
-// to have the weight 0 in its sum.
-template <int R, typename T>
-void attend(const float* x, const T* keys, Cache k, const T* values, Cache v, const int64_t* first,
-    const int64_t* stop, float* y) {
+// Sixteen keys as floats: dimension d of each at to + d * LANES; from key `last` on, they are that one. Zeros follow
+// the last dimension, up to a multiple of 32.
+template <typename T>
+void transpose_keys(const T* keys, Cache k, int64_t last, float* to) {
+  constexpr int64_t STEP = sizeof(IntVec) / sizeof(T);
+  const void* rows[LANES];
+  for (int64_t i = 0; i < LANES; ++i) rows[i] = keys + std::min(i, last) * k.stride;
+  for (int64_t d = 0; d < k.dim; d += STEP) {
+    IntVec padded[LANES], columns[LANES];
+    if (k.dim - d < STEP)
+      for (int64_t i = 0; i < LANES; ++i) {
+        padded[i] = IntVec{};
+        rows[i] = std::memcpy(&padded[i], rows[i], (k.dim - d) * sizeof(T));
+      }
+    transpose(rows, columns);
+    for (int64_t i = 0; i < LANES; ++i) {
+      if constexpr (std::is_same_v<T, float>) {
+        store(to + (d + i) * LANES, (Vec)columns[i]);
+      } else {  // two in a word
+        store(to + (d + 2 * i) * LANES, (Vec)(columns[i] << 16));
+        store(to + (d + 2 * i + 1) * LANES, (Vec)(columns[i] & static_cast<int32_t>(0xffff0000)));
+      }
+      rows[i] = static_cast<const T*>(rows[i]) + STEP;
+    }
+  }
+}
+
+// Scores of R queries x [R, depth] and sixteen keys, the sums of even and odd dimensions apart; depth is even.
+template <int R>
+void score(const float* x, int64_t depth, const float* keys, int64_t capacity, float* scores) {
+  Vec even[R] = {}, odd[R] = {};
+  for (int64_t d = 0; d < depth; d += 2) {
+    const Vec first = load(keys + d * LANES), second = load(keys + (d + 1) * LANES);
+    for (int r = 0; r < R; ++r) {
+      even[r] += x[r * depth + d] * first;
+      odd[r] += x[r * depth + d + 1] * second;
+    }
+  }
+  for (int r = 0; r < R; ++r) store(scores + r * capacity, even[r] + odd[r]);
+}
+
+// Calls f(R, first) for each block of queries first … first + R - 1 of `count`, with R at compile time.
+template <typename F>
+void in_blocks(int64_t count, F f) {
+  int64_t first = 0;
+  for (; count - first >= 8; first += 8) f(std::integral_constant<int, 8>(), first);
+  for (; count - first >= 4; first += 4) f(std::integral_constant<int, 4>(), first);
+  switch (count - first) {
+    case 1: f(std::integral_constant<int, 1>(), first); break;
+    case 2: f(std::integral_constant<int, 2>(), first); break;
+    case 3: f(std::integral_constant<int, 3>(), first); break;
+  }
+}
+
+// Scores of the slots from … to - 1 -> their exponentials, by which the greatest one has 1, and their sum.
+inline float weigh(float* scores, int64_t from, int64_t to) {
+  Vec top = splat(-std::numeric_limits<float>::infinity());
+  store(scores + to, top);  // the rest of the last vector
+  for (int64_t j = from; j < to; j += LANES) {
+    const Vec some = load(scores + j);
+    top = some > top ? some : top;
+  }
+  const float largest = maximum(top);
+  Vec sums = {};
+  for (int64_t j = from; j < to; j += LANES) {
+    const Vec p = exponential(load(scores + j) - largest);
+    store(scores + j, p);
+    sums += p;
+  }
+  return sum(sums);
+}
+
+// Queries x [count, depth] of one row and one key head, over the slots that any of them attends to; depth: the keys'
+// dimensions, padded to a multiple of 2 with zeros. Slots that a query does not attend to have the weight 0 in its sum.
+template <typename T>
+void attend(const float* x, int64_t count, int64_t depth, const T* keys, Cache k, const T* values, Cache v,
+    const int64_t* first, const int64_t* stop, float* y) {
   int64_t start = std::numeric_limits<int64_t>::max(), end = 0;
-  for (int r = 0; r < R; ++r)
-    if (first[r] < stop[r]) start = std::min(start, first[r]), end = std::max(end, stop[r]);
+  for (int64_t i = 0; i < count; ++i)
+    if (first[i] < stop[i]) start = std::min(start, first[i]), end = std::max(end, stop[i]);
   const int64_t num_slots = std::max<int64_t>(0, end - start);
   if (num_slots == 0) start = 0;
-  const int64_t capacity = num_slots + 2 * LANES;
-  float* scores = scratch<float>(R * capacity);
-  for (int64_t j = 0; j < num_slots; j += 4) {
-    const T* four[4];  // keys; beyond the last slot the last key is repeated
-    for (int64_t i = 0; i < 4; ++i) four[i] = keys + (start + std::min(j + i, num_slots - 1)) * k.stride;
-    Vec dots[R][4] = {};
-    int64_t d = 0;
-    for (; d + LANES <= k.dim; d += LANES) {
-      Vec part[4];
-      for (int i = 0; i < 4; ++i) part[i] = load(four[i] + d);
-      for (int r = 0; r < R; ++r)
-        for (int i = 0; i < 4; ++i) dots[r][i] += load(x + r * k.dim + d) * part[i];
-    }
-    if (d < k.dim)
-      for (int r = 0; r < R; ++r)
-        for (int i = 0; i < 4; ++i)
-          dots[r][i] += load_some(x + r * k.dim + d, k.dim - d) * load_some(four[i] + d, k.dim - d);
-    for (int r = 0; r < R; ++r) {
-      const Four sums = sums_of(dots[r]);
-      std::memcpy(&scores[r * capacity + j], &sums, sizeof(sums));
-    }
+  const int64_t capacity = (num_slots + 2 * LANES) / LANES * LANES;
+  float *scores = scratch<float>(count * capacity), *transposed = scratch<float, 3>((depth + 2 * LANES) * LANES);
+  for (int64_t j = 0; j < num_slots; j += LANES) {
+    transpose_keys(keys + (start + j) * k.stride, k, num_slots - j - 1, transposed);
+    in_blocks(count, [&](auto R, int64_t i) {
+      score<R>(x + i * depth, depth, transposed, capacity, scores + i * capacity + j);
+    });
   }
-  float total[R];
-  for (int r = 0; r < R; ++r) {
-    float* row = &scores[r * capacity];
-    const bool has_slots = first[r] < stop[r];
-    const int64_t from = has_slots ? first[r] - start : 0, to = has_slots ? stop[r] - start : 0;
+  float total[MOST_QUERIES];
+  for (int64_t i = 0; i < count; ++i) {
+    float* row = scores + i * capacity;
+    const bool has_slots = first[i] < stop[i];
+    const int64_t from = has_slots ? first[i] - start : 0, to = has_slots ? stop[i] - start : 0;
+    total[i] = has_slots ? weigh(row, from, to) : 1.0f;
     std::fill(row, row + from, 0.0f);
-    std::fill(row + to, row + capacity, -std::numeric_limits<float>::infinity());
-    Vec top = splat(-std::numeric_limits<float>::infinity());
-    for (int64_t j = from; j < to; j += LANES) {
-      const Vec some = load(row + j);
-      top = some > top ? some : top;
-    }
-    float largest = top[0];
-    for (int64_t i = 1; i < LANES; ++i) largest = std::max(largest, top[i]);
-    Vec sums = {};
-    for (int64_t j = from; j < to; j += LANES) {
-      const Vec p = exponential(load(row + j) - largest);
-      store(row + j, p);
-      sums += p;
-    }
-    std::fill(row + to, row + capacity, 0.0f);
-    total[r] = to > from ? sum(sums) : 1.0f;
+    std::fill(row + to, row + std::max(to, num_slots), 0.0f);
   }
-  int64_t d = 0;
   values += start * v.stride;
-  for (; d + 4 * LANES <= v.dim; d += 4 * LANES)
-    mix<R, 4>(scores, capacity, values + d, v, num_slots, total, y + d);
-  for (; d + LANES <= v.dim; d += LANES) mix<R, 1>(scores, capacity, values + d, v, num_slots, total, y + d);
-  if (d < v.dim)
-    for (int r = 0; r < R; ++r) {
+  in_blocks(count, [&](auto R, int64_t i) {
+    constexpr int N = R > 4 ? 2 : 4;  // vectors of values: as many sums as there are registers
+    const float* weights = scores + i * capacity;
+    float* to = y + i * v.dim;
+    int64_t d = 0;
+    for (; d + N * LANES <= v.dim; d += N * LANES)
+      mix<R, N>(weights, capacity, values + d, v, num_slots, total + i, to + d);
+    for (; d + LANES <= v.dim; d += LANES) mix<R, 1>(weights, capacity, values + d, v, num_slots, total + i, to + d);
+    for (int r = 0; r < R && d < v.dim; ++r) {
       Vec sums = {};
       for (int64_t j = 0; j < num_slots; ++j)
-        sums += scores[r * capacity + j] * load_some(values + j * v.stride + d, v.dim - d);
-      sums /= total[r];
-      std::memcpy(y + r * v.dim + d, &sums, (v.dim - d) * sizeof(float));
+        sums += weights[r * capacity + j] * load_some(values + j * v.stride + d, v.dim - d);
+      store_some(to + r * v.dim + d, sums / total[i + r], v.dim - d);
     }
+  });
 }
 
 // Queries [B, H, W, D]: strides of the first three dimensions; the last is contiguous.
@@ -106,21 +155,32 @@ template <typename T>
 void attention_into(const Queries<T>& query, const Tensor& key, const Tensor& value, const int32_t* first,
     const int32_t* last, int64_t interval_stride, double scale, T* out) {
   const int64_t heads = query.heads, width = query.width, dim = key.size(3), value_dim = value.size(3),
-      slots = key.size(2);
-  const int64_t kv_heads = key.size(1), group = heads / kv_heads, queries = group * width, units = (queries + 3) / 4;
+      slots = key.size(2), depth = dim + dim % 2;
+  const int64_t rows = key.size(0), kv_heads = key.size(1), group = heads / kv_heads, queries = group * width;
   const T *k = data<T>(key), *v = data<T>(value);
-  const int64_t grain = std::max<int64_t>(1, WORK / std::max<int64_t>(1, 4 * slots * dim));
-  parallel_for(0, key.size(0) * kv_heads * units, grain, [&](int64_t begin, int64_t end) {
-    float *x = scratch<float, 1>(4 * (dim + value_dim)), *mixed = x + 4 * dim;
+  int64_t work = 0;  // of all threads
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t column = 0; column < width; ++column) {
+      const int64_t at = row * interval_stride + column;
+      work += std::clamp<int64_t>(last[at] - first[at] + 1, 1, slots) * heads * (dim + value_dim);
+    }
+  const int64_t per_thread = rows * kv_heads * queries / at::get_num_threads();
+  const int64_t most = std::clamp<int64_t>(per_thread / 8 * 4, 4, MOST_QUERIES);  // two units a thread, or more
+  const int64_t units = (queries + most - 1) / most, all = rows * kv_heads * units;
+  parallel_for(0, all, 1 + all * WORK / (work + 1), [&](int64_t begin, int64_t end) {
+    float *x = scratch<float, 1>(most * (depth + value_dim)), *mixed = x + most * depth;
     for (int64_t index = begin; index < end; ++index) {
-      const int64_t row = index / (kv_heads * units), kv_head = index / units % kv_heads, unit = index % units * 4;
-      const int64_t count = std::min<int64_t>(4, queries - unit);
-      int64_t starts[4], stops[4];
+      const int64_t row = index / (kv_heads * units), kv_head = index / units % kv_heads, number = index % units;
+      // From both ends in turn: the last columns of a prompt attend to the most slots, and threads get equal work.
+      const int64_t unit = (number % 2 ? units - 1 - number / 2 : number / 2) * most;
+      const int64_t count = std::min(most, queries - unit);
+      int64_t starts[MOST_QUERIES], stops[MOST_QUERIES];
       for (int64_t i = 0; i < count; ++i) {
         const int64_t head = kv_head * group + (unit + i) % group, column = (unit + i) / group;
         const T* own = query.at + row * query.row_stride + head * query.head_stride + column * query.column_stride;
+        if (depth > dim) x[i * depth + dim] = 0.0f;
         in_vectors(dim, [&](int64_t d, auto read, auto write) {
-          write(x + i * dim + d, read(own + d) * static_cast<float>(scale));
+          write(x + i * depth + d, read(own + d) * static_cast<float>(scale));
         });
         starts[i] = std::max<int64_t>(0, first[row * interval_stride + column]);
         stops[i] = std::min<int64_t>(slots, last[row * interval_stride + column] + 1);
@@ -128,12 +188,7 @@ void attention_into(const Queries<T>& query, const Tensor& key, const Tensor& va
       const T* keys = k + row * key.stride(0) + kv_head * key.stride(1);
       const T* values = v + row * value.stride(0) + kv_head * value.stride(1);
       const Cache of_keys{key.stride(2), dim}, of_values{value.stride(2), value_dim};
-      switch (count) {
-        case 1: attend<1>(x, keys, of_keys, values, of_values, starts, stops, mixed); break;
-        case 2: attend<2>(x, keys, of_keys, values, of_values, starts, stops, mixed); break;
-        case 3: attend<3>(x, keys, of_keys, values, of_values, starts, stops, mixed); break;
-        default: attend<4>(x, keys, of_keys, values, of_values, starts, stops, mixed);
-      }
+      attend(x, count, depth, keys, of_keys, values, of_values, starts, stops, mixed);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t head = kv_head * group + (unit + i) % group, column = (unit + i) / group;
         T* at = out + ((row * width + column) * heads + head) * value_dim;

@@ -19,10 +19,11 @@ void int4_linear_of(const T* x, int64_t num_rows, int64_t depth, at::TensorList 
     const T* from = x + first * depth;
     c10::SmallVector<T*, 4> to;
     for (size_t i = 0; i < columns.size(); ++i) to.push_back(y[i] + first * columns[i]);
-    const int64_t work = depth * COLUMNS * std::min<int64_t>(rows, 4);
+    const int64_t work = depth * COLUMNS * rows;
     if (int8_inputs) {
       const Int8Inputs inputs(from, rows, depth, std::gcd(group, INPUT_GROUP), true);
-      for_each_block<T, S>(rows, depth, packed, scales, columns, to, std::max<int64_t>(1, 4 * WORK / work),
+      const int64_t task = rows < TILE_ROWS ? 4 * WORK : 8 * WORK;
+      for_each_block<T, S>(rows, depth, packed, scales, columns, to, std::max<int64_t>(1, task / work),
           [&](const Block<S>& block, float* sums) { multiply_block(inputs, rows, block, sums); });
     } else {
       const RoundedInputs inputs(from, rows, depth, group);

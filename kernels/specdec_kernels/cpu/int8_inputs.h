@@ -6,6 +6,7 @@
 namespace {
 
 constexpr int64_t INPUT_GROUP = 64;  // columns of an input row that share a scale, at most
+constexpr int64_t TILE_ROWS = 16;    // of a matrix in AMX's registers
 
 // Lane i: sums[i] + the sum of four products, of the unsigned bytes of a[i] and the signed bytes of b[i]. Two products
 // of neighbors fit into int16: either a < 16 or |b| * a <= 127 * 127.
@@ -41,10 +42,19 @@ inline IntVec add_byte_products(IntVec sums, IntVec a, IntVec b) {
 #endif
 }
 
-// Rows of inputs x = scale * values, in groups of `group` columns, a multiple of 8 that divides the row's length.
+inline void store(int8_t* at, IntVec v) {  // the low bytes
+#ifdef __AVX512F__  // one instruction; GCC 12 makes many of the conversion below
+  const Bytes bytes = (Bytes)_mm512_cvtepi32_epi8((__m512i)v);
+#else
+  const Bytes bytes = __builtin_convertvector(v, Bytes);
+#endif
+  std::memcpy(at, &bytes, sizeof(bytes));
+}
+
+// Rows of inputs x = scale * values, in groups of `group` columns, 8, 16, 32 or 64, that divide the row's length.
 struct Int8Inputs {
   int64_t depth, group, groups;
-  int8_t* values;  // [M, K]; all three are this thread's scratch memory, so one object at a time
+  int8_t* values;  // [M, K], and more rows of any content, as tiles read them; all three are this thread's scratch memory, so one object at a time
   float* scales;   // [M, K / group]
   int32_t* sums;   // [M, K / group], of the values
 
@@ -52,31 +62,59 @@ struct Int8Inputs {
   // a NaN in it, its scale is NaN. by_parity: of each eight columns the even ones come first.
   template <typename T>
   Int8Inputs(const T* x, int64_t rows, int64_t depth, int64_t group, bool by_parity)
-      : depth(depth), group(group), groups(depth / group), values(scratch<int8_t>(rows * depth)),
+      : depth(depth), group(group), groups(depth / group), values(scratch<int8_t>((rows + TILE_ROWS) * depth)),
         scales(scratch<float>(rows * groups)), sums(scratch<int32_t>(rows * groups)) {
-    for (int64_t i = 0; i < rows * groups; ++i) {
-      const T* from = x + i * group;
-      int8_t* to = values + i * group;
-      Vec largest = {}, zeros = {};
-      int64_t k = 0;
-      for (; k < group; k += LANES) {
-        const Vec v = group - k < LANES ? load_some(from + k, group - k) : load(from + k);
-        const Vec magnitude = v < 0 ? -v : v;
+    parallel_for(0, rows, std::max<int64_t>(1, WORK / (4 * depth)), [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * groups, last = end * groups;
+      by_parity ? round_rows<true>(x, first, last) : round_rows<false>(x, first, last);
+    });
+  }
+
+ private:
+  template <bool BY_PARITY, typename T>
+  void round_rows(const T* x, int64_t begin, int64_t end) {  // groups begin … end - 1 of all rows
+    switch (group) {
+      case 8: return round_groups<8, BY_PARITY>(x, begin, end);
+      case 16: return round_groups<16, BY_PARITY>(x, begin, end);
+      case 32: return round_groups<32, BY_PARITY>(x, begin, end);
+      case 64: return round_groups<64, BY_PARITY>(x, begin, end);
+    }
+    TORCH_CHECK(false, "Int8Inputs: groups of ", group);
+  }
+
+  template <int64_t G, bool BY_PARITY, typename T>
+  void round_groups(const T* x, int64_t begin, int64_t end) {
+    constexpr int64_t VECTORS = (G + LANES - 1) / LANES;
+    constexpr int32_t INFINITE = 0x7f800000;
+    for (int64_t i = begin; i < end; ++i) {
+      Vec in[VECTORS];
+      IntVec largest = {};  // magnitudes, as the integers of their bits: of these a NaN has the largest
+      for (int64_t n = 0; n < VECTORS; ++n) {
+        in[n] = G < LANES ? load_some(x + i * G, G) : load(x + i * G + n * LANES);
+        IntVec magnitude;
+        std::memcpy(&magnitude, &in[n], sizeof(magnitude));
+        magnitude &= 0x7fffffff;
         largest = magnitude > largest ? magnitude : largest;
-        zeros += v * 0.0f;
       }
-      const float top = maximum(largest), inverse = top > 0 ? 127.0f / top : 0.0f;
-      scales[i] = top / 127.0f + sum(zeros);
+      const int32_t bits = maximum(largest);
+      float top;
+      std::memcpy(&top, &bits, sizeof(top));
+      const bool is_finite = bits < INFINITE;
+      const float inverse = is_finite && bits > 0 ? 127.0f / top : 0.0f;
+      scales[i] = is_finite ? top / 127.0f : std::numeric_limits<float>::quiet_NaN();
       IntVec total = {};
-      for (k = 0; k < group; k += LANES) {
-        const int64_t count = std::min(LANES, group - k);
-        const Vec v = count < LANES ? load_some(from + k, count) : load(from + k);
-        IntVec q = rounded(v * inverse);
+      for (int64_t n = 0; n < VECTORS; ++n) {
+        IntVec q = rounded(in[n] * inverse);
         total += q;
-        if (by_parity)
+        if (BY_PARITY)
           q = __builtin_shufflevector(q, q, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
-        const Bytes bytes = __builtin_convertvector(q, Bytes);
-        std::memcpy(to + k, &bytes, count);
+        if constexpr (G < LANES) {
+          int8_t bytes[LANES];
+          store(bytes, q);
+          std::memcpy(values + i * G, bytes, G);
+        } else {
+          store(values + i * G + n * LANES, q);
+        }
       }
       sums[i] = sum(total);
     }

@@ -96,7 +96,7 @@ void int8_linear_into(const Tensor& x, const Tensor& weight, const S* scale, Ten
   T* out = mutable_data<T>(y);
   const Int8Inputs inputs(data<T>(x), rows, depth, std::gcd(depth, INPUT_GROUP), false);
   const int64_t blocks = (columns + BLOCK - 1) / BLOCK,
-                grain = std::max<int64_t>(1, 4 * WORK / (depth * BLOCK * std::min<int64_t>(rows, 4)));
+                grain = std::max<int64_t>(1, 4 * WORK / (depth * BLOCK * rows));
   parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     float* sums = scratch<float, 1>(rows * BLOCK);
     for (int64_t block = begin; block < end; ++block) {

@@ -46,26 +46,35 @@ void dots_of_rows(const float* x, int64_t rows, int64_t depth, const T* w, float
 template <typename T, typename U, typename S>
 void linear_into(const T* x, int64_t rows, const Tensor& weight, const S* scale, const T* bias, T* y) {
   const int64_t columns = weight.size(0), depth = weight.size(1);
-  std::vector<float> buffer;
-  const float* inputs = floats(x, rows * depth, buffer);
   const U* w = data<U>(weight);
-  const int64_t tiles = (columns + 3) / 4,
-                grain = std::max<int64_t>(1, WORK / (depth * 4 * std::min<int64_t>(rows, 4)));
+  const int64_t tiles = (columns + 3) / 4, grain = std::max<int64_t>(1, WORK / (depth * 4 * rows));
+  // As many rows at a time as stay in the first cache. From MANY on, W is converted once for all of them.
+  constexpr int64_t MANY = 16, FLOATS = 1 << 13;
+  const int64_t chunk = std::max(MANY, FLOATS / depth / 4 * 4);
   parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> sums(rows * 4);
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = tile * 4, count = std::min<int64_t>(4, columns - first);
-      if (count == 4)
-        dots_of_rows<4>(inputs, rows, depth, w + first * depth, sums.data(), 4);
-      else
-        for (int64_t n = 0; n < count; ++n)
-          dots_of_rows<1>(inputs, rows, depth, w + (first + n) * depth, sums.data() + n, 4);
-      for (int64_t row = 0; row < rows; ++row)
-        for (int64_t n = 0; n < count; ++n) {
-          T value = static_cast<T>(scale ? sums[row * 4 + n] * static_cast<float>(scale[first + n]) : sums[row * 4 + n]);
-          y[row * columns + first + n] =
-              bias ? static_cast<T>(static_cast<float>(value) + static_cast<float>(bias[first + n])) : value;
+    float *of_x = scratch<float, 1>(std::min(rows, chunk) * depth), *of_w = scratch<float, 2>(4 * depth),
+          *sums = scratch<float, 3>(chunk * 4);
+    for (int64_t top = 0; top < rows; top += chunk) {
+      const int64_t height = std::min(chunk, rows - top);
+      const float* in = floats(x + top * depth, height * depth, of_x);
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t first = tile * 4, count = std::min<int64_t>(4, columns - first);
+        const U* from = w + first * depth;
+        if (count == 4 && height >= MANY) {
+          dots_of_rows<4>(in, height, depth, floats(from, 4 * depth, of_w), sums, 4);
+        } else if (count == 4) {
+          dots_of_rows<4>(in, height, depth, from, sums, 4);
+        } else {
+          for (int64_t n = 0; n < count; ++n) dots_of_rows<1>(in, height, depth, from + n * depth, sums + n, 4);
         }
+        for (int64_t row = 0; row < height; ++row)
+          for (int64_t n = 0; n < count; ++n) {
+            const float sum = sums[row * 4 + n];
+            const T value = static_cast<T>(scale ? sum * static_cast<float>(scale[first + n]) : sum);
+            y[(top + row) * columns + first + n] =
+                bias ? static_cast<T>(static_cast<float>(value) + static_cast<float>(bias[first + n])) : value;
+          }
+      }
     }
   });
 }

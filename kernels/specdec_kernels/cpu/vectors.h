@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <vector>
 #if defined(__AVX2__) || defined(__AVX512F__)
@@ -149,35 +150,69 @@ V unfused(V product) {
   return product;
 }
 
-// Memory of this thread for `count` values of any content, until its next call for the same T and USE.
+// Memory of this thread for `count` values of any content, until its next call for the same T and USE; aligned, so that
+// a vector is in one line of the caches.
 template <typename T, int USE = 0>
 T* scratch(int64_t count) {
   static thread_local std::vector<T> memory;
-  if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
-  return memory.data();
+  const size_t size = count * sizeof(T), space = size + sizeof(Vec);
+  if (memory.size() * sizeof(T) < space) memory.resize(space / sizeof(T));
+  void* at = memory.data();
+  size_t left = space;
+  return static_cast<T*>(std::align(sizeof(Vec), size, at, left));
 }
 
 inline IntVec splat(int32_t x) { return x - IntVec{}; }
 
-inline float sum(Vec v) {  // adds halves to halves, in a fixed order
-  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
-  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1);
+// f of all lanes: of halves with halves, in a fixed order; the result is in the first two lanes, to be combined by f.
+template <typename V, typename F>
+V halved(V v, F f) {
+  v = f(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  v = f(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3));
+  return f(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1));
+}
+
+inline float sum(Vec v) {
+  v = halved(v, [](Vec a, Vec b) { return a + b; });
   return v[0] + v[1];
 }
 
 inline int32_t sum(IntVec v) {
-  int32_t total = 0;
-  for (int64_t i = 0; i < LANES; ++i) total += v[i];
-  return total;
+  v = halved(v, [](IntVec a, IntVec b) { return a + b; });
+  return v[0] + v[1];
 }
 
-inline float maximum(Vec v) {
-  auto larger = [](Vec a, Vec b) { return a > b ? a : b; };
-  v = larger(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-  v = larger(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3));
-  v = larger(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1));
+template <typename V>
+auto maximum(V v) {
+  v = halved(v, [](V a, V b) { return a > b ? a : b; });
   return std::max(v[0], v[1]);
+}
+
+// columns[i][j] = word i of rows[j]: sixteen rows of sixteen words
+inline void transpose(const void* const* rows, IntVec* columns) {
+#ifdef __AVX512F__
+  for (int64_t i = 0; i < LANES; i += 4) {  // four words of the rows j, j + 4, j + 8, j + 12 in a vector
+    auto words = [&](int64_t row) { return _mm_loadu_si128(static_cast<const __m128i*>(rows[row]) + i / 4); };
+    __m512i four[4];
+    for (int64_t j = 0; j < 4; ++j) {
+      four[j] = _mm512_inserti32x4(_mm512_castsi128_si512(words(j)), words(j + 4), 1);
+      four[j] = _mm512_inserti32x4(_mm512_inserti32x4(four[j], words(j + 8), 2), words(j + 12), 3);
+    }
+    const __m512i low[2] = {_mm512_unpacklo_epi32(four[0], four[1]), _mm512_unpacklo_epi32(four[2], four[3])};
+    const __m512i high[2] = {_mm512_unpackhi_epi32(four[0], four[1]), _mm512_unpackhi_epi32(four[2], four[3])};
+    columns[i] = (IntVec)_mm512_unpacklo_epi64(low[0], low[1]);
+    columns[i + 1] = (IntVec)_mm512_unpackhi_epi64(low[0], low[1]);
+    columns[i + 2] = (IntVec)_mm512_unpacklo_epi64(high[0], high[1]);
+    columns[i + 3] = (IntVec)_mm512_unpackhi_epi64(high[0], high[1]);
+  }
+#else
+  for (int64_t i = 0; i < LANES; ++i)
+    for (int64_t j = 0; j < LANES; ++j) {
+      int32_t word;
+      std::memcpy(&word, static_cast<const char*>(rows[j]) + i * sizeof(word), sizeof(word));
+      columns[i][j] = word;
+    }
+#endif
 }
 
 inline IntVec rounded(Vec x) {  // to nearest even; without an addition that a compiler could fuse with a product x
@@ -248,13 +283,12 @@ inline Vec exponential(Vec x) {  // x <= 0; 0 below -87
   return dropped ? Vec{} : y;
 }
 
-// x [count] as floats: x itself, or a copy in `buffer`
-inline const float* floats(const float* x, int64_t, std::vector<float>&) { return x; }
-
-inline const float* floats(const BFloat16* x, int64_t count, std::vector<float>& buffer) {
-  buffer.resize(count);
-  for (int64_t i = 0; i < count; ++i) buffer[i] = static_cast<float>(x[i]);
-  return buffer.data();
+// `count` values as floats: x itself, or a copy in `buffer`
+template <typename T>
+const float* floats(const T* x, int64_t count, float* buffer) {
+  if constexpr (std::is_same_v<T, float>) return x;
+  in_vectors(count, [&](int64_t k, auto read, auto write) { write(buffer + k, read(x + k)); });
+  return buffer;
 }
 
 inline int64_t rows_of(const Tensor& x) { return x.numel() / std::max<int64_t>(1, x.size(-1)); }
