@@ -154,6 +154,32 @@ def sentences(results: Sequence[Result]) -> list[str]:
     return lines
 
 
+COMPARISON = (
+    "| pair | batch | threads | specdec, plain | fastest other | ratio | specdec, speculative | fastest other | ratio |",
+    "|---|---:|---:|---:|---|---:|---|---|---:|",
+)  # the head of a table of comparison_rows
+
+
+def comparison_rows(report: dict[str, Any]) -> list[str]:
+    """A row of Markdown for each batch and number of threads, greedy, as the pages have it: tokens/s of whole calls."""
+    rows = []
+    for batch, threads in dict.fromkeys((r["batch"], r["threads"]) for r in report["results"]):
+        cells = [report["pair"], str(batch), str(threads)]
+        for wanted in (is_plain, is_speculative):
+            group = [
+                r for r in report["results"]
+                if wanted(r) and (r["batch"], r["threads"], r["sampling"]) == (batch, threads, "greedy")
+            ]  # fmt: skip
+            ours = best(group, "specdec")
+            other = max((r for r in group if r["runtime"] != "specdec"), key=_rate)
+            assert ours is not None
+            ratio = ratios(ours["tokens_per_second_rounds"], other["tokens_per_second_rounds"])["median"]
+            method = "" if wanted is is_plain else f" ({name_of(ours).removeprefix('specdec ')})"
+            cells += [f"{_rate(ours):,.0f}{method}", f"{_rate(other):,.0f}, {name_of(other)}", f"{ratio:.2f}"]
+        rows.append(f"| {' | '.join(cells)} |".replace(" plain |", " |"))
+    return rows
+
+
 def _rate(result: Result) -> float:
     return float(result["tokens_per_second"])
 
