@@ -52,9 +52,10 @@ inline void store(int8_t* at, IntVec v) {  // the low bytes
 }
 
 // Rows of inputs x = scale * values, in groups of `group` columns, 8, 16, 32 or 64, that divide the row's length.
+// The arrays are scratch memory of the thread that makes them, so it has one object at a time.
 struct Int8Inputs {
   int64_t depth, group, groups;
-  int8_t* values;  // [M, K], and more rows of any content, as tiles read them; all three are this thread's scratch memory, so one object at a time
+  int8_t* values;  // [M, K], then TILE_ROWS rows of any content: the last tile may read them
   float* scales;   // [M, K / group]
   int32_t* sums;   // [M, K / group], of the values
 
