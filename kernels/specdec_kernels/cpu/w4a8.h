@@ -57,6 +57,8 @@ void multiply(const Int8Inputs& x, int64_t row, const Block<S>& block, float* y)
 }
 
 #ifdef SPECDEC_TILES
+constexpr int64_t FEWEST_TILE_ROWS = 7;  // fewer are faster without tiles, at 4096 x 4096 and at 512 x 256
+
 // Whether Linux lets this process use AMX's registers.
 inline bool may_use_tiles() {
   constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -132,7 +134,7 @@ void multiply_tiles(const Int8Inputs& x, int64_t rows, const Block<S>& block, fl
 template <typename S>
 void multiply_block(const Int8Inputs& x, int64_t rows, const Block<S>& block, float* y) {
 #ifdef SPECDEC_TILES
-  if (rows >= TILE_ROWS && x.group == 64 && may_use_tiles()) return multiply_tiles(x, rows, block, y);
+  if (rows >= FEWEST_TILE_ROWS && x.group == 64 && may_use_tiles()) return multiply_tiles(x, rows, block, y);
 #endif
   int64_t row = 0;
   for (; rows - row >= 8; row += 8) multiply<8, 2>(x, row, block, y + row * COLUMNS);
