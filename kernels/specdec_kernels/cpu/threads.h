@@ -1,8 +1,8 @@
 // Loops on several threads, as at::parallel_for, on a pool that stays out of the way of other processes.
 //
 // OpenMP gives each thread a share of a loop and waits for all of them, so that a thread which the system runs late
-// delays the step; and its threads spin for milliseconds after a loop. Here the calling thread takes whatever chunks no
-// other thread has taken, and idle threads sleep after some twenty microseconds.
+// delays the step, and its threads spin after a loop. Here the calling thread takes whatever chunks no other thread has
+// taken; idle threads yield their core to any other process, and sleep when there was no loop for a millisecond.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -73,13 +73,14 @@ class ThreadPool {
   template <typename Done>
   static bool spin(Done is_done) {
     using Clock = std::chrono::steady_clock;
-    const auto stop = Clock::now() + std::chrono::microseconds(20);
-    do
-      for (int i = 0; i < 16; ++i) {
+    const auto stop = Clock::now() + std::chrono::milliseconds(1);
+    do {
+      for (int i = 0; i < 32; ++i) {
         if (is_done()) return true;
         relax_cpu();
       }
-    while (Clock::now() < stop);
+      std::this_thread::yield();
+    } while (Clock::now() < stop);
     return is_done();
   }
 
