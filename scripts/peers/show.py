@@ -155,7 +155,7 @@ def sentences(results: Sequence[Result]) -> list[str]:
 
 
 COMPARISON = (
-    "| pair | batch | threads | specdec, plain | fastest other | ratio | specdec, speculative | fastest other | ratio |",
+    "| pair | batch | threads | specdec plain | fastest other | ratio | specdec speculative | fastest other | ratio |",
     "|---|---:|---:|---:|---|---:|---|---|---:|",
 )  # the head of a table of comparison_rows
 

@@ -232,7 +232,7 @@ void rotate(const T* x, const T* cos, const T* sin, int64_t dim, T* y) {
   });
 }
 
-// What rotary attention takes beside the states: cos and sin [B, W, D], positions [B, W], intervals [B, 2, W, 1], and the
+// What rotary attention takes with the states: cos and sin [B, W, D], positions [B, W], intervals [B, 2, W, 1], and the
 // buffers keys [B, H', S, D], values [B, H', S, DV].
 struct Rotary {
   const Tensor &cos, &sin, &positions, &intervals;

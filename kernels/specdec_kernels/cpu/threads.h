@@ -1,4 +1,4 @@
-// Loops on several threads, as at::parallel_for, on a pool that stays out of the way of other processes.
+// Loops on several threads, as at::parallel_for, on a pool whose idle threads leave their cores to other processes.
 //
 // OpenMP gives each thread a share of a loop and waits for all of them, so that a thread which the system runs late
 // delays the step, and its threads spin after a loop. Here the calling thread takes whatever chunks no other thread has
