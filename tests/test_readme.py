@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,8 @@ def test_the_comparison_is_that_of_the_results_files(pair: str) -> None:
         lines = PAGES[page].splitlines()
         start = lines.index(COMPARISON[0])
         assert lines[start + 1] == COMPARISON[1]
-        rows = [line for line in lines[start + 2 :] if line.startswith(f"| {pair} |")]
+        table = takewhile(bool, lines[start + 2 :])  # up to an empty line
+        rows = [line for line in table if line.startswith(f"| {pair} |")]
         assert rows == [row for row in comparison_rows(report) if int(row.split(" | ")[2]) in threads], page
 
 

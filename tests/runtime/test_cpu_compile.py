@@ -358,8 +358,8 @@ def test_a_wrong_compiled_forward_is_not_used(
     replace = tracing._replace_operator
 
     def wrong(node: Any, *flags: bool) -> None:
-        if node.target == torch.ops.aten.cos.default:
-            node.target = torch.ops.aten.sin.default
+        if node.target == torch.ops.aten.silu.default:
+            node.target = torch.ops.aten.relu.default
         replace(node, *flags)
 
     monkeypatch.setattr(tracing, "_replace_operator", wrong)

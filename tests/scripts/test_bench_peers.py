@@ -36,7 +36,6 @@ from peers.measure import TaskSet, compare, run_tasks, time_prompts, tune
 from peers.pairs import Pair
 from peers.runtimes import NOT_SET_UP, RUNTIMES, Conditions, OpenVino
 from peers.worker import PeerFailed, RemoteEngine, Worker
-from specdec_kernels import cpu
 
 import specdec
 from specdec.quant.linear import Int4Linear
@@ -562,8 +561,8 @@ def test_the_profile_names_modules_and_operators(tmp_path: Path, capsys: pytest.
     report = json.loads(output.read_text(encoding="utf-8"))
     assert report["modules"]["target: Int4Linear"]["calls_per_step"] == 77  # 11 of 12 layers
     assert report["modules"]["target: LlamaForCausalLM"]["calls_per_step"] == 1
-    operator = "specdec::int4_linear" if cpu.load() else "aten::_weight_int4pack_mm_for_cpu"
-    assert report["operators"][operator]["calls_per_step"] == 77
+    names = {"specdec::int4_linear", "aten::_weight_int4pack_mm_for_cpu"} & set(report["operators"])
+    assert [report["operators"][name]["calls_per_step"] for name in names] == [77]  # by whether kernels were built
     parts = sum(report["step"][name] for name in profile_step.STEP_PARTS_MS)
     assert parts > 1
     assert "target: Int4Linear" in capsys.readouterr().out
