@@ -1,8 +1,12 @@
-// Attention over a ragged KV cache: specdec::attention, specdec::rotary_attention.
+// Attention over a ragged KV cache, and rotary embedding: specdec::attention, rotary_attention, cos_sin.
 #pragma once
 
 #include "memory.h"
 #include "vectors.h"
+
+#if defined(__linux__)  // of this thread -> the number before; null where PyTorch has no MKL
+extern "C" int MKL_Set_Num_Threads_Local(int threads) __attribute__((weak));
+#endif
 
 namespace {
 
@@ -218,6 +222,30 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
   dtype == at::kFloat ? attention_of<float>(query, key, value, from, to, scale, y)
                       : attention_of<BFloat16>(query, key, value, from, to, scale, y);
   return y;
+}
+
+// On one thread: PyTorch uses OpenMP from 2,048 numbers on, and MKL, where PyTorch has its cosines from it, from a
+// hundred on. OpenMP's threads then spin on the cores that the next operators need.
+std::tuple<Tensor, Tensor> cos_sin(const Tensor& x) {
+#if defined(__linux__)
+  struct OneThread {
+    const int before = MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0;
+    ~OneThread() {
+      if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before);
+    }
+  } const one_thread;
+#endif
+  constexpr int64_t PART = 1024;
+  const Tensor angles = x.contiguous();
+  const std::tuple<Tensor, Tensor> results{at::empty_like(angles), at::empty_like(angles)};
+  const Tensor from = angles.view(-1), cosines = std::get<0>(results).view(-1), sines = std::get<1>(results).view(-1);
+  for (int64_t first = 0; first < from.numel(); first += PART) {
+    auto part = [&](const Tensor& of) { return of.narrow(0, first, std::min(PART, from.numel() - first)); };
+    Tensor cosine = part(cosines), sine = part(sines);
+    at::cos_out(cosine, part(from));
+    at::sin_out(sine, part(from));
+  }
+  return results;
 }
 
 // x [D] rotated: x * cos + rotate_half(x) * sin, each operation rounded to T.

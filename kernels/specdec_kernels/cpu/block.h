@@ -47,9 +47,10 @@ bool silu_is_pytorchs() {
       BFloat16 own[LANES];
       store(own, silu(load(values + i)));
       const BFloat16* theirs = data<BFloat16>(y) + i;
-      for (int64_t k = 0; k < LANES; ++k)
-        if (own[k].x != theirs[k].x && !(std::isnan(static_cast<float>(own[k])) && std::isnan(static_cast<float>(theirs[k]))))
-          return false;
+      for (int64_t k = 0; k < LANES; ++k) {
+        const bool are_nan = std::isnan(static_cast<float>(own[k])) && std::isnan(static_cast<float>(theirs[k]));
+        if (own[k].x != theirs[k].x && !are_nan) return false;
+      }
     }
     return true;
   }();

@@ -14,8 +14,6 @@
 #include "linear.h"
 #include "norm.h"
 
-extern "C" int MKL_Set_Num_Threads_Local(int threads) __attribute__((weak));  // of this thread -> the number before
-
 namespace {
 
 using torch::aot_inductor::new_tensor_handle;
@@ -38,28 +36,6 @@ class Borrowed {
   using Traits = c10::MaybeOwnedTraits<Tensor>;
   c10::SmallVector<Tensor, 4> tensors_;
 };
-
-// On one thread: PyTorch uses OpenMP from 2,048 numbers on, and MKL, where PyTorch has its cosines from it, from a
-// hundred on. OpenMP's threads then spin on the cores that the next operators need.
-std::tuple<Tensor, Tensor> cos_sin(const Tensor& x) {
-  struct OneThread {
-    const int before = MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0;
-    ~OneThread() {
-      if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before);
-    }
-  } const one_thread;
-  constexpr int64_t PART = 1024;
-  const Tensor angles = x.contiguous();
-  const std::tuple<Tensor, Tensor> results{at::empty_like(angles), at::empty_like(angles)};
-  const Tensor from = angles.view(-1), cosines = std::get<0>(results).view(-1), sines = std::get<1>(results).view(-1);
-  for (int64_t first = 0; first < from.numel(); first += PART) {
-    auto part = [&](const Tensor& of) { return of.narrow(0, first, std::min(PART, from.numel() - first)); };
-    Tensor cosine = part(cosines), sine = part(sines);
-    at::cos_out(cosine, part(from));
-    at::sin_out(sine, part(from));
-  }
-  return results;
-}
 
 }  // namespace
 

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <utility>
 #if defined(__unix__) || defined(__APPLE__)
@@ -56,8 +57,11 @@ class ThreadPool {
 
  private:
   void run_alone(int64_t chunks, int64_t threads, Call call, void* job) {
-    while (static_cast<int64_t>(num_workers_) < threads - 1)
-      std::thread([this, index = num_workers_++] { work(index); }).detach();
+    try {
+      for (; num_workers_ < threads - 1; ++num_workers_)
+        std::thread([this, index = num_workers_] { work(index); }).detach();
+    } catch (const std::system_error&) {  // no more threads for this process: fewer of them do the same
+    }
     active_.store(threads - 1, std::memory_order_relaxed);
     call_ = call, job_ = job;
     unfinished_.store(static_cast<uint32_t>(chunks), std::memory_order_relaxed);
