@@ -20,7 +20,9 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,6 +45,7 @@ from specdec.utils.provenance import provenance
 
 RESULTS = setup.ROOT / "benchmarks" / "results"
 MAX_PROMPTS = 64
+SECONDS_A_LINE = 10  # of progress, where there is no terminal
 LARGE = {"1b": ("llamacpp", "specdec")}  # the fastest alone: the others take hours
 
 
@@ -92,29 +95,36 @@ class Bench:
 
         return Conditions(task_set, threads, self.args.num_draft_tokens, choose)
 
-    def run(self) -> dict[str, Any]:
-        """Results of whole calls, of reading prompts, what was tuned, and how idle the machine was meanwhile."""
+    def run(self) -> Iterator[dict[str, Any]]:
+        """Results of whole calls, of reading prompts, what was tuned, and how idle the machine was meanwhile.
+
+        Given again with every batch and sampling that is measured; the last time with prompts too.
+        """
         results: list[dict[str, Any]] = []
         plain: list[Engine] = []
         before = machine.CpuTimes.now()
+
+        def measured(prompts: list[dict[str, Any]]) -> dict[str, Any]:
+            after = machine.CpuTimes.now()
+            idle = None if before is None or after is None else round(before.idle_otherwise(after), 3)
+            return {
+                "idle_otherwise": idle,
+                "tuned": [asdict(one) for one in self.tunings],
+                "results": results,
+                "prompt_processing": prompts,
+            }
+
         for batch in self.args.batch:
             for sampled in (False,) if self.args.quick else (False, True):
                 task_set = self.task_set(batch, sampled)
                 engines = self.engines(task_set)
                 results += compare(engines, task_set, self.args.rounds, self.on_progress)
+                yield measured([])
                 if not plain:
                     plain = [engine for engine in engines if engine.name == "plain"]
         if min(self.args.batch) > 1:  # their pipelines may hold more rows
             plain = []
-        prompts = time_prompts(plain, self.long_prompts, self.args.rounds, self.on_progress)
-        after = machine.CpuTimes.now()
-        idle = None if before is None or after is None else round(before.idle_otherwise(after), 3)
-        return {
-            "idle_otherwise": idle,
-            "tuned": [asdict(one) for one in self.tunings],
-            "results": results,
-            "prompt_processing": prompts,
-        }
+        yield measured(time_prompts(plain, self.long_prompts, self.args.rounds, self.on_progress))
 
     def close(self) -> None:
         for runtime in self.runtimes:
@@ -146,6 +156,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if args.quick:
         args.rounds, args.new_tokens, args.prompts = 3, 48, 4
     args.num_draft_tokens = args.num_draft_tokens or ([2, 3] if args.quick else [1, 2, 3, 5])
+    folder = setup.ROOT / "build" if args.quick else RESULTS
+    args.output = args.output or folder / f"bench_peers-{Path(args.pair).name}.json"
     args.runtimes = args.runtimes or LARGE.get(args.pair) or tuple(RUNTIMES)
     counts = (*args.num_draft_tokens, *args.batch, *args.prompt_lengths, args.prompts, args.rounds, args.threads)
     if min(counts) < 1:
@@ -168,12 +180,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.setup_peers:
             setup.setup(console.print)
             return 0
-        report = measure(args, console)
+        partial = args.output.with_suffix(".part.json")  # a run that is cut off leaves what it has measured
+        for report in measure(args, console):
+            write(report, partial)
+        write(report, args.output)
+        partial.unlink()
     except (ValueError, PeerFailed) as error:
         console.print(f"bench_peers: {error}", style="red", highlight=False)
         return 1
     show.print_report(report)
-    write(report, args)
+    origin, plot = report["provenance"], args.output.with_suffix(".png")
+    show.plot(report["results"], f"{report['pair']} pair, {origin['device']}, {origin['date']}", plot)
+    Console(width=max(100, Console().width)).print(f"written: {args.output} and {plot.name}", highlight=False)
     if any(r["runtime"] == "specdec" and r["identical_rows"] not in (None, r["rows"]) for r in report["results"]):
         console.print(
             "bench_peers: a greedy text of specdec differs from that of transformers' loop on the same model",
@@ -183,38 +201,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """The report of a run, with its provenance."""
+def measure(args: argparse.Namespace, console: Console) -> Iterator[dict[str, Any]]:
+    """The report of a run, with its provenance, as far as it has come; the last one is whole."""
     absent = [name for name in args.runtimes if not RUNTIMES[name].is_set_up()]
     args.runtimes = [name for name in args.runtimes if name not in absent]
     if not args.runtimes:
         raise ValueError("no runtime is left; " + NOT_SET_UP.format(", ".join(RUNTIMES[name].name for name in absent)))
-    missing = [NOT_SET_UP.format(RUNTIMES[name].name) for name in absent]
     origin: dict[str, Any] = provenance("cpu") | {"threads": args.threads}
     if not set(args.runtimes) <= {"transformers", "specdec"}:
         origin["peers"] = setup.versions()
     pair = find_pair(args.pair, console)
-    measured = run_bench(pair, args, console)
-    bounds = measure_bounds(measured["results"], missing)
-    return {
-        "script": "bench_peers",
-        "pair": pair.name,
-        "provenance": origin | {"idle_otherwise": measured.pop("idle_otherwise")},
-        "workload": {name: getattr(args, name) for name in ("prompts", "prompt_tokens", "new_tokens", "rounds")},
-        "missing": missing,
-        **bounds,
-        **measured,
-    }
-
-
-def run_bench(pair: Pair, args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task("loading", total=None)
-        bench = Bench(pair, args, lambda text: progress.update(task, description=text, advance=1))
+    with shown_progress(console) as on_progress:
+        bench = Bench(pair, args, on_progress)
         try:
-            return bench.run()
+            for measured in bench.run():
+                missing = [NOT_SET_UP.format(RUNTIMES[name].name) for name in absent]
+                workload = ("prompts", "prompt_tokens", "new_tokens", "rounds")
+                yield {
+                    "script": "bench_peers",
+                    "pair": pair.name,
+                    "provenance": origin | {"idle_otherwise": measured.pop("idle_otherwise")},
+                    "workload": {name: getattr(args, name) for name in workload},
+                    "missing": missing,
+                    **measure_bounds(measured["results"], missing),
+                    **measured,
+                }
         finally:
             bench.close()
+
+
+@contextmanager
+def shown_progress(console: Console) -> Iterator[OnProgress]:
+    """A bar; where the console is no terminal, a line every SECONDS_A_LINE at most."""
+    if console.is_terminal:
+        with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
+            task = progress.add_task("loading", total=None)
+            yield lambda text: progress.update(task, description=text, advance=1)
+        return
+    started, last = time.monotonic(), -float(SECONDS_A_LINE)
+
+    def print_line(text: str) -> None:
+        nonlocal last
+        elapsed = time.monotonic() - started
+        if elapsed - last >= SECONDS_A_LINE:
+            last = elapsed
+            console.print(f"{elapsed:5.0f} s  {text}", highlight=False)
+
+    yield print_line
 
 
 def measure_bounds(results: Sequence[dict[str, Any]], missing: list[str]) -> dict[str, Any]:
@@ -233,15 +266,9 @@ def measure_bounds(results: Sequence[dict[str, Any]], missing: list[str]) -> dic
     return {"memory_gb_per_second": memory, "bounds": bounds}
 
 
-def write(report: dict[str, Any], args: argparse.Namespace) -> None:
-    """Write the JSON and the plot."""
-    pair, origin = report["pair"], report["provenance"]
-    output = args.output or (setup.ROOT / "build" if args.quick else RESULTS) / f"bench_peers-{pair}.json"
+def write(report: dict[str, Any], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    plot = output.with_suffix(".png")
-    show.plot(report["results"], f"{pair} pair, {origin['device']}, {origin['date']}", plot)
-    Console(width=max(100, Console().width)).print(f"written: {output} and {plot.name}", highlight=False)
 
 
 if __name__ == "__main__":
