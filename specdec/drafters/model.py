@@ -68,6 +68,15 @@ class ModelDrafter:
         if self.runner.context is not None:
             limit = torch.minimum(limit, (self.runner.context - sequences.lengths).clamp(min=0))
             last = last.clamp(max=self.runner.context - 1)
+        compiled = self.runner.compiled
+        is_plain = not self.sampling.processors and self.runner.vocab_size >= self.vocab_size
+        if compiled is not None and is_plain and width <= MIN_CATCH_UP:
+            draws = uniforms(num_ids, len(last), 1, device=limit.device) if self.sampling.do_sample else None
+            ids_and_probs = compiled.draft(
+                sequences.ids, last, limit, width, num_ids, num_embeddings=self.runner.num_embeddings,
+                vocab_size=self.vocab_size, uniforms=draws, slots=sequences.longest, cache=self.runner.cache,
+            )  # fmt: skip
+            return *ids_and_probs, limit
         output = self.runner.feed(self._within_vocabulary(sequences.ids), last, width)
         assert output is not None  # width is at least 2
         logits = output.logits

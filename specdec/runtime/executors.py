@@ -59,7 +59,23 @@ class OptimizedForward(Protocol):
         """
 
     def __call__(self, ids: Tensor, positions: Tensor, last_only: bool, cache: RaggedCache) -> Tensor:
-        """As `ModelForward.run`."""
+        """As `ModelForward.run`, after making the cache cover the positions."""
+
+    def draft(
+        self,
+        text: Tensor,
+        last: Tensor,
+        limit: Tensor,
+        width: int,
+        num_ids: int,
+        *,
+        num_embeddings: int,
+        vocab_size: int,
+        uniforms: Tensor | None,
+        slots: int,
+        cache: RaggedCache,
+    ) -> tuple[Tensor, Tensor | None]:
+        """A draft of num_ids ids as one call: -> its ids and probs."""
 
 
 class CompiledExecutor(EagerExecutor):
@@ -81,7 +97,6 @@ class CompiledExecutor(EagerExecutor):
     def forward(self, ids: Tensor, positions: Tensor, last_only: bool) -> Tensor:
         if not self.is_current or not (positions.shape[1] <= MAX_WINDOW or self.compiled.any_width):
             return super().forward(ids, positions, last_only)
-        self.cache.window.cover(positions)
         return self.compiled(ids, positions, last_only, self.cache)
 
 

@@ -490,12 +490,15 @@ def test_a_row_does_not_depend_on_the_other_rows(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("asymmetric", [False, True])
-@pytest.mark.parametrize("group_size", [64, 128])
-def test_many_rows_have_the_bits_of_one(group_size: int, asymmetric: bool) -> None:
-    """From seven rows on a CPU with AMX multiplies tiles of 16 rows; 300 rows are more than are prepared at a time."""
-    int4 = random_weight(200, 256, group_size, asymmetric, torch.bfloat16)
+@pytest.mark.parametrize(("columns", "group_size"), [(256, 64), (1408, 128)])
+def test_many_rows_have_the_bits_of_one(columns: int, group_size: int, asymmetric: bool) -> None:
+    """A CPU with AMX multiplies six rows or more in tiles, of which several share what is unpacked of 1,024 columns.
+
+    300 rows are more than are prepared at a time.
+    """
+    int4 = random_weight(200, columns, group_size, asymmetric, torch.bfloat16)
     packed, scale = cpu.pack(int4.codes(), int4.scale, int4.zero)
-    rows = random(300, 256)
+    rows = random(300, columns)
     rows[3], rows[20, 64:128], rows[40, 7] = 1.0, 0.0, 1e4  # the largest sums, the smallest and large differences
     alone = torch.cat([OPS.int4_linear(row, [packed], [scale], [200], True)[0] for row in rows.split(1)])
     for count in (6, 7, 8, 16, 17, 33, 64, 70, 300):

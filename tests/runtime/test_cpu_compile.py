@@ -42,7 +42,7 @@ from tests.conftest import ROOT
 from tests.generation import test_distribution, test_lossless
 from tests.generation.test_concurrency import in_threads
 from tests.helpers.checkpoint_writers import Case, write
-from tests.helpers.families import FAMILIES, family, make_model, prompts
+from tests.helpers.families import FAMILIES, VOCAB_SIZE, family, make_model, prompts
 from tests.helpers.plain import CALLS, WIDTH, continuation, pair
 from tests.runtime import test_identity
 
@@ -125,6 +125,55 @@ def test_a_compiled_draft_model_drafts_the_same_tokens(batch_size: int) -> None:
     specdec.disable(model)
     assert rates[:2] == [1.0, 1.0]
     assert rates[2] == rates[3] < 1.0
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_draft_in_one_call_is_that_of_the_loop(
+    batch_size: int, do_sample: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The draft has ids that the target lacks."""
+    model = pair("llama")[0]
+    specdec.enable(model, wider_draft(), num_draft_tokens=4, compile=True)
+    lengths: list[int] = []
+    in_one_call = CompiledForward.draft
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        ids, probs = in_one_call(*args, **kwargs)
+        lengths.append(ids.shape[1])
+        return ids, probs
+
+    monkeypatch.setattr(CompiledForward, "draft", counted)
+
+    def results() -> Any:
+        torch.manual_seed(3)
+        text = model.generate(**prompts(batch_size), max_new_tokens=40, do_sample=do_sample, top_k=0)
+        stats = specdec.last_stats(model)
+        return text.tolist(), stats.draft_acceptance_rate, stats.num_draft_tokens
+
+    found = results()
+    num_calls = len(lengths)
+    assert num_calls > 5
+    assert max(lengths) == 4
+    monkeypatch.setattr(ModelRunner, "compiled", property(lambda self: None))  # the forwards themselves stay compiled
+    assert results() == found
+    assert len(lengths) == num_calls
+    monkeypatch.undo()
+    specdec.disable(model)
+
+
+@cache
+def wider_draft() -> PreTrainedModel:
+    """A draft whose ids agree with the target's often, and not always."""
+    model = pair("llama")[1]
+    draft = make_model("llama", **FAMILIES["llama"], vocab_size=VOCAB_SIZE + 9)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        whole = draft.state_dict()[name].clone()
+        whole[:VOCAB_SIZE] = weights[name]
+        weights[name] = whole
+    draft.load_state_dict(weights)
+    return draft
 
 
 @pytest.mark.parametrize("drafter", ["model", "prompt_lookup", "random", "none"])

@@ -25,6 +25,7 @@ result is the same, bit for bit, at any number of rows and threads and at any in
     specdec::softmax(x, dim), sum(x, dims), torch_linear(x, weight, bias): the same
     specdec::draft_limits, prompt_lookup, stage_window, greedy_ids, draw, verify, verify_greedy, commit,
         commit_greedy: see step.h
+    torch.classes.specdec.Package: a compiled forward; see package.h
 
 x is float32 or bfloat16, and so are the results; sums are float32. With int8_inputs inputs are rounded to 8 bits, in
 groups of the largest power of two up to 64 that divides the weight's groups (K, for int8_linear), symmetric, to

@@ -48,7 +48,7 @@ void for_each_block(int64_t rows, int64_t depth, at::TensorList packed, at::Tens
     blocks += count;
   }
   parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    float* sums = scratch<float, 1>(rows * COLUMNS);
+    float* sums = scratch<float, 1>((rows + TILE_ROWS) * COLUMNS);
     for (int64_t index = begin; index < end; ++index) {
       const Blocks<T, S>* weight = &weights.back();
       while (weight->first_index > index) --weight;

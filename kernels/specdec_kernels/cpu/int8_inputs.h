@@ -6,7 +6,6 @@
 namespace {
 
 constexpr int64_t INPUT_GROUP = 64;  // columns of an input row that share a scale, at most
-constexpr int64_t TILE_ROWS = 16;    // of a matrix in AMX's registers
 
 // Lane i: sums[i] + the sum of four products, of the unsigned bytes of a[i] and the signed bytes of b[i]. Two products
 // of neighbors fit into int16: either a < 16 or |b| * a <= 127 * 127.
@@ -54,71 +53,76 @@ inline void store(int8_t* at, IntVec v) {  // the low bytes
 // Rows of inputs x = scale * values, in groups of `group` columns, 8, 16, 32 or 64, that divide the row's length.
 // The arrays are scratch memory of the thread that makes them, so it has one object at a time.
 struct Int8Inputs {
-  int64_t depth, group, groups;
+  int64_t rows, depth, group, groups;
   int8_t* values;  // [M, K], then TILE_ROWS rows of any content: the last tile may read them
-  float* scales;   // [M, K / group]
-  int32_t* sums;   // [M, K / group], of the values
+  float* scales;   // [K / group, M], and TILE_ROWS of any content
+  int32_t* sums;   // of the values of a group, as scales
 
   // x [M, K]. A group is scaled so that its largest magnitude is 127, and rounded to nearest even; with an infinity or
   // a NaN in it, its scale is NaN. by_parity: of each eight columns the even ones come first.
   template <typename T>
   Int8Inputs(const T* x, int64_t rows, int64_t depth, int64_t group, bool by_parity)
-      : depth(depth), group(group), groups(depth / group), values(scratch<int8_t>((rows + TILE_ROWS) * depth)),
-        scales(scratch<float>(rows * groups)), sums(scratch<int32_t>(rows * groups)) {
+      : rows(rows), depth(depth), group(group), groups(depth / group),
+        values(scratch<int8_t>((rows + TILE_ROWS) * depth)),
+        scales(scratch<float>(rows * groups + TILE_ROWS)), sums(scratch<int32_t>(rows * groups + TILE_ROWS)) {
     parallel_for(0, rows, std::max<int64_t>(1, WORK / (4 * depth)), [&](int64_t begin, int64_t end) {
-      const int64_t first = begin * groups, last = end * groups;
-      by_parity ? round_rows<true>(x, first, last) : round_rows<false>(x, first, last);
+      by_parity ? round_rows<true>(x, begin, end) : round_rows<false>(x, begin, end);
     });
   }
 
  private:
   template <bool BY_PARITY, typename T>
-  void round_rows(const T* x, int64_t begin, int64_t end) {  // groups begin … end - 1 of all rows
+  void round_rows(const T* x, int64_t begin, int64_t end) {
     switch (group) {
-      case 8: return round_groups<8, BY_PARITY>(x, begin, end);
-      case 16: return round_groups<16, BY_PARITY>(x, begin, end);
-      case 32: return round_groups<32, BY_PARITY>(x, begin, end);
-      case 64: return round_groups<64, BY_PARITY>(x, begin, end);
+      case 8: return round_rows<8, BY_PARITY>(x, begin, end);
+      case 16: return round_rows<16, BY_PARITY>(x, begin, end);
+      case 32: return round_rows<32, BY_PARITY>(x, begin, end);
+      case 64: return round_rows<64, BY_PARITY>(x, begin, end);
     }
     TORCH_CHECK(false, "Int8Inputs: groups of ", group);
   }
 
   template <int64_t G, bool BY_PARITY, typename T>
-  void round_groups(const T* x, int64_t begin, int64_t end) {
+  void round_rows(const T* x, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t g = 0; g < groups; ++g)
+        round_group<G, BY_PARITY>(x + row * depth + g * G, values + row * depth + g * G, g * rows + row);
+  }
+
+  template <int64_t G, bool BY_PARITY, typename T>
+  void round_group(const T* x, int8_t* to, int64_t index) {
     constexpr int64_t VECTORS = (G + LANES - 1) / LANES;
     constexpr int32_t INFINITE = 0x7f800000;
-    for (int64_t i = begin; i < end; ++i) {
-      Vec in[VECTORS];
-      IntVec largest = {};  // magnitudes, as the integers of their bits: of these a NaN has the largest
-      for (int64_t n = 0; n < VECTORS; ++n) {
-        in[n] = G < LANES ? load_some(x + i * G, G) : load(x + i * G + n * LANES);
-        IntVec magnitude;
-        std::memcpy(&magnitude, &in[n], sizeof(magnitude));
-        magnitude &= 0x7fffffff;
-        largest = magnitude > largest ? magnitude : largest;
-      }
-      const int32_t bits = maximum(largest);
-      float top;
-      std::memcpy(&top, &bits, sizeof(top));
-      const bool is_finite = bits < INFINITE;
-      const float inverse = is_finite && bits > 0 ? 127.0f / top : 0.0f;
-      scales[i] = is_finite ? top / 127.0f : std::numeric_limits<float>::quiet_NaN();
-      IntVec total = {};
-      for (int64_t n = 0; n < VECTORS; ++n) {
-        IntVec q = rounded(in[n] * inverse);
-        total += q;
-        if (BY_PARITY)
-          q = __builtin_shufflevector(q, q, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
-        if constexpr (G < LANES) {
-          int8_t bytes[LANES];
-          store(bytes, q);
-          std::memcpy(values + i * G, bytes, G);
-        } else {
-          store(values + i * G + n * LANES, q);
-        }
-      }
-      sums[i] = sum(total);
+    Vec in[VECTORS];
+    IntVec largest = {};  // magnitudes, as the integers of their bits: of these a NaN has the largest
+    for (int64_t n = 0; n < VECTORS; ++n) {
+      in[n] = G < LANES ? load_some(x, G) : load(x + n * LANES);
+      IntVec magnitude;
+      std::memcpy(&magnitude, &in[n], sizeof(magnitude));
+      magnitude &= 0x7fffffff;
+      largest = magnitude > largest ? magnitude : largest;
     }
+    const int32_t bits = maximum(largest);
+    float top;
+    std::memcpy(&top, &bits, sizeof(top));
+    const bool is_finite = bits < INFINITE;
+    const float inverse = is_finite && bits > 0 ? 127.0f / top : 0.0f;
+    scales[index] = is_finite ? top / 127.0f : std::numeric_limits<float>::quiet_NaN();
+    IntVec total = {};
+    for (int64_t n = 0; n < VECTORS; ++n) {
+      IntVec q = rounded(in[n] * inverse);
+      total += q;
+      if (BY_PARITY)
+        q = __builtin_shufflevector(q, q, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+      if constexpr (G < LANES) {
+        int8_t bytes[LANES];
+        store(bytes, q);
+        std::memcpy(to, bytes, G);
+      } else {
+        store(to + n * LANES, q);
+      }
+    }
+    sums[index] = sum(total);
   }
 };
 

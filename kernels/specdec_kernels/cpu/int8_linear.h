@@ -4,8 +4,8 @@
 // bits; else y = scale * sum of x * w in float32.
 #pragma once
 
-#include "int8_inputs.h"
 #include "linear.h"
+#include "tiles.h"
 
 namespace {
 
@@ -46,14 +46,14 @@ IntVec load_bytes(const int8_t* at) {  // G of them, then zeros
 template <int R, int N, int G>
 void dots(const Int8Inputs& x, int64_t row, const int8_t* w, float* y, int64_t stride) {
   const int8_t* values = x.values + row * x.depth;
-  const float* scales = x.scales + row * x.groups;
+  const float* scales = x.scales + row;
   Vec sums[R][N] = {};
   for (int64_t g = 0; g < x.groups; ++g) {
     IntVec weights[N];
     for (int n = 0; n < N; ++n) weights[n] = load_bytes<G>(w + n * x.depth + g * G);
     for (int r = 0; r < R; ++r) {
       const IntVec in = load_bytes<G>(values + r * x.depth + g * G);
-      const float scale = scales[r * x.groups + g];
+      const float scale = scales[g * x.rows + r];
       for (int n = 0; n < N; ++n)
         sums[r][n] += __builtin_convertvector(signed_byte_products(weights[n], in), Vec) * scale;
     }
@@ -88,6 +88,89 @@ void dots_of_rows(const Int8Inputs& x, int64_t rows, const int8_t* w, float* y, 
   }
 }
 
+#ifdef SPECDEC_TILES
+// Lane j of vector i to lane i of vector j.
+[[gnu::always_inline]] inline void transpose(Vec (&v)[LANES]) {
+#pragma GCC unroll 4
+  for (int step = 0; step < 4; ++step) {
+    Vec pairs[LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / 2; ++i) {
+      const Vec a = v[i], b = v[i + LANES / 2];
+      pairs[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      pairs[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) v[i] = pairs[i];
+  }
+}
+
+// y [M, N]: of up to 16 rows of x from `row` on, times `tiles` times 16 rows of W from the begin-th on.
+template <typename T, typename S>
+void int8_linear_tiles(const Int8Inputs& x, int64_t row, const IntVec* inputs, const int8_t* w, const S* scale,
+    int64_t columns, int64_t begin, int64_t tiles, T* y) {
+  const int64_t groups = x.groups, depth = x.depth, rows = std::min(TILE_ROWS, x.rows - row);
+  const auto first_of = [=](int64_t tile) { return std::min(tile * TILE_ROWS, columns - TILE_ROWS); };  // the last one
+  // may repeat some
+  const int8_t* const later = w + (begin + 1) * TILE_ROWS * depth;
+  int64_t tile = begin, group = 0, added_tile = begin, added_group = 0;
+  const int8_t* from = w + first_of(tile) * depth;
+  Vec sums[TILE_ROWS] = {};  // of a row of W and 16 rows of x
+  for_each_product(0, tiles * groups, depth,
+      [&](int64_t) __attribute__((always_inline)) { return from + group * INPUT_GROUP; },
+      [&](int64_t) __attribute__((always_inline)) {
+        const IntVec* const now = inputs + group * TILE_ROWS;
+        if (++group == groups) group = 0, from = w + first_of(++tile) * depth;
+        return now;
+      },
+      [=](int64_t i) {
+        if (row) return;
+#pragma GCC unroll 16
+        for (int n = 0; n < TILE_ROWS; ++n) __builtin_prefetch(later + (i * TILE_ROWS + n) * INPUT_GROUP, 0, 2);
+      },
+      [&](int64_t, const IntVec* products) __attribute__((always_inline)) {
+        const Vec scales = load(x.scales + added_group * x.rows + row);
+#pragma GCC unroll 16
+        for (int n = 0; n < TILE_ROWS; ++n) sums[n] += __builtin_convertvector(products[n], Vec) * scales;
+        if (++added_group < groups) return;
+        const int64_t first = first_of(added_tile++);
+        const Vec weight_scales = load(scale + first);
+        added_group = 0;
+        transpose(sums);
+        T* const to = y + row * columns + first;
+#pragma GCC unroll 16
+        for (int r = 0; r < TILE_ROWS; ++r) {
+          if (r < rows) store(to + r * columns, sums[r] * weight_scales);
+          sums[r] = Vec{};
+        }
+      });
+}
+
+// y [M, N] = rows of x times all rows of W, in groups of 64. A product's rows are rows of W, its columns rows of x, so
+// that reading W takes as long for one row as for 16. The bits of a result depend neither on M nor on its row.
+template <typename T, typename S>
+void int8_linear_tiles(const Int8Inputs& x, const int8_t* w, const S* scale, int64_t columns, T* y) {
+  constexpr int64_t PART_BYTES = 1 << 16;  // of W, which all rows read before the next ones
+  const int64_t depth = x.depth, rows = x.rows, words = depth / 4;
+  const int64_t tiles = (columns + TILE_ROWS - 1) / TILE_ROWS, row_tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  IntVec* const inputs = scratch<IntVec>(row_tiles * words);  // [row tile, word of a row, 16 rows]
+  for (int64_t row = 0; row < rows; ++row) {
+    int32_t* to = reinterpret_cast<int32_t*>(inputs + row / TILE_ROWS * words) + row % TILE_ROWS;
+    for (int64_t i = 0; i < words; ++i) std::memcpy(to + i * LANES, x.values + row * depth + 4 * i, 4);
+  }
+  const int64_t grain = std::max<int64_t>(1, 4 * WORK / (depth * TILE_ROWS * row_tiles)),
+                part = std::max<int64_t>(1, PART_BYTES / (depth * TILE_ROWS));
+  parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+    configure_tiles<TILE_ROWS>();
+    for (; begin < end; begin += part)
+      for (int64_t row = 0; row < rows; row += TILE_ROWS)
+        int8_linear_tiles(x, row, inputs + row / TILE_ROWS * words, w, scale, columns, begin,
+            std::min(part, end - begin), y);
+    _tile_release();
+  });
+}
+#endif
+
 template <typename T, typename S>
 void int8_linear_into(const Tensor& x, const Tensor& weight, const S* scale, Tensor& y) {
   constexpr int64_t TILE = 4, BLOCK = 64;  // rows of W that share the reads of the inputs; of a task
@@ -95,6 +178,10 @@ void int8_linear_into(const Tensor& x, const Tensor& weight, const S* scale, Ten
   const int8_t* w = data<int8_t>(weight);
   T* out = mutable_data<T>(y);
   const Int8Inputs inputs(data<T>(x), rows, depth, std::gcd(depth, INPUT_GROUP), false);
+#ifdef SPECDEC_TILES
+  if (inputs.group == 64 && columns >= TILE_ROWS && may_use_tiles())
+    return int8_linear_tiles(inputs, w, scale, columns, out);
+#endif
   const int64_t blocks = (columns + BLOCK - 1) / BLOCK,
                 grain = std::max<int64_t>(1, 4 * WORK / (depth * BLOCK * rows));
   parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {

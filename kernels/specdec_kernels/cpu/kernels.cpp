@@ -13,6 +13,7 @@
 #include "linear.h"
 #include "memory.h"
 #include "norm.h"
+#include "package.h"
 #include "shims.h"
 #include "step.h"
 

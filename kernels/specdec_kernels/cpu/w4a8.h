@@ -4,34 +4,31 @@
 #pragma once
 
 #include "int4_weights.h"
-#include "int8_inputs.h"
-
-#if defined(__AMX_INT8__) && defined(__AVX512BW__) && defined(__linux__)
-#define SPECDEC_TILES
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "tiles.h"
 
 namespace {
+
+constexpr int64_t PREFETCHED = 16 * COLUMNS;  // words ahead, 4 KB: the processor's own prefetch is too near
 
 // y [R, 64] = R rows of x times a block; V vectors of columns at a time, as many as the registers hold.
 template <int R, int V, typename S>
 void multiply(const Int8Inputs& x, int64_t row, const Block<S>& block, float* y) {
   const int64_t depth = x.group / WORD, parts = block.group / x.group;  // words of an input group
   const int8_t* values = x.values + row * x.depth;
-  const float* scales = x.scales + row * x.groups;
-  const int32_t* totals = x.sums + row * x.groups;
+  const float* scales = x.scales + row;
+  const int32_t* totals = x.sums + row;
   Vec y_sums[R][VECTORS] = {};
   for (int64_t g = 0; g < x.groups; ++g)
 #pragma GCC unroll 4
     for (int n = 0; n < VECTORS; n += V) {
       IntVec sums[R][V];
       for (int r = 0; r < R; ++r)
-        for (int i = 0; i < V; ++i) sums[r][i] = splat(block.offset ? 0 : -SYMMETRIC_ZERO * totals[r * x.groups + g]);
+        for (int i = 0; i < V; ++i) sums[r][i] = splat(block.offset ? 0 : -SYMMETRIC_ZERO * totals[g * x.rows + r]);
       for (int64_t k = g * depth; k < (g + 1) * depth; ++k) {
         for (int i = 0; i < V; ++i) {
           IntVec word;
           std::memcpy(&word, block.words + k * COLUMNS + (n + i) * LANES, sizeof(word));
+          __builtin_prefetch(block.words + k * COLUMNS + (n + i) * LANES + PREFETCHED);
           const IntVec even = word & 0x0f0f0f0f, odd = word >> 4 & 0x0f0f0f0f;
           for (int r = 0; r < R; ++r) {
             int32_t bytes[2];
@@ -47,8 +44,8 @@ void multiply(const Int8Inputs& x, int64_t row, const Block<S>& block, float* y)
         for (int r = 0; r < R; ++r) {
           Vec value = __builtin_convertvector(sums[r][i], Vec);
           if (block.offset)  // whole numbers below 2^24
-            value -= block.zero_of(g / parts, at) * static_cast<float>(totals[r * x.groups + g]);
-          y_sums[r][n + i] += value * (scale * scales[r * x.groups + g]);
+            value -= block.zero_of(g / parts, at) * static_cast<float>(totals[g * x.rows + r]);
+          y_sums[r][n + i] += value * (scale * scales[g * x.rows + r]);
         }
       }
     }
@@ -57,76 +54,87 @@ void multiply(const Int8Inputs& x, int64_t row, const Block<S>& block, float* y)
 }
 
 #ifdef SPECDEC_TILES
-constexpr int64_t FEWEST_TILE_ROWS = 7;  // fewer are faster without tiles, at 4096 x 4096 and at 512 x 256
+constexpr int64_t FEWEST_TILE_ROWS = 6;  // fewer are faster without tiles, at 4096 x 4096 and at 512 x 256
+constexpr int64_t KEPT_GROUPS = 16;      // whose unpacked codes, read again for other rows, stay in the first cache
 
-// Whether Linux lets this process use AMX's registers.
-inline bool may_use_tiles() {
-  constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  static const bool may = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-  return may;
+// The codes of a group for a vector of columns, less `zero`: a tile [16, 64]. words: of the columns, 64 from row to
+// row. later: as many words that are needed later, in the order of memory, as the processor's own prefetch wants them.
+[[gnu::always_inline]] inline void unpack_group(const int32_t* words, const int32_t* later, __m512i zero,
+    IntVec* codes) {
+#pragma GCC unroll 8
+  for (int64_t k = 0; k < INPUT_GROUP / WORD; ++k) {
+    IntVec word;
+    std::memcpy(&word, words + k * COLUMNS, sizeof(word));
+    __builtin_prefetch(later + k * LANES, 0, 2);
+    codes[2 * k] = (IntVec)_mm512_sub_epi8((__m512i)(word & 0x0f0f0f0f), zero);
+    codes[2 * k + 1] = (IntVec)_mm512_sub_epi8((__m512i)(word >> 4 & 0x0f0f0f0f), zero);
+  }
+}
+
+// Adds groups begin … end - 1 of R rows of x times vector n of a block's columns to y [R, 64]. codes: of group g at g &
+// mask. unpack: whether they are not unpacked yet.
+template <int R, bool OFFSET, typename S>
+void multiply_tiles(const Int8Inputs& x, int64_t row, const Block<S>& block, int64_t n, int64_t begin, int64_t end,
+    IntVec* codes, int64_t mask, bool unpack, float* y) {
+  constexpr int64_t WORDS = INPUT_GROUP / WORD * COLUMNS;  // of a group
+  const int64_t groups = x.groups, parts = block.group / x.group;
+  const int32_t *const words = block.words + n * LANES,
+                *const later = block.words + groups * WORDS * (VECTORS + n) / VECTORS;  // a quarter of the next block
+  const S *const later_scale = block.scale + groups / parts * COLUMNS + n * groups * LANES,
+          *const weight_scale = block.scale + n * LANES, *const offset = OFFSET ? block.offset + n * LANES : nullptr;
+  const __m512i zero = _mm512_set1_epi8(OFFSET ? 0 : SYMMETRIC_ZERO);
+  Vec y_sums[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) y_sums[r] = begin ? load(y + r * COLUMNS) : Vec{};
+  const int8_t* const values = x.values + row * x.depth;
+  for_each_product(begin, end, x.depth, [=](int64_t g) { return values + g * INPUT_GROUP; },
+      [=](int64_t g) { return codes + (g & mask) * TILE_ROWS; },
+      [=](int64_t g) {
+        if (!unpack) return;
+        unpack_group(words + g * WORDS, later + g * WORDS / VECTORS, zero, codes + (g & mask) * TILE_ROWS);
+        __builtin_prefetch(later_scale + g * LANES, 0, 2);
+      },
+      [&](int64_t g, const IntVec* products) __attribute__((always_inline)) {
+        const int64_t scale_group = (parts == 1 ? g : g / parts) * COLUMNS;
+        const float* const scales = x.scales + g * x.rows + row;
+        const int32_t* const totals = x.sums + g * x.rows + row;
+        const Vec scale = load(weight_scale + scale_group),
+                  group_zero = OFFSET ? SYMMETRIC_ZERO - load(offset + scale_group) : Vec{};
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          Vec value = __builtin_convertvector(products[r], Vec);
+          if (OFFSET) value -= group_zero * static_cast<float>(totals[r]);
+          y_sums[r] += value * (scale * scales[r]);
+        }
+      });
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) store(y + r * COLUMNS, y_sums[r]);
+}
+
+template <int R, bool OFFSET, typename S>
+void multiply_tiles(const Int8Inputs& x, int64_t rows, const Block<S>& block, float* y) {
+  IntVec codes[KEPT_GROUPS * TILE_ROWS];
+  const bool read_once = rows <= R;
+  const int64_t part = read_once ? x.groups : KEPT_GROUPS, mask = (read_once ? 4 : KEPT_GROUPS) - 1;
+  configure_tiles<R>();
+  for (int64_t n = 0; n < VECTORS; ++n)
+    for (int64_t begin = 0; begin < x.groups; begin += part)
+      for (int64_t row = 0; row < rows; row += R)
+        multiply_tiles<R, OFFSET>(x, row, block, n, begin, std::min(x.groups, begin + part), codes, mask, row == 0,
+            y + row * COLUMNS + n * LANES);
+  _tile_release();
 }
 
 // y [rows, 64] = x times a block, with the bits of multiply, for input groups of 64: a product of tiles is a group's.
 template <typename S>
 void multiply_tiles(const Int8Inputs& x, int64_t rows, const Block<S>& block, float* y) {
-  constexpr int64_t PANEL = 64;  // rows whose results stay in the first cache
-  struct alignas(64) Shapes {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, most = (rows + tiles - 1) / tiles;  // rows of a tile
+  auto multiply = [&]<bool OFFSET>(std::bool_constant<OFFSET>) {
+    if (most <= 8) return multiply_tiles<8, OFFSET>(x, rows, block, y);
+    if (most <= 12) return multiply_tiles<12, OFFSET>(x, rows, block, y);
+    multiply_tiles<16, OFFSET>(x, rows, block, y);
   };
-  static constexpr Shapes shapes;
-  IntVec codes[VECTORS][TILE_ROWS], sums[VECTORS][TILE_ROWS];  // of columns n * 16 … n * 16 + 15
-  const int64_t parts = block.group / x.group, words = x.group / WORD;
-  _tile_loadconfig(&shapes);
-  std::fill(y, y + rows * COLUMNS, 0.0f);
-  for (int64_t panel = 0; panel < rows; panel += PANEL)
-    for (int64_t g = 0; g < x.groups; ++g) {
-      const __m512i zero = _mm512_set1_epi8(block.offset ? 0 : SYMMETRIC_ZERO);
-      for (int64_t k = 0; k < words; ++k)
-        for (int64_t n = 0; n < VECTORS; ++n) {
-          IntVec word;
-          std::memcpy(&word, block.words + (g * words + k) * COLUMNS + n * LANES, sizeof(word));
-          codes[n][2 * k] = (IntVec)_mm512_sub_epi8((__m512i)(word & 0x0f0f0f0f), zero);
-          codes[n][2 * k + 1] = (IntVec)_mm512_sub_epi8((__m512i)(word >> 4 & 0x0f0f0f0f), zero);
-        }
-      Vec scale[VECTORS], zeros[VECTORS];
-      for (int64_t n = 0; n < VECTORS; ++n) {
-        scale[n] = block.scale_of(g / parts, n * LANES);
-        zeros[n] = block.zero_of(g / parts, n * LANES);
-      }
-      for (int64_t row = panel; row < std::min(rows, panel + PANEL); row += TILE_ROWS) {
-        const int8_t* values = x.values + row * x.depth + g * x.group;
-        asm volatile("" ::"r"(codes) : "memory");  // GCC 12 does not know that tiles are loaded from memory
-        _tile_loadd(4, values, x.depth);
-        _tile_loadd(5, codes[0], 64);
-        _tile_loadd(6, codes[1], 64);
-        _tile_loadd(7, codes[2], 64);
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        _tile_dpbssd(0, 4, 5);
-        _tile_loadd(5, codes[3], 64);
-        _tile_dpbssd(1, 4, 6);
-        _tile_dpbssd(2, 4, 7);
-        _tile_dpbssd(3, 4, 5);
-        _tile_stored(0, sums[0], 64);
-        _tile_stored(1, sums[1], 64);
-        _tile_stored(2, sums[2], 64);
-        _tile_stored(3, sums[3], 64);
-        for (int64_t r = 0; r < std::min(TILE_ROWS, rows - row); ++r) {
-          const int64_t group = (row + r) * x.groups + g;
-          for (int64_t n = 0; n < VECTORS; ++n) {
-            float* at = y + (row + r) * COLUMNS + n * LANES;
-            Vec value = __builtin_convertvector(sums[n][r], Vec);
-            if (block.offset) value -= zeros[n] * static_cast<float>(x.sums[group]);
-            store(at, load(at) + value * (scale[n] * x.scales[group]));
-          }
-        }
-      }
-    }
-  _tile_release();
+  block.offset ? multiply(std::true_type{}) : multiply(std::false_type{});
 }
 #endif
 

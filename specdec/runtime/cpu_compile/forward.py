@@ -40,9 +40,9 @@ class CompiledForward:
         self.reported: set[str] = set()  # reasons for eager calls that a warning has given
         self.model = weakref.ref(model)  # _LOADED keeps the forward as long as the model lives
         self.dtype = model.dtype
-        self.package: Any = torch._inductor.aoti_load_package(str(package))
-        self.weight_names: list[str] = self.package.get_constant_fqns()
-        self.buffer_shapes: list[list[int]] = json.loads(self.package.get_metadata()[BUFFER_SHAPES])
+        self.package: Any = torch.classes.specdec.Package(str(package))
+        self.weight_names: list[str] = self.package.weight_names()
+        self.buffer_shapes: list[list[int]] = json.loads(self.package.metadata(BUFFER_SHAPES))
         self.weight_owners = [_owner(model, name.removeprefix("model.")) for name in self.weight_names]
         self.weights: list[Tensor] = []  # the package does not own them, so they are kept alive here
         self.addresses: list[int] = []
@@ -78,15 +78,13 @@ class CompiledForward:
         weights = [tensors[name] for tensors, name in self.weight_owners]
         addresses = [weight.data_ptr() for weight in weights]
         if addresses != self.addresses:
-            constants = dict(zip(self.weight_names, weights, strict=True))
-            self.package.load_constants(constants, check_full_update=True, user_managed=True)
+            self.package.set_weights(self.weight_names, weights)
             self.weights, self.addresses = weights, addresses
         self.placement = placement
         return True
 
     def __call__(self, ids: Tensor, positions: Tensor, last_only: bool, cache: RaggedCache) -> Tensor:
-        if not cache.layers:
-            cache.fill(self.buffer_shapes, len(ids), self.dtype)
+        cache.window.cover(positions)
         width = ids.shape[1]
         key = width, last_only
         columns = self.columns.get(key)
@@ -94,12 +92,44 @@ class CompiledForward:
             columns = torch.arange(width - 1 if last_only else 0, width)
             if width <= MAX_WINDOW:
                 self.columns[key] = columns
-        inputs = [ids.contiguous(), positions.contiguous(), columns, *cache.buffers()]  # strides are not checked
         # A second call of a package waits for the first without releasing the GIL, which the first may need to free an
-        # input. Not through the package's own __call__, which parses its signature from JSON every time.
+        # input.
         with self.lock:
-            logits: Tensor = self.package.loader.boxed_run(inputs)[0]
+            logits: Tensor = self.package.forward(ids, positions, columns, self._buffers(cache, len(ids)))
         return logits
+
+    def draft(
+        self,
+        text: Tensor,
+        last: Tensor,
+        limit: Tensor,
+        width: int,
+        num_ids: int,
+        *,
+        num_embeddings: int,
+        vocab_size: int,
+        uniforms: Tensor | None,
+        slots: int,
+        cache: RaggedCache,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`ModelDrafter._draft` as one call, for calls without logits processors.
+
+        text: [B, L] int64, whose `width` ids up to last [B] are fed before num_ids ids are drafted, limit [B] of them
+        at most. num_embeddings: how many ids the model reads; larger ones are replaced by its last. uniforms: [K, B, 1]
+        float64 of sampled calls, None in greedy ones. -> ids [B, K] int64, and the distributions that they were drawn
+        from, [B, K, V] float32, None in greedy calls. slots: the most positions of a row, draft included.
+        """
+        cache.window.reserve(slots)
+        buffers = self._buffers(cache, len(text))
+        arguments = text, last, limit, width, num_ids, num_embeddings, vocab_size, uniforms, buffers
+        with self.lock:
+            ids, probs = self.package.draft(*arguments)
+        return ids, probs
+
+    def _buffers(self, cache: RaggedCache, batch_size: int) -> list[Tensor]:
+        if not cache.layers:
+            cache.fill(self.buffer_shapes, batch_size, self.dtype)
+        return cache.buffers()
 
 
 def _owner(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
