@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 import stat
 import subprocess
 import sys
@@ -85,10 +86,30 @@ def test_a_run_ends_with_tables_a_json_and_a_plot(
     }
     assert [row["runtime"] for row in report["bounds"]] == ["transformers", "specdec"] or "no C compiler" in str(report)
     assert output.with_suffix(".png").stat().st_size > 10_000
-    out = capsys.readouterr().out
+    assert sorted(path.name for path in output.parent.iterdir()) == ["peers.json", "peers.png"]
+    out, err = capsys.readouterr()
+    assert re.search(r"^ +\d+ s  transformers plain, batch 1, greedy, 1 thread: bfloat16$", err, re.MULTILINE)
     assert "OpenVINO is left out" in out
     assert "plain decoding, greedy" in out
     assert max(map(len, out.splitlines())) <= 120
+
+
+def test_a_run_that_fails_leaves_what_it_has_measured(
+    no_peers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise PeerFailed("it is gone")
+
+    monkeypatch.setattr(bench_peers, "time_prompts", fail)
+    monkeypatch.setattr(runtimes, "DTYPES", ("float32",))
+    monkeypatch.setattr(measure, "TUNING_ROUNDS", 1)
+    (output := tmp_path / "peers.json").write_text("an older run", encoding="utf-8")
+    arguments = [*QUICK, "--batch", "2", "--runtimes", "transformers", "--output", str(output)]
+    assert bench_peers.main(arguments) == 1
+    assert "it is gone" in capsys.readouterr().err
+    assert output.read_text(encoding="utf-8") == "an older run"
+    report = json.loads((tmp_path / "peers.part.json").read_text(encoding="utf-8"))
+    assert [(r["engine"], r["sampling"]) for r in report["results"]] == [("plain", "greedy"), ("plain", "sampled")]
 
 
 @pytest.mark.parametrize(
