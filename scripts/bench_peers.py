@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write(report, partial)
         write(report, args.output)
         partial.unlink()
-    except (ValueError, PeerFailed) as error:
+    except (ValueError, PeerFailed, UserWarning) as error:
         console.print(f"bench_peers: {error}", style="red", highlight=False)
         return 1
     show.print_report(report)
@@ -245,7 +245,7 @@ def shown_progress(console: Console) -> Iterator[OnProgress]:
         elapsed = time.monotonic() - started
         if elapsed - last >= SECONDS_A_LINE:
             last = elapsed
-            console.print(f"{elapsed:5.0f} s  {text}", highlight=False)
+            console.print(f"{elapsed:5.0f} s  {text}", highlight=False, soft_wrap=True)
 
     yield print_line
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -179,14 +180,19 @@ def stock_lookup(runtime: str, target: PreTrainedModel, threads: int, k: int) ->
 
 @dataclass
 class SpecdecEngine(TransformersEngine):
-    """specdec, compiled on a CPU, in CUDA graphs on a GPU. drafter: a model, "prompt_lookup" or "none"."""
+    """specdec, compiled on a CPU, in CUDA graphs on a GPU. drafter: a model, "prompt_lookup" or "none".
+
+    On a CPU, calls raise UserWarning where a forward would run eagerly.
+    """
 
     drafter: PreTrainedModel | str = "none"
     compiled: bool = True
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        with super().ready():
+        with super().ready(), warnings.catch_warnings():
+            if self.target.device.type == "cpu" and self.compiled:  # figures of eager forwards would be another's
+                warnings.filterwarnings("error", "the (target|draft) runs eagerly|specdec runs without compiled")
             self.enable()
             try:
                 yield

@@ -94,7 +94,7 @@ def insert_head(model: Any, head: QuantizedHead) -> None:
     assert name is not None
     if is_tied(model):
         key, embedding = f"{name}.weight", model.get_input_embeddings()
-        model.set_input_embeddings(TiedEmbedding(head, embedding.weight.dtype))
+        model.set_input_embeddings(TiedEmbedding(head, embedding.weight.dtype).train(embedding.training))
         # What transformers would tie, while it loads and when tie_weights() is called.
         model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k != key}
         model._tied_weights_keys = {k: v for k, v in (model._tied_weights_keys or {}).items() if k != key}

@@ -72,6 +72,7 @@ def test_an_8_bit_layer_is_the_product_with_its_weight_at_any_number_of_rows(
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_head_is_quantized_and_a_tied_embedding_reads_its_codes(tied: bool, head: str) -> None:
     model = small(tied=tied, head=head)
+    assert not any(module.training for module in model.modules())
     assert type(model.lm_head) is HEADS[head]
     assert isinstance(model.get_input_embeddings(), TiedEmbedding if tied else nn.Embedding)
     if tied:
