@@ -110,32 +110,29 @@ def test_the_site_has_every_page() -> None:
             assert re.search(rf"(: |\"){re.escape(page.removeprefix('docs/'))}(\"|$)", site, re.MULTILINE), page
 
 
-COMPARED = ("embedded",)  # pairs whose comparison with other engines the pages show
+COMPARED = ("embedded", "200m", "1b")  # runs of bench_peers that the pages show
 SHOWN_THREADS = 2  # of README's tables
 
 
-def peers_report(pair: str) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((RESULTS / f"bench_peers-{pair}.json").read_text(encoding="utf-8"))
+def peers_report(run: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((RESULTS / f"bench_peers-{run}.json").read_text(encoding="utf-8"))
     assert is_idle(report), "its ratios are not to be shown"
     return report
 
 
-@pytest.mark.parametrize("pair", COMPARED)
-def test_the_comparison_is_that_of_the_results_files(pair: str) -> None:
-    """docs/performance.md has every row, README those of two threads."""
-    report = peers_report(pair)
-    for page, threads in (("docs/performance.md", (1, 2)), ("README.md", (SHOWN_THREADS,))):
-        lines = PAGES[page].splitlines()
-        start = lines.index(COMPARISON[0])
-        assert lines[start + 1] == COMPARISON[1]
-        table = takewhile(bool, lines[start + 2 :])  # up to an empty line
-        rows = [line for line in table if line.startswith(f"| {pair} |")]
-        assert rows == [row for row in comparison_rows(report) if int(row.split(" | ")[2]) in threads], page
+@pytest.mark.parametrize(("page", "threads"), [("docs/performance.md", (1, 2)), ("README.md", (SHOWN_THREADS,))])
+def test_the_comparison_is_that_of_the_results_files(page: str, threads: tuple[int, ...]) -> None:
+    lines = PAGES[page].splitlines()
+    start = lines.index(COMPARISON[0])
+    assert lines[start + 1] == COMPARISON[1]
+    rows = [row for run in COMPARED for row in comparison_rows(peers_report(run))]
+    table = takewhile(bool, lines[start + 2 :])  # up to an empty line
+    assert list(table) == [row for row in rows if int(row.split(" | ")[2]) in threads]
 
 
-@pytest.mark.parametrize("pair", COMPARED)
-def test_every_text_of_specdec_is_the_stock_loops(pair: str) -> None:
-    results = [r for r in peers_report(pair)["results"] if r["runtime"] == "specdec" and r["sampling"] == "greedy"]
+@pytest.mark.parametrize("run", COMPARED)
+def test_every_text_of_specdec_is_the_stock_loops(run: str) -> None:
+    results = [r for r in peers_report(run)["results"] if r["runtime"] == "specdec" and r["sampling"] == "greedy"]
     assert results
     assert all(result["identical_rows"] == result["rows"] for result in results)
 
@@ -165,22 +162,20 @@ def test_the_gains_are_those_of_the_results_file() -> None:
 
 
 def test_who_should_use_it_is_what_was_measured() -> None:
-    def gains(pair: str, batch: int, engine: str) -> list[float]:
+    def gains(batch: int, engine: str) -> list[float]:
         return [
             round(r["ratio_to_own_plain"]["median"], 2)
-            for r in peers_report(pair)["results"]
+            for run in COMPARED
+            for r in peers_report(run)["results"]
             if (r["runtime"], r["batch"], r["sampling"]) == ("specdec", batch, "greedy") and r["engine"] == engine
         ]
 
-    drafted = [gain for pair in COMPARED for gain in gains(pair, 1, "draft model")]
-    assert f"{min(drafted)} to {max(drafted)} times as fast as specdec's own plain decoding" in README
-    older = json.loads((RESULTS / "bench_peers-200m.json").read_text(encoding="utf-8"))["results"]
-    wide = [r for r in older if (r["engine"], r["batch"], r["sampling"]) == ("draft model", 1, "greedy")]
-    of_wide = [r["ratio_to_own_plain"]["median"] for r in wide if r["runtime"] == "specdec"]
-    assert f"{min(of_wide):.2f} to {max(of_wide):.2f} times on a 200M pair" in README
-    looked_up = [gain for pair in COMPARED for gain in gains(pair, 1, "prompt lookup")]
+    drafted = gains(1, "draft model")
+    said = f"{min(drafted)} to {max(drafted)} times as fast as specdec's own plain decoding, by pair and K"
+    assert said in README
+    looked_up = gains(1, "prompt lookup")
     assert f"prompt lookup needs no draft model: {min(looked_up)} to {max(looked_up)} times" in README
-    batched = [gain for pair in COMPARED for gain in gains(pair, 8, "draft model") + gains(pair, 8, "prompt lookup")]
+    batched = gains(8, "draft model") + gains(8, "prompt lookup")
     assert f"{min(batched)} to {max(batched)} times, by pair and K" in README
 
 

@@ -105,13 +105,13 @@ void dots_of_rows(const Int8Inputs& x, int64_t rows, const int8_t* w, float* y, 
   }
 }
 
-// y [M, N]: of up to 16 rows of x from `row` on, times `tiles` times 16 rows of W from the begin-th on.
+// y [M, N]: of up to 16 rows of x from `row` on, times `tiles` times 16 rows of W from the begin-th 16 on. The last 16
+// may begin earlier, and repeat some.
 template <typename T, typename S>
 void int8_linear_tiles(const Int8Inputs& x, int64_t row, const IntVec* inputs, const int8_t* w, const S* scale,
     int64_t columns, int64_t begin, int64_t tiles, T* y) {
   const int64_t groups = x.groups, depth = x.depth, rows = std::min(TILE_ROWS, x.rows - row);
-  const auto first_of = [=](int64_t tile) { return std::min(tile * TILE_ROWS, columns - TILE_ROWS); };  // the last one
-  // may repeat some
+  const auto first_of = [=](int64_t tile) { return std::min(tile * TILE_ROWS, columns - TILE_ROWS); };
   const int8_t* const later = w + (begin + 1) * TILE_ROWS * depth;
   int64_t tile = begin, group = 0, added_tile = begin, added_group = 0;
   const int8_t* from = w + first_of(tile) * depth;
