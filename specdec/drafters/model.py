@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from specdec.core.sampling import Sampling, draw, greedy_ids, uniforms
 from specdec.core.sequences import Sequences
 from specdec.core.steps import Draft, StepResult
+from specdec.runtime.executors import DraftInputs
 from specdec.runtime.runner import ModelRunner
 
 MIN_CATCH_UP = 2  # committed ids that a step feeds at least: after full acceptance the last draft id was never fed
@@ -72,11 +73,10 @@ class ModelDrafter:
         is_plain = not self.sampling.processors and self.runner.vocab_size >= self.vocab_size
         if compiled is not None and is_plain and width <= MIN_CATCH_UP:
             draws = uniforms(num_ids, len(last), 1, device=limit.device) if self.sampling.do_sample else None
-            ids_and_probs = compiled.draft(
-                sequences.ids, last, limit, width, num_ids, num_embeddings=self.runner.num_embeddings,
-                vocab_size=self.vocab_size, uniforms=draws, slots=sequences.longest, cache=self.runner.cache,
-            )  # fmt: skip
-            return *ids_and_probs, limit
+            inputs = DraftInputs(
+                sequences.ids, last, limit, width, num_ids, self.runner.num_embeddings, self.vocab_size, draws
+            )
+            return *compiled.draft(inputs, sequences.longest, self.runner.cache), limit
         output = self.runner.feed(self._within_vocabulary(sequences.ids), last, width)
         assert output is not None  # width is at least 2
         logits = output.logits

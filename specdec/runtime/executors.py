@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -43,6 +43,24 @@ class EagerExecutor:
         return self.model_forward.run(ids, positions, last_only, self.cache)
 
 
+class DraftInputs(NamedTuple):
+    """What a draft of K ids takes that is one call: of a row, its last ids are fed and then up to K drafted.
+
+    text: [B, L] int64. last: [B] int64, the last position that is fed. limit: [B] int64, how many ids count. width: how
+    many ids are fed, up to `last`. num_ids: K. num_embeddings: how many ids the model reads; larger ones are replaced
+    by its last. vocab_size: V, to which wider logits are cut. uniforms: [K, B, 1] float64; None in greedy calls.
+    """
+
+    text: Tensor
+    last: Tensor
+    limit: Tensor
+    width: int
+    num_ids: int
+    num_embeddings: int
+    vocab_size: int
+    uniforms: Tensor | None
+
+
 class OptimizedForward(Protocol):
     """A compiled form of a model's decoding forward: `CompiledForward` of specdec/runtime/cpu_compile/forward.py.
 
@@ -61,21 +79,11 @@ class OptimizedForward(Protocol):
     def __call__(self, ids: Tensor, positions: Tensor, last_only: bool, cache: RaggedCache) -> Tensor:
         """As `ModelForward.run`, after making the cache cover the positions."""
 
-    def draft(
-        self,
-        text: Tensor,
-        last: Tensor,
-        limit: Tensor,
-        width: int,
-        num_ids: int,
-        *,
-        num_embeddings: int,
-        vocab_size: int,
-        uniforms: Tensor | None,
-        slots: int,
-        cache: RaggedCache,
-    ) -> tuple[Tensor, Tensor | None]:
-        """A draft of num_ids ids as one call: -> its ids and probs."""
+    def draft(self, inputs: DraftInputs, slots: int, cache: RaggedCache) -> tuple[Tensor, Tensor | None]:
+        """Draft as one call, after making the cache hold `slots` positions a row.
+
+        Returns ids [B, K] int64, and the distributions they were drawn from, [B, K, V] float32; None in greedy calls.
+        """
 
 
 class CompiledExecutor(EagerExecutor):

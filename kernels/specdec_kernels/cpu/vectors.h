@@ -28,7 +28,7 @@ using at::Half;
 using at::Tensor;
 
 constexpr int64_t LANES = 16;
-constexpr int64_t TILE_ROWS = 16;  // of a matrix in the registers of AMX; sums have so many more rows, of any content
+constexpr int64_t TILE_ROWS = 16;  // of a matrix in AMX's registers: scratch arrays hold as many rows beyond M
 constexpr int64_t WORK = 1 << 16;  // multiplications of one task of a thread: one or two microseconds
 
 typedef float Vec __attribute__((vector_size(64)));

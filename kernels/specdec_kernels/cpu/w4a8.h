@@ -55,7 +55,8 @@ void multiply(const Int8Inputs& x, int64_t row, const Block<S>& block, float* y)
 
 #ifdef SPECDEC_TILES
 constexpr int64_t FEWEST_TILE_ROWS = 6;  // fewer are faster without tiles, at 4096 x 4096 and at 512 x 256
-constexpr int64_t KEPT_GROUPS = 16;      // whose unpacked codes, read again for other rows, stay in the first cache
+constexpr int64_t RING_GROUPS = 4;       // whose unpacked codes are kept at a time where one tile of rows reads them
+constexpr int64_t KEPT_GROUPS = 16;      // the same where several tiles do: as many as stay in the first cache
 
 // The codes of a group for a vector of columns, less `zero`: a tile [16, 64]. words: of the columns, 64 from row to
 // row. later: as many words that are needed later, in the order of memory, as the processor's own prefetch wants them.
@@ -115,7 +116,7 @@ template <int R, bool OFFSET, typename S>
 void multiply_tiles(const Int8Inputs& x, int64_t rows, const Block<S>& block, float* y) {
   IntVec codes[KEPT_GROUPS * TILE_ROWS];
   const bool read_once = rows <= R;
-  const int64_t part = read_once ? x.groups : KEPT_GROUPS, mask = (read_once ? 4 : KEPT_GROUPS) - 1;
+  const int64_t part = read_once ? x.groups : KEPT_GROUPS, mask = (read_once ? RING_GROUPS : KEPT_GROUPS) - 1;
   configure_tiles<R>();
   for (int64_t n = 0; n < VECTORS; ++n)
     for (int64_t begin = 0; begin < x.groups; begin += part)

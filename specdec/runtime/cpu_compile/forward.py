@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import json
-import threading
 import warnings
 import weakref
 from pathlib import Path
@@ -18,6 +17,7 @@ from specdec.quant.batch_invariant import MAX_WINDOW
 from specdec.quant.cpu import CpuKernel
 from specdec.quant.linear import Int4Linear
 from specdec.runtime.cpu_compile.eligibility import why_not_kernel_attention
+from specdec.runtime.executors import DraftInputs
 from specdec.runtime.identity.snapshot import Identity
 from specdec.runtime.kv_cache.ragged import RaggedCache
 from specdec.runtime.pair import PairMember
@@ -50,7 +50,6 @@ class CompiledForward:
         watched = {id(owner) for module in model.modules() for owner in (module._parameters, module._buffers)}
         self.is_watched = all(id(owner) in watched for owner, _ in self.weight_owners)
         self.columns: dict[tuple[int, bool], Tensor] = {}
-        self.lock = threading.Lock()
         layers = [module for module in model.modules() if isinstance(module, Int4Linear)]
         self.any_width = bool(layers) and all(
             isinstance(layer.kernel, CpuKernel) and layer.use_kernel for layer in layers
@@ -92,38 +91,14 @@ class CompiledForward:
             columns = torch.arange(width - 1 if last_only else 0, width)
             if width <= MAX_WINDOW:
                 self.columns[key] = columns
-        # A second call of a package waits for the first without releasing the GIL, which the first may need to free an
-        # input.
-        with self.lock:
-            logits: Tensor = self.package.forward(ids, positions, columns, self._buffers(cache, len(ids)))
+        # Without the GIL; a second call of a package waits for the first.
+        logits: Tensor = self.package.forward(ids, positions, columns, self._buffers(cache, len(ids)))
         return logits
 
-    def draft(
-        self,
-        text: Tensor,
-        last: Tensor,
-        limit: Tensor,
-        width: int,
-        num_ids: int,
-        *,
-        num_embeddings: int,
-        vocab_size: int,
-        uniforms: Tensor | None,
-        slots: int,
-        cache: RaggedCache,
-    ) -> tuple[Tensor, Tensor | None]:
-        """`ModelDrafter._draft` as one call, for calls without logits processors.
-
-        text: [B, L] int64, whose `width` ids up to last [B] are fed before num_ids ids are drafted, limit [B] of them
-        at most. num_embeddings: how many ids the model reads; larger ones are replaced by its last. uniforms: [K, B, 1]
-        float64 of sampled calls, None in greedy ones. -> ids [B, K] int64, and the distributions that they were drawn
-        from, [B, K, V] float32, None in greedy calls. slots: the most positions of a row, draft included.
-        """
+    def draft(self, inputs: DraftInputs, slots: int, cache: RaggedCache) -> tuple[Tensor, Tensor | None]:
+        """`ModelDrafter._draft` of calls without logits processors, see `OptimizedForward.draft`."""
         cache.window.reserve(slots)
-        buffers = self._buffers(cache, len(text))
-        arguments = text, last, limit, width, num_ids, num_embeddings, vocab_size, uniforms, buffers
-        with self.lock:
-            ids, probs = self.package.draft(*arguments)
+        ids, probs = self.package.draft(*inputs, self._buffers(cache, len(inputs.text)))
         return ids, probs
 
     def _buffers(self, cache: RaggedCache, batch_size: int) -> list[Tensor]:
