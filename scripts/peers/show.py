@@ -98,10 +98,10 @@ def cell_of(result: Result) -> str:
     decoding = result["decode_tokens_per_second"]
     k = "" if result["num_draft_tokens"] is None else f"{result['engine']} {result['num_draft_tokens']}"
     second = f"({'-' if decoding is None else f'{decoding:,.0f}'}; {result['cpu_ms_per_token']:.2f})"
-    return f"{rate_of(result)}\n{second}" + (f"\n{k}" if k else "")
+    return f"{rate_text(result)}\n{second}" + (f"\n{k}" if k else "")
 
 
-def rate_of(result: Result) -> str:
+def rate_text(result: Result) -> str:
     """Tokens per second in three digits or more."""
     rate = _rate(result)
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
@@ -154,8 +154,8 @@ def sentences(results: Sequence[Result]) -> list[str]:
             if ours is not None and other is not None:
                 ratio = ratios(ours["tokens_per_second_rounds"], other["tokens_per_second_rounds"])["median"]
                 lines.append(
-                    f"{title}, {kind}: {name_of(ours)} ({_rate(ours):,.0f} tok/s) is {ratio:.2f} times"
-                    f" {name_of(other)} ({_rate(other):,.0f})"
+                    f"{title}, {kind}: {name_of(ours)} ({rate_text(ours)} tok/s) is {ratio:.2f} times"
+                    f" {name_of(other)} ({rate_text(other)})"
                 )
     return lines
 
@@ -181,7 +181,7 @@ def comparison_rows(report: dict[str, Any]) -> list[str]:
             assert ours is not None
             ratio = ratios(ours["tokens_per_second_rounds"], other["tokens_per_second_rounds"])["median"]
             method = "" if wanted is is_plain else f" ({name_of(ours).removeprefix('specdec ')})"
-            cells += [f"{rate_of(ours)}{method}", f"{rate_of(other)}, {name_of(other)}", f"{ratio:.2f}"]
+            cells += [f"{rate_text(ours)}{method}", f"{rate_text(other)}, {name_of(other)}", f"{ratio:.2f}"]
         rows.append(f"| {' | '.join(cells)} |".replace(" plain |", " |"))
     return rows
 

@@ -88,7 +88,7 @@ def test_a_run_ends_with_tables_a_json_and_a_plot(
     assert output.with_suffix(".png").stat().st_size > 10_000
     assert sorted(path.name for path in output.parent.iterdir()) == ["peers.json", "peers.png"]
     out, err = capsys.readouterr()
-    assert re.search(r"^ +\d s  transformers assisted, batch 1, greedy, 1 thread: K=[12]$", err, re.MULTILINE)
+    assert re.search(r"^ +\d+ s  transformers assisted, batch 1, greedy, 1 thread: K=[12]$", err, re.MULTILINE)
     assert "OpenVINO is left out" in out
     assert "plain decoding, greedy" in out
     assert max(map(len, out.splitlines())) <= 120
