@@ -412,8 +412,8 @@ def make_report(idle: float | None) -> dict[str, Any]:
 
 def test_sentences_compare_with_the_fastest_of_the_others() -> None:
     assert show.sentences(make_report(1.0)["results"]) == [
-        "batch 1, greedy, 1 thread, plain: specdec plain (25 tok/s) is 0.50 times o plain (50)",
-        "batch 1, greedy, 1 thread, speculative: specdec draft model K=3 (50 tok/s) is 0.50 times o draft K=2 (100)",
+        "batch 1, greedy, 1 thread, plain: specdec plain (25.0 tok/s) is 0.50 times o plain (50.0)",
+        "batch 1, greedy, 1 thread, speculative: specdec draft model K=3 (50.0 tok/s) is 0.50 times o draft K=2 (100)",
     ]
 
 
