@@ -163,7 +163,7 @@ def results() -> tuple[Tensor, ...]:
     weight[0] = 127
     x = random(40, 256)
     x[0] = 1.0
-    query, key, value = random(1, 4, 9, 40), random(1, 1, 50, 40, seed=1), random(1, 1, 50, 40, seed=2)
+    query, key, value = random(1, 4, 9, 64), random(1, 1, 50, 64, seed=1), random(1, 1, 50, 64, seed=2)
     last = torch.arange(30, 39, dtype=torch.int32)[None]
     return (
         OPS.int4_linear(x[:5], [packed], [scale], [70], True)[0],
@@ -188,12 +188,15 @@ torch.save(results(), sys.argv[1])
 @pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="flags of x86 compilers")
 @pytest.mark.parametrize("flags", [pytest.param("-march=x86-64", marks=pytest.mark.full), "-march=haswell"])
 def test_kernels_for_other_cpus_give_the_same_numbers(flags: str, tmp_path: Path) -> None:
-    """Without AMX, VNNI and AVX-512: bytes are multiplied by other instructions, and their sums are exact."""
+    """Without AMX, VNNI and AVX-512: bytes are multiplied by other instructions, and their sums are exact.
+
+    Attention on bfloat16 rounds the weights of slots on a CPU with AMX alone.
+    """
     command = [sys.executable, "-c", ON_ANOTHER_CPU, str(tmp_path / "results.pt"), flags]
     subprocess.run(command, env=os.environ | {"SPECDEC_CACHE": str(tmp_path / "cache")}, cwd=ROOT, check=True)
     for other, native in zip(torch.load(tmp_path / "results.pt"), results(), strict=True):
-        rtol = 1e-5 if native.dtype == torch.float32 else 1e-2
-        torch.testing.assert_close(other, native, rtol=rtol, atol=1e-3)
+        rtol, atol = (1e-5, 1e-3) if native.dtype == torch.float32 else (1e-2, 5e-3)
+        torch.testing.assert_close(other, native, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -249,7 +252,8 @@ def test_linear(rows: int, columns: int, dtype: torch.dtype, with_bias: bool) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "value_dim"), [(4, 1, 64, 64), (4, 4, 40, 24), (6, 2, 8, 128), (2, 1, 16, 7)]
+    ("heads", "kv_heads", "dim", "value_dim"),
+    [(4, 1, 64, 64), (4, 4, 40, 24), (6, 2, 8, 128), (2, 1, 16, 7), (14, 2, 32, 96), (4, 4, 96, 32)],
 )
 def test_attention(heads: int, kv_heads: int, dim: int, value_dim: int, dtype: torch.dtype) -> None:
     query, key = random(2, heads, 5, dim, dtype=dtype), random(2, kv_heads, 61, dim, dtype=dtype, seed=1)
@@ -262,17 +266,19 @@ def test_attention(heads: int, kv_heads: int, dim: int, value_dim: int, dtype: t
     check(got, reference.attention(query.double(), key.double(), value.double(), first, last, dim**-0.5))
 
 
-def test_attention_accepts_any_strides_and_does_not_read_slots_that_no_query_attends_to() -> None:
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 16), (torch.bfloat16, 64)])
+def test_attention_accepts_any_strides_and_does_not_read_slots_that_no_query_attends_to(
+    dtype: torch.dtype, dim: int
+) -> None:
     query, key, value = (
-        random(2, 5, 4, 16).transpose(1, 2),
-        random(2, 40, 2, 16, seed=1).transpose(1, 2),
-        random(2, 40, 2, 16, seed=2),
+        random(2, slots, heads, dim, dtype=dtype, seed=heads).transpose(1, 2)
+        for slots, heads in ((5, 4), (90, 2), (90, 2))
     )
-    value = value.transpose(1, 2)
-    last = torch.tensor([[3, 4, 5, 6, 7], [20, 21, 22, 23, 24]], dtype=torch.int32)
-    first = torch.zeros_like(last)
+    last = torch.tensor([[43, 44, 45, 46, 47], [70, 71, 72, 73, 74]], dtype=torch.int32)
+    first = last - 8
     want = reference.attention(query, key, value, first, last, 0.25)
-    key[0, :, 8:], value[0, :, 8:], key[1, :, 25:], value[1, :, 25:] = (torch.nan,) * 4
+    for states in (key, value):
+        states[0, :, :35], states[0, :, 48:], states[1, :, :62], states[1, :, 75:] = (torch.nan,) * 4
     check(OPS.attention(query, key, value, first, last, 0.25), want)
 
 
@@ -315,7 +321,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "value_dim"), [(4, 1, 64, 64), (4, 4, 40, 24), (6, 2, 8, 128), (2, 1, 16, 7)]
+    ("heads", "kv_heads", "dim", "value_dim"),
+    [(4, 1, 64, 64), (4, 4, 40, 24), (6, 2, 8, 128), (2, 1, 16, 7), (14, 2, 32, 96), (4, 4, 96, 32)],
 )
 @pytest.mark.parametrize(("batch", "width"), [(1, 1), (3, 5), (1, 70)])
 def test_rotary_attention_gives_the_bits_of_its_parts(
@@ -458,8 +465,10 @@ def test_the_library_has_the_declared_c_functions() -> None:
             assert name == f"aoti_torch_cpu_{operator.overloadpacket.__name__}"
 
 
-def test_large_scores_do_not_overflow() -> None:
-    query, key, value = 100 * random(1, 1, 2, 32), 100 * random(1, 1, 50, 32, seed=1), random(1, 1, 50, 32, seed=2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_scores_do_not_overflow(dtype: torch.dtype) -> None:
+    query, key = 100 * random(1, 1, 2, 32, dtype=dtype), 100 * random(1, 1, 50, 32, dtype=dtype, seed=1)
+    value = random(1, 1, 50, 32, dtype=dtype, seed=2)
     last = torch.tensor([[30, 49]], dtype=torch.int32)
     got = OPS.attention(query, key, value, torch.zeros_like(last), last, 1.0)
     check(got, reference.attention(query.double(), key.double(), value.double(), torch.zeros_like(last), last, 1.0))

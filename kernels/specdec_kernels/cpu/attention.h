@@ -1,8 +1,8 @@
 // Attention over a ragged KV cache, and rotary embedding: specdec::attention, rotary_attention, cos_sin.
 #pragma once
 
+#include "attention_tiles.h"
 #include "memory.h"
-#include "vectors.h"
 
 #if defined(__linux__)  // of this thread -> the number before; null where PyTorch has no MKL
 extern "C" int MKL_Set_Num_Threads_Local(int threads) __attribute__((weak));
@@ -11,10 +11,6 @@ extern "C" int MKL_Set_Num_Threads_Local(int threads) __attribute__((weak));
 namespace {
 
 constexpr int64_t MOST_QUERIES = 32;  // that are computed together
-
-struct Cache {  // of the keys or values of one row and head
-  int64_t stride, dim;
-};
 
 // N vectors of each of R weighted sums of values
 template <int R, int N, typename T>
@@ -102,16 +98,19 @@ inline float weigh(float* scores, int64_t from, int64_t to) {
   return sum(sums);
 }
 
-// Queries x [count, depth] of one row and one key head, over the slots that any of them attends to; depth: the keys'
-// dimensions, padded to a multiple of 2 with zeros. Slots that a query does not attend to have the weight 0 in its sum.
+// y [count, v.dim] of queries [count] of one row and one key head, k.dim numbers each, over the slots that any of them
+// attends to. Slots that a query does not attend to have the weight 0 in its sum.
 template <typename T>
-void attend(const float* x, int64_t count, int64_t depth, const T* keys, Cache k, const T* values, Cache v,
-    const int64_t* first, const int64_t* stop, float* y) {
-  int64_t start = std::numeric_limits<int64_t>::max(), end = 0;
-  for (int64_t i = 0; i < count; ++i)
-    if (first[i] < stop[i]) start = std::min(start, first[i]), end = std::max(end, stop[i]);
-  const int64_t num_slots = std::max<int64_t>(0, end - start);
-  if (num_slots == 0) start = 0;
+void attend(const T* const* queries, int64_t count, const T* keys, Cache k, const T* values, Cache v,
+    const Slots& slots, float scale, float* y) {
+  const auto& [first, stop, start, end] = slots;
+  const int64_t num_slots = end - start, depth = k.dim + k.dim % 2;  // of the queries, padded with zeros
+  float* x = scratch<float, 1>(count * depth);
+  for (int64_t i = 0; i < count; ++i) {
+    if (depth > k.dim) x[i * depth + k.dim] = 0.0f;
+    in_vectors(k.dim,
+        [&](int64_t d, auto read, auto write) { write(x + i * depth + d, read(queries[i] + d) * scale); });
+  }
   const int64_t capacity = (num_slots + 2 * LANES) / LANES * LANES;
   float *scores = scratch<float>(count * capacity), *transposed = scratch<float, 3>((depth + 2 * LANES) * LANES);
   for (int64_t j = 0; j < num_slots; j += LANES) {
@@ -159,7 +158,7 @@ template <typename T>
 void attention_into(const Queries<T>& query, const Tensor& key, const Tensor& value, const int32_t* first,
     const int32_t* last, int64_t interval_stride, double scale, T* out) {
   const int64_t heads = query.heads, width = query.width, dim = key.size(3), value_dim = value.size(3),
-      slots = key.size(2), depth = dim + dim % 2;
+      slots = key.size(2);
   const int64_t rows = key.size(0), kv_heads = key.size(1), group = heads / kv_heads, queries = group * width;
   const T *k = data<T>(key), *v = data<T>(value);
   int64_t work = 0;  // of all threads
@@ -168,31 +167,40 @@ void attention_into(const Queries<T>& query, const Tensor& key, const Tensor& va
       const int64_t at = row * interval_stride + column;
       work += std::clamp<int64_t>(last[at] - first[at] + 1, 1, slots) * heads * (dim + value_dim);
     }
+#ifdef SPECDEC_ATTENTION_TILES
+  const bool in_tiles = std::is_same_v<T, BFloat16> && attention_uses_tiles(dim, value_dim, scale);
+#else
+  const bool in_tiles = false;
+#endif
   const int64_t per_thread = rows * kv_heads * queries / at::get_num_threads();
-  const int64_t most = std::clamp<int64_t>(per_thread / 8 * 4, 4, MOST_QUERIES);  // two units a thread, or more
+  const int64_t most = in_tiles ? LANES  // of a unit; else two units a thread, or more
+                                : std::clamp<int64_t>(per_thread / 8 * 4, 4, MOST_QUERIES);
   const int64_t units = (queries + most - 1) / most, all = rows * kv_heads * units;
   parallel_for(0, all, 1 + all * WORK / (work + 1), [&](int64_t begin, int64_t end) {
-    float *x = scratch<float, 1>(most * (depth + value_dim)), *mixed = x + most * depth;
+    float* mixed = scratch<float, 4>(most * value_dim);
     for (int64_t index = begin; index < end; ++index) {
       const int64_t row = index / (kv_heads * units), kv_head = index / units % kv_heads, number = index % units;
       // From both ends in turn: the last columns of a prompt attend to the most slots, and threads get equal work.
       const int64_t unit = (number % 2 ? units - 1 - number / 2 : number / 2) * most;
       const int64_t count = std::min(most, queries - unit);
+      const T* own[MOST_QUERIES];
       int64_t starts[MOST_QUERIES], stops[MOST_QUERIES];
       for (int64_t i = 0; i < count; ++i) {
         const int64_t head = kv_head * group + (unit + i) % group, column = (unit + i) / group;
-        const T* own = query.at + row * query.row_stride + head * query.head_stride + column * query.column_stride;
-        if (depth > dim) x[i * depth + dim] = 0.0f;
-        in_vectors(dim, [&](int64_t d, auto read, auto write) {
-          write(x + i * depth + d, read(own + d) * static_cast<float>(scale));
-        });
+        own[i] = query.at + row * query.row_stride + head * query.head_stride + column * query.column_stride;
         starts[i] = std::max<int64_t>(0, first[row * interval_stride + column]);
         stops[i] = std::min<int64_t>(slots, last[row * interval_stride + column] + 1);
       }
       const T* keys = k + row * key.stride(0) + kv_head * key.stride(1);
       const T* values = v + row * value.stride(0) + kv_head * value.stride(1);
       const Cache of_keys{key.stride(2), dim}, of_values{value.stride(2), value_dim};
-      attend(x, count, depth, keys, of_keys, values, of_values, starts, stops, mixed);
+      const Slots attended(starts, stops, count);
+      const auto factor = static_cast<float>(scale);
+#ifdef SPECDEC_ATTENTION_TILES
+      if constexpr (std::is_same_v<T, BFloat16>)
+        if (in_tiles) attend_tiles(own, count, keys, of_keys, values, of_values, slots, attended, factor, mixed);
+#endif
+      if (!in_tiles) attend(own, count, keys, of_keys, values, of_values, attended, factor, mixed);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t head = kv_head * group + (unit + i) % group, column = (unit + i) / group;
         T* at = out + ((row * width + column) * heads + head) * value_dim;

@@ -20,10 +20,10 @@ inline bool may_use_tiles() {
 // Prepares the registers for products of R rows. Every loop of products is followed by _tile_release.
 template <int R>
 void configure_tiles() {
-  struct alignas(64) Shapes {  // of tiles: 0 and 1 products, 2 and 3 rows, 4 and 5 columns
+  struct alignas(64) Shapes {  // of tiles: 0 and 1 products, 2 and 3 rows, the others columns
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {R, R, R, R, TILE_ROWS, TILE_ROWS};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {R, R, R, R, TILE_ROWS, TILE_ROWS, TILE_ROWS, TILE_ROWS};
   };
   static constexpr Shapes shapes;
   _tile_loadconfig(&shapes);
