@@ -21,9 +21,10 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,7 @@ def measure(args: argparse.Namespace, console: Console) -> Iterator[dict[str, An
     origin: dict[str, Any] = provenance("cpu") | {"threads": args.threads}
     if not set(args.runtimes) <= {"transformers", "specdec"}:
         origin["peers"] = setup.versions()
-    pair = find_pair(args.pair, console)
+    pair, bandwidth = find_pair(args.pair, console), cache(machine.Bandwidth)
     with shown_progress(console) as on_progress:
         bench = Bench(pair, args, on_progress)
         try:
@@ -223,7 +224,7 @@ def measure(args: argparse.Namespace, console: Console) -> Iterator[dict[str, An
                     "provenance": origin | {"idle_otherwise": measured.pop("idle_otherwise")},
                     "workload": {name: getattr(args, name) for name in workload},
                     "missing": missing,
-                    **measure_bounds(measured["results"], missing),
+                    **measure_bounds(measured["results"], bandwidth, missing),
                     **measured,
                 }
         finally:
@@ -250,13 +251,15 @@ def shown_progress(console: Console) -> Iterator[OnProgress]:
     yield print_line
 
 
-def measure_bounds(results: Sequence[dict[str, Any]], missing: list[str]) -> dict[str, Any]:
+def measure_bounds(
+    results: Sequence[dict[str, Any]], find_bandwidth: Callable[[], machine.Bandwidth], missing: list[str]
+) -> dict[str, Any]:
     """Read bandwidth by threads, and for each engine that decodes plainly, what it allows and the share reached.
 
     Where it cannot be measured, the reason is added to `missing`.
     """
     try:
-        bandwidth = machine.Bandwidth()
+        bandwidth = find_bandwidth()
         threads = sorted({result["threads"] for result in results})
         memory = {str(t): bandwidth.gb_per_second(bandwidth.memory_bytes(), t) for t in threads}
         bounds = machine.bounds(results, bandwidth.gb_per_second)

@@ -22,6 +22,7 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from specdec.experiments import calibration
 from specdec.experiments.config import DraftModel, ExperimentConfig, QuantConfig, SamplingConfig, TargetConfig
 from specdec.experiments.pair import Pair
 from specdec.experiments.records import FORMAT, PLAIN, SPECULATIVE, Failure, Header, Key, Record, Run, read_run
@@ -48,6 +49,12 @@ REQUIRED = {
 }
 PLUGINS = {"launcher/joblib": "joblib_launcher", "launcher/slurm": "submitit_launcher", "launcher/ray": "ray_launcher"}
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _short_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step costs of one round: most tests need none of them."""
+    monkeypatch.setattr(calibration, "COST_ROUNDS", 1)
 
 
 def composed(*overrides: str, folder: Path | None = None) -> ExperimentConfig:

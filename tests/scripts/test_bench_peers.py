@@ -49,6 +49,9 @@ QUICK += ["--num-draft-tokens", "1", "2", "--threads", "1"]
 
 @pytest.fixture
 def no_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without the peers' runtimes, and with a bandwidth that is measured in no time."""
+    monkeypatch.setattr(machine, "SECONDS", 0.01)
+    monkeypatch.setattr(machine.Bandwidth, "memory_bytes", staticmethod(lambda: 1 << 20))
     monkeypatch.setattr(setup, "PYTHON", tmp_path / "absent" / "python")
     monkeypatch.setattr(setup, "LLAMACPP_WORKER", tmp_path / "absent" / "worker")
 
