@@ -110,7 +110,7 @@ def test_the_site_has_every_page() -> None:
             assert re.search(rf"(: |\"){re.escape(page.removeprefix('docs/'))}(\"|$)", site, re.MULTILINE), page
 
 
-COMPARED = ("embedded", "200m", "1b")  # runs of bench_peers that the pages show
+COMPARED = ("embedded", "200m", "200m-batch8", "1b")  # runs of bench_peers that the pages show
 SHOWN_THREADS = 2  # of README's tables
 
 
@@ -188,6 +188,28 @@ def test_the_4_bit_layer_is_that_of_the_results_file() -> None:
     said = f"takes {one['ratio_to_bfloat16']:.1f} times less than a bfloat16 one for a single row"
     said += f" and {bytes_per_weight:.2f} bytes a weight; four rows take {four['cost_in_one_row']:.2f} times as long"
     assert said in " ".join(PAGES["docs/formats.md"].split())
+
+
+def test_the_attention_is_that_of_the_results_file() -> None:
+    report = json.loads((RESULTS / "bench_attention.json").read_text(encoding="utf-8"))
+    by_key = {(r["slots"], r["attention"], r["queries"]): r for r in report["results"]}
+    rows = []
+    for slots in sorted({key[0] for key in by_key}):
+        own = [f"{by_key[slots, 'specdec', queries]['us']:,.0f}" for queries in (1, 2, 4, 8)]
+        theirs = [f"{by_key[slots, 'PyTorch', queries]['us']:,.0f}" for queries in (1, 4)]
+        rate = f"{by_key[slots, 'specdec', 4]['gb_per_second']:.0f}"
+        rows.append(f"| {' | '.join([f'{slots:,}', *own, *theirs, rate])} |")
+    page = PAGES["docs/performance.md"]
+    section = page.partition("## Attention over long texts")[2].partition("\n## ")[0]
+    assert [line for line in section.splitlines() if line.startswith("| ")][1:] == rows
+    for name in ("threads", "heads", "kv_heads", "dim"):
+        assert f"{report[name]} " in section, name
+    unused = [
+        by_key[slots, "specdec, half unused", queries]["us"] / by_key[slots, "specdec", queries]["us"]
+        for slots, name, queries in by_key
+        if name == "specdec"
+    ]
+    assert f"{min(unused):.2f} to {max(unused):.2f} times" in section
 
 
 def test_every_results_file_says_how_to_repeat_it() -> None:
