@@ -12,7 +12,6 @@ buffer of twice as many slots shows what unused ones cost.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 from common.interleaved import interleave
+from common.report import emit
 from peers.machine import Bandwidth
 from rich.console import Console
 from rich.progress import track
@@ -49,6 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.slots) < max(args.queries):
         parser.error(f"--slots {min(args.slots)} are fewer than --queries {max(args.queries)}")
+    args.queries = sorted({1, *args.queries})  # costs are given in those of one query
     cpu.build()
     bandwidth, results = Bandwidth(), []
     for slots in track(args.slots, "slots", console=Console(stderr=True)):
@@ -63,10 +64,7 @@ def main() -> None:
         "results": results,
     }
     show(results)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
+    emit(report, args.output)
 
 
 def calls_of(slots: int, queries: int, args: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
@@ -115,7 +113,7 @@ def measure(slots: int, args: argparse.Namespace, bandwidth: Bandwidth) -> list[
             "us": round(1e6 * seconds, 1),
             "gb_per_second": round(1e-9 * num_bytes / seconds, 2),
             "read_gb_per_second": read,
-            "cost_in_one_query": round(seconds / statistics.median(times[name, args.queries[0]]), 2),
+            "cost_in_one_query": round(seconds / statistics.median(times[name, 1]), 2),
             "ratio_to_pytorch": round(statistics.median(ratios), 2),
         })  # fmt: skip
     return results

@@ -12,7 +12,6 @@ the cost of a cold start. The last line of stdout is the report as JSON.
 
 import argparse
 import copy
-import json
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common.report import emit
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -183,10 +183,7 @@ def main() -> None:
         "comparisons": comparisons,
     }
     show(report, console)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report) + "\n", encoding="utf-8")
-    print(json.dumps(report))
+    emit(report, args.output)
 
 
 def progress(rounds: int, description: str, console: Console) -> Iterator[int]:

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from common.interleaved import interleave, median_with_interval
+from common.report import emit
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -218,9 +219,7 @@ def main() -> None:
     show(console, f"steps per second over those of {args.before}", checkouts, ("compiled", "batch", "drafter", "call"))
     show(console, "tokens per second in lockstep over those without it", lockstep, ("compiled", "batch", "drafter"))
     result = {"provenance": origin, "before": args.before, "checkouts": checkouts, "lockstep": lockstep}
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    emit(result, args.output)
 
 
 if __name__ == "__main__":

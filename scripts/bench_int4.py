@@ -11,13 +11,13 @@ buffer of the same size with as many threads.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from common.report import emit
 from peers.machine import Bandwidth
 from rich.console import Console
 from rich.progress import track
@@ -54,10 +54,7 @@ def main() -> None:
         "results": results,
     }
     show(results)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
+    emit(report, args.output)
 
 
 def layers_of(columns: int, rows_out: int, group_size: int) -> dict[str, nn.Module]:

@@ -9,7 +9,6 @@ with PyTorch's alone, in turn. Times are the least of all rounds, since other wo
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from unittest import mock
 
 import torch
 from common.interleaved import interleave
+from common.report import emit
 from specdec_kernels import cpu
 from torch import Tensor
 
@@ -104,9 +104,7 @@ def main() -> None:
         results.append({**row, **{name: round(min(times), 1) for name, times in spent.items()}})
         print(results[-1], flush=True)
     report = {"script": "bench_step", "provenance": provenance("cpu"), "results": results}
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report))
+    emit(report, args.output)
 
 
 if __name__ == "__main__":

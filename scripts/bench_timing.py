@@ -7,7 +7,6 @@ calls, with its interval, and the time of the marks alone against a step.
 """
 
 import argparse
-import json
 import statistics
 import time
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 from common.interleaved import interleave, median_with_interval
+from common.report import emit
 from rich.console import Console
 from rich.progress import Progress
 
@@ -77,10 +77,7 @@ def main() -> None:
             "share_of_a_step": round(len(STEP_PARTS) * mark_s / step_s, 6),
         },
     }
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report))
+    emit(report, args.output)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ anything else is a bug.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
 from pathlib import Path
 
 import torch
+from common.report import emit
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -69,10 +69,7 @@ def main() -> None:
         "divergences": divergences,
     }
     show(report)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report))
+    emit(report, args.output)
     if any(divergences.values()):
         sys.exit(1)
 

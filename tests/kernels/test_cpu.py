@@ -163,14 +163,17 @@ def results() -> tuple[Tensor, ...]:
     weight[0] = 127
     x = random(40, 256)
     x[0] = 1.0
-    query, key, value = random(1, 4, 9, 64), random(1, 1, 50, 64, seed=1), random(1, 1, 50, 64, seed=2)
+    narrow, wide = (
+        (random(1, 4, 9, dim), random(1, 1, 50, dim, seed=1), random(1, 1, 50, dim, seed=2)) for dim in (40, 64)
+    )
     last = torch.arange(30, 39, dtype=torch.int32)[None]
     return (
         OPS.int4_linear(x[:5], [packed], [scale], [70], True)[0],
         OPS.int4_linear(x, [packed], [scale], [70], True)[0],
         OPS.int8_linear(x, weight, torch.ones(70), True),
-        OPS.attention(query, key, value, last // 2, last, 0.125),
-        OPS.attention(*(states.bfloat16() for states in (query, key, value)), last // 2, last, 0.125),
+        OPS.attention(*narrow, last // 2, last, 0.125),
+        OPS.attention(*(states.bfloat16() for states in narrow), last // 2, last, 0.125),
+        OPS.attention(*(states.bfloat16() for states in wide), last // 2, last, 0.125),
     )
 
 
@@ -190,12 +193,14 @@ torch.save(results(), sys.argv[1])
 def test_kernels_for_other_cpus_give_the_same_numbers(flags: str, tmp_path: Path) -> None:
     """Without AMX, VNNI and AVX-512: bytes are multiplied by other instructions, and their sums are exact.
 
-    Attention on bfloat16 rounds the weights of slots on a CPU with AMX alone.
+    Attention on 64 dimensions in bfloat16, the last result, rounds the weights of slots on a CPU with AMX alone.
     """
     command = [sys.executable, "-c", ON_ANOTHER_CPU, str(tmp_path / "results.pt"), flags]
     subprocess.run(command, env=os.environ | {"SPECDEC_CACHE": str(tmp_path / "cache")}, cwd=ROOT, check=True)
-    for other, native in zip(torch.load(tmp_path / "results.pt"), results(), strict=True):
-        rtol, atol = (1e-5, 1e-3) if native.dtype == torch.float32 else (1e-2, 5e-3)
+    others, natives = torch.load(tmp_path / "results.pt"), results()
+    for index, (other, native) in enumerate(zip(others, natives, strict=True)):
+        rtol = 1e-5 if native.dtype == torch.float32 else 1e-2
+        atol = 5e-3 if index == len(natives) - 1 else 1e-3
         torch.testing.assert_close(other, native, rtol=rtol, atol=atol)
 
 

@@ -143,8 +143,12 @@ def test_the_plan_is_the_measured_peak(
 @pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize(
     ("path", "dtype"),
-    [(embedded.TARGET, torch.bfloat16), (embedded.TARGET, torch.float32), (PLAIN, torch.bfloat16)],
-    ids=["int4-bfloat16", "int4-float32", "dense-bfloat16"],
+    [
+        pytest.param(embedded.TARGET, torch.bfloat16, id="int4-bfloat16"),
+        pytest.param(embedded.TARGET, torch.float32, id="int4-float32"),
+        pytest.param(PLAIN, torch.bfloat16, id="dense-bfloat16"),
+        pytest.param(PLAIN, torch.float32, id="dense-float32", marks=pytest.mark.full),
+    ],
 )
 @pytest.mark.parametrize(("batch", "prompt", "new", "num_draft_tokens"), [CALLS[2], CALLS[4]])
 def test_the_plan_is_the_measured_peak_where_the_cpu_has_kernels(

@@ -59,7 +59,8 @@ inline IntVec pair_of(Vec low, Vec high) {
 // dimensions a tile of which word [i, j] has the dimensions 2 i and 2 i + 1 of query j.
 //
 // What is computed in a tile arrives late, and until then the tile cannot be used again. So two sets of tiles take
-// turns, and a block's scores are stored when the next block's are begun.
+// turns, and a block's scores are stored when the next block's are begun. GCC's functions take the number of a tile as
+// text, hence a branch for each set.
 inline void score_tiles(const IntVec* paired, const BFloat16* keys, Cache k, int64_t origin, int64_t blocks,
     int64_t capacity, float* scores) {
   constexpr int64_t SIZE = sizeof(BFloat16), HALF = TILE_ROWS * LANES;  // of a block's scores
