@@ -151,22 +151,26 @@ class Sequences:
         self._is_live[row] = False
         return self.ids[row, : self._lengths[row]].clone()
 
-    def begin_step(self, num_draft_tokens: int) -> Tensor:
-        """Start a step of at most num_draft_tokens draft ids a row: -> the limit of each row, see `limit`."""
-        self._reserve_columns()
+    def begin_step(self, num_draft_tokens: int, num_steps: int = 1) -> Tensor:
+        """Start a step of at most num_draft_tokens draft ids a row: -> the limit of each row, see `limit`.
+
+        num_steps: so many steps start, which are retired together.
+        """
         self.num_requested = num_draft_tokens
-        self._in_flight.append(num_draft_tokens + 1)
+        self._in_flight.append(num_steps * (num_draft_tokens + 1))
+        self._reserve_columns()
         return self.limit(num_draft_tokens) if num_draft_tokens else self.no_draft.lengths
 
-    def retire(self, result: StepResult) -> None:
-        """Apply the result of the oldest step in flight to the host's bounds."""
+    def retire(self, *results: StepResult) -> None:
+        """Apply the results of the oldest steps in flight, of those that began together, to the host's bounds."""
         self._in_flight.popleft()
-        steps, row_ends = result.read()
-        counts = [0 if step is None else step.emitted for step in steps]
-        if self.in_lockstep:
-            counts = [max(counts)] * len(counts)
-        self._lengths = list(map(operator.add, self._lengths, counts))
-        self._is_live = [live and not ends for live, ends in zip(self._is_live, row_ends, strict=True)]
+        for result in results:
+            steps, row_ends = result.read()
+            counts = [0 if step is None else step.emitted for step in steps]
+            if self.in_lockstep:
+                counts = [max(counts)] * len(counts)
+            self._lengths = list(map(operator.add, self._lengths, counts))
+            self._is_live = [live and not ends for live, ends in zip(self._is_live, row_ends, strict=True)]
 
     def limit(self, num_draft_tokens: int) -> Tensor:
         """The most ids to draft for each row: [B] int64, 0 where finished. The id before `end` is the target's own."""
@@ -260,7 +264,7 @@ class Sequences:
         self._is_live[rows] = [self.prompt_width < self.max_length] * len(prompt)
 
     def _reserve_columns(self) -> None:
-        """Widen `ids` for one more step; by doubling, since most texts end far before max_length."""
+        """Widen `ids` for the steps in flight; by doubling, since most texts end far before max_length."""
         padded = max(map(operator.add, self._lengths, self._paddings))
         needed = min(padded + sum(self._in_flight), self.max_length) + self.max_draft_tokens + 1
         width = self.ids.shape[1]

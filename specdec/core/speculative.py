@@ -42,30 +42,36 @@ def speculate(
     lockstep: Lockstep | None = None,
     run: Run = run_eager,
     max_in_flight: int = 0,
+    max_plain_steps: int = 1,
     mark: Mark = no_mark,
 ) -> Iterator[StepResult]:
     """Decode until all rows have finished; yields the result of each step once it is committed to `sequences`.
 
     run: runs a part of a step, eagerly or as a recorded graph. max_in_flight: steps that may be running when the host
     reads the result of an earlier one; a step that begins after all rows have finished commits nothing, unyielded.
+    max_plain_steps: how many greedy steps without drafts may run in one call of the target, where the policy plans
+    nothing else.
     """
     target.begin(sequences.batch_size, sequences.length_limit)
     drafter.begin(sequences, sampling)
     target.prefill(sequences.ids, sequences.lengths - 1)  # the window that generate() starts with, so the same bits
     mark("prefill")
-    in_flight: deque[StepResult] = deque()
+    in_flight: deque[list[StepResult]] = deque()
     while not sequences.is_done:
         k = policy.next()
         if k and not max_in_flight:
             k = min(k, sequences.remaining_tokens)
-        in_flight.append(step(target, drafter, sequences, sampling, k, run, mark, lockstep))
+        num_steps = min(max_plain_steps, policy.num_plain_steps, sequences.remaining_tokens + 1)
+        results = plain_steps(target, drafter, sequences, num_steps) if num_steps > 1 else []
+        in_flight.append(results or [step(target, drafter, sequences, sampling, k, run, mark, lockstep)])
         if max_in_flight:
-            in_flight[-1].send()
+            in_flight[-1][0].send()
         if len(in_flight) > max_in_flight:
-            result = in_flight.popleft()
-            sequences.retire(result)
-            policy.observe(result.steps)
-            yield result
+            results = in_flight.popleft()
+            sequences.retire(*results)
+            for result in results:
+                policy.observe(result.steps)
+                yield result
 
 
 def step(
@@ -105,6 +111,19 @@ def step(
     drafter.observe(result)
     mark("verification")
     return result
+
+
+def plain_steps(target: Target, drafter: Drafter, sequences: Sequences, num_steps: int) -> list[StepResult]:
+    """`step` without a draft several times, in one call of the target; no result where it has no such call."""
+    no_draft = sequences.no_draft
+    steps = target.run_plain_steps(sequences, num_steps)
+    results = [
+        StepResult(type(drafter).__name__, no_draft, Verdict(no_draft.lengths, next_ids), logits, logits, host_summary)
+        for next_ids, host_summary, logits in steps or ()
+    ]
+    for result in results:
+        drafter.observe(result)
+    return results
 
 
 def score_draft(

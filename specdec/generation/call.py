@@ -32,6 +32,8 @@ from specdec.runtime.cuda_graphs import Graphs
 from specdec.runtime.runner import ModelRunner
 from specdec.runtime.tensor_parallel import Ranks
 
+MAX_PLAIN_STEPS = 16  # of one call of the target, which an interrupt waits for
+
 
 def decode(state: State, target: ModelRunner, drafter: Drafter, request: Request, callbacks: Callbacks) -> Any:
     """Decode request.input_ids [B, P]: -> what generate() returns.
@@ -56,6 +58,7 @@ class _Loop:
     lockstep: Lockstep | None
     run: Run
     max_in_flight: int
+    max_plain_steps: int
     timer: StepTimer | None
 
 
@@ -75,20 +78,24 @@ def _build_loop(state: State, target: ModelRunner, drafter: Drafter, request: Re
     if graphs is not None:
         sequences.pin_buffers(graphs.static_buffer)
         run = graphs.run
-    max_in_flight = 0
+    max_in_flight, max_plain_steps = 0, 1
     # a spare runner's eager call has the same number in flight, so a seed gives the same text on either
-    if graphs is not None or state.records_steps:
-        reads_each_step = (
-            lockstep is not None
-            or sequences.stop is not None
-            or sampling.needs_prefix
-            or state.timing
-            or callbacks.streamer is not None
-            or request.config.output_scores
-            or request.config.output_logits
-        )
-        max_in_flight = 0 if reads_each_step else 1
-    return _Loop(target, drafter, sequences, sampling, policy, lockstep, run, max_in_flight, timer)
+    reads_each_step = (
+        lockstep is not None
+        or sequences.stop is not None
+        or sampling.needs_prefix
+        or state.timing
+        or callbacks.streamer is not None
+        or request.config.output_scores
+        or request.config.output_logits
+    )
+    if not reads_each_step and (graphs is not None or state.records_steps):
+        max_in_flight = 1
+    elif not reads_each_step and not sampling.processors and not sampling.do_sample:
+        max_plain_steps = MAX_PLAIN_STEPS
+    return _Loop(
+        target, drafter, sequences, sampling, policy, lockstep, run, max_in_flight, max_plain_steps, timer
+    )
 
 
 def _run_loop(loop: _Loop, scores: ScoreCollector, streamer: Any) -> Stats:
@@ -103,6 +110,7 @@ def _run_loop(loop: _Loop, scores: ScoreCollector, streamer: Any) -> Stats:
         lockstep=loop.lockstep,
         run=loop.run,
         max_in_flight=loop.max_in_flight,
+        max_plain_steps=loop.max_plain_steps,
         mark=loop.timer.mark if loop.timer else no_mark,
     )
     for result in results:

@@ -61,6 +61,22 @@ class DraftInputs(NamedTuple):
     uniforms: Tensor | None
 
 
+class PlainInputs(NamedTuple):
+    """What greedy steps without drafts take that are one call.
+
+    ids, lengths, end, finished, stop_ids: as in `Sequences`; ids have a column for each step, and steps commit to
+    them. num_steps: how many, if not all rows finish before. vocab_size: V.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    end: Tensor
+    finished: Tensor
+    stop_ids: Tensor | None
+    num_steps: int
+    vocab_size: int
+
+
 class OptimizedForward(Protocol):
     """A compiled form of a model's decoding forward: `CompiledForward` of specdec/runtime/cpu_compile/forward.py.
 
@@ -83,6 +99,14 @@ class OptimizedForward(Protocol):
         """Draft as one call, after making the cache hold `slots` positions a row.
 
         Returns ids [B, K] int64, and the distributions they were drawn from, [B, K, V] float32; None in greedy calls.
+        """
+
+    def run_plain_steps(
+        self, inputs: PlainInputs, slots: int, cache: RaggedCache
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Run and commit greedy steps as one call, after making the cache hold `slots` positions a row.
+
+        Returns what `Target.run_plain_steps` does.
         """
 
 

@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from specdec.core.interfaces import Run
+from specdec.core.sequences import Sequences
 from specdec.core.steps import TargetOutput
 from specdec.runtime.cuda_graphs import Graphs
-from specdec.runtime.executors import CompiledExecutor, EagerExecutor, OptimizedForward, RecordedExecutor
+from specdec.runtime.executors import CompiledExecutor, EagerExecutor, OptimizedForward, PlainInputs, RecordedExecutor
 from specdec.runtime.identity.snapshot import Identity
 from specdec.runtime.kv_cache.ragged import RaggedCache
 from specdec.runtime.model_forward import ModelForward
@@ -148,6 +149,18 @@ class ModelRunner:
     def forward(self, ids: Tensor, positions: Tensor, last_only: bool = False) -> TargetOutput:
         """Run ids [B, W] at positions [B, W]: -> logits [B, W, V] float32, or [B, 1, V] of the last column."""
         return TargetOutput(self._executor.forward(ids, positions, last_only))
+
+    def run_plain_steps(self, sequences: Sequences, num_steps: int) -> list[tuple[Tensor, Tensor, Tensor]] | None:
+        """Run and commit greedy steps without drafts, see `Target.run_plain_steps`: by a compiled forward, else None."""
+        compiled = self.compiled
+        if compiled is None:
+            return None
+        sequences.begin_step(0, num_steps)
+        inputs = PlainInputs(
+            sequences.ids, sequences.lengths, sequences.end, sequences.finished, sequences.stop_ids, num_steps,
+            self.vocab_size,
+        )  # fmt: skip
+        return compiled.run_plain_steps(inputs, sequences.longest, self.cache)
 
 
 def widths(model: PreTrainedModel) -> tuple[int, int]:

@@ -58,7 +58,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 BLOCK = 64  # columns of the result whose weights are stored together
 WORD = 8  # codes of an int32
 SYMMETRIC_ZERO = 8
-FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++20", "-fopenmp", "-shared", "-fPIC")
 
 _LIBRARY = library.Library("specdec", "FRAGMENT")
 _LIBRARY.define("int4_linear(Tensor x, Tensor[] packed, Tensor[] scales, int[] columns, bool int8_inputs) -> Tensor[]")

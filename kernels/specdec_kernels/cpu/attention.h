@@ -16,18 +16,21 @@ constexpr int64_t MOST_QUERIES = 32;  // that are computed together
 template <int R, int N, typename T>
 void mix(const float* weights, int64_t capacity, const T* values, Cache v, int64_t num_slots, const float* total,
     float* y) {
-  Vec sums[R][N] = {};
+  Vec sums[R][N];
+  clear(sums);
   for (int64_t j = 0; j < num_slots; ++j)
+#pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       const Vec value = load(values + j * v.stride + n * LANES);
-      for (int r = 0; r < R; ++r) sums[r][n] += weights[r * capacity + j] * value;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sums[r][n] = multiply_add(value, weights[r * capacity + j], sums[r][n]);
     }
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n) store(y + r * v.dim + n * LANES, sums[r][n] / total[r]);
 }
 
-// Sixteen keys as floats: dimension d of each at to + d * LANES; from key `last` on, they are that one. Zeros follow
-// the last dimension, up to a multiple of 32.
+// A vector of keys as floats: dimension d of each at to + d * LANES; from key `last` on, they are that one. Zeros follow
+// the last dimension, up to a multiple of 2 * LANES.
 template <typename T>
 void transpose_keys(const T* keys, Cache k, int64_t last, float* to) {
   constexpr int64_t STEP = sizeof(IntVec) / sizeof(T);
@@ -53,25 +56,30 @@ void transpose_keys(const T* keys, Cache k, int64_t last, float* to) {
   }
 }
 
-// Scores of R queries x [R, depth] and sixteen keys, the sums of even and odd dimensions apart; depth is even.
+// Scores of R queries x [R, depth] and a vector of keys, the sums of even and odd dimensions apart; depth is even.
 template <int R>
 void score(const float* x, int64_t depth, const float* keys, int64_t capacity, float* scores) {
-  Vec even[R] = {}, odd[R] = {};
+  Vec sums[R][2];  // of even and of odd dimensions
+  clear(sums);
   for (int64_t d = 0; d < depth; d += 2) {
-    const Vec first = load(keys + d * LANES), second = load(keys + (d + 1) * LANES);
+    const Vec even = load(keys + d * LANES), odd = load(keys + (d + 1) * LANES);
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      even[r] += x[r * depth + d] * first;
-      odd[r] += x[r * depth + d + 1] * second;
+      sums[r][0] = multiply_add(even, x[r * depth + d], sums[r][0]);
+      sums[r][1] = multiply_add(odd, x[r * depth + d + 1], sums[r][1]);
     }
   }
-  for (int r = 0; r < R; ++r) store(scores + r * capacity, even[r] + odd[r]);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) store(scores + r * capacity, sums[r][0] + sums[r][1]);
 }
 
 // Calls f(R, first) for each block of queries first … first + R - 1 of `count`, with R at compile time.
 template <typename F>
 void in_blocks(int64_t count, F f) {
   int64_t first = 0;
-  for (; count - first >= 8; first += 8) f(std::integral_constant<int, 8>(), first);
+  constexpr int64_t MOST = LANES == 16 ? 8 : 4;  // that have their sums in registers
+  if constexpr (MOST == 8)
+    for (; count - first >= 8; first += 8) f(std::integral_constant<int, 8>(), first);
   for (; count - first >= 4; first += 4) f(std::integral_constant<int, 4>(), first);
   switch (count - first) {
     case 1: f(std::integral_constant<int, 1>(), first); break;
@@ -130,7 +138,7 @@ void attend(const T* const* queries, int64_t count, const T* keys, Cache k, cons
   }
   values += start * v.stride;
   in_blocks(count, [&](auto R, int64_t i) {
-    constexpr int N = R > 4 ? 2 : 4;  // vectors of values: as many sums as there are registers
+    constexpr int N = R > (LANES == 16 ? 4 : 2) ? 2 : 4;  // vectors of values: as many sums as there are registers
     const float* weights = scores + i * capacity;
     float* to = y + i * v.dim;
     int64_t d = 0;
@@ -140,7 +148,7 @@ void attend(const T* const* queries, int64_t count, const T* keys, Cache k, cons
     for (int r = 0; r < R && d < v.dim; ++r) {
       Vec sums = {};
       for (int64_t j = 0; j < num_slots; ++j)
-        sums += weights[r * capacity + j] * load_some(values + j * v.stride + d, v.dim - d);
+        sums = multiply_add(load_some(values + j * v.stride + d, v.dim - d), weights[r * capacity + j], sums);
       store_some(to + r * v.dim + d, sums / total[i + r], v.dim - d);
     }
   });
@@ -262,9 +270,8 @@ void rotate(const T* x, const T* cos, const T* sin, int64_t dim, T* y) {
   const int64_t half = dim / 2;
   in_vectors(half, [&](int64_t d, auto read, auto write) {
     const Vec low = read(x + d), high = read(x + half + d);
-    write(y + d, rounded_to<T>(unfused(low * read(cos + d))) - rounded_to<T>(unfused(high * read(sin + d))));
-    write(y + half + d, rounded_to<T>(unfused(high * read(cos + half + d))) +
-                            rounded_to<T>(unfused(low * read(sin + half + d))));
+    write(y + d, rounded_to<T>(low * read(cos + d)) - rounded_to<T>(high * read(sin + d)));
+    write(y + half + d, rounded_to<T>(high * read(cos + half + d)) + rounded_to<T>(low * read(sin + half + d)));
   });
 }
 

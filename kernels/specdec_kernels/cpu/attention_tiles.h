@@ -118,10 +118,10 @@ inline Vec power_of_two(Vec x) {  // 0 below -126; relative error below 3e-6, wh
   const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const Vec f = x - (Vec)n;
   Vec p = splat(9.5701022e-3f);
-  p = p * f + 5.5917859e-2f;
-  p = p * f + 2.4024744e-1f;
-  p = p * f + 6.9312179e-1f;
-  p = p * f + 9.9999928e-1f;
+  p = multiply_add(p, f, 5.5917859e-2f);
+  p = multiply_add(p, f, 2.4024744e-1f);
+  p = multiply_add(p, f, 6.9312179e-1f);
+  p = multiply_add(p, f, 9.9999928e-1f);
   return (Vec)_mm512_maskz_scalef_ps(kept, (__m512)p, n);  // numbers that are not normal take 150 cycles
 }
 
@@ -150,8 +150,8 @@ inline Vec weigh_tiles(float* scores, int64_t blocks, IntVec first, IntVec stop,
     const void* rows[PAIRS];
 #pragma GCC unroll 4
     for (int64_t i = 0; i < PAIRS; ++i) {
-      const Vec low = power_of_two(load(scores + 2 * i * LANES) * factor - top),
-                high = power_of_two(load(scores + (2 * i + 1) * LANES) * factor - top);
+      const Vec low = power_of_two(multiply_add(load(scores + 2 * i * LANES), factor, -top)),
+                high = power_of_two(multiply_add(load(scores + (2 * i + 1) * LANES), factor, -top));
       even += low, odd += high;
       pairs[i] = pair_of(low, high);
       rows[i] = &pairs[i];

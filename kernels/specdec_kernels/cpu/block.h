@@ -29,7 +29,7 @@ inline Vec silu(Vec x) {
   const Vec limit = splat(89.0f), y = -x;
   const auto [p, n] = exponential_of(y > limit ? limit : y < -limit ? -limit : y);
   const IntVec half = n >> 1;  // 2^n may be beyond the largest float, which makes the sum infinite and the result 0
-  return x / (p * power_of_two(half) * power_of_two(n - half) + 1.0f);
+  return x / multiply_add(p * power_of_two(half), power_of_two(n - half), 1.0f);
 }
 
 // Whether silu has the bits of at::silu for every value of T; so many can be tried of bfloat16 alone.

@@ -5,10 +5,12 @@
 
 namespace {
 
-constexpr int VECTORS = 4;       // of columns in a block
-constexpr int64_t COLUMNS = VECTORS * LANES;
+constexpr int64_t COLUMNS = 64;  // of a block
+constexpr int VECTORS = COLUMNS / LANES;
 constexpr int64_t WORD = 8;      // codes of one column in an int32, the first in its lowest bits
 constexpr int32_t SYMMETRIC_ZERO = 8;
+
+constexpr int64_t ROWS = 8;      // of inputs that share a read of the weights
 
 template <typename S>
 struct Block {  // 64 columns of a weight: word [K / 8, 64], scale and offset [K / group, 64]

@@ -12,27 +12,17 @@ constexpr int64_t INPUT_GROUP = 64;  // columns of an input row that share a sca
 inline IntVec add_byte_products(IntVec sums, IntVec a, IntVec b) {
 #if defined(__AVX512VNNI__)
   return (IntVec)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__)
+  return (IntVec)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)a, (__m256i)b);
 #elif defined(__AVX2__)
-  __m256i s[2], u[2], v[2];
-  std::memcpy(s, &sums, sizeof(s));
-  std::memcpy(u, &a, sizeof(u));
-  std::memcpy(v, &b, sizeof(v));
-  for (int i = 0; i < 2; ++i) {
-#if defined(__AVXVNNI__)
-    s[i] = _mm256_dpbusd_avx_epi32(s[i], u[i], v[i]);
-#else
-    s[i] = _mm256_add_epi32(s[i], _mm256_madd_epi16(_mm256_maddubs_epi16(u[i], v[i]), _mm256_set1_epi16(1)));
-#endif
-  }
-  std::memcpy(&sums, s, sizeof(s));
-  return sums;
+  return sums + (IntVec)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)a, (__m256i)b), _mm256_set1_epi16(1));
 #elif defined(__ARM_FEATURE_DOTPROD)  // a < 128 as signed bytes
-  int32x4_t s[4];
-  int8x16_t u[4], v[4];
+  int32x4_t s[LANES / 4];
+  int8x16_t u[LANES / 4], v[LANES / 4];
   std::memcpy(s, &sums, sizeof(s));
   std::memcpy(u, &a, sizeof(u));
   std::memcpy(v, &b, sizeof(v));
-  for (int i = 0; i < 4; ++i) s[i] = vdotq_s32(s[i], u[i], v[i]);
+  for (int i = 0; i < LANES / 4; ++i) s[i] = vdotq_s32(s[i], u[i], v[i]);
   std::memcpy(&sums, s, sizeof(s));
   return sums;
 #else
@@ -41,13 +31,48 @@ inline IntVec add_byte_products(IntVec sums, IntVec a, IntVec b) {
 #endif
 }
 
+// As add_byte_products, with sums of two products in int16 where those of four take more instructions: of up to
+// MOST_CODES vectors a of codes below 16, since 8 * 2 * 15 * 127 < 2^15. add_pairs gives the sums of two to `sums`.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+constexpr bool SUMS_PAIRS = true;
+
+inline IntVec add_code_products(IntVec sums, IntVec a, IntVec b) {
+  __m256i pairs = _mm256_add_epi16((__m256i)sums, _mm256_maddubs_epi16((__m256i)a, (__m256i)b));
+  asm("" : "+x"(pairs));  // GCC 12 would compute all products before the first sum, of which few fit into registers
+  return (IntVec)pairs;
+}
+
+inline IntVec add_pairs(IntVec sums, IntVec pairs) {
+  return sums + (IntVec)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16(1));
+}
+#else
+constexpr bool SUMS_PAIRS = false;
+
+inline IntVec add_code_products(IntVec sums, IntVec a, IntVec b) { return add_byte_products(sums, a, b); }
+inline IntVec add_pairs(IntVec sums, IntVec pairs) { return sums + pairs; }
+#endif
+constexpr int64_t MOST_CODES = 8;
+
 inline void store(int8_t* at, IntVec v) {  // the low bytes
-#ifdef __AVX512F__  // one instruction; GCC 12 makes many of the conversion below
+#if defined(__AVX512F__)  // one instruction; GCC 12 makes many of the conversion below
   const Bytes bytes = (Bytes)_mm512_cvtepi32_epi8((__m512i)v);
+#elif defined(__AVX2__)  // values of 8 bits, so that none is clamped
+  const __m256i words = (__m256i)v;
+  const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)),
+                bytes = _mm_packs_epi16(halves, halves);
 #else
   const Bytes bytes = __builtin_convertvector(v, Bytes);
 #endif
-  std::memcpy(at, &bytes, sizeof(bytes));
+  std::memcpy(at, &bytes, sizeof(Bytes));
+}
+
+// Of each eight lanes the even ones first.
+template <typename V>
+V by_parity(V v) {
+  if constexpr (sizeof(V) == 64)
+    return __builtin_shufflevector(v, v, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  else
+    return __builtin_shufflevector(v, v, 0, 2, 4, 6, 1, 3, 5, 7);
 }
 
 // Rows of inputs x = scale * values, in groups of `group` columns, 8, 16, 32 or 64, that divide the row's length.
@@ -59,14 +84,14 @@ struct Int8Inputs {
   int32_t* sums;   // of the values of a group, as scales
 
   // x [M, K]. A group is scaled so that its largest magnitude is 127, and rounded to nearest even; with an infinity or
-  // a NaN in it, its scale is NaN. by_parity: of each eight columns the even ones come first.
+  // a NaN in it, its scale is NaN. is_by_parity: of each eight columns the even ones come first.
   template <typename T>
-  Int8Inputs(const T* x, int64_t rows, int64_t depth, int64_t group, bool by_parity)
+  Int8Inputs(const T* x, int64_t rows, int64_t depth, int64_t group, bool is_by_parity)
       : rows(rows), depth(depth), group(group), groups(depth / group),
         values(scratch<int8_t>((rows + TILE_ROWS) * depth)),
         scales(scratch<float>(rows * groups + TILE_ROWS)), sums(scratch<int32_t>(rows * groups + TILE_ROWS)) {
     parallel_for(0, rows, std::max<int64_t>(1, WORK / (4 * depth)), [&](int64_t begin, int64_t end) {
-      by_parity ? round_rows<true>(x, begin, end) : round_rows<false>(x, begin, end);
+      is_by_parity ? round_rows<true>(x, begin, end) : round_rows<false>(x, begin, end);
     });
   }
 
@@ -112,8 +137,7 @@ struct Int8Inputs {
     for (int64_t n = 0; n < VECTORS; ++n) {
       IntVec q = rounded(in[n] * inverse);
       total += q;
-      if (BY_PARITY)
-        q = __builtin_shufflevector(q, q, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+      if (BY_PARITY) q = by_parity(q);
       if constexpr (G < LANES) {
         int8_t bytes[LANES];
         store(bytes, q);

@@ -15,16 +15,8 @@ inline IntVec signed_byte_products(IntVec w, IntVec x) {
   const IntVec offset = splat(static_cast<int32_t>(0x80808080));  // its sum is computed once for all w
   return add_byte_products(-add_byte_products(IntVec{}, offset, x), w ^ offset, x);
 #elif defined(__AVX2__)
-  __m256i a[2], b[2];
-  std::memcpy(a, &w, sizeof(a));
-  std::memcpy(b, &x, sizeof(b));
-  for (int i = 0; i < 2; ++i) {
-    b[i] = _mm256_sign_epi8(b[i], a[i]);
-    a[i] = _mm256_abs_epi8(a[i]);
-  }
-  std::memcpy(&w, a, sizeof(a));
-  std::memcpy(&x, b, sizeof(b));
-  return add_byte_products(IntVec{}, w, x);
+  return add_byte_products(IntVec{}, (IntVec)_mm256_abs_epi8((__m256i)w),
+      (IntVec)_mm256_sign_epi8((__m256i)x, (__m256i)w));
 #elif defined(__ARM_FEATURE_DOTPROD)
   return add_byte_products(IntVec{}, w, x);
 #else
@@ -35,9 +27,9 @@ inline IntVec signed_byte_products(IntVec w, IntVec x) {
 }
 
 template <int G>
-IntVec load_bytes(const int8_t* at) {  // G of them, then zeros
+IntVec load_bytes(const int8_t* at) {  // G of them, then zeros; at most a vector
   IntVec v = {};
-  std::memcpy(&v, at, G);
+  std::memcpy(&v, at, std::min<size_t>(G, sizeof(v)));
   return v;
 }
 
@@ -45,17 +37,30 @@ IntVec load_bytes(const int8_t* at) {  // G of them, then zeros
 // input group
 template <int R, int N, int G>
 void dots(const Int8Inputs& x, int64_t row, const int8_t* w, float* y, int64_t stride) {
+  constexpr int VECTOR = sizeof(IntVec), PARTS = (G + VECTOR - 1) / VECTOR;  // of a group
   const int8_t* values = x.values + row * x.depth;
   const float* scales = x.scales + row;
-  Vec sums[R][N] = {};
+  Vec sums[R][N];
+  clear(sums);
   for (int64_t g = 0; g < x.groups; ++g) {
-    IntVec weights[N];
-    for (int n = 0; n < N; ++n) weights[n] = load_bytes<G>(w + n * x.depth + g * G);
+    IntVec weights[N][PARTS];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n)
+#pragma GCC unroll 2
+      for (int i = 0; i < PARTS; ++i) weights[n][i] = load_bytes<G>(w + n * x.depth + g * G + i * VECTOR);
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const IntVec in = load_bytes<G>(values + r * x.depth + g * G);
+      IntVec in[PARTS];
+#pragma GCC unroll 2
+      for (int i = 0; i < PARTS; ++i) in[i] = load_bytes<G>(values + r * x.depth + g * G + i * VECTOR);
       const float scale = scales[g * x.rows + r];
-      for (int n = 0; n < N; ++n)
-        sums[r][n] += __builtin_convertvector(signed_byte_products(weights[n], in), Vec) * scale;
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        IntVec products = signed_byte_products(weights[n][0], in[0]);
+#pragma GCC unroll 2
+        for (int i = 1; i < PARTS; ++i) products += signed_byte_products(weights[n][i], in[i]);
+        sums[r][n] = multiply_add(__builtin_convertvector(products, Vec), scale, sums[r][n]);
+      }
     }
   }
   for (int r = 0; r < R; ++r) {
@@ -70,13 +75,9 @@ void dots(const Int8Inputs& x, int64_t row, const int8_t* w, float* y, int64_t s
 
 template <int N, int G>
 void dots_of_rows(const Int8Inputs& x, int64_t rows, const int8_t* w, float* y, int64_t stride) {
-  int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) dots<4, N, G>(x, row, w, y + row * stride, stride);
-  switch (rows - row) {
-    case 1: dots<1, N, G>(x, row, w, y + row * stride, stride); break;
-    case 2: dots<2, N, G>(x, row, w, y + row * stride, stride); break;
-    case 3: dots<3, N, G>(x, row, w, y + row * stride, stride); break;
-  }
+  constexpr int64_t MOST = LANES == 16 ? 4 : 2;  // that have their sums in registers
+  for (int64_t row = 0; row < rows; row += MOST)
+    in_rows<MOST>(std::min(MOST, rows - row), [&](auto R) { dots<R, N, G>(x, row, w, y + row * stride, stride); });
 }
 
 template <int N>
@@ -131,7 +132,8 @@ void int8_linear_tiles(const Int8Inputs& x, int64_t row, const IntVec* inputs, c
       [&](int64_t, const IntVec* products) __attribute__((always_inline)) {
         const Vec scales = load(x.scales + added_group * x.rows + row);
 #pragma GCC unroll 16
-        for (int n = 0; n < TILE_ROWS; ++n) sums[n] += __builtin_convertvector(products[n], Vec) * scales;
+        for (int n = 0; n < TILE_ROWS; ++n)
+          sums[n] = multiply_add(__builtin_convertvector(products[n], Vec), scales, sums[n]);
         if (++added_group < groups) return;
         const int64_t first = first_of(added_tile++);
         const Vec weight_scales = load(scale + first);
@@ -208,7 +210,7 @@ void int8_linear_of(const Tensor& x, const Tensor& weight, const Tensor& scale, 
 }
 
 Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, bool int8_inputs) {
-  TORCH_CHECK(x.size(-1) % LANES == 0, "int8_linear: rows of a multiple of 16 columns");
+  TORCH_CHECK(x.size(-1) % 16 == 0, "int8_linear: rows of a multiple of 16 columns");
   if (scale.scalar_type() != at::kFloat && scale.scalar_type() != at::kBFloat16)
     return int8_linear(x, weight, scale.to(at::kFloat), int8_inputs);
   const Tensor rows = x.contiguous();

@@ -8,20 +8,25 @@ namespace {
 
 template <int R, int N, typename T>
 void dots(const float* x, int64_t depth, const T* w, float* y, int64_t y_stride) {  // R rows of x times N rows of W
-  Vec sums[R][N] = {};
+  Vec sums[R][N];
+  clear(sums);
   int64_t k = 0;
   for (; k + LANES <= depth; k += LANES) {
     Vec v[N];
+#pragma GCC unroll 4
     for (int n = 0; n < N; ++n) v[n] = load(w + n * depth + k);
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       Vec value = load(x + r * depth + k);
-      for (int n = 0; n < N; ++n) sums[r][n] += value * v[n];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sums[r][n] = multiply_add(value, v[n], sums[r][n]);
     }
   }
   if (k < depth)
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < N; ++n)
-        sums[r][n] += load_some(x + r * depth + k, depth - k) * load_some(w + n * depth + k, depth - k);
+        sums[r][n] = multiply_add(load_some(x + r * depth + k, depth - k), load_some(w + n * depth + k, depth - k),
+            sums[r][n]);
   for (int r = 0; r < R; ++r) {
     if constexpr (N == 4) {
       Four four = sums_of(sums[r]);

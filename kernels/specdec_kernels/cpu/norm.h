@@ -8,6 +8,7 @@
 
 namespace {
 
+typedef float Vec16 __attribute__((vector_size(64)));
 typedef float Vec8 __attribute__((vector_size(32)));
 typedef float Vec4 __attribute__((vector_size(16)));
 
@@ -19,7 +20,7 @@ float sum_of_squares(const float* x, int64_t depth) {
   auto square = [&](int64_t index) {
     V v;
     std::memcpy(&v, x + index * L, sizeof(v));
-    return unfused(v * v);
+    return v * v;
   };
   const int64_t vectors = depth / L, size = vectors / PARTS;
   int64_t log2 = 0;
@@ -42,7 +43,7 @@ float sum_of_squares(const float* x, int64_t depth) {
   for (int64_t rest = size * PARTS; rest < vectors; ++rest) sums[0][0] += square(rest);
   for (int k = 1; k < PARTS; ++k) sums[0][0] += sums[0][k];
   float total = 0.0f;
-  for (int64_t k = vectors * L; k < depth; ++k) total += unfused(x[k] * x[k]);
+  for (int64_t k = vectors * L; k < depth; ++k) total += x[k] * x[k];
   for (int lane = 0; lane < L; ++lane) total += sums[0][0][lane];
   return total;
 }
@@ -72,7 +73,7 @@ inline bool is_mean_of_squares(SumOfSquares sum) {
 inline SumOfSquares sum_of_squares_like_pytorch() {  // null where no order is PyTorch's
   static const SumOfSquares found = [] {
     const at::NoGradGuard no_gradients;
-    for (SumOfSquares sum : {sum_of_squares<Vec>, sum_of_squares<Vec8>, sum_of_squares<Vec4>})
+    for (SumOfSquares sum : {sum_of_squares<Vec16>, sum_of_squares<Vec8>, sum_of_squares<Vec4>})
       if (is_mean_of_squares(sum)) return sum;
     return SumOfSquares{nullptr};
   }();

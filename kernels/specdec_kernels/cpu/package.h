@@ -78,6 +78,27 @@ struct Package : torch::CustomClassHolder {
     return {drafted, uniforms ? std::optional(at::cat(probs, 1)) : std::nullopt};
   }
 
+  // speculative.plain_steps: greedy steps of one id a row, num_steps or until all rows have finished. The tensors are
+  // those of Sequences. Of each step the rows' next ids [B], the host summary [B, 6] and the logits [B, 1, V].
+  std::vector<std::tuple<Tensor, Tensor, Tensor>> plain_steps(const Tensor& ids, const Tensor& lengths,
+      const Tensor& end, const Tensor& finished, const std::optional<Tensor>& stop_ids, int64_t num_steps,
+      int64_t vocab_size, const std::vector<Tensor>& buffers) {
+    const int64_t batch = ids.size(0);
+    const Tensor no_ids = empty({batch, 0}, at::kLong), zeros = empty({batch}, at::kLong);
+    std::fill_n(zeros.mutable_data_ptr<int64_t>(), batch, 0);
+    const bool* is_finished = finished.const_data_ptr<bool>();
+    std::vector<std::tuple<Tensor, Tensor, Tensor>> steps;
+    while (num_steps-- && !std::all_of(is_finished, is_finished + batch, [](bool row) { return row; })) {
+      const auto [draft, count, is_broken, window, positions] =
+          stage_window(ids, lengths, no_ids, zeros, zeros, vocab_size);
+      const Tensor logits = forward(window, positions, column(0), buffers);
+      const auto [accepted, next_ids, summary] =
+          commit_greedy(logits, ids, lengths, end, finished, stop_ids, zeros, draft, count, is_broken);
+      steps.emplace_back(next_ids, summary, logits);
+    }
+    return steps;
+  }
+
  private:
   static Tensor column(int64_t index) {
     Tensor columns = empty({1}, at::kLong);
@@ -95,5 +116,6 @@ TORCH_LIBRARY_FRAGMENT(specdec, m) {
       .def("metadata", &Package::metadata)
       .def("set_weights", &Package::set_weights)
       .def("forward", &Package::forward)
-      .def("draft", &Package::draft);
+      .def("draft", &Package::draft)
+      .def("plain_steps", &Package::plain_steps);
 }

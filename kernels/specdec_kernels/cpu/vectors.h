@@ -1,4 +1,4 @@
-// Vectors of 16 floats in GCC's and clang's vector extensions; the compiler splits them on CPUs with narrower ones.
+// Vectors in GCC's and clang's extensions, as wide as the CPU's: GCC keeps wider ones in memory, not in registers.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -15,7 +15,7 @@
 #include <vector>
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
-#elif defined(__ARM_FEATURE_DOTPROD)
+#elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 
@@ -27,15 +27,19 @@ using at::BFloat16;
 using at::Half;
 using at::Tensor;
 
-constexpr int64_t LANES = 16;
+#ifdef __AVX512F__
+constexpr int64_t LANES = 16;  // numbers of 32 bits in a vector
+#else
+constexpr int64_t LANES = 8;
+#endif
 constexpr int64_t TILE_ROWS = 16;  // of a matrix in AMX's registers: scratch arrays hold as many rows beyond M
 constexpr int64_t WORK = 1 << 16;  // multiplications of one task of a thread: one or two microseconds
 
-typedef float Vec __attribute__((vector_size(64)));
-typedef int32_t IntVec __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef int8_t Bytes __attribute__((vector_size(16)));
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 // The data of a tensor of T: const_data_ptr<T> and mutable_data_ptr<T>, inlined.
 template <typename T>
@@ -52,15 +56,41 @@ T* mutable_data(const Tensor& x) {
 
 inline Vec splat(float x) { return x - Vec{}; }
 
+// x * y + z in one rounding where the CPU can. Everywhere else products and sums are rounded apart (-ffp-contract=off),
+// since which ones a compiler fuses depends on the loop around them, and so on the number of rows.
+inline Vec multiply_add(Vec x, Vec y, Vec z) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z);
+#elif defined(__aarch64__)
+  float32x4_t a[LANES / 4], b[LANES / 4], c[LANES / 4];
+  std::memcpy(a, &x, sizeof(x));
+  std::memcpy(b, &y, sizeof(y));
+  std::memcpy(c, &z, sizeof(z));
+  for (int64_t i = 0; i < LANES / 4; ++i) c[i] = vfmaq_f32(c[i], a[i], b[i]);
+  std::memcpy(&z, c, sizeof(z));
+  return z;
+#else
+  return x * y + z;
+#endif
+}
+
+inline Vec multiply_add(Vec x, float y, Vec z) { return multiply_add(x, splat(y), z); }
+inline Vec multiply_add(Vec x, Vec y, float z) { return multiply_add(x, y, splat(z)); }
+inline Vec multiply_add(Vec x, float y, float z) { return multiply_add(x, splat(y), splat(z)); }
+
 inline Vec load(const float* at) {
   Vec v;
   std::memcpy(&v, at, sizeof(v));
   return v;
 }
 
-inline Words load_words(const void* at) {  // 16 numbers of 16 bits
-#ifdef __AVX512F__  // one instruction; GCC 12 makes five of the conversion below
+inline Words load_words(const void* at) {  // numbers of 16 bits
+#if defined(__AVX512F__)  // one instruction; GCC 12 makes several of the conversion below
   return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(at)));
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(at)));
 #else
   Halves h;
   std::memcpy(&h, at, sizeof(h));
@@ -84,6 +114,9 @@ inline Vec load(const Half* at) {  // finite values: the exponent biases of the 
 }
 
 inline Vec load(const int8_t* at) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at))));
+#endif
   Bytes bytes;
   std::memcpy(&bytes, at, sizeof(bytes));
   return __builtin_convertvector(bytes, Vec);
@@ -97,8 +130,11 @@ inline void store(BFloat16* at, Vec v) {  // rounds to nearest even; NaN stays N
   Words nearest = (w + 0x7fff + (w >> 16 & 1)) >> 16;
   IntVec is_nan = v != v;
   nearest = is_nan ? Words{} + 0x7fc0 : nearest;
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
   const Halves h = (Halves)_mm512_cvtepi32_epi16((__m512i)nearest);
+#elif defined(__AVX2__)
+  const __m256i words = (__m256i)nearest;
+  const Halves h = (Halves)_mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 #else
   const Halves h = __builtin_convertvector(nearest, Halves);
 #endif
@@ -145,33 +181,59 @@ void in_vectors(int64_t depth, F f) {
     f(k, [=](const auto* at) { return load_some(at, rest); }, [=](auto* at, Vec v) { store_some(at, v, rest); });
 }
 
-// A product to which something is added, as PyTorch's operators compute it: not fused into one rounding.
-template <typename V>
-V unfused(V product) {
-  asm("" : "+m"(product));
-  return product;
-}
-
 // Memory of this thread for `count` values of any content, until its next call for the same T and USE; aligned, so that
 // a vector is in one line of the caches.
 template <typename T, int USE = 0>
 T* scratch(int64_t count) {
   static thread_local std::vector<T> memory;
-  const size_t size = count * sizeof(T), space = size + sizeof(Vec);
+  constexpr size_t LINE = 64;
+  const size_t size = count * sizeof(T), space = size + LINE;
   if (memory.size() * sizeof(T) < space) memory.resize(space / sizeof(T));
   void* at = memory.data();
   size_t left = space;
-  return static_cast<T*>(std::align(sizeof(Vec), size, at, left));
+  return static_cast<T*>(std::align(LINE, size, at, left));
+}
+
+// Calls f(R) with the number of rows, 1 … MOST, at compile time.
+template <int64_t MOST, typename F>
+void in_rows(int64_t rows, F f) {
+  if constexpr (MOST > 1)
+    if (rows < MOST) return in_rows<MOST - 1>(rows, f);
+  f(std::integral_constant<int, MOST>());
+}
+
+// Zeros, in registers: GCC 12 writes an array = {} to memory, in an instruction of fifty cycles.
+template <typename V, size_t R, size_t N>
+[[gnu::always_inline]] inline void clear(V (&sums)[R][N]) {
+#pragma GCC unroll 16
+  for (size_t r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (size_t n = 0; n < N; ++n) sums[r][n] = V{};
 }
 
 inline IntVec splat(int32_t x) { return x - IntVec{}; }
 
+inline IntVec splat_word(const int8_t* at) {  // four bytes
+#if defined(__AVX2__) && !defined(__AVX512F__)  // in one instruction: GCC 12 reads two words together and takes them apart
+  return (IntVec)_mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(at)));
+#else
+  int32_t word;
+  std::memcpy(&word, at, sizeof(word));
+  return splat(word);
+#endif
+}
+
 // f of all lanes: of halves with halves, in a fixed order; the result is in the first two lanes, to be combined by f.
 template <typename V, typename F>
 V halved(V v, F f) {
-  v = f(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-  v = f(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3));
-  return f(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1));
+  if constexpr (sizeof(V) == 64) {
+    v = f(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    v = f(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3));
+    return f(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1));
+  } else {
+    v = f(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+    return f(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1));
+  }
 }
 
 inline float sum(Vec v) {
@@ -190,9 +252,9 @@ auto maximum(V v) {
   return std::max(v[0], v[1]);
 }
 
-// columns[i][j] = word i of rows[j]: sixteen rows of sixteen words
+// columns[i][j] = word i of rows[j]: as many rows and words as a vector has lanes
 inline void transpose(const void* const* rows, IntVec* columns) {
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
   for (int64_t i = 0; i < LANES; i += 4) {  // four words of the rows j, j + 4, j + 8, j + 12 in a vector
     auto words = [&](int64_t row) { return _mm_loadu_si128(static_cast<const __m128i*>(rows[row]) + i / 4); };
     __m512i four[4];
@@ -207,6 +269,22 @@ inline void transpose(const void* const* rows, IntVec* columns) {
     columns[i + 2] = (IntVec)_mm512_unpacklo_epi64(high[0], high[1]);
     columns[i + 3] = (IntVec)_mm512_unpackhi_epi64(high[0], high[1]);
   }
+#elif defined(__AVX2__)
+  __m256i row[8], pairs[8], fours[8];
+  for (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_si256(static_cast<const __m256i*>(rows[i]));
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_epi32(row[i], row[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_epi32(row[i], row[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = _mm256_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
+      fours[i + 2 * j + 1] = _mm256_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
+    }
+  for (int i = 0; i < 4; ++i) {
+    columns[i] = (IntVec)_mm256_permute2x128_si256(fours[i], fours[i + 4], 0x20);
+    columns[i + 4] = (IntVec)_mm256_permute2x128_si256(fours[i], fours[i + 4], 0x31);
+  }
 #else
   for (int64_t i = 0; i < LANES; ++i)
     for (int64_t j = 0; j < LANES; ++j) {
@@ -217,16 +295,11 @@ inline void transpose(const void* const* rows, IntVec* columns) {
 #endif
 }
 
-inline IntVec rounded(Vec x) {  // to nearest even; without an addition that a compiler could fuse with a product x
+inline IntVec rounded(Vec x) {  // to nearest even
 #if defined(__AVX512F__)
   return (IntVec)_mm512_cvtps_epi32((__m512)x);
 #elif defined(__AVX2__)
-  __m256 from[2];
-  std::memcpy(from, &x, sizeof(x));
-  const __m256i to[2] = {_mm256_cvtps_epi32(from[0]), _mm256_cvtps_epi32(from[1])};
-  IntVec y;
-  std::memcpy(&y, to, sizeof(y));
-  return y;
+  return (IntVec)_mm256_cvtps_epi32((__m256)x);
 #else
   IntVec y;
   for (int64_t i = 0; i < LANES; ++i) y[i] = static_cast<int32_t>(std::lrint(x[i]));
@@ -236,17 +309,29 @@ inline IntVec rounded(Vec x) {  // to nearest even; without an addition that a c
 
 typedef float Four __attribute__((vector_size(16)));
 
-inline Four sums_of(const Vec* v) {  // the sums of four vectors, each in the order of sum()
-  auto halves = [](Vec a, Vec b) {
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-           __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  };
-  Vec a = halves(v[0], v[1]), b = halves(v[2], v[3]);
-  Vec w = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+template <typename V>
+Four sums_of(const V* v) {  // the sums of four vectors, each in the order of sum()
+  if constexpr (sizeof(V) == 64) {
+    auto halves = [](V a, V b) {
+      return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+             __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    };
+    V a = halves(v[0], v[1]), b = halves(v[2], v[3]);
+    V w = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
           __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-  w += __builtin_shufflevector(w, w, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-  w += __builtin_shufflevector(w, w, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-  return __builtin_shufflevector(w, w, 0, 4, 8, 12);
+    w += __builtin_shufflevector(w, w, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    w += __builtin_shufflevector(w, w, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    return __builtin_shufflevector(w, w, 0, 4, 8, 12);
+  } else {
+    auto halves = [](V a, V b) {
+      return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
+             __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+    };
+    const V a = halves(v[0], v[1]), b = halves(v[2], v[3]);
+    const V w = __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13) +
+                __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15);
+    return __builtin_shufflevector(w, w, 0, 2, 4, 6) + __builtin_shufflevector(w, w, 1, 3, 5, 7);
+  }
 }
 
 inline Vec power_of_two(IntVec n) {  // -126 <= n <= 127
@@ -262,19 +347,19 @@ struct Exponential {  // p * 2^n
 };
 
 inline Exponential exponential_of(Vec x) {  // -89 <= x <= 89; error up to 2 units in the last place
-  Vec n = x * 1.44269504f + 12582912.0f;  // adding and subtracting 1.5 * 2^23 rounds to an integer
+  Vec n = multiply_add(x, 1.44269504f, 12582912.0f);  // adding and subtracting 1.5 * 2^23 rounds to an integer
   IntVec bits;
   std::memcpy(&bits, &n, sizeof(n));
   n -= 12582912.0f;
-  Vec r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
+  Vec r = multiply_add(n, -0.693359375f, x);
+  r = multiply_add(n, 2.12194440e-4f, r);
   Vec p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  return {p * (r * r) + r + 1.0f, (bits & 0xffff) << 16 >> 16};
+  p = multiply_add(p, r, 1.3981999507e-3f);
+  p = multiply_add(p, r, 8.3334519073e-3f);
+  p = multiply_add(p, r, 4.1665795894e-2f);
+  p = multiply_add(p, r, 1.6666665459e-1f);
+  p = multiply_add(p, r, 5.0000001201e-1f);
+  return {multiply_add(p, r * r, r) + 1.0f, (bits & 0xffff) << 16 >> 16};
 }
 
 inline Vec exponential(Vec x) {  // x <= 0; 0 below -87

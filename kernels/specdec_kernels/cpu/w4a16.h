@@ -37,7 +37,7 @@ constexpr float BIAS = 0;
 
 inline Codes codes(IntVec words, int64_t step) { return __builtin_convertvector(words >> 4 * step & 15, Vec); }
 
-inline Vec add_products(Vec sums, Input x, Codes c) { return sums + x * c; }
+inline Vec add_products(Vec sums, Input x, Codes c) { return multiply_add(c, x, sums); }
 
 inline Vec prepare(Vec x, Input* to) {
   store(to, x);
@@ -79,7 +79,8 @@ void multiply(const RoundedInputs& x, int64_t row, const Block<S>& block, int64_
   const Input* in = &x.values[row * x.depth + g * depth * STEPS];
   const float* totals = &x.totals[row * x.groups + g];
   for (int64_t n = 0; n < COLUMNS; n += V * LANES) {
-    Vec sums[R][V] = {};
+    Vec sums[R][V];
+    clear(sums);
     for (int64_t k = 0; k < depth; ++k) {
       IntVec words[V];
       std::memcpy(words, block.words + (g * depth + k) * COLUMNS + n, sizeof(words));
@@ -94,7 +95,7 @@ void multiply(const RoundedInputs& x, int64_t row, const Block<S>& block, int64_
       const Vec scale = block.scale_of(g, at), zero = block.zero_of(g, at) + BIAS;
       for (int r = 0; r < R; ++r) {
         float* sum = y + r * COLUMNS + at;
-        store(sum, load(sum) + scale * (sums[r][i] - zero * totals[r * x.groups]));
+        store(sum, multiply_add(scale, multiply_add(zero, -totals[r * x.groups], sums[r][i]), load(sum)));
       }
     }
   }
@@ -103,22 +104,13 @@ void multiply(const RoundedInputs& x, int64_t row, const Block<S>& block, int64_
 // y [rows, 64] = x times a block
 template <typename S>
 void multiply_block(const RoundedInputs& x, int64_t rows, const Block<S>& block, float* y) {
-  constexpr int64_t ROWS = 8;  // that share one read of the weights
   std::fill(y, y + rows * COLUMNS, 0.0f);
   for (int64_t g = 0; g < x.groups; ++g)
-    for (int64_t row = 0; row < rows; row += ROWS) {
-      float* at = y + row * COLUMNS;
-      switch (std::min(ROWS, rows - row)) {
-        case 1: multiply<1, 4>(x, row, block, g, at); break;
-        case 2: multiply<2, 4>(x, row, block, g, at); break;
-        case 3: multiply<3, 4>(x, row, block, g, at); break;
-        case 4: multiply<4, 4>(x, row, block, g, at); break;
-        case 5: multiply<5, 2>(x, row, block, g, at); break;
-        case 6: multiply<6, 2>(x, row, block, g, at); break;
-        case 7: multiply<7, 2>(x, row, block, g, at); break;
-        default: multiply<8, 2>(x, row, block, g, at);
-      }
-    }
+    for (int64_t row = 0; row < rows; row += ROWS)
+      in_rows<ROWS>(std::min(ROWS, rows - row), [&](auto R) {
+        constexpr int SUMS = LANES == 16 ? 16 : 8, V = R > SUMS / 2 ? 1 : R > SUMS / 4 ? 2 : 4;  // of the registers
+        multiply<R, V>(x, row, block, g, y + row * COLUMNS);
+      });
 }
 
 }  // namespace

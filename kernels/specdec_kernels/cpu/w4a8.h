@@ -10,6 +10,38 @@ namespace {
 
 constexpr int64_t PREFETCHED = 16 * COLUMNS;  // words ahead, 4 KB: the processor's own prefetch is too near
 
+constexpr int WORDS = SUMS_PAIRS ? MOST_CODES / 2 : 1;  // of a column whose products are summed together
+
+// sums += the products of COUNT words of V vectors of columns and R rows of values, `stride` apart.
+template <int COUNT, int R, int V>
+[[gnu::always_inline]] inline void add_words(const int32_t* words, const int8_t* values, int64_t stride,
+    IntVec (&sums)[R][V]) {
+  IntVec products[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) products[r][i] = SUMS_PAIRS ? IntVec{} : sums[r][i];
+#pragma GCC unroll 4
+  for (int k = 0; k < COUNT; ++k)
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) {
+      IntVec word;
+      std::memcpy(&word, words + k * COLUMNS + i * LANES, sizeof(word));
+      if (V == 1 || i * LANES % 16 == 0) __builtin_prefetch(words + k * COLUMNS + i * LANES + PREFETCHED);
+      const IntVec even = word & 0x0f0f0f0f, odd = word >> 4 & 0x0f0f0f0f;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const int8_t* at = values + r * stride + k * WORD;
+        products[r][i] = add_code_products(products[r][i], even, splat_word(at));
+        products[r][i] = add_code_products(products[r][i], odd, splat_word(at + WORD / 2));
+      }
+    }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) sums[r][i] = SUMS_PAIRS ? add_pairs(sums[r][i], products[r][i]) : products[r][i];
+}
+
 // y [R, 64] = R rows of x times a block; V vectors of columns at a time, as many as the registers hold.
 template <int R, int V, typename S>
 void multiply(const Int8Inputs& x, int64_t row, const Block<S>& block, float* y) {
@@ -17,35 +49,27 @@ void multiply(const Int8Inputs& x, int64_t row, const Block<S>& block, float* y)
   const int8_t* values = x.values + row * x.depth;
   const float* scales = x.scales + row;
   const int32_t* totals = x.sums + row;
-  Vec y_sums[R][VECTORS] = {};
+  Vec y_sums[R][VECTORS];
+  clear(y_sums);
   for (int64_t g = 0; g < x.groups; ++g)
 #pragma GCC unroll 4
     for (int n = 0; n < VECTORS; n += V) {
       IntVec sums[R][V];
       for (int r = 0; r < R; ++r)
         for (int i = 0; i < V; ++i) sums[r][i] = splat(block.offset ? 0 : -SYMMETRIC_ZERO * totals[g * x.rows + r]);
-      for (int64_t k = g * depth; k < (g + 1) * depth; ++k) {
-        for (int i = 0; i < V; ++i) {
-          IntVec word;
-          std::memcpy(&word, block.words + k * COLUMNS + (n + i) * LANES, sizeof(word));
-          __builtin_prefetch(block.words + k * COLUMNS + (n + i) * LANES + PREFETCHED);
-          const IntVec even = word & 0x0f0f0f0f, odd = word >> 4 & 0x0f0f0f0f;
-          for (int r = 0; r < R; ++r) {
-            int32_t bytes[2];
-            std::memcpy(bytes, values + r * x.depth + k * WORD, sizeof(bytes));
-            sums[r][i] = add_byte_products(sums[r][i], even, splat(bytes[0]));
-            sums[r][i] = add_byte_products(sums[r][i], odd, splat(bytes[1]));
-          }
-        }
-      }
+      const int32_t* words = block.words + g * depth * COLUMNS + n * LANES;
+      const int8_t* from = values + g * x.group;
+      int64_t k = 0;
+      for (; k + WORDS <= depth; k += WORDS) add_words<WORDS>(words + k * COLUMNS, from + k * WORD, x.depth, sums);
+      for (; k < depth; ++k) add_words<1>(words + k * COLUMNS, from + k * WORD, x.depth, sums);
       for (int i = 0; i < V; ++i) {
         const int64_t at = (n + i) * LANES;
         const Vec scale = block.scale_of(g / parts, at);
         for (int r = 0; r < R; ++r) {
           Vec value = __builtin_convertvector(sums[r][i], Vec);
           if (block.offset)  // whole numbers below 2^24
-            value -= block.zero_of(g / parts, at) * static_cast<float>(totals[g * x.rows + r]);
-          y_sums[r][n + i] += value * (scale * scales[g * x.rows + r]);
+            value = multiply_add(block.zero_of(g / parts, at), -static_cast<float>(totals[g * x.rows + r]), value);
+          y_sums[r][n + i] = multiply_add(value, scale * scales[g * x.rows + r], y_sums[r][n + i]);
         }
       }
     }
@@ -104,8 +128,8 @@ void multiply_tiles(const Int8Inputs& x, int64_t row, const Block<S>& block, int
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
           Vec value = __builtin_convertvector(products[r], Vec);
-          if (OFFSET) value -= group_zero * static_cast<float>(totals[r]);
-          y_sums[r] += value * (scale * scales[r]);
+          if (OFFSET) value = multiply_add(group_zero, -static_cast<float>(totals[r]), value);
+          y_sums[r] = multiply_add(value, scale * scales[r], y_sums[r]);
         }
       });
 #pragma GCC unroll 16
@@ -145,18 +169,11 @@ void multiply_block(const Int8Inputs& x, int64_t rows, const Block<S>& block, fl
 #ifdef SPECDEC_TILES
   if (rows >= FEWEST_TILE_ROWS && x.group == 64 && may_use_tiles()) return multiply_tiles(x, rows, block, y);
 #endif
-  int64_t row = 0;
-  for (; rows - row >= 8; row += 8) multiply<8, 2>(x, row, block, y + row * COLUMNS);
-  y += row * COLUMNS;
-  switch (rows - row) {
-    case 1: multiply<1, 4>(x, row, block, y); break;
-    case 2: multiply<2, 4>(x, row, block, y); break;
-    case 3: multiply<3, 4>(x, row, block, y); break;
-    case 4: multiply<4, 4>(x, row, block, y); break;
-    case 5: multiply<5, 4>(x, row, block, y); break;
-    case 6: multiply<6, 4>(x, row, block, y); break;
-    case 7: multiply<7, 4>(x, row, block, y); break;
-  }
+  for (int64_t row = 0; row < rows; row += ROWS)
+    in_rows<ROWS>(std::min(ROWS, rows - row), [&](auto R) {
+      constexpr int V = LANES == 16 ? (R < 8 ? 4 : 2) : R == 1 ? 4 : R == 2 ? 2 : 1;  // whose sums the registers hold
+      multiply<R, V>(x, row, block, y + row * COLUMNS);
+    });
 }
 
 }  // namespace

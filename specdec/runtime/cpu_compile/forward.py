@@ -17,7 +17,7 @@ from specdec.quant.batch_invariant import MAX_WINDOW
 from specdec.quant.cpu import CpuKernel
 from specdec.quant.linear import Int4Linear
 from specdec.runtime.cpu_compile.eligibility import why_not_kernel_attention
-from specdec.runtime.executors import DraftInputs
+from specdec.runtime.executors import DraftInputs, PlainInputs
 from specdec.runtime.identity.snapshot import Identity
 from specdec.runtime.kv_cache.ragged import RaggedCache
 from specdec.runtime.pair import PairMember
@@ -100,6 +100,16 @@ class CompiledForward:
         cache.window.reserve(slots)
         ids, probs = self.package.draft(*inputs, self._buffers(cache, len(inputs.text)))
         return ids, probs
+
+    def run_plain_steps(
+        self, inputs: PlainInputs, slots: int, cache: RaggedCache
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Run and commit greedy steps as one call, see `OptimizedForward.run_plain_steps`."""
+        cache.window.reserve(slots)
+        steps: list[tuple[Tensor, Tensor, Tensor]] = self.package.plain_steps(
+            *inputs, self._buffers(cache, len(inputs.ids))
+        )
+        return steps
 
     def _buffers(self, cache: RaggedCache, batch_size: int) -> list[Tensor]:
         if not cache.layers:
