@@ -43,11 +43,14 @@ class Target(Protocol):
     def forward(self, ids: Tensor, positions: Tensor) -> TargetOutput:
         """Run ids [B, W] int64 at positions [B, W] int64 over the KV cache: -> logits [B, W, V] float32, features."""
 
-    def run_plain_steps(self, sequences: Sequences, num_steps: int) -> Iterable[tuple[Tensor, Tensor, Tensor]] | None:
-        """Run and commit greedy steps without drafts: num_steps, or until all rows have finished.
+    @property
+    def has_plain_steps(self) -> bool:
+        """Whether run_plain_steps can be called in the current call."""
 
-        -> of each step the rows' next ids [B], its host summary and its logits [B, 1, V]. None where this target has no
-        faster way than step by step; nothing has been run then.
+    def run_plain_steps(self, sequences: Sequences, num_steps: int) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+        """Run and commit greedy steps without drafts or processors: num_steps, or until all rows have finished.
+
+        -> of each step the rows' next ids [B] int64, its host_summary (see `StepResult`), its logits [B, 1, V].
         """
 
 
@@ -78,10 +81,6 @@ class DraftLengthPolicy(Protocol):
 
     def next(self) -> int:
         """K of the step that begins."""
-
-    @property
-    def num_plain_steps(self) -> int:
-        """How many steps with K = 0 may run, the one that next() began included, before one of them is observed."""
 
     def observe(self, steps: Sequence[RowStep | None]) -> None:
         """Receive what the oldest unobserved step did to each row; None for a row that had finished before it."""

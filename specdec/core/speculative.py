@@ -49,8 +49,8 @@ def speculate(
 
     run: runs a part of a step, eagerly or as a recorded graph. max_in_flight: steps that may be running when the host
     reads the result of an earlier one; a step that begins after all rows have finished commits nothing, unyielded.
-    max_plain_steps: how many greedy steps without drafts may run in one call of the target, where the policy plans
-    nothing else.
+    max_plain_steps: how many steps may run in one call of the target; more than 1 only in greedy calls without drafts,
+    processors and a stop function.
     """
     target.begin(sequences.batch_size, sequences.length_limit)
     drafter.begin(sequences, sampling)
@@ -61,9 +61,11 @@ def speculate(
         k = policy.next()
         if k and not max_in_flight:
             k = min(k, sequences.remaining_tokens)
-        num_steps = min(max_plain_steps, policy.num_plain_steps, sequences.remaining_tokens + 1)
-        results = plain_steps(target, drafter, sequences, num_steps) if num_steps > 1 else []
-        in_flight.append(results or [step(target, drafter, sequences, sampling, k, run, mark, lockstep)])
+        num_steps = min(max_plain_steps, sequences.remaining_tokens + 1)
+        if num_steps > 1 and target.has_plain_steps:
+            in_flight.append(plain_steps(target, drafter, sequences, num_steps))
+        else:
+            in_flight.append([step(target, drafter, sequences, sampling, k, run, mark, lockstep)])
         if max_in_flight:
             in_flight[-1][0].send()
         if len(in_flight) > max_in_flight:
@@ -114,12 +116,13 @@ def step(
 
 
 def plain_steps(target: Target, drafter: Drafter, sequences: Sequences, num_steps: int) -> list[StepResult]:
-    """`step` without a draft several times, in one call of the target; no result where it has no such call."""
+    """`step` without a draft, num_steps times or until all rows have finished, in one call of the target."""
     no_draft = sequences.no_draft
-    steps = target.run_plain_steps(sequences, num_steps)
+    sequences.begin_step(0, num_steps)
+    target.reserve(sequences.longest)
     results = [
         StepResult(type(drafter).__name__, no_draft, Verdict(no_draft.lengths, next_ids), logits, logits, host_summary)
-        for next_ids, host_summary, logits in steps or ()
+        for next_ids, host_summary, logits in target.run_plain_steps(sequences, num_steps)
     ]
     for result in results:
         drafter.observe(result)

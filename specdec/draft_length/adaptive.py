@@ -103,10 +103,6 @@ class AdaptiveK:
         self.in_flight.append(_PlannedStep(k, expected_tokens, expected_length, is_probe, perf_counter()))
         return k
 
-    @property
-    def num_plain_steps(self) -> int:
-        return 1
-
     def observe(self, steps: Sequence[RowStep | None]) -> None:
         """Update the estimates from the oldest step in flight; None for a row that had finished before it."""
         planned, now = self.in_flight.popleft(), perf_counter()

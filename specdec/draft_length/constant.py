@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,10 +16,6 @@ class ConstantK:
 
     def next(self) -> int:
         return self.max_draft_tokens
-
-    @property
-    def num_plain_steps(self) -> int:
-        return 1 if self.max_draft_tokens else sys.maxsize
 
     def observe(self, steps: Sequence[RowStep | None]) -> None:
         pass

@@ -21,10 +21,6 @@ class SynchronizedPolicy:
     def next(self) -> int:
         return self.ranks.broadcast(self.policy.next() if self.policy else 0)
 
-    @property
-    def num_plain_steps(self) -> int:
-        return 1
-
     def observe(self, steps: Sequence[RowStep | None]) -> None:
         if self.policy:
             self.policy.observe(steps)

@@ -78,8 +78,6 @@ def _build_loop(state: State, target: ModelRunner, drafter: Drafter, request: Re
     if graphs is not None:
         sequences.pin_buffers(graphs.static_buffer)
         run = graphs.run
-    max_in_flight, max_plain_steps = 0, 1
-    # a spare runner's eager call has the same number in flight, so a seed gives the same text on either
     reads_each_step = (
         lockstep is not None
         or sequences.stop is not None
@@ -89,13 +87,13 @@ def _build_loop(state: State, target: ModelRunner, drafter: Drafter, request: Re
         or request.config.output_scores
         or request.config.output_logits
     )
-    if not reads_each_step and (graphs is not None or state.records_steps):
-        max_in_flight = 1
-    elif not reads_each_step and not sampling.processors and not sampling.do_sample:
-        max_plain_steps = MAX_PLAIN_STEPS
-    return _Loop(
-        target, drafter, sequences, sampling, policy, lockstep, run, max_in_flight, max_plain_steps, timer
-    )
+    max_in_flight, max_plain_steps = 0, 1
+    if graphs is not None or state.records_steps:
+        # a spare runner's eager call has the same number in flight, so a seed gives the same text on either
+        max_in_flight = 0 if reads_each_step else 1
+    elif isinstance(policy, ConstantK) and not policy.max_draft_tokens and not sampling.do_sample:
+        max_plain_steps = 1 if reads_each_step or sampling.processors else MAX_PLAIN_STEPS
+    return _Loop(target, drafter, sequences, sampling, policy, lockstep, run, max_in_flight, max_plain_steps, timer)
 
 
 def _run_loop(loop: _Loop, scores: ScoreCollector, streamer: Any) -> Stats:

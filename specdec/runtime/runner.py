@@ -150,12 +150,15 @@ class ModelRunner:
         """Run ids [B, W] at positions [B, W]: -> logits [B, W, V] float32, or [B, 1, V] of the last column."""
         return TargetOutput(self._executor.forward(ids, positions, last_only))
 
-    def run_plain_steps(self, sequences: Sequences, num_steps: int) -> list[tuple[Tensor, Tensor, Tensor]] | None:
-        """Run and commit greedy steps without drafts, see `Target.run_plain_steps`: by a compiled forward, else None."""
+    @property
+    def has_plain_steps(self) -> bool:
+        """Whether a compiled forward can run several steps in one call."""
+        return self.compiled is not None
+
+    def run_plain_steps(self, sequences: Sequences, num_steps: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Run and commit greedy steps without drafts or processors, see `Target.run_plain_steps`."""
         compiled = self.compiled
-        if compiled is None:
-            return None
-        sequences.begin_step(0, num_steps)
+        assert compiled is not None
         inputs = PlainInputs(
             sequences.ids, sequences.lengths, sequences.end, sequences.finished, sequences.stop_ids, num_steps,
             self.vocab_size,

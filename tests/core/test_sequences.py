@@ -135,6 +135,15 @@ def test_commit_does_what_a_plain_loop_does_row_by_row(data: st.DataObject) -> N
         assert checked == ([text for row in rows for text in row.checked] if modulus else [])
 
 
+def test_steps_that_begin_together_have_columns_and_bounds_for_all() -> None:
+    sequences = Sequences(*make_prompt([[1, 2], [3, 4, 5]]), max_length=20)
+    sequences.begin_step(0, 16)
+    assert sequences.ids.shape[1] >= 20
+    assert sequences.longest == 19
+    sequences.begin_step(0)
+    assert sequences.longest == 20
+
+
 @pytest.mark.parametrize(("accepted", "emitted"), [(0, 1), (1, 2), (2, 2), (3, 2)])
 def test_a_stop_id_inside_the_accepted_block_ends_the_row_there(accepted: int, emitted: int) -> None:
     sequences = Sequences(*make_prompt([[1, 2]]), max_length=20, num_draft_tokens=K, stop_ids=torch.tensor([0, 5]))

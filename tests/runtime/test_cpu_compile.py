@@ -29,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 import specdec
+from specdec.generation.call import MAX_PLAIN_STEPS
 from specdec.runtime.attention.override import attention_override
 from specdec.runtime.cpu_compile import forward as compiled_forward
 from specdec.runtime.cpu_compile import packages, tracing
@@ -159,6 +160,83 @@ def test_a_draft_in_one_call_is_that_of_the_loop(
     assert results() == found
     assert len(lengths) == num_calls
     monkeypatch.undo()
+    specdec.disable(model)
+
+
+@pytest.mark.parametrize("has_eos", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_plain_steps_in_one_call_are_those_of_the_loop(
+    batch_size: int, has_eos: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pair("llama")[0]
+    call = prompts(batch_size) | {"max_new_tokens": 40, "do_sample": False}
+    stop_id = continuation("llama", batch_size)[-1][6] if has_eos else None
+    want = model.generate(**call, eos_token_id=stop_id).tolist()
+    specdec.enable(model, "none", compile=True)
+    counts = counted_plain_steps(monkeypatch)
+    assert model.generate(**call, eos_token_id=stop_id).tolist() == want
+    in_calls = specdec.last_stats(model)
+    assert sum(counts) == in_calls.num_target_forwards
+    assert counts[0] == min(MAX_PLAIN_STEPS, in_calls.num_target_forwards) > 1
+    assert all(counts)
+    num_calls = len(counts)
+    monkeypatch.setattr(ModelRunner, "has_plain_steps", False)
+    assert model.generate(**call, eos_token_id=stop_id).tolist() == want
+    assert len(counts) == num_calls
+    assert specdec.last_stats(model) == in_calls
+    specdec.disable(model)
+
+
+def counted_plain_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of steps of each call of CompiledForward.run_plain_steps from now on."""
+    counts: list[int] = []
+    run = CompiledForward.run_plain_steps
+
+    def counted(*args: Any) -> Any:
+        steps = run(*args)
+        counts.append(len(steps))
+        return steps
+
+    monkeypatch.setattr(CompiledForward, "run_plain_steps", counted)
+    return counts
+
+
+class Streamer:
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+
+    def put(self, ids: Tensor) -> None:
+        self.ids += ids.flatten().tolist()
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "top_k": 0},
+        {"repetition_penalty": 1.2},
+        {"suppress_tokens": [3]},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"streamer": Streamer()},
+        {"stopping_criteria": [lambda ids, scores: torch.full((len(ids),), ids.shape[1] >= 30)]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_steps_that_the_host_takes_part_in_run_one_at_a_time(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pair("llama")[0]
+    specdec.enable(model, "none", compile=True)
+    counts = counted_plain_steps(monkeypatch)
+    model.generate(**prompts(1), max_new_tokens=20, **({"do_sample": False} | options))
+    assert specdec.last_stats(model).num_target_forwards > 10
+    assert counts == []
+    specdec.enable(model, "none", compile=True, timing=True)
+    model.generate(**prompts(1), max_new_tokens=20, do_sample=False)
+    assert len(specdec.last_stats(model).timing.steps) == 20
+    assert counts == []
     specdec.disable(model)
 
 

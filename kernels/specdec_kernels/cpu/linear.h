@@ -39,11 +39,10 @@ void dots(const float* x, int64_t depth, const T* w, float* y, int64_t y_stride)
 
 template <int N, typename T>
 void dots_of_rows(const float* x, int64_t rows, int64_t depth, const T* w, float* y, int64_t y_stride) {
-  int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) dots<4, N>(x + row * depth, depth, w, y + row * y_stride, y_stride);
-  if (rows - row == 3) dots<3, N>(x + row * depth, depth, w, y + row * y_stride, y_stride);
-  if (rows - row == 2) dots<2, N>(x + row * depth, depth, w, y + row * y_stride, y_stride);
-  if (rows - row == 1) dots<1, N>(x + row * depth, depth, w, y + row * y_stride, y_stride);
+  constexpr int64_t MOST = LANES == 16 ? 4 : 2;  // that have their sums in registers
+  for (int64_t row = 0; row < rows; row += MOST)
+    in_rows<MOST>(std::min(MOST, rows - row),
+        [&](auto R) { dots<R, N>(x + row * depth, depth, w, y + row * y_stride, y_stride); });
 }
 
 // y [M, N] in T = x [M, K] times W [N, K] in U; a row of W may have a scale, or a bias that is added to the rounded
