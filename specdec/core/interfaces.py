@@ -82,8 +82,14 @@ class DraftLengthPolicy(Protocol):
     def next(self) -> int:
         """K of the step that begins."""
 
-    def observe(self, steps: Sequence[RowStep | None]) -> None:
-        """Receive what the oldest unobserved step did to each row; None for a row that had finished before it."""
+    def extend_plain(self, limit: int) -> int:
+        """After next() returned 0: how many steps with K = 0 run together, 1 … limit, the one that begins included."""
+
+    def observe(self, steps: Sequence[RowStep | None], num_together: int = 1) -> None:
+        """Receive what the oldest unobserved step did to each row; None for a row that had finished before it.
+
+        num_together: of steps that ran together, how many they were; each is observed.
+        """
 
     def end(self) -> Choice | None:
         """End the call: -> how K was chosen, for the statistics; None where it was constant."""

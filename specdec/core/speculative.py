@@ -49,8 +49,8 @@ def speculate(
 
     run: runs a part of a step, eagerly or as a recorded graph. max_in_flight: steps that may be running when the host
     reads the result of an earlier one; a step that begins after all rows have finished commits nothing, unyielded.
-    max_plain_steps: how many steps may run in one call of the target; more than 1 only in greedy calls without drafts,
-    processors and a stop function.
+    max_plain_steps: how many steps with K = 0 may run in one call of the target; more than 1 only in greedy calls that
+    have neither processors nor a stop function.
     """
     target.begin(sequences.batch_size, sequences.length_limit)
     drafter.begin(sequences, sampling)
@@ -61,8 +61,10 @@ def speculate(
         k = policy.next()
         if k and not max_in_flight:
             k = min(k, sequences.remaining_tokens)
-        num_steps = min(max_plain_steps, sequences.remaining_tokens + 1)
-        if num_steps > 1 and target.has_plain_steps:
+        num_steps = 1
+        if k == 0 and max_plain_steps > 1 and target.has_plain_steps:
+            num_steps = policy.extend_plain(min(max_plain_steps, sequences.remaining_tokens + 1))
+        if num_steps > 1:
             in_flight.append(plain_steps(target, drafter, sequences, num_steps))
         else:
             in_flight.append([step(target, drafter, sequences, sampling, k, run, mark, lockstep)])
@@ -72,7 +74,7 @@ def speculate(
             results = in_flight.popleft()
             sequences.retire(*results)
             for result in results:
-                policy.observe(result.steps)
+                policy.observe(result.steps, len(results))
                 yield result
 
 

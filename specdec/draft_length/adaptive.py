@@ -73,6 +73,7 @@ class AdaptiveK:
         self.ids_to_share = settings.ADAPTIVE_K.shared_ids_per_row * len(self.limits)  # of the call, for the cost model
         self.in_flight: deque[_PlannedStep] = deque()
         self.last_observed_at = 0.0  # perf_counter() when the latest step was observed
+        self.observed, self.num_unobserved = _IDLE_STEP, 0  # of steps that ran together: the plan, how many are left
         self.is_drafting = False  # as last computed
         self.is_idle = False
         self.idle_steps, self.idle_s = 0, 0.0  # plain steps that the cost model has not received yet
@@ -103,11 +104,22 @@ class AdaptiveK:
         self.in_flight.append(_PlannedStep(k, expected_tokens, expected_length, is_probe, perf_counter()))
         return k
 
-    def observe(self, steps: Sequence[RowStep | None]) -> None:
+    def extend_plain(self, limit: int) -> int:
+        """While the policy is idle, all steps up to the next probe run together."""
+        if self.in_flight[-1] is not _IDLE_STEP or not self.step_times.is_plain_run_measured:
+            return 1
+        return min(limit, self.probes.steps_until_probe(self.idle_steps))
+
+    def observe(self, steps: Sequence[RowStep | None], num_together: int = 1) -> None:
         """Update the estimates from the oldest step in flight; None for a row that had finished before it."""
-        planned, now = self.in_flight.popleft(), perf_counter()
+        now = perf_counter()
+        if not self.num_unobserved:
+            self.observed, self.num_unobserved = self.in_flight.popleft(), num_together
+        planned = self.observed
         seconds = now - max(planned.planned_at, self.last_observed_at)  # a step begins when the one before has ended
-        self.last_observed_at = now
+        seconds /= self.num_unobserved  # steps that ran together take equal parts of their time
+        self.num_unobserved -= 1
+        self.last_observed_at = now - self.num_unobserved * seconds
         active_rows = self.active_rows
         if None in steps:
             active_rows = [row for row in active_rows if steps[row] is not None]

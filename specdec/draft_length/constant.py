@@ -17,7 +17,10 @@ class ConstantK:
     def next(self) -> int:
         return self.max_draft_tokens
 
-    def observe(self, steps: Sequence[RowStep | None]) -> None:
+    def extend_plain(self, limit: int) -> int:
+        return limit
+
+    def observe(self, steps: Sequence[RowStep | None], num_together: int = 1) -> None:
         pass
 
     def end(self) -> None:

@@ -22,7 +22,11 @@ class ProbeScheduler:
 
     def is_probe_due(self, uncounted_steps: int = 0) -> bool:
         """uncounted_steps: plain steps that observe_plain() has not received yet."""
-        return self.plain_steps + uncounted_steps >= self.probe_interval
+        return self.steps_until_probe(uncounted_steps) <= 0
+
+    def steps_until_probe(self, uncounted_steps: int = 0) -> int:
+        """How many more plain steps until a probe is due; 0 or less where one is."""
+        return self.probe_interval - self.plain_steps - uncounted_steps
 
     @property
     def is_plain_run_due(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 from specdec.core.interfaces import Drafter, Target, run_eager
 from specdec.core.sampling import Sampling
 from specdec.core.sequences import Sequences
-from specdec.core.speculative import step
+from specdec.core.speculative import plain_steps, step
 from specdec.core.timing import StepTimer, StepTimes, StepTiming
 from specdec.draft_length import settings
 from specdec.draft_length.cost_model import Profile
@@ -33,6 +33,7 @@ def profile(
     graphs: Graphs | None = None,
     agree: Callable[[bool], bool] = bool,
     was_alone: Callable[[], bool] = lambda: True,
+    max_plain_steps: int = 1,
 ) -> Profile:
     """Time steps with K = 0 … max_draft_tokens on the last columns of a call's prompts, before the call begins.
 
@@ -41,10 +42,10 @@ def profile(
 
     graphs: records the steps, as the call does. agree: takes a decision that depends on this process' clock, and
     returns the one that all ranks of a tensor-parallel model follow. was_alone: whether no other thread can have drawn
-    random numbers since the profile began; torch's generators are then restored.
+    random numbers since the profile began; torch's generators are then restored. max_plain_steps: see `speculate`.
     """
     started = time.perf_counter()
-    steps = _TimedSteps(target, drafter, sequences, sampling, max_draft_tokens, graphs)
+    steps = _TimedSteps(target, drafter, sequences, sampling, max_draft_tokens, graphs, max_plain_steps)
     with _restored_generators(sequences.device, was_alone):
         steps.begin()
         num_warm_up = 1 if graphs is None else 3  # with graphs a part runs eagerly, is recorded, is replayed
@@ -70,8 +71,9 @@ class _TimedSteps:
         sampling: Sampling,
         max_draft_tokens: int,
         graphs: Graphs | None,
+        max_plain_steps: int,
     ) -> None:
-        self.target, self.drafter = target, drafter
+        self.target, self.drafter, self.max_plain_steps = target, drafter, max_plain_steps
         self.sequences = _last_columns(call_sequences, max_draft_tokens)
         if graphs is not None:
             self.sequences.pin_buffers(graphs.static_buffer)
@@ -87,11 +89,16 @@ class _TimedSteps:
         self.target.prefill(self.sequences.ids, self.sequences.lengths - 1)
 
     def run(self, k: int, count: int = 1, is_timed: bool = True) -> None:
-        """Run `count` steps of this K."""
-        for _ in range(count):
-            timing = self._run_step(k)
-            if is_timed:
-                self.timings.setdefault(k, []).append(timing)
+        """Run `count` steps of this K, plain ones together where the call does."""
+        run_together = k == 0 and self.max_plain_steps > 1 and self.target.has_plain_steps
+        timings: list[StepTiming] = []
+        while len(timings) < count:
+            if run_together:
+                timings += self._run_plain_steps(min(count - len(timings), self.max_plain_steps))
+            else:
+                timings.append(self._run_step(k))
+        if is_timed:
+            self.timings.setdefault(k, []).extend(timings)
 
     def run_first_draft(self) -> tuple[float, int]:
         """Begin the drafter again and draft one id: -> seconds of the draft, number of ids that the drafter read."""
@@ -102,6 +109,11 @@ class _TimedSteps:
     def can_draft(self, num_ids: int) -> bool:
         """Whether each row can still draft this many ids."""
         return bool((self.sequences.limit(num_ids) == num_ids).all())
+
+    def _run_plain_steps(self, count: int) -> list[StepTiming]:
+        started = time.perf_counter()
+        self.sequences.retire(*plain_steps(self.target, self.drafter, self.sequences, count))
+        return [StepTiming(0.0, (time.perf_counter() - started) / count, 0.0, 0.0)] * count
 
     def _run_step(self, k: int) -> StepTiming:
         timer = StepTimer(self.sequences.device)

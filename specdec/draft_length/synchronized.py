@@ -21,9 +21,12 @@ class SynchronizedPolicy:
     def next(self) -> int:
         return self.ranks.broadcast(self.policy.next() if self.policy else 0)
 
-    def observe(self, steps: Sequence[RowStep | None]) -> None:
+    def extend_plain(self, limit: int) -> int:
+        return 1
+
+    def observe(self, steps: Sequence[RowStep | None], num_together: int = 1) -> None:
         if self.policy:
-            self.policy.observe(steps)
+            self.policy.observe(steps, num_together)
 
     def end(self) -> Choice | None:
         return self.ranks.broadcast_choice(self.policy.end() if self.policy else None)

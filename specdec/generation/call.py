@@ -73,11 +73,6 @@ def _build_loop(state: State, target: ModelRunner, drafter: Drafter, request: Re
         lockstep = _build_lockstep(input_ids, sampling, callbacks, request.config, ranks)
     sequences = _build_sequences(target, input_ids, request, callbacks, in_lockstep=lockstep is not None)
     graphs = ranks.common_graphs(state.graphs(target, drafter))
-    policy = _build_policy(state, target, drafter, request, sequences, sampling, graphs, ranks)
-    run = run_eager
-    if graphs is not None:
-        sequences.pin_buffers(graphs.static_buffer)
-        run = graphs.run
     reads_each_step = (
         lockstep is not None
         or sequences.stop is not None
@@ -91,8 +86,13 @@ def _build_loop(state: State, target: ModelRunner, drafter: Drafter, request: Re
     if graphs is not None or state.records_steps:
         # a spare runner's eager call has the same number in flight, so a seed gives the same text on either
         max_in_flight = 0 if reads_each_step else 1
-    elif isinstance(policy, ConstantK) and not policy.max_draft_tokens and not sampling.do_sample:
-        max_plain_steps = 1 if reads_each_step or sampling.processors else MAX_PLAIN_STEPS
+    elif not reads_each_step and not sampling.do_sample and not sampling.processors:
+        max_plain_steps = MAX_PLAIN_STEPS
+    policy = _build_policy(state, target, drafter, request, sequences, sampling, graphs, ranks, max_plain_steps)
+    run = run_eager
+    if graphs is not None:
+        sequences.pin_buffers(graphs.static_buffer)  # a profile used these buffers before
+        run = graphs.run
     return _Loop(target, drafter, sequences, sampling, policy, lockstep, run, max_in_flight, max_plain_steps, timer)
 
 
@@ -195,6 +195,7 @@ def _build_policy(
     sampling: Sampling,
     graphs: Graphs | None,
     ranks: Ranks,
+    max_plain_steps: int,
 ) -> DraftLengthPolicy:
     """The policy that chooses K for each step. The first call of its kind is profiled before it starts.
 
@@ -212,13 +213,16 @@ def _build_policy(
         sampling.do_sample,
         torch.get_num_threads(),
         graphs is not None,
+        max_plain_steps,
         *is_compiled,
     )
     largest_k = request.max_draft_tokens
     is_new = ranks.broadcast_bool(key not in cost_models)
     if is_new:
         is_alone = CALL_TRACKER.watch_other_threads()
-        measured = profile(target, drafter, sequences, sampling, largest_k, graphs, ranks.broadcast_bool, is_alone)
+        measured = profile(
+            target, drafter, sequences, sampling, largest_k, graphs, ranks.broadcast_bool, is_alone, max_plain_steps
+        )
         if ranks.is_first:
             cost_models[key] = PairCostModel(measured)
     if not ranks.is_first:

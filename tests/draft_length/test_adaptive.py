@@ -172,6 +172,40 @@ def test_draft_ids_that_were_requested_and_not_proposed_count_as_rejected(monkey
     assert k == 0
 
 
+def test_plain_steps_that_run_together_change_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft that never pays: probes come after as many plain steps, and each of these takes its part of the time."""
+    step_s = [1.0 + 0.3 * k for k in range(MAX_DRAFT_TOKENS + 1)]
+    now_s = 0.0
+    monkeypatch.setattr(adaptive, "perf_counter", lambda: now_s)
+
+    def call(limit: int) -> tuple[list[int], AdaptiveK, int]:
+        nonlocal now_s
+        now_s = 0.0
+        policy = AdaptiveK(PairCostModel(profile_of(step_s)), [10_000], 0)
+        chosen_k: list[int] = []
+        most = 1
+        while len(chosen_k) < 2000:
+            k = policy.next()
+            count = policy.extend_plain(min(limit, 2000 - len(chosen_k))) if k == 0 else 1
+            now_s += count * step_s[k]
+            chosen_k += count * [k]
+            most = max(most, count)
+            for _ in range(count):
+                policy.observe([RowStep(k, k, 0, 1, [0.0] * min(k, 1))], count)
+        return chosen_k, policy, most
+
+    alone, one_by_one, _ = call(1)
+    chosen_k, together, most = call(16)
+    assert most == 16
+    assert chosen_k == alone
+    assert set(chosen_k) > {0}
+    for policy in (one_by_one, together):
+        policy.end()
+    assert together.spent_s == pytest.approx(one_by_one.spent_s)
+    assert together.step_times.slowdown == pytest.approx(one_by_one.step_times.slowdown)
+    assert together.step_times.plain_s == pytest.approx(1.0, rel=0.05)
+
+
 @pytest.mark.parametrize("first_step_factor", [1.0, 1.6])
 def test_the_first_steps_of_a_run_are_not_measured(first_step_factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than others, since they find other data in the caches."""

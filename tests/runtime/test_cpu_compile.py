@@ -43,6 +43,7 @@ from tests.conftest import ROOT
 from tests.generation import test_distribution, test_lossless
 from tests.generation.test_concurrency import in_threads
 from tests.helpers.checkpoint_writers import Case, write
+from tests.helpers.drafters import AlwaysWrong
 from tests.helpers.families import FAMILIES, VOCAB_SIZE, family, make_model, prompts
 from tests.helpers.plain import CALLS, WIDTH, continuation, pair
 from tests.runtime import test_identity
@@ -184,6 +185,20 @@ def test_plain_steps_in_one_call_are_those_of_the_loop(
     assert model.generate(**call, eos_token_id=stop_id).tolist() == want
     assert len(counts) == num_calls
     assert specdec.last_stats(model) == in_calls
+    specdec.disable(model)
+
+
+def test_plain_steps_of_auto_k_run_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So do those of its profile. The drafter is never right, so few steps draft."""
+    model = pair("llama")[0]
+    call = prompts(1) | {"max_new_tokens": 120, "do_sample": False}
+    want = model.generate(**call).tolist()
+    specdec.enable(model, AlwaysWrong(pair("llama")[0]), num_draft_tokens="auto", compile=True)
+    counts = counted_plain_steps(monkeypatch)
+    for _ in range(3):
+        counts.clear()
+        assert model.generate(**call).tolist() == want
+        assert max(counts) > 1
     specdec.disable(model)
 
 

@@ -10,11 +10,13 @@ constexpr int64_t INPUT_GROUP = 64;  // columns of an input row that share a sca
 // Lane i: sums[i] + the sum of four products, of the unsigned bytes of a[i] and the signed bytes of b[i]. Two products
 // of neighbors fit into int16: either a < 16 or |b| * a <= 127 * 127.
 inline IntVec add_byte_products(IntVec sums, IntVec a, IntVec b) {
-#if defined(__AVX512VNNI__)
+#if defined(SPECDEC_AVX512) && defined(__AVX512VNNI__)
   return (IntVec)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
-#elif defined(__AVXVNNI__)
+#elif defined(SPECDEC_AVX512)
+  return sums + (IntVec)_mm512_madd_epi16(_mm512_maddubs_epi16((__m512i)a, (__m512i)b), _mm512_set1_epi16(1));
+#elif defined(SPECDEC_AVX2) && defined(__AVXVNNI__)
   return (IntVec)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)a, (__m256i)b);
-#elif defined(__AVX2__)
+#elif defined(SPECDEC_AVX2)
   return sums + (IntVec)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)a, (__m256i)b), _mm256_set1_epi16(1));
 #elif defined(__ARM_FEATURE_DOTPROD)  // a < 128 as signed bytes
   int32x4_t s[LANES / 4];
@@ -33,7 +35,7 @@ inline IntVec add_byte_products(IntVec sums, IntVec a, IntVec b) {
 
 // As add_byte_products, with sums of two products in int16 where those of four take more instructions: of up to
 // MOST_CODES vectors a of codes below 16, since 8 * 2 * 15 * 127 < 2^15. add_pairs gives the sums of two to `sums`.
-#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+#if defined(SPECDEC_AVX2) && !defined(__AVXVNNI__)
 constexpr bool SUMS_PAIRS = true;
 
 inline IntVec add_code_products(IntVec sums, IntVec a, IntVec b) {
@@ -54,9 +56,9 @@ inline IntVec add_pairs(IntVec sums, IntVec pairs) { return sums + pairs; }
 constexpr int64_t MOST_CODES = 8;
 
 inline void store(int8_t* at, IntVec v) {  // the low bytes
-#if defined(__AVX512F__)  // one instruction; GCC 12 makes many of the conversion below
+#if defined(SPECDEC_AVX512)  // one instruction; GCC 12 makes many of the conversion below
   const Bytes bytes = (Bytes)_mm512_cvtepi32_epi8((__m512i)v);
-#elif defined(__AVX2__)  // values of 8 bits, so that none is clamped
+#elif defined(SPECDEC_AVX2)  // values of 8 bits, so that none is clamped
   const __m256i words = (__m256i)v;
   const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)),
                 bytes = _mm_packs_epi16(halves, halves);

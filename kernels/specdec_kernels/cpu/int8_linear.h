@@ -11,10 +11,14 @@ namespace {
 
 // The sums of each lane's four products, of signed bytes of w from -127 on.
 inline IntVec signed_byte_products(IntVec w, IntVec x) {
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if defined(__AVX512VNNI__) || (defined(SPECDEC_AVX2) && defined(__AVXVNNI__))
   const IntVec offset = splat(static_cast<int32_t>(0x80808080));  // its sum is computed once for all w
   return add_byte_products(-add_byte_products(IntVec{}, offset, x), w ^ offset, x);
-#elif defined(__AVX2__)
+#elif defined(SPECDEC_AVX512)
+  const __m512i magnitudes = _mm512_abs_epi8((__m512i)w),
+                signed_x = _mm512_mask_sub_epi8((__m512i)x, _mm512_movepi8_mask((__m512i)w), __m512i{}, (__m512i)x);
+  return add_byte_products(IntVec{}, (IntVec)magnitudes, (IntVec)signed_x);
+#elif defined(SPECDEC_AVX2)
   return add_byte_products(IntVec{}, (IntVec)_mm256_abs_epi8((__m256i)w),
       (IntVec)_mm256_sign_epi8((__m256i)x, (__m256i)w));
 #elif defined(__ARM_FEATURE_DOTPROD)

@@ -3,7 +3,7 @@
 
 #include "int8_inputs.h"
 
-#if defined(__AMX_INT8__) && defined(__AVX512BW__) && defined(__linux__)
+#if defined(__AMX_INT8__) && defined(SPECDEC_AVX512) && defined(__linux__)
 #define SPECDEC_TILES
 #include <sys/syscall.h>
 #include <unistd.h>

@@ -13,7 +13,12 @@
 #include <numeric>
 #include <type_traits>
 #include <vector>
-#if defined(__AVX2__) || defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define SPECDEC_AVX512
+#elif defined(__AVX2__) && defined(__FMA__)
+#define SPECDEC_AVX2
+#endif
+#if defined(SPECDEC_AVX512) || defined(SPECDEC_AVX2)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -27,7 +32,7 @@ using at::BFloat16;
 using at::Half;
 using at::Tensor;
 
-#ifdef __AVX512F__
+#ifdef SPECDEC_AVX512
 constexpr int64_t LANES = 16;  // numbers of 32 bits in a vector
 #else
 constexpr int64_t LANES = 8;
@@ -59,9 +64,9 @@ inline Vec splat(float x) { return x - Vec{}; }
 // x * y + z in one rounding where the CPU can. Everywhere else products and sums are rounded apart (-ffp-contract=off),
 // since which ones a compiler fuses depends on the loop around them, and so on the number of rows.
 inline Vec multiply_add(Vec x, Vec y, Vec z) {
-#if defined(__AVX512F__)
+#if defined(SPECDEC_AVX512)
   return (Vec)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z);
-#elif defined(__AVX2__) && defined(__FMA__)
+#elif defined(SPECDEC_AVX2)
   return (Vec)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z);
 #elif defined(__aarch64__)
   float32x4_t a[LANES / 4], b[LANES / 4], c[LANES / 4];
@@ -87,9 +92,9 @@ inline Vec load(const float* at) {
 }
 
 inline Words load_words(const void* at) {  // numbers of 16 bits
-#if defined(__AVX512F__)  // one instruction; GCC 12 makes several of the conversion below
+#if defined(SPECDEC_AVX512)  // one instruction; GCC 12 makes several of the conversion below
   return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(at)));
-#elif defined(__AVX2__)
+#elif defined(SPECDEC_AVX2)
   return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(at)));
 #else
   Halves h;
@@ -114,7 +119,7 @@ inline Vec load(const Half* at) {  // finite values: the exponent biases of the 
 }
 
 inline Vec load(const int8_t* at) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#ifdef SPECDEC_AVX2
   return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at))));
 #endif
   Bytes bytes;
@@ -130,9 +135,9 @@ inline void store(BFloat16* at, Vec v) {  // rounds to nearest even; NaN stays N
   Words nearest = (w + 0x7fff + (w >> 16 & 1)) >> 16;
   IntVec is_nan = v != v;
   nearest = is_nan ? Words{} + 0x7fc0 : nearest;
-#if defined(__AVX512F__)
+#if defined(SPECDEC_AVX512)
   const Halves h = (Halves)_mm512_cvtepi32_epi16((__m512i)nearest);
-#elif defined(__AVX2__)
+#elif defined(SPECDEC_AVX2)
   const __m256i words = (__m256i)nearest;
   const Halves h = (Halves)_mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 #else
@@ -214,7 +219,7 @@ template <typename V, size_t R, size_t N>
 inline IntVec splat(int32_t x) { return x - IntVec{}; }
 
 inline IntVec splat_word(const int8_t* at) {  // four bytes
-#if defined(__AVX2__) && !defined(__AVX512F__)  // in one instruction: GCC 12 reads two words together and takes them apart
+#ifdef SPECDEC_AVX2  // in one instruction: GCC 12 reads two words together and takes them apart
   return (IntVec)_mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(at)));
 #else
   int32_t word;
@@ -254,7 +259,7 @@ auto maximum(V v) {
 
 // columns[i][j] = word i of rows[j]: as many rows and words as a vector has lanes
 inline void transpose(const void* const* rows, IntVec* columns) {
-#if defined(__AVX512F__)
+#if defined(SPECDEC_AVX512)
   for (int64_t i = 0; i < LANES; i += 4) {  // four words of the rows j, j + 4, j + 8, j + 12 in a vector
     auto words = [&](int64_t row) { return _mm_loadu_si128(static_cast<const __m128i*>(rows[row]) + i / 4); };
     __m512i four[4];
@@ -269,7 +274,7 @@ inline void transpose(const void* const* rows, IntVec* columns) {
     columns[i + 2] = (IntVec)_mm512_unpacklo_epi64(high[0], high[1]);
     columns[i + 3] = (IntVec)_mm512_unpackhi_epi64(high[0], high[1]);
   }
-#elif defined(__AVX2__)
+#elif defined(SPECDEC_AVX2)
   __m256i row[8], pairs[8], fours[8];
   for (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_si256(static_cast<const __m256i*>(rows[i]));
   for (int i = 0; i < 8; i += 2) {
@@ -296,9 +301,9 @@ inline void transpose(const void* const* rows, IntVec* columns) {
 }
 
 inline IntVec rounded(Vec x) {  // to nearest even
-#if defined(__AVX512F__)
+#if defined(SPECDEC_AVX512)
   return (IntVec)_mm512_cvtps_epi32((__m512)x);
-#elif defined(__AVX2__)
+#elif defined(SPECDEC_AVX2)
   return (IntVec)_mm256_cvtps_epi32((__m256)x);
 #else
   IntVec y;

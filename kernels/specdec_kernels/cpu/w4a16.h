@@ -8,7 +8,7 @@
 
 namespace {
 
-#ifdef __AVX512BF16__
+#if defined(SPECDEC_AVX512) && defined(__AVX512BF16__)
 // Two products per instruction, of inputs rounded to bfloat16: code j of a word in the lower half, j + 4 in the upper
 // one. A code needs no conversion: in the last bits of bfloat16's 128, where its step is 1, it gives the number
 // 128 + code.
