@@ -25,6 +25,7 @@ from torch import Tensor
 from specdec.core.commit import commit_verdict
 from specdec.core.interfaces import Drafter, DraftLengthPolicy, Run, Target, run_eager
 from specdec.core.lockstep import Lockstep
+from specdec.core.plain import plain_steps
 from specdec.core.sampling import Sampling
 from specdec.core.sequences import Sequences
 from specdec.core.steps import Draft, StepResult, Verdict, check_draft
@@ -61,10 +62,8 @@ def speculate(
         k = policy.next()
         if k and not max_in_flight:
             k = min(k, sequences.remaining_tokens)
-        num_steps = 1
         if k == 0 and max_plain_steps > 1 and target.has_plain_steps:
             num_steps = policy.extend_plain(min(max_plain_steps, sequences.remaining_tokens + 1))
-        if num_steps > 1:
             in_flight.append(plain_steps(target, drafter, sequences, num_steps))
         else:
             in_flight.append([step(target, drafter, sequences, sampling, k, run, mark, lockstep)])
@@ -115,20 +114,6 @@ def step(
     drafter.observe(result)
     mark("verification")
     return result
-
-
-def plain_steps(target: Target, drafter: Drafter, sequences: Sequences, num_steps: int) -> list[StepResult]:
-    """`step` without a draft, num_steps times or until all rows have finished, in one call of the target."""
-    no_draft = sequences.no_draft
-    sequences.begin_step(0, num_steps)
-    target.reserve(sequences.longest)
-    results = [
-        StepResult(type(drafter).__name__, no_draft, Verdict(no_draft.lengths, next_ids), logits, logits, host_summary)
-        for next_ids, host_summary, logits in target.run_plain_steps(sequences, num_steps)
-    ]
-    for result in results:
-        drafter.observe(result)
-    return results
 
 
 def score_draft(

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 import torch
 
 from specdec.core.interfaces import Drafter, Target, run_eager
+from specdec.core.plain import plain_steps
 from specdec.core.sampling import Sampling
 from specdec.core.sequences import Sequences
-from specdec.core.speculative import plain_steps, step
+from specdec.core.speculative import step
 from specdec.core.timing import StepTimer, StepTimes, StepTiming
 from specdec.draft_length import settings
 from specdec.draft_length.cost_model import Profile

@@ -78,7 +78,7 @@ struct Package : torch::CustomClassHolder {
     return {drafted, uniforms ? std::optional(at::cat(probs, 1)) : std::nullopt};
   }
 
-  // speculative.plain_steps: greedy steps of one id a row, num_steps or until all rows have finished. The tensors are
+  // plain.plain_steps: greedy steps of one id a row, num_steps or until all rows have finished. The tensors are
   // those of Sequences. Of each step the rows' next ids [B], the host summary [B, 6] and the logits [B, 1, V].
   std::vector<std::tuple<Tensor, Tensor, Tensor>> plain_steps(const Tensor& ids, const Tensor& lengths,
       const Tensor& end, const Tensor& finished, const std::optional<Tensor>& stop_ids, int64_t num_steps,
