@@ -73,7 +73,7 @@ class AdaptiveK:
         self.ids_to_share = settings.ADAPTIVE_K.shared_ids_per_row * len(self.limits)  # of the call, for the cost model
         self.in_flight: deque[_PlannedStep] = deque()
         self.last_observed_at = 0.0  # perf_counter() when the latest step was observed
-        self.observed, self.num_unobserved = _IDLE_STEP, 0  # of steps that ran together: the plan, how many are left
+        self.num_unobserved = 0  # of the steps that ran together, of which some are observed
         self.is_drafting = False  # as last computed
         self.is_idle = False
         self.idle_steps, self.idle_s = 0, 0.0  # plain steps that the cost model has not received yet
@@ -113,12 +113,13 @@ class AdaptiveK:
     def observe(self, steps: Sequence[RowStep | None], num_together: int = 1) -> None:
         """Update the estimates from the oldest step in flight; None for a row that had finished before it."""
         now = perf_counter()
-        if not self.num_unobserved:
-            self.observed, self.num_unobserved = self.in_flight.popleft(), num_together
-        planned = self.observed
+        planned = self.in_flight[0]
+        self.num_unobserved = self.num_unobserved or num_together
         seconds = now - max(planned.planned_at, self.last_observed_at)  # a step begins when the one before has ended
         seconds /= self.num_unobserved  # steps that ran together take equal parts of their time
         self.num_unobserved -= 1
+        if not self.num_unobserved:
+            self.in_flight.popleft()
         self.last_observed_at = now - self.num_unobserved * seconds
         active_rows = self.active_rows
         if None in steps:

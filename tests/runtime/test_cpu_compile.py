@@ -45,7 +45,7 @@ from tests.generation.test_concurrency import in_threads
 from tests.helpers.checkpoint_writers import Case, write
 from tests.helpers.drafters import AlwaysWrong
 from tests.helpers.families import FAMILIES, VOCAB_SIZE, family, make_model, prompts
-from tests.helpers.plain import CALLS, WIDTH, continuation, pair
+from tests.helpers.plain import CALLS, WIDTH, RecordingStreamer, continuation, pair, tokenizer
 from tests.runtime import test_identity
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
@@ -216,25 +216,15 @@ def counted_plain_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-class Streamer:
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-
-    def put(self, ids: Tensor) -> None:
-        self.ids += ids.flatten().tolist()
-
-    def end(self) -> None:
-        pass
-
-
 @pytest.mark.parametrize(
     "options",
     [
         {"do_sample": True, "top_k": 0},
         {"repetition_penalty": 1.2},
         {"suppress_tokens": [3]},
+        {"stop_strings": ["never written"], "tokenizer": tokenizer()},
         {"return_dict_in_generate": True, "output_scores": True},
-        {"streamer": Streamer()},
+        {"streamer": RecordingStreamer()},
         {"stopping_criteria": [lambda ids, scores: torch.full((len(ids),), ids.shape[1] >= 30)]},
     ],
     ids=lambda options: next(iter(options)),
@@ -248,6 +238,12 @@ def test_steps_that_the_host_takes_part_in_run_one_at_a_time(
     model.generate(**prompts(1), max_new_tokens=20, **({"do_sample": False} | options))
     assert specdec.last_stats(model).num_target_forwards > 10
     assert counts == []
+    specdec.disable(model)
+
+
+def test_timed_steps_run_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pair("llama")[0]
+    counts = counted_plain_steps(monkeypatch)
     specdec.enable(model, "none", compile=True, timing=True)
     model.generate(**prompts(1), max_new_tokens=20, do_sample=False)
     assert len(specdec.last_stats(model).timing.steps) == 20
@@ -703,7 +699,7 @@ def test_a_replaced_sdpa_is_not_bypassed(shared: PreTrainedModel, monkeypatch: p
 
 
 def test_a_call_under_autocast_is_eager(shared: PreTrainedModel, small: PreTrainedModel, own_cache: Path) -> None:
-    """Its text is that of an eager model; plain decoding's is another where bfloat16 products depend on the width."""
+    """Its text is an eager model's. Plain decoding may write another: two ids have equal logits in bfloat16 there."""
     clean = text_of(shared)
     eager = copy.deepcopy(shared)
     specdec.enable(eager, "prompt_lookup", num_draft_tokens=3, compile=False)

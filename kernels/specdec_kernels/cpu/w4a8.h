@@ -27,7 +27,8 @@ template <int COUNT, int R, int V>
     for (int i = 0; i < V; ++i) {
       IntVec word;
       std::memcpy(&word, words + k * COLUMNS + i * LANES, sizeof(word));
-      if (V == 1 || i * LANES % 16 == 0) __builtin_prefetch(words + k * COLUMNS + i * LANES + PREFETCHED);
+      if (V == 1 || i * LANES % 16 == 0)  // once a line of the caches
+        __builtin_prefetch(words + k * COLUMNS + i * LANES + PREFETCHED);
       const IntVec even = word & 0x0f0f0f0f, odd = word >> 4 & 0x0f0f0f0f;
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
