@@ -38,7 +38,6 @@ from specdec.utils.provenance import provenance
 
 STEP_PARTS_MS = ("draft_ms", "target_ms", "verification_ms", "other_ms")
 MIN_SHARE = 0.005  # of the time, for a row of the table
-MAX_OPERATORS = 20  # that are reported
 SHORT_CALL_TOKENS = 8  # new tokens of a call that is mostly prompt, the draft's included
 
 Counts = dict[str, tuple[float, int]]  # ms and calls, by name
@@ -180,7 +179,7 @@ def measure(engine: Any, tasks: Sequence[Task], target: Any, draft: Any, console
     return {
         "step": parts,
         "modules": modules,
-        "operators": dict(list(operators.items())[:MAX_OPERATORS]),
+        "operators": operators,
         "all_operators": total,
     }
 

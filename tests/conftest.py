@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # else each process that compiles first tries the compiler for 10 s
 os.environ["SPECDEC_CACHE"] = str(ROOT / "build" / "test-cache")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
