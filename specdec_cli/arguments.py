@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 AUTO = "auto"  # of --num-draft-tokens: specdec.drafters.resolve.AUTO
 
@@ -103,9 +104,60 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
 
 def add_audit(parser: argparse.ArgumentParser) -> None:
     audits = parser.add_subparsers(dest="audit", required=True)
+    lossless = audits.add_parser("lossless", help="a certificate: does speculation change the answers of a model?")
+    lossless.set_defaults(module="audit_lossless")
+    lossless.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    lossless.add_argument(
+        "--drafter",
+        action="append",
+        metavar="DRAFTER",
+        help=f"{DRAFT_HELP}; repeatable. Default: prompt_lookup, and the draft model of the embedded target",
+    )
+    lossless.add_argument(
+        "--budget",
+        type=_seconds,
+        default=120.0,
+        metavar="TIME",
+        help="how long this run may take: 90s, 10min, 2h (2min). With --output, a further run goes on where it ended",
+    )
+    lossless.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="JSON lines with a `prompt` each, or a text with a prompt a line; default: the embedded pair's",
+    )
+    lossless.add_argument("--max-prompts", type=int, default=100, help="use the first so many (100)")
+    lossless.add_argument("--first-prompt", type=int, default=0, metavar="N", help="skip the first N")
+    lossless.add_argument(
+        "--num-draft-tokens",
+        type=_several(_num_draft_tokens),
+        default=(1, 3, 6, AUTO),
+        metavar="K,K,…",
+        help="of greedy texts (1,3,6,auto)",
+    )
+    lossless.add_argument(
+        "--batch", type=_several(int), default=(1, 4), metavar="B,B,…", help="rows of greedy calls (1,4)"
+    )
+    lossless.add_argument(
+        "--loop",
+        choices=["specdec", "transformers"],
+        default="specdec",
+        help="whose loop is audited; transformers' assisted decoding takes --batch 1 and numbers of draft tokens",
+    )
+    lossless.add_argument("--max-new-tokens", type=int, default=64, help="of greedy texts (64)")
+    lossless.add_argument("--max-draws", type=int, default=20_000, help="sampled ids after which sampling ends (20000)")
+    lossless.add_argument(
+        "--alpha", type=float, default=0.001, help="rate of false alarms of the sampling test (0.001)"
+    )
+    lossless.add_argument("--seed", type=int, default=0)
+    lossless.add_argument(
+        "--output", metavar="FOLDER", help="keep what is found there, with certificate.json and certificate.html"
+    )
+    _add_placement(lossless)
+    _add_json(lossless)
     quality = audits.add_parser(
         "quality", help="perplexity, KL and top-1 agreement of a 4-bit model against its original"
     )
+    quality.set_defaults(module="audit_quality")
     quality.add_argument(
         "model", metavar="MODEL", help="a 4-bit model, with --original; or a plain one, quantized here"
     )
@@ -141,7 +193,7 @@ COMMANDS = {
         "report", "a page from the records of one run or several; compare them, gate on them", add_report
     ),
     "plan": Command("plan", "memory of two models and their caches, from their configs alone", add_plan),
-    "audit": Command("audit", "check a claim on a model of your own", add_audit),
+    "audit": Command("audit_quality", "check a claim on a model of your own", add_audit),
 }
 
 
@@ -162,6 +214,21 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
 
 def _num_draft_tokens(text: str) -> int | str:
     return text if text == AUTO else int(text)
+
+
+def _several(convert: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    def several(text: str) -> tuple[Any, ...]:
+        return tuple(convert(part.strip()) for part in text.split(","))
+
+    return several
+
+
+def _seconds(text: str) -> float:
+    """ "90s", "10min", "2h", or a number of seconds."""
+    for unit, seconds in (("min", 60), ("h", 3600), ("s", 1), ("m", 60), ("", 1)):
+        if text.endswith(unit):
+            return float(text.removesuffix(unit)) * seconds
+    raise AssertionError
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

@@ -23,10 +23,11 @@ LAYERS = {
     "drafters": 4,
     "draft_length": 4,
     "generation": 5,
-    "audit": 6,
-    "planning": 6,
-    "experiments": 7,
-    "specdec_cli": 8,
+    "pages": 6,
+    "audit": 7,
+    "planning": 7,
+    "experiments": 8,
+    "specdec_cli": 9,
 }
 # packages of the extra "experiments"
 NEEDS_EXTRAS = {"hydra", "omegaconf", "datasets", "accelerate", "jinja2", "matplotlib", "numpy"}

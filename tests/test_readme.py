@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from peers.show import COMPARISON, comparison_rows, is_idle
+from specdec_kernels import cpu
 
 from specdec.core import interfaces, lockstep, steps
 from specdec.core.stats import Choice, Stats
@@ -49,6 +50,7 @@ def page_blocks(language: str) -> list[object]:
 def test_python_blocks_run(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, since importing torch and transformers takes longer than most blocks."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cpu, "_IS_LOADED", None)  # as in a process of its own: loaded where they are on disk
     exec(compile(code, "<block>", "exec"), {"__name__": "__main__"})
 
 

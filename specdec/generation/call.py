@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from specdec.core.sampling import Sampling
 from specdec.core.sequences import Sequences
 from specdec.core.speculative import speculate
 from specdec.core.stats import Stats, StatsCounter
+from specdec.core.steps import StepResult
 from specdec.core.timing import StepTimer, no_mark
 from specdec.draft_length.adaptive import AdaptiveK
 from specdec.draft_length.constant import ConstantK
@@ -42,7 +44,7 @@ def decode(state: State, target: ModelRunner, drafter: Drafter, request: Request
     """
     loop = _build_loop(state, target, drafter, request, callbacks)
     scores = ScoreCollector(loop.lockstep, request.config, loop.sequences.batch_size)
-    state.last_stats = _run_loop(loop, scores, callbacks.streamer)
+    state.last_stats = _run_loop(loop, scores, callbacks.streamer, state.observer)
     return _assemble_output(loop, scores, state.last_stats, request)
 
 
@@ -78,6 +80,7 @@ def _build_loop(state: State, target: ModelRunner, drafter: Drafter, request: Re
         or sequences.stop is not None
         or sampling.needs_prefix
         or state.timing
+        or state.observer is not None
         or callbacks.streamer is not None
         or request.config.output_scores
         or request.config.output_logits
@@ -96,7 +99,9 @@ def _build_loop(state: State, target: ModelRunner, drafter: Drafter, request: Re
     return _Loop(target, drafter, sequences, sampling, policy, lockstep, run, max_in_flight, max_plain_steps, timer)
 
 
-def _run_loop(loop: _Loop, scores: ScoreCollector, streamer: Any) -> Stats:
+def _run_loop(
+    loop: _Loop, scores: ScoreCollector, streamer: Any, observer: Callable[[StepResult], None] | None
+) -> Stats:
     """Run the loop to its end: -> the call's statistics."""
     counter = StatsCounter(loop.sequences.batch_size, loop.policy.max_draft_tokens)
     results = speculate(
@@ -114,6 +119,8 @@ def _run_loop(loop: _Loop, scores: ScoreCollector, streamer: Any) -> Stats:
     for result in results:
         counter.add(result)
         scores.add(result)
+        if observer is not None:
+            observer(result)
         if streamer is not None and loop.lockstep is None:
             stream(streamer, loop.sequences, result)
     if streamer is not None:

@@ -93,7 +93,7 @@ def enable(
     enabled = unwrap_peft(model)
     if not isinstance(enabled, PreTrainedModel) or not isinstance(enabled, GenerationMixin):
         raise TypeError(f"enable() takes a transformers model that can generate, got {type(model).__name__}")
-    stock = _stock_class(enabled)
+    stock = stock_class(enabled)
     if (
         stock._sample is not GenerationMixin._sample
         or stock._assisted_decoding is not GenerationMixin._assisted_decoding
@@ -125,7 +125,7 @@ def enable(
 def disable(model: PreTrainedModel) -> None:
     """Restore the model's own class and generate(). A model that is not enabled stays as it is."""
     enabled = unwrap_peft(model)
-    enabled.__class__ = _stock_class(enabled)
+    enabled.__class__ = stock_class(enabled)
     enabled.__dict__.pop(_STATE, None)
 
 
@@ -135,9 +135,15 @@ def last_stats(model: PreTrainedModel) -> Stats | None:
     return state.last_stats if state else None
 
 
+def state_of(model: PreTrainedModel) -> State:
+    """The state of an enabled model."""
+    state: State = unwrap_peft(model).__dict__[_STATE]
+    return state
+
+
 def decoding_of(model: PreTrainedModel) -> str:
     """How the steps of an enabled model run: "compiled" on a CPU, "recorded" as CUDA graphs, else "eager"."""
-    state: State = unwrap_peft(model).__dict__[_STATE]
+    state = state_of(model)
     runners = [member.runner for member in state.members(state.drafter)]
     if all(runner.compiled is not None for runner in runners):
         return "compiled"
@@ -155,7 +161,7 @@ def _compiled_identity(runner: ModelRunner) -> Identity | None:
     return None if runner.compiled is None else runner.compiled.identity
 
 
-def _stock_class(model: PreTrainedModel) -> Any:
+def stock_class(model: PreTrainedModel) -> Any:
     """The model's class; of an enabled model the class that its drop-in class derives from."""
     return type(model).__dict__.get(_STOCK, type(model))
 

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from specdec.core.interfaces import Drafter
 from specdec.core.stats import Stats
+from specdec.core.steps import StepResult
 from specdec.draft_length.cost_model import PairCostModel
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
@@ -113,6 +114,7 @@ class State:
     """What one enabled model keeps between calls.
 
     drafter, num_draft_tokens, compile, timing: as enable() was given them.
+    observer: called with the result of each step, before the next one; None: nothing is called.
     target: the model's own runner. is_target_in_use: whether a call uses it now.
     assistant: the drafter of the last call that brought an `assistant_model`, kept where its steps are recorded.
     local_cost_models: of drafters that cannot be keys of COST_MODELS.
@@ -132,6 +134,7 @@ class State:
         self.num_draft_tokens = num_draft_tokens
         self.compile = compile
         self.timing = timing
+        self.observer: Callable[[StepResult], None] | None = None
         self.target = ModelRunner(model)
         self.is_target_in_use = False
         self.assistant: ModelDrafter | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 import sys
@@ -32,6 +33,19 @@ def provenance(device: str) -> dict[str, str | int | bool]:
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def file_hashes(folder: str) -> dict[str, str]:
+    """SHA-256 of each file of a model in a local folder, by name; empty for a hub id."""
+    path = Path(folder)
+    if not folder or not path.is_dir():
+        return {}
+    hashes = {}
+    for file in sorted(path.iterdir()):
+        if file.is_file():
+            with file.open("rb") as content:
+                hashes[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
+    return hashes
 
 
 def _cpu() -> str:

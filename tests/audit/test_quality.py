@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import specdec
 from specdec.audit.quality import compare_quality
 from specdec.utils import embedded
-from specdec_cli.audit import _windows
+from specdec_cli.audit_quality import _windows
 from specdec_cli.main import main
 from tests.helpers.families import make_model
 

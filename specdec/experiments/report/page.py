@@ -27,6 +27,7 @@ from specdec.experiments.report.narrative import (
 )
 from specdec.experiments.report.tables import NumberTable, comparison_rows, number_tables, task_metrics, task_rows
 from specdec.experiments.report.what_if import best_prediction
+from specdec.pages import environment
 
 FEW_PROMPTS = 10  # bootstrap intervals of fewer prompts are too narrow
 ORIGINS = {
@@ -62,19 +63,9 @@ def render_page(runs: Sequence[Run]) -> str:
 
     Raises ValueError where runs can't be compared, or where jinja2 or matplotlib is missing.
     """
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError as error:
-        raise ValueError('a report page needs jinja2; pip install "specdec-lossless[experiments]"') from error
+    template = environment(Path(__file__).parent).get_template("report.html.jinja")
     reports = build_reports(runs)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    rendered = environment.get_template("report.html.jinja").render(
+    rendered: str = template.render(
         title=reports[0].label if len(runs) == 1 else f"{len(runs)} runs compared",
         sections=[_section(report, index) for index, report in enumerate(reports, 1)],
         comparison=comparison_rows(reports),

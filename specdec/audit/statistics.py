@@ -1,0 +1,95 @@
+"""The statistics of the certificate: intervals for shares, and anytime-valid tests of a sampling law by betting.
+
+An e-process E_t is nonnegative with an expectation of at most 1 whenever the hypothesis holds, so the probability that
+it ever reaches 1/alpha is at most alpha (Ville, 1939): it may be read after every draw, and a run may be stopped,
+resumed and extended at will. Here E_t is the mean wealth of bettors against the hypothesis "each id is drawn from p":
+Shafer, Testing by Betting (2021); Waudby-Smith and Ramdas, Estimating Means of Bounded Random Variables by Betting
+(2024). A bettor multiplies its wealth by 1 + stake * (z - E_p[z]) for a feature z in [0, 1] of the id, or by the ratio
+r(x) / p(x) for a law r that it has chosen before the id was drawn. Wealth is kept as logarithms, in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+STAKES = tuple(sign * 0.99 / 2**power for power in range(8) for sign in (1, -1))  # 0.99 … 0.0077, both directions
+
+
+def clopper_pearson(successes: int, trials: int, error: float = 0.05) -> tuple[float, float]:
+    """The exact interval of a binomial share, at a two-sided error rate (Clopper and Pearson, 1934); (0, 1) of none."""
+
+    def solve(is_too_small: Callable[[float], bool]) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if is_too_small(middle) else (low, middle)
+        return (low + high) / 2
+
+    lower, upper = 0.0, 1.0
+    if successes > 0:
+        lower = solve(lambda p: 1 - binomial_cdf(successes - 1, trials, p) < error / 2)
+    if successes < trials:
+        upper = solve(lambda p: binomial_cdf(successes, trials, p) > error / 2)
+    return lower, upper
+
+
+def binomial_cdf(successes: int, trials: int, p: float) -> float:
+    """P(at most `successes` of `trials`), each with probability p in (0, 1)."""
+    logs = [
+        math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
+        + k * math.log(p) + (trials - k) * math.log1p(-p)
+        for k in range(successes + 1)
+    ]  # fmt: skip
+    return min(1.0, math.fsum(map(math.exp, logs)))
+
+
+def bets_on_feature(z: Tensor, mean: Tensor, tolerance: Tensor) -> Tensor:
+    """Log wealth factors of the bettors of STAKES on a feature: z, mean [N] in [0, 1] -> [S, N] float64.
+
+    tolerance: [N], how far the expectation of z may lie from `mean` under the hypothesis, where p itself is known only
+    up to rounding: the total variation between two computations of it.
+    """
+    stakes = torch.tensor(STAKES, dtype=torch.float64)[:, None] / (1 + tolerance)
+    return torch.log1p(stakes * (z - mean) - stakes.abs() * tolerance)
+
+
+def mean_log_wealth(log_wealth: Tensor) -> Tensor:
+    """Log of the mean wealth over bettors: [S, ...] -> [...]."""
+    return torch.logsumexp(log_wealth, dim=0) - math.log(len(log_wealth))
+
+
+def power(
+    histogram: Sequence[int], shift: float, alpha: float, num_bettors: int, seed: int = 0, num_runs: int = 400
+) -> float:
+    """The share of simulated runs that are rejected, where an indicator's probability is `shift` above its mean.
+
+    histogram: how many draws had a mean in each of equal bins of [0, 1]; a run draws them in random order and reads the
+    e-process 50 times. num_bettors: of the whole e-process; those on this indicator, STAKES, are some of them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.tensor(histogram, dtype=torch.float64)
+    means = (torch.arange(len(counts), dtype=torch.float64) + 0.5) / len(counts)
+    steps = torch.linspace(0, 1, 51, dtype=torch.float64)[:, None]
+    counts = (counts * steps).round().diff(dim=0).expand(num_runs, -1, -1)  # [R, 50, bins]
+    ones = torch.binomial(counts, (means + shift).clamp(max=1).expand_as(counts).contiguous(), generator=generator)
+    stakes = torch.tensor(STAKES, dtype=torch.float64)[:, None]
+    gain, loss = torch.log1p(stakes * (1 - means)), torch.log1p(-stakes * means)  # [S, bins]
+    log_wealth = (ones @ gain.T + (counts - ones) @ loss.T).cumsum(1)  # [R, 50, S]
+    is_found = torch.logsumexp(log_wealth, dim=-1) >= math.log(num_bettors / alpha)
+    return float(is_found.any(1).double().mean())
+
+
+def smallest_shift(histogram: Sequence[int], alpha: float, num_bettors: int, wanted: float = 0.95) -> float:
+    """The smallest shift of an indicator's probability that such a run finds with probability `wanted`; 1 if none."""
+    low, high = 1e-5, 1.0
+    if power(histogram, high, alpha, num_bettors) < wanted:
+        return 1.0
+    while high / low > 1.03:
+        middle = math.sqrt(low * high)
+        is_found = power(histogram, middle, alpha, num_bettors) >= wanted
+        low, high = (low, middle) if is_found else (middle, high)
+    return high

@@ -1,0 +1,97 @@
+"""The statistics of the certificate against scipy, and on laws where the answer is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from specdec.audit.statistics import (
+    STAKES,
+    bets_on_feature,
+    binomial_cdf,
+    clopper_pearson,
+    mean_log_wealth,
+    power,
+    smallest_shift,
+)
+
+ALPHA = 0.01
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 1), (0, 30), (17, 17), (3, 40), (199, 200), (512, 1000)])
+@pytest.mark.parametrize("error", [0.05, 0.001])
+def test_intervals_are_scipys(successes: int, trials: int, error: float) -> None:
+    expected = stats.binomtest(successes, trials).proportion_ci(1 - error, method="exact")
+    assert clopper_pearson(successes, trials, error) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_no_trials_tell_nothing() -> None:
+    assert clopper_pearson(0, 0) == (0, 1)
+
+
+@pytest.mark.parametrize("successes", [0, 7, 50])
+def test_the_binomial_distribution_is_scipys(successes: int) -> None:
+    assert binomial_cdf(successes, 50, 0.2) == pytest.approx(stats.binom.cdf(successes, 50, 0.2), abs=1e-12)
+
+
+def test_each_bet_is_fair() -> None:
+    """The expectation of every wealth factor is 1 under the hypothesis, and no factor is negative."""
+    mean = torch.tensor([0.03, 0.5, 0.97], dtype=torch.float64)
+    ones, zeros = (bets_on_feature(torch.full_like(mean, z), mean, torch.zeros_like(mean)).exp() for z in (1.0, 0.0))
+    torch.testing.assert_close(mean * ones + (1 - mean) * zeros, torch.ones(len(STAKES), 3, dtype=torch.float64))
+    assert (ones > 0).all()
+    assert (zeros > 0).all()
+
+
+@pytest.mark.parametrize("shift", [-0.02, 0.02])
+def test_a_bet_with_a_tolerance_loses_under_every_law_within_it(shift: float) -> None:
+    mean = torch.tensor([0.3], dtype=torch.float64)
+    tolerance = torch.tensor([0.02], dtype=torch.float64)
+    ones, zeros = (bets_on_feature(torch.full_like(mean, z), mean, tolerance).exp() for z in (1.0, 0.0))
+    assert ((mean + shift) * ones + (1 - mean - shift) * zeros <= 1 + 1e-12).all()
+
+
+def wealth(shift: float, num_runs: int, num_draws: int = 500) -> torch.Tensor:
+    """The mean wealth of all bettors after each draw [R, N], where the indicator's probability is off by `shift`."""
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.rand(num_runs, num_draws, generator=generator, dtype=torch.float64) * 0.8
+    z = (torch.rand(mean.shape, generator=generator, dtype=torch.float64) < mean + shift).double()
+    factors = bets_on_feature(z.flatten(), mean.flatten(), torch.zeros(mean.numel(), dtype=torch.float64))
+    return mean_log_wealth(factors.unflatten(1, mean.shape).cumsum(-1)).exp()
+
+
+def test_false_alarms_are_at_most_as_frequent_as_stated_whenever_one_reads() -> None:
+    alarms = int((wealth(0.0, num_runs=2000) >= 1 / ALPHA).any(1).sum())
+    assert stats.binomtest(alarms, 2000, ALPHA, alternative="greater").pvalue > 1e-3
+
+
+def test_a_shift_is_found() -> None:
+    assert (wealth(0.15, num_runs=200) >= 1 / ALPHA).any(1).double().mean() > 0.95
+
+
+def test_the_predicted_power_is_the_simulated_one() -> None:
+    """power() draws from bins, 50 reads a run; the simulation draws each id and reads after each."""
+    shift, num_draws = 0.09, 500
+    histogram = [0] * 20
+    for index in range(16):
+        histogram[index] = num_draws // 16
+    predicted = power(histogram, shift, ALPHA, len(STAKES))
+    simulated = (wealth(shift, num_runs=400) >= 1 / ALPHA).any(1).double().mean().item()
+    assert 0.2 < simulated < 0.98
+    assert predicted == pytest.approx(simulated, abs=4 * math.sqrt(0.25 / 400 * 2) + 0.03)
+
+
+def test_the_smallest_shift_is_found_with_the_wanted_power_and_half_of_it_is_not() -> None:
+    histogram = [100] * 20
+    shift = smallest_shift(histogram, ALPHA, len(STAKES))
+    assert power(histogram, shift, ALPHA, len(STAKES), seed=1) == pytest.approx(0.95, abs=0.06)
+    assert power(histogram, shift / 2, ALPHA, len(STAKES), seed=1) < 0.6
+    assert smallest_shift([1] * 20, 1e-9, len(STAKES)) == 1  # nothing could have been found
+
+
+def test_four_times_the_draws_find_half_the_shift() -> None:
+    few, many = (smallest_shift([count] * 20, ALPHA, len(STAKES)) for count in (100, 400))
+    assert few / many == pytest.approx(2, rel=0.15)
