@@ -31,6 +31,8 @@ from specdec.quant.layers import is_4bit
 from specdec.runtime.prepare import Compile
 from specdec.utils.provenance import file_hashes, provenance
 
+# what a result is kept under, what is done, and the work itself; None: the budget ended before it was done
+Piece = tuple[Key, str, Callable[[], dict[str, Any] | None]]
 SPECDEC, TRANSFORMERS = "specdec", "transformers"  # whose loop is audited
 SHARES = {"widths": 0.1, "greedy": 0.3, "sampled": 0.3, "control": 0.3}  # of the budget, as long as work is left
 SAMPLED_ROWS = 16
@@ -87,6 +89,7 @@ class Audit:
         self.stop_ids = settings.stop_ids or _frequent_ids(settings.prompts)
         self.claims_invariance = claims_invariance(model)
         self._enabled: tuple[str, Compile] | None = None
+        self._deadline = math.inf
         self._plain: dict[tuple[int, ...], list[list[int]]] = {}
 
     def run(self, budget_s: float, on_progress: Callable[[str, float], None] = lambda what, seconds: None) -> None:
@@ -101,11 +104,12 @@ class Audit:
             "control": self._control_work(),
         }
         begun = time.monotonic()
+        self._deadline = begun + budget_s
         spent = dict(self.evidence.seconds)
         try:
-            while queues and time.monotonic() - begun < budget_s:
+            while queues and time.monotonic() < self._deadline:
                 kind = min(queues, key=lambda name: spent.get(name, 0.0) / SHARES[name])
-                turn_ends = min(time.monotonic() + TURN_S, begun + budget_s)
+                turn_ends = min(time.monotonic() + TURN_S, self._deadline)
                 while (started := time.monotonic()) < turn_ends:
                     piece = next(queues[kind], None)
                     if piece is None:
@@ -114,6 +118,8 @@ class Audit:
                     key, what, work = piece
                     on_progress(what, started - begun)
                     result = work()
+                    if result is None:  # the budget ended in the middle of it
+                        break
                     seconds = time.monotonic() - started
                     spent[kind] = spent.get(kind, 0.0) + seconds
                     self.evidence.add(key, seconds, result)
@@ -126,7 +132,7 @@ class Audit:
             specdec.enable(self.model, self.settings.drafters[drafter], compile=compile)
             self._enabled = drafter, compile
 
-    def _widths_work(self, budget_s: float) -> Iterator[tuple[Key, str, Callable[[], dict[str, Any]]]]:
+    def _widths_work(self, budget_s: float) -> Iterator[Piece]:
         key: Key = ("widths",)
         if key in self.evidence.results:
             return
@@ -149,7 +155,7 @@ class Audit:
         numbers = [k for k in self.settings.num_draft_tokens if isinstance(k, int)]
         return 3 if 3 in numbers or not numbers else min(numbers)
 
-    def _greedy_work(self) -> Iterator[tuple[Key, str, Callable[[], dict[str, Any]]]]:
+    def _greedy_work(self) -> Iterator[Piece]:
         """All settings on the first prompts, then on the next ones, so that a run that ends early is balanced."""
         settings = self.settings
         largest = max(settings.batch_sizes)
@@ -194,7 +200,7 @@ class Audit:
             "first_prompt": rows[0],
         }
 
-    def _sampled_work(self) -> Iterator[tuple[Key, str, Callable[[], dict[str, Any]]]]:
+    def _sampled_work(self) -> Iterator[Piece]:
         drawn = sum(result["num_ids"].get("all", 0) for result in self.evidence.of("sampled").values())
         index = 0
         while self.settings.max_draws is None or drawn < self.settings.max_draws:
@@ -259,14 +265,17 @@ class Audit:
             return 0.0
         return max(8 * widths["change"], 4 * torch.finfo(self.model.dtype).eps)
 
-    def _control_work(self) -> Iterator[tuple[Key, str, Callable[[], dict[str, Any]]]]:
+    def _control_work(self) -> Iterator[Piece]:
         for name, control in CONTROLS.items():
             key: Key = ("control", name)
             if key not in self.evidence.results:
                 yield key, f"a broken loop: {control.what}", lambda name=name: self.run_control(name)  # type: ignore[misc]
 
-    def run_control(self, name: str) -> dict[str, Any]:
-        """Sample from a broken loop until a check finds it: -> after how many ids, and which check."""
+    def run_control(self, name: str) -> dict[str, Any] | None:
+        """Sample from a broken loop until a check finds it: -> after how many ids, and which check.
+
+        None where the budget ends before.
+        """
         control = CONTROLS[name]
         drafter = self._control_drafter(control.needs_probs)
         if drafter is None:
@@ -282,6 +291,8 @@ class Audit:
                 evidence = self._fault_of(sample, log_wealth)
                 if evidence is not None:
                     return {"found": True, "num_ids": num_ids, "evidence": evidence}
+                if time.monotonic() > self._deadline:
+                    return None
         return {"found": False, "num_ids": num_ids, "evidence": f"e-value {e_value(log_e_value(log_wealth))}"}
 
     def _control_drafter(self, needs_probs: bool) -> str | None:

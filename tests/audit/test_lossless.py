@@ -163,7 +163,16 @@ def test_the_groups_of_ids_are_known_before_they_are_drawn() -> None:
 
 def test_a_drafter_without_probabilities_cannot_show_wrong_ones() -> None:
     audit = Audit(pair("int4_kernel")[0], Settings(PROMPTS, {"prompt_lookup": "prompt_lookup"}), Evidence({}))
-    assert audit.run_control("draft_temperature")["found"] is None
+    found = audit.run_control("draft_temperature")
+    assert found is not None
+    assert found["found"] is None
+
+
+def test_half_of_a_broken_loops_samples_are_no_result() -> None:
+    audit = audit_of()
+    audit._deadline = 0
+    assert audit.run_control("draft_temperature") is None
+    specdec.disable(audit.model)
 
 
 def test_a_broken_verifier_is_not_lossless(monkeypatch: pytest.MonkeyPatch) -> None:
