@@ -34,7 +34,7 @@ tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
     [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
 )
 tokenizer.decoder = decoders.ByteLevel()
-special = [token for token, type in zip(tokens, value("ggml.token_type")) if type == TokenType.CONTROL]
+special = [token for token, type in zip(tokens, value("ggml.token_type"), strict=True) if type == TokenType.CONTROL]
 tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
 names = {
     f"{name}_token": tokens[value(f"ggml.{field}_token_id")]
