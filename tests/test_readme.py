@@ -308,6 +308,18 @@ def test_the_quality_is_that_of_the_results_file() -> None:
     assert f"{expected} {report['tokens']:,} held-out tokens" in " ".join(PAGES["docs/formats.md"].split())
 
 
+def test_the_quality_of_smollm2_is_that_of_its_results_files() -> None:
+    names = ("audit_quality-smollm2", "audit_quality-smollm2-inputs16")
+    int8, inputs16 = (json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in names)
+    page = " ".join(PAGES["docs/internals/four-bit.md"].split())
+    assert (
+        f"on {int8['tokens']:,} tokens of README.md from {inputs16['mean_kl']:.3f} nats to {int8['mean_kl']:.3f}"
+        in page
+    )
+    before, after, original = inputs16["perplexity"], int8["perplexity"], int8["original_perplexity"]
+    assert f"perplexity from {before:.1f} to {after:.1f} ({original:.1f} in bfloat16" in page
+
+
 def test_the_ladder_of_the_kernels_is_the_files() -> None:
     report = json.loads((ROOT / "benchmarks" / "results" / "check_kernels_ladder.json").read_text(encoding="utf-8"))
     page = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
