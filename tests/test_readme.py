@@ -320,6 +320,23 @@ def test_the_quality_of_smollm2_is_that_of_its_results_files() -> None:
     assert f"perplexity from {before:.1f} to {after:.1f} ({original:.1f} in bfloat16" in page
 
 
+def test_the_certificates_are_those_of_their_files() -> None:
+    rows = [line for line in PAGES["docs/audit.md"].splitlines() if "](../benchmarks/results/audit_lossless-" in line]
+    assert len(rows) == 2
+    for row in rows:
+        (name,) = re.findall(r"results/(\S+)\)", row)
+        found = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+        identical, texts = (sum(entry[key] for entry in found["greedy"]) for key in ("identical", "texts"))
+        ids = found["sampling"][0]["num_ids"]
+        assert f"| {found['verdict']} | {identical} of {texts} | {ids:,} |" in row
+        assert all(control["found"] for control in found["controls"])
+    page = " ".join(PAGES["docs/audit.md"].split())
+    impossible = re.search(r"(\d+) of (\d+) ids in such calls have probability 0", page)
+    assert impossible is not None
+    calls = [call["num_ids"] for call in found["calls"] if "state" in call["what"]]
+    assert impossible.groups() == (str(found["impossible"]), str(calls[0]))
+
+
 def test_the_ladder_of_the_kernels_is_the_files() -> None:
     report = json.loads((ROOT / "benchmarks" / "results" / "check_kernels_ladder.json").read_text(encoding="utf-8"))
     page = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
