@@ -23,6 +23,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 import specdec
+from specdec.audit.identity import first_difference
 from specdec.runtime.loading import load, load_tokenizer
 from specdec.utils import embedded
 from specdec.utils.provenance import provenance
@@ -82,9 +83,8 @@ def generate(target: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int) ->
 
 def divergence(target: PreTrainedModel, ids: torch.Tensor, prompt: str, actual: list[int], expected: list[int]) -> dict:
     """The first position at which two texts differ, and the margin of plain decoding's best logit there."""
-    at = next(
-        (i for i, (a, b) in enumerate(zip(actual, expected, strict=False)) if a != b), min(len(actual), len(expected))
-    )
+    at = first_difference(expected, actual)
+    assert at is not None
     output = target.generate(
         ids,
         attention_mask=torch.ones_like(ids),

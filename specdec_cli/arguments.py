@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -218,17 +219,20 @@ def _num_draft_tokens(text: str) -> int | str:
 
 def _several(convert: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     def several(text: str) -> tuple[Any, ...]:
-        return tuple(convert(part.strip()) for part in text.split(","))
+        try:
+            return tuple(convert(part.strip()) for part in text.split(","))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list such as 1,3") from error
 
     return several
 
 
 def _seconds(text: str) -> float:
     """ "90s", "10min", "2h", or a number of seconds."""
-    for unit, seconds in (("min", 60), ("h", 3600), ("s", 1), ("m", 60), ("", 1)):
-        if text.endswith(unit):
-            return float(text.removesuffix(unit)) * seconds
-    raise AssertionError
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(s|min|h)?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time such as 90s, 10min or 2h")
+    return float(found[1]) * {"min": 60, "h": 3600}.get(found[2], 1)
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

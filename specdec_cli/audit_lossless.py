@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -43,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(options.model)
         prompts = [tokenizer(text).input_ids[-MAX_PROMPT_TOKENS:] for text in texts]
         settings = Settings(
-            [prompt for prompt in prompts if len(prompt) >= 2],
+            prompts,
             {
                 name: name if name in NAMED_DRAFTERS else load(name, dtype, options.device)
                 for name in options.drafter or _default_drafters(options.model)
@@ -55,6 +56,8 @@ def run(options: argparse.Namespace) -> int:
             alpha=options.alpha,
             seed=options.seed,
             loop=options.loop,
+            first_prompt=options.first_prompt,
+            command=_command(options),
         )
         progress.update(task, total=options.budget)
         certificate = audit_lossless(
@@ -72,6 +75,14 @@ def run(options: argparse.Namespace) -> int:
     else:
         show(certificate, folder, Console())
     return certificate.exit_code
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command without what a divergence's own names: settings, drafter and prompts."""
+    chosen = {name: getattr(options, name) for name in ("prompts", "dtype", "device", "loop")}
+    defaults = {"prompts": None, "dtype": None, "device": "cpu", "loop": "specdec"}
+    changed = [f"--{name} {shlex.quote(value)}" for name, value in chosen.items() if value != defaults[name]]
+    return " ".join(["specdec audit lossless", shlex.quote(options.model), *changed])
 
 
 def read_prompts(path: str | None) -> list[str]:

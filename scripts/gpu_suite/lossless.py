@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 import specdec
 from gpu_suite.messages import log
 from gpu_suite.suite import Row, Section, Suite, failed
+from specdec.audit.identity import first_difference
 from specdec.quant.linear import Int4Linear
 from specdec.runtime.loading import load
 from specdec.utils import embedded
@@ -38,8 +39,8 @@ class Writer:
 
     def difference(self, prompts: list[str], index: int, ids: list[int], expected: list[int]) -> Row:
         """The first position at which a text differs from plain decoding, and the margin of its best logit there."""
-        pairs = enumerate(zip(ids, expected, strict=False))
-        position = next((i for i, (a, b) in pairs if a != b), min(len(ids), len(expected)))
+        position = first_difference(expected, ids)
+        assert position is not None
         output, _ = self.write(prompts, position + 1, output_logits=True)
         best = output.logits[-1][index].float().topk(2).values
         return {"position": position, "margin": (best[0] - best[1]).item()}

@@ -160,10 +160,11 @@ def certify(
     claims_invariance: bool,
     alpha: float,
     max_logit_rounding: float,
+    command: str,
     provenance: dict[str, Any],
 ) -> Certificate:
-    """The certificate of what has been found so far."""
-    greedy, divergences = _greedy(evidence, provenance.get("model", "MODEL"))
+    """The certificate of what has been found so far. command: that a divergence's is made from."""
+    greedy, divergences = _greedy(evidence, command)
     sampled = evidence.of("sampled")
     log_wealth = torch.zeros(len(BETTORS), dtype=torch.float64)
     num_ids, histogram = dict.fromkeys(GROUPS, 0), [0] * 20
@@ -216,7 +217,7 @@ def certify(
     return certificate
 
 
-def _greedy(evidence: Evidence, model: str) -> tuple[list[GreedyRow], list[dict[str, Any]]]:
+def _greedy(evidence: Evidence, command: str) -> tuple[list[GreedyRow], list[dict[str, Any]]]:
     counts: dict[tuple[str, int | str, int], list[int]] = defaultdict(lambda: [0, 0])
     divergences = []
     for (_, drafter, k, size, _), result in evidence.of("greedy").items():
@@ -225,12 +226,11 @@ def _greedy(evidence: Evidence, model: str) -> tuple[list[GreedyRow], list[dict[
         count[1] += result["identical"]
         setting = {"drafter": drafter, "num_draft_tokens": k, "batch_size": size}
         for divergence in result["divergences"]:
-            command = (
-                f"specdec audit lossless {model} --drafter {drafter} --num-draft-tokens {k} --batch {size}"
-                f" --first-prompt {result['first_prompt']} --max-prompts {size}"
-                f" --max-new-tokens {divergence['position'] + 1}"
+            arguments = (
+                f"--drafter {drafter} --num-draft-tokens {k} --batch {size} --first-prompt {result['first_prompt']}"
+                f" --max-prompts {size} --max-new-tokens {divergence['position'] + 1}"
             )
-            divergences.append(setting | divergence | {"command": command})
+            divergences.append(setting | divergence | {"command": f"{command} {arguments}"})
     rows = [
         GreedyRow(*setting, texts, identical, clopper_pearson(identical, texts))
         for setting, (texts, identical) in counts.items()

@@ -54,12 +54,6 @@ def _verifier(verify: Verify) -> Callable[[], AbstractContextManager[None]]:
     return lambda: _replaced(verification, verify=verify)
 
 
-def _counted(accept: Tensor, lengths: Tensor) -> Tensor:
-    """Accepted ids before the first rejection: [B, K] bool, [B] -> [B]."""
-    is_drafted = torch.arange(accept.shape[1], device=accept.device) < lengths[:, None]
-    return (accept & is_drafted).long().cumprod(1).sum(1)
-
-
 def _probs_of_draft(draft: Draft, vocab_size: int) -> Tensor:
     return verification.one_hot(draft.ids, vocab_size) if draft.probs is None else draft.probs
 
@@ -71,8 +65,8 @@ def accept_zero_probability(draft: Draft, target_probs: Tensor, uniforms: Tensor
         return _verify(draft, target_probs, uniforms)
     q = _probs_of_draft(draft, target_probs.shape[-1]).gather(-1, draft.ids[..., None])[..., 0]
     p = target_probs[:, :num_ids].gather(-1, draft.ids[..., None])[..., 0]
-    coarse = (uniforms[:, :num_ids] * 256).floor() / 256
-    accepted = _counted(coarse * q <= p, draft.lengths)
+    coarse = (uniforms[:, :num_ids] * 256).trunc() / 256
+    accepted = verification.count_leading(coarse * q <= p, draft.lengths)
     return _with_next_ids(draft, target_probs, uniforms, accepted)
 
 

@@ -7,11 +7,12 @@ found becomes a certificate (certificate.py).
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,10 @@ class Settings:
     """What is audited. prompts: ids of each. drafters: by the name that the certificate gives them.
 
     num_draft_tokens, batch_sizes, max_new_tokens: of greedy calls; sampled ones draft 3 tokens, or the smallest K.
-    max_draws: ids after which sampling ends; None: with the budget. alpha: the rate of false alarms of the sampling
-    test over the whole run. stop_ids: of sampled calls with stops; the most frequent ids of the prompts where empty.
+    max_draws: ids after which sampling ends. alpha: the rate of false alarms of the sampling test over the whole run.
     widths, batches: at which logits are compared. loop: whose loop is audited: specdec's, or transformers' assisted
     one, which takes one row and a number of draft tokens.
+    first_prompt, command: the number of the first prompt, and the command, from which a divergence's is made.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -60,11 +61,12 @@ class Settings:
     max_new_tokens: int = 64
     alpha: float = 0.001
     seed: int = 0
-    max_draws: int | None = 20_000
-    stop_ids: list[int] = field(default_factory=list)
+    max_draws: int = 20_000
     widths: tuple[int, ...] = WIDTHS
     batches: tuple[int, ...] = BATCHES
     loop: str = "specdec"
+    first_prompt: int = 0
+    command: str = "specdec audit lossless MODEL"
 
     def __post_init__(self) -> None:
         if self.loop not in (SPECDEC, TRANSFORMERS):
@@ -86,7 +88,7 @@ class Audit:
     def __init__(self, model: PreTrainedModel, settings: Settings, evidence: Evidence) -> None:
         self.model, self.settings, self.evidence = model, settings, evidence
         self.prefixes: dict[str, RepeatedPrefixes] = {name: RepeatedPrefixes() for name in CALLS}
-        self.stop_ids = settings.stop_ids or _frequent_ids(settings.prompts)
+        self.stop_ids = _frequent_ids(settings.prompts)
         self.claims_invariance = claims_invariance(model)
         self._enabled: tuple[str, Compile] | None = None
         self._deadline = math.inf
@@ -103,6 +105,8 @@ class Audit:
             "sampled": self._sampled_work(),
             "control": self._control_work(),
         }
+        drafts = [draft for draft in self.settings.drafters.values() if isinstance(draft, PreTrainedModel)]
+        configs = [copy.deepcopy(draft.generation_config) for draft in drafts]  # transformers' loop reads K from them
         begun = time.monotonic()
         self._deadline = begun + budget_s
         spent = dict(self.evidence.seconds)
@@ -126,6 +130,8 @@ class Audit:
         finally:
             specdec.disable(self.model)
             self._enabled = None
+            for draft, config in zip(drafts, configs, strict=True):
+                draft.generation_config = config
 
     def _enable(self, drafter: str, compile: Compile = "auto") -> None:
         if self._enabled != (drafter, compile):
@@ -197,13 +203,13 @@ class Audit:
             "texts": len(rows),
             "identical": len(rows) - len(divergences),
             "divergences": divergences,
-            "first_prompt": rows[0],
+            "first_prompt": settings.first_prompt + rows[0],
         }
 
     def _sampled_work(self) -> Iterator[Piece]:
         drawn = sum(result["num_ids"].get("all", 0) for result in self.evidence.of("sampled").values())
         index = 0
-        while self.settings.max_draws is None or drawn < self.settings.max_draws:
+        while drawn < self.settings.max_draws:
             for drafter in self.settings.drafters:
                 for call in CALLS:
                     key: Key = ("sampled", drafter, call, index)
@@ -355,7 +361,9 @@ def audit_lossless(
     origin: dict[str, Any] = {"model": name, "dtype": str(model.dtype)[6:], "loop": settings.loop}
     origin |= provenance(str(model.device)) | {"files_sha256": file_hashes(name)}
     audit.run(budget_s, on_progress)
-    return certify(evidence, audit.claims_invariance, settings.alpha, audit.max_logit_rounding, origin)
+    return certify(
+        evidence, audit.claims_invariance, settings.alpha, audit.max_logit_rounding, settings.command, origin
+    )
 
 
 def _header(model: PreTrainedModel, settings: Settings) -> dict[str, Any]:

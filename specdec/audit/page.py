@@ -10,8 +10,8 @@ from specdec.pages import environment
 
 CELL = 18  # CSS pixels of a cell of the matrix
 LEADS = {
-    LOSSLESS: "Speculation changes nothing: greedy texts are plain decoding's, and sampled ids have its distribution.",
-    ROUNDING: "Speculation changes nothing beyond rounding, which changes texts of plain decoding as well.",
+    LOSSLESS: "As far as this run can tell, greedy texts are plain decoding's, and sampled ids have its distribution.",
+    ROUNDING: "As far as this run can tell, texts differ by rounding alone, which changes plain decoding's as well.",
     FAULTY: "Speculation changes the answers of this model.",
     INCONCLUSIVE: "This run does not tell whether speculation changes the answers.",
 }
@@ -53,5 +53,4 @@ def _matrix(widths: dict[str, Any]) -> dict[str, Any]:
         "rows": [(8 + CELL * i + CELL / 2 + 3, b) for i, b in enumerate(widths["batches"])],
         "width": 48 + CELL * len(widths["widths"]),
         "height": 48 + CELL * len(widths["batches"]),
-        "num_measured": sum(cell["shade"] is not None for cell in cells),
     }

@@ -100,7 +100,7 @@ class Sample:
     stop_errors: rows that end at another position than under plain decoding.
     seed_errors: 1 where the same seed gave another text.
     max_logit_difference: between the logits that were verified with and those of plain decoding, over the largest of
-        those. max_law_difference: the total variation between the laws made of them.
+        those.
     """
 
     log_wealth: list[float]
@@ -111,7 +111,6 @@ class Sample:
     stop_errors: int = 0
     seed_errors: int = 0
     max_logit_difference: float = 0.0
-    max_law_difference: float = 0.0
 
 
 @dataclass
@@ -306,7 +305,6 @@ class _Bets:
             change = (own_logits - logits).abs().amax(1) / logits.abs().amax(1).clamp(min=1e-30)
             law_change = (own_scores.softmax(-1) - probs).abs().sum(1) / 2
         sample.max_logit_difference = max(sample.max_logit_difference, float(change.max()))
-        sample.max_law_difference = max(sample.max_law_difference, float(law_change.max()))
 
         p = probs.double()
         p = p / p.sum(1, keepdim=True)

@@ -4,8 +4,8 @@ An e-process E_t is nonnegative with an expectation of at most 1 whenever the hy
 it ever reaches 1/alpha is at most alpha (Ville, 1939): it may be read after every draw, and a run may be stopped,
 resumed and extended at will. Here E_t is the mean wealth of bettors against the hypothesis "each id is drawn from p":
 Shafer, Testing by Betting (2021); Waudby-Smith and Ramdas, Estimating Means of Bounded Random Variables by Betting
-(2024). A bettor multiplies its wealth by 1 + stake * (z - E_p[z]) for a feature z in [0, 1] of the id, or by the ratio
-r(x) / p(x) for a law r that it has chosen before the id was drawn. Wealth is kept as logarithms, in float64.
+(2024). A bettor multiplies its wealth by 1 + stake * (z - E_p[z]) for a feature z in [0, 1] of the id. Wealth is kept
+as logarithms, in float64.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def measure_widths(
     deadline = time.monotonic() + seconds
     reference = window_logits(runner, ids, first, 1, 1, generator)
     largest = float(reference.abs().max())
-    unit = torch.finfo(model.dtype).eps * 2.0 ** math.floor(math.log2(max(largest, 1e-30)))
+    unit = torch.finfo(model.dtype).eps * 2.0 ** (math.frexp(largest)[1] - 1)
     result = Widths(list(widths), list(batches), [[None] * len(widths) for _ in batches], unit=unit)
 
     def difference(logits: Tensor) -> float:

@@ -55,7 +55,7 @@ def verify(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Verdict:
     ids = draft.ids[..., None]
     p = target_probs[:, :num_ids].gather(-1, ids)[..., 0]
     q = torch.ones_like(p) if draft.probs is None else draft.probs.gather(-1, ids)[..., 0]
-    accepted = _leading(uniforms[:, :num_ids] * q < p, draft.lengths)
+    accepted = count_leading(uniforms[:, :num_ids] * q < p, draft.lengths)
 
     rows = torch.arange(len(accepted), device=accepted.device)
     next_probs = target_probs[rows, accepted]
@@ -71,7 +71,7 @@ def verify(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Verdict:
 def verify_greedy(draft: Draft, target_ids: Tensor) -> Verdict:
     """verify() where the target is one-hot at target_ids [B, K+1] int64: p is 0 or 1, so q does not matter."""
     num_ids = draft.ids.shape[1]
-    accepted = _leading(draft.ids == target_ids[:, :num_ids], draft.lengths)
+    accepted = count_leading(draft.ids == target_ids[:, :num_ids], draft.lengths)
     return Verdict(accepted, target_ids.gather(1, accepted[:, None])[:, 0])
 
 
@@ -105,7 +105,7 @@ def one_hot(ids: Tensor, vocab_size: int) -> Tensor:
     return torch.zeros(*ids.shape, vocab_size, device=ids.device).scatter_(-1, ids[..., None], 1.0)
 
 
-def _leading(accept: Tensor, lengths: Tensor) -> Tensor:
+def count_leading(accept: Tensor, lengths: Tensor) -> Tensor:
     """Accepted ids before the first rejection, among the first `lengths`: [B, K] bool, [B] int64 -> [B] int64."""
     is_drafted = torch.arange(accept.shape[1], device=accept.device) < lengths[:, None]
     return (accept & is_drafted).long().cumprod(1).sum(1)

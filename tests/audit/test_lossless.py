@@ -19,7 +19,7 @@ import specdec
 from specdec.audit.certificate import FAULTY, INCONCLUSIVE, LOSSLESS, ROUNDING, Certificate, certify
 from specdec.audit.controls import CONTROLS
 from specdec.audit.evidence import Evidence
-from specdec.audit.identity import explain, first_difference
+from specdec.audit.identity import Divergence, explain, first_difference
 from specdec.audit.lossless import TRANSFORMERS, Audit, Settings, audit_lossless
 from specdec.audit.page import render_page
 from specdec.audit.reference import replay
@@ -27,6 +27,7 @@ from specdec.audit.sampling import CALLS, RepeatedPrefixes, _positions, _Step, d
 from specdec.audit.widths import measure_widths
 from specdec.core import verification
 from specdec.core.steps import Draft, Verdict
+from specdec_cli.arguments import parse
 from specdec_cli.main import main
 from tests.helpers.families import FAMILIES, VOCAB_SIZE, family, make_model
 
@@ -188,7 +189,7 @@ def test_a_broken_verifier_is_not_lossless(monkeypatch: pytest.MonkeyPatch) -> N
     for index in range(3):
         evidence.add(("sampled", "draft", "plain", index), 1.0, audit.sample("draft", "plain", index))
     specdec.disable(audit.model)
-    certificate = certify(evidence, True, 0.001, 0.0, {})
+    certificate = certify(evidence, True, 0.001, 0.0, "audit", {})
     assert certificate.verdict == FAULTY
     assert "sampled ids are not drawn from the law of plain decoding; calls with temperature 1" in certificate.reasons
     assert certificate.exit_code == 1
@@ -220,6 +221,25 @@ def test_a_dense_models_logits_are_measured_in_units_of_rounding() -> None:
     assert 0 < widths.largest < 200
     assert 0 < widths.total_variation < 0.1
     assert not widths.is_invariant
+
+
+def test_a_divergence_has_its_class_and_a_command_that_repeats_it() -> None:
+    divergence = dataclasses.asdict(Divergence(9, 3, 5, 6, (2.0, 1.9), 0.1, [0.1, -0.2], 0.3))
+    evidence = Evidence({})
+    result = {"texts": 4, "identical": 3, "divergences": [divergence | {"is_rounding": True}], "first_prompt": 8}
+    evidence.add(("greedy", "draft", 3, 4, 8), 1.0, result)
+    command = "specdec audit lossless folder --dtype bfloat16"
+    origin = {"model": "folder", "dtype": "bfloat16", "loop": "specdec", "device": "", "date": "", "command": ""}
+    origin["files_sha256"] = {}
+    certificate = certify(evidence, False, 0.001, 0.0, command, origin)
+    [found] = certificate.divergences
+    arguments = "--drafter draft --num-draft-tokens 3 --batch 4 --first-prompt 8 --max-prompts 4 --max-new-tokens 4"
+    assert found["command"] == f"{command} {arguments}"
+    assert (certificate.num_identical, certificate.verdict) == (3, INCONCLUSIVE)
+    page = render_page(certificate)
+    assert found["command"] in page
+    assert "rounding</td>" in page
+    assert certify(evidence, True, 0.001, 0.0, command, origin).verdict == FAULTY  # where logits are to be equal
 
 
 @pytest.mark.parametrize(
@@ -316,6 +336,18 @@ def test_the_command_writes_a_certificate(tmp_path: Path, capsys: pytest.Capture
     assert main([*arguments, *short, "--json"]) == 0  # nothing is left to do
     again = json.loads(capsys.readouterr().out)
     assert again["sampling"] == certificate["sampling"]
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("1.5min", 90), ("2h", 7200), ("7", 7)])
+def test_a_budget_has_a_unit(text: str, seconds: float) -> None:
+    assert parse(["audit", "lossless", "folder", "--budget", text]).budget == seconds
+
+
+@pytest.mark.parametrize("arguments", [["--budget", "soon"], ["--batch", "1,x"]])
+def test_arguments_that_cannot_be_read_are_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["audit", "lossless", "folder", *arguments])
+    assert f"argument {arguments[0]}: {arguments[1]!r} is no" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
