@@ -83,9 +83,10 @@ class Round:
         return self.num_decoded / seconds if seconds > 0 else None
 
     @property
-    def cpu_ms_per_token(self) -> float:
-        """Of decoding, CPU time of all threads."""
-        return 1000 * (self.whole.cpu_seconds - self.first.cpu_seconds) / self.num_decoded
+    def cpu_ms_per_token(self) -> float | None:
+        """Of decoding, CPU time of all threads; None where a call of one token took no less than a whole one."""
+        seconds = self.whole.cpu_seconds - self.first.cpu_seconds
+        return 1000 * seconds / self.num_decoded if seconds > 0 else None
 
 
 def run_tasks(engine: Engine, tasks: Sequence[Task]) -> Pass:

@@ -95,9 +95,9 @@ def best_table(results: Sequence[Result]) -> Table:
 
 
 def cell_of(result: Result) -> str:
-    decoding = result["decode_tokens_per_second"]
+    decoding, cpu_ms = result["decode_tokens_per_second"], result["cpu_ms_per_token"]
     k = "" if result["num_draft_tokens"] is None else f"{result['engine']} {result['num_draft_tokens']}"
-    second = f"({'-' if decoding is None else f'{decoding:,.0f}'}; {result['cpu_ms_per_token']:.2f})"
+    second = f"({'-' if decoding is None else f'{decoding:,.0f}'}; {'-' if cpu_ms is None else f'{cpu_ms:.2f}'})"
     return f"{rate_text(result)}\n{second}" + (f"\n{k}" if k else "")
 
 
