@@ -1,5 +1,7 @@
 """Time the quantized layers against a bfloat16 nn.Linear on this CPU, 1 … 16 rows: interleaved, medians, one JSON line.
 
+llama.cpp's products with weights of the same shape stand beside them where `bench_peers.py --setup-peers` has built it.
+
     OMP_NUM_THREADS=1 python scripts/bench_int4.py
     python scripts/bench_int4.py --shapes 4096x4096 256x1024 --output benchmarks/results/bench_int4.json
 
@@ -13,12 +15,19 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from common.report import emit
+from peers import setup
 from peers.machine import Bandwidth
+from peers.runtimes import NOT_SET_UP, LlamaCpp
+from peers.worker import Worker
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -31,6 +40,16 @@ from specdec.quant.rounding import round_to_nearest
 from specdec.utils.provenance import provenance
 
 BASELINE = "bfloat16"
+LLAMACPP_TYPES = ("Q4_0", "Q8_0")
+PAUSE_S = 0.01  # after llama.cpp's products: its threads wait for work in a loop, and would take the CPU from others
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight. time: seconds of a product with so many rows."""
+
+    time: Callable[[int], float]
+    weight_bytes: int
 
 
 def main() -> None:
@@ -43,49 +62,98 @@ def main() -> None:
     args = parser.parse_args()
     cpu.build()
     results, bandwidth = [], Bandwidth()
-    for shape in args.shapes:
-        columns, rows_out = map(int, shape.split("x"))
-        results += measure(columns, rows_out, args, bandwidth)
+    with llamacpp() as worker:
+        for shape in args.shapes:
+            columns, rows_out = map(int, shape.split("x"))
+            own = own_layers(columns, rows_out, args)
+            peers = {} if worker is None else llamacpp_layers(columns, rows_out, worker)
+            results += measure(columns, rows_out, own, peers, args, bandwidth)
     report = {
         "script": "bench_int4",
         "provenance": provenance("cpu"),
         "threads": torch.get_num_threads(),
         "group_size": args.group_size,
+        "peers": {} if worker is None else {setup.LLAMACPP_PACKAGE: setup.LLAMACPP_VERSION},
         "results": results,
     }
     show(results)
     emit(report, args.output)
 
 
-def layers_of(columns: int, rows_out: int, group_size: int) -> dict[str, nn.Module]:
+@contextmanager
+def llamacpp() -> Iterator[Worker | None]:
+    """llama.cpp's process; None where it is not set up."""
+    if not LlamaCpp.is_set_up():
+        Console(stderr=True).print(NOT_SET_UP.format(LlamaCpp.name))
+        yield None
+        return
+    worker = Worker(LlamaCpp.name, [str(setup.LLAMACPP_WORKER)], setup.BUILD / "LlamaCpp.log")
+    try:
+        yield worker
+    finally:
+        worker.close()
+
+
+def own_layers(columns: int, rows_out: int, args: argparse.Namespace) -> dict[str, Layer]:
     torch.manual_seed(0)
     dense = nn.Linear(columns, rows_out, bias=False, dtype=torch.bfloat16).eval()
-    codes = round_to_nearest(dense.weight, group_size, symmetric=True)
-    layers: dict[str, Any] = {
+    codes = round_to_nearest(dense.weight, args.group_size, symmetric=True)
+    modules: dict[str, Any] = {
         "4 bits, inputs in 8": Int4Linear(codes),
         "4 bits, inputs in 16": Int4Linear(codes),
         "8 bits, inputs in 8": Int8Linear(*round_rows(dense.weight)),
+        BASELINE: dense,
     }
-    layers["4 bits, inputs in 16"].int8_inputs = False
-    return {name: layer.eval() for name, layer in layers.items()} | {BASELINE: dense}
+    modules["4 bits, inputs in 16"].int8_inputs = False
+    inputs = {rows: torch.randn(1, rows, columns, dtype=torch.bfloat16) for rows in args.rows}
+
+    def time_module(module: nn.Module, rows: int) -> float:
+        started = time.perf_counter()
+        module(inputs[rows])
+        return time.perf_counter() - started
+
+    return {name: Layer(partial(time_module, module.eval()), bytes_read(module)) for name, module in modules.items()}
+
+
+def llamacpp_layers(columns: int, rows_out: int, worker: Worker) -> dict[str, Layer]:
+    def product(kind: str, rows: int) -> dict[str, Any]:
+        shape = {"in": columns, "out": rows_out, "rows": rows}
+        return worker.request(op="linear", type=kind, threads=torch.get_num_threads(), **shape)
+
+    def time_product(kind: str, rows: int) -> float:
+        seconds: float = product(kind, rows)["seconds"]
+        return seconds
+
+    return {
+        f"{LlamaCpp.name}, {kind}": Layer(partial(time_product, kind), product(kind, 1)["bytes"])
+        for kind in LLAMACPP_TYPES
+    }
 
 
 @torch.inference_mode()
-def measure(columns: int, rows_out: int, args: argparse.Namespace, bandwidth: Bandwidth) -> list[dict[str, Any]]:
-    layers = layers_of(columns, rows_out, args.group_size)
-    inputs = {rows: torch.randn(1, rows, columns, dtype=torch.bfloat16) for rows in args.rows}
-    times: dict[tuple[str, int], list[float]] = {(name, rows): [] for name in layers for rows in inputs}
+def measure(
+    columns: int,
+    rows_out: int,
+    own: Mapping[str, Layer],
+    peers: Mapping[str, Layer],
+    args: argparse.Namespace,
+    bandwidth: Bandwidth,
+) -> list[dict[str, Any]]:
+    layers = {**own, **peers}
+    times: dict[tuple[str, int], list[float]] = {(name, rows): [] for name in layers for rows in args.rows}
     for round_number in track(range(args.rounds + 1), f"{columns} -> {rows_out}", console=Console(stderr=True)):
-        for rows, x in inputs.items():
-            for name, layer in layers.items():
-                started = time.perf_counter()
-                layer(x)
-                if round_number:  # the first one warms up
-                    times[name, rows].append(time.perf_counter() - started)
+        own[BASELINE].time(args.rows[0])  # PyTorch's threads are awake
+        for group in (own, peers):
+            for rows in args.rows:
+                for name, layer in group.items():
+                    seconds = layer.time(rows)
+                    if round_number:  # the first one warms up
+                        times[name, rows].append(seconds)
+        if peers:
+            time.sleep(PAUSE_S)
     results = []
     for name, layer in layers.items():
-        weight_bytes = bytes_read(layer)
-        read = bandwidth.gb_per_second(weight_bytes, torch.get_num_threads())
+        read = bandwidth.gb_per_second(layer.weight_bytes, torch.get_num_threads())
         one_row = statistics.median(times[name, args.rows[0]])
         for rows in args.rows:
             seconds = statistics.median(times[name, rows])
@@ -96,7 +164,7 @@ def measure(columns: int, rows_out: int, args: argparse.Namespace, bandwidth: Ba
                 "layer": name,
                 "rows": rows,
                 "us": round(1e6 * seconds, 1),
-                "gb_per_second": round(1e-9 * weight_bytes / seconds, 2),
+                "gb_per_second": round(1e-9 * layer.weight_bytes / seconds, 2),
                 "read_gb_per_second": read,
                 "giga_operations_per_second": round(2e-9 * rows * columns * rows_out / seconds, 1),
                 "cost_in_one_row": round(seconds / one_row, 2),

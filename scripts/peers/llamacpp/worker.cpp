@@ -6,10 +6,14 @@
 //    "ngram": n or null}
 //     -> {"ids", "seconds", "cpu_seconds", "steps", "accepted", "draft_s", "target_s"}
 //   {"op": "quantize", "source": GGUF, "output": GGUF, "type": "Q4_0" | "Q4_K_M" | "Q8_0", "threads": T} -> {}
+//   {"op": "linear", "type": "Q4_0" | "Q8_0", "in": C, "out": O, "rows": M, "threads": T}
+//     -> {"seconds": of one product of M rows and a weight, "bytes": of the weight}
 //
 // The loop does the least that llama.cpp needs: the most likely id straight from the logits where nothing is sampled, no
 // id is decoded twice, and all rows share a batch. Draft ids are verified as llama.cpp's own examples do: an id is kept
 // where it is the one that the target chooses or draws. Ends of text are ignored.
+#include "ggml-backend.h"
+#include "ggml-cpu.h"
 #include "gguf.h"
 #include "llama.h"
 #include "ngram-map.h"
@@ -289,6 +293,94 @@ static json quantize(const json & request) {
     return json::object();
 }
 
+// Products of float32 rows and one weight, which ggml repacks for this processor as it does when it loads a model.
+struct Linear {
+    ggml_backend_t backend;
+    ggml_context * weights;
+    ggml_tensor * weight;
+    std::map<int64_t, ggml_cgraph *> products; // by rows
+
+    Linear(ggml_backend_t backend, ggml_type type, int64_t in, int64_t out)
+        : backend(backend), weights(ggml_init({ggml_tensor_overhead(), nullptr, /*no_alloc*/ true})),
+          weight(ggml_new_tensor_2d(weights, type, in, out)) {
+        check(ggml_backend_alloc_ctx_tensors_from_buft(weights, buffer_type()), "no buffer for the weight");
+        const std::vector<float> values = normal(in * out);
+        std::vector<char> quantized(ggml_nbytes(weight));
+        ggml_quantize_chunk(type, values.data(), quantized.data(), 0, out, in, nullptr);
+        ggml_backend_tensor_set(weight, quantized.data(), 0, quantized.size());
+    }
+    Linear(const Linear &) = delete;
+
+    static std::vector<float> normal(int64_t count) {
+        std::mt19937 random(0);
+        std::normal_distribution<float> distribution;
+        std::vector<float> values(count);
+        std::generate(values.begin(), values.end(), [&] { return distribution(random); });
+        return values;
+    }
+
+    // The first buffer type of the CPU that has a product with this weight: those that repack come before the plain one.
+    ggml_backend_buffer_type_t buffer_type() {
+        ggml_backend_dev_t cpu = ggml_backend_get_device(backend);
+        const auto extra_types = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
+            ggml_backend_dev_backend_reg(cpu), "ggml_backend_dev_get_extra_bufts");
+        ggml_context * context = ggml_init({2 * ggml_tensor_overhead(), nullptr, /*no_alloc*/ true});
+        ggml_tensor * product =
+            ggml_mul_mat(context, weight, ggml_new_tensor_2d(context, GGML_TYPE_F32, weight->ne[0], 1));
+        ggml_backend_buffer_type_t found = ggml_backend_cpu_buffer_type();
+        for (auto * type = extra_types ? extra_types(cpu) : nullptr; type && *type; ++type) {
+            weight->buffer = ggml_backend_buft_alloc_buffer(*type, 0);
+            const bool is_supported = ggml_backend_dev_supports_op(cpu, product);
+            ggml_backend_buffer_free(weight->buffer);
+            weight->buffer = nullptr;
+            if (is_supported) {
+                found = *type;
+                break;
+            }
+        }
+        ggml_free(context);
+        return found;
+    }
+
+    ggml_cgraph * product_of(int64_t rows) {
+        ggml_cgraph *& graph = products[rows];
+        if (!graph) {
+            ggml_context * context =
+                ggml_init({2 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, /*no_alloc*/ true});
+            ggml_tensor * x = ggml_new_tensor_2d(context, GGML_TYPE_F32, weight->ne[0], rows);
+            graph = ggml_new_graph(context);
+            ggml_build_forward_expand(graph, ggml_mul_mat(context, weight, x));
+            check(ggml_backend_alloc_ctx_tensors(context, backend), "no buffer for the rows");
+            const std::vector<float> values = normal(ggml_nelements(x));
+            ggml_backend_tensor_set(x, values.data(), 0, ggml_nbytes(x));
+        }
+        return graph;
+    }
+
+    void compute(int64_t rows) {
+        check(ggml_backend_graph_compute(backend, product_of(rows)) == GGML_STATUS_SUCCESS, "no product");
+    }
+};
+
+static json time_linear(const json & request) {
+    static ggml_backend_t backend = ggml_backend_cpu_init();
+    static std::map<std::string, std::unique_ptr<Linear>> linears;
+    static Linear small(backend, GGML_TYPE_Q4_0, 256, 64);
+    const std::string type = request.at("type");
+    const int64_t in = request.at("in"), out = request.at("out"), rows = request.at("rows");
+    check(type == "Q4_0" || type == "Q8_0", "no such type: " + type);
+    auto & linear = linears[type + " " + std::to_string(in) + " " + std::to_string(out)];
+    if (!linear) {
+        linear = std::make_unique<Linear>(backend, type == "Q4_0" ? GGML_TYPE_Q4_0 : GGML_TYPE_Q8_0, in, out);
+    }
+    ggml_backend_cpu_set_n_threads(backend, request.at("threads"));
+    linear->compute(rows); // the first time, its memory is allocated
+    small.compute(1); // its threads are awake, as they are within a model
+    const double started = now();
+    linear->compute(rows);
+    return {{"seconds", now() - started}, {"bytes", ggml_nbytes(linear->weight)}};
+}
+
 // All models and pipelines live as long as the process.
 static std::map<std::string, llama_model *> models;
 static std::map<std::string, Pipeline> pipelines;
@@ -322,6 +414,9 @@ static json answer_to(const json & request) {
     }
     if (op == "quantize") {
         return quantize(request);
+    }
+    if (op == "linear") {
+        return time_linear(request);
     }
     return generate(pipelines.at(request.at("name")), request);
 }
