@@ -107,7 +107,11 @@ def add_audit(parser: argparse.ArgumentParser) -> None:
     audits = parser.add_subparsers(dest="audit", required=True)
     lossless = audits.add_parser("lossless", help="a certificate: does speculation change the answers of a model?")
     lossless.set_defaults(module="audit_lossless")
-    lossless.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    lossless.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
+    lossless.add_argument("--reference", metavar="URL", help="instead of MODEL: a server without speculation")
+    lossless.add_argument("--candidate", metavar="URL", help="a server of the same model with speculation")
+    lossless.add_argument("--server-model", metavar="NAME", help="as requests name it; default: the first one listed")
+    lossless.add_argument("--load", type=int, default=8, help="requests to a server at a time, besides single ones (8)")
     lossless.add_argument(
         "--drafter",
         action="append",
@@ -124,7 +128,8 @@ def add_audit(parser: argparse.ArgumentParser) -> None:
     lossless.add_argument(
         "--prompts",
         metavar="FILE",
-        help="JSON lines with a `prompt` each, or a text with a prompt a line; default: the embedded pair's",
+        help="a json, jsonl, parquet or txt file, or a hub id of a dataset, with a `prompt` each; default: the embedded"
+        " pair's",
     )
     lossless.add_argument("--max-prompts", type=int, default=100, help="use the first so many (100)")
     lossless.add_argument("--first-prompt", type=int, default=0, metavar="N", help="skip the first N")
@@ -139,10 +144,18 @@ def add_audit(parser: argparse.ArgumentParser) -> None:
         "--batch", type=_several(int), default=(1, 4), metavar="B,B,…", help="rows of greedy calls (1,4)"
     )
     lossless.add_argument(
+        "--prefill-chunk",
+        type=_several(_prefill_chunk),
+        default=(None, 16),
+        metavar="P,P,…",
+        help="positions of a prompt that greedy calls read at a time (whole,16)",
+    )
+    lossless.add_argument(
         "--loop",
         choices=["specdec", "transformers"],
         default="specdec",
-        help="whose loop is audited; transformers' assisted decoding takes --batch 1 and numbers of draft tokens",
+        help="whose loop is audited; transformers' assisted decoding takes --batch 1, --prefill-chunk whole and numbers"
+        " of draft tokens",
     )
     lossless.add_argument("--max-new-tokens", type=int, default=64, help="of greedy texts (64)")
     lossless.add_argument("--max-draws", type=int, default=20_000, help="sampled ids after which sampling ends (20000)")
@@ -215,6 +228,10 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
 
 def _num_draft_tokens(text: str) -> int | str:
     return text if text == AUTO else int(text)
+
+
+def _prefill_chunk(text: str) -> int | None:
+    return None if text == "whole" else int(text)
 
 
 def _several(convert: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:

@@ -20,13 +20,16 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
 import specdec
-from specdec.experiments.config import ExperimentConfig
+from specdec.audit.lossless import Settings
+from specdec.experiments.config import AuditConfig, DraftModel, ExperimentConfig
 from specdec.experiments.records import Run
 from specdec.experiments.report.exports import summary_table
 from specdec.experiments.report.labels import read_runs
 from specdec.experiments.report.page import render_page
-from specdec.experiments.run import processes, run
+from specdec.experiments.run import device_of, processes, run
+from specdec.runtime.loading import load_tokenizer
 from specdec.utils import embedded
+from specdec_cli.audit_lossless import audit, prompt_ids
 from specdec_cli.report import write
 
 PACKAGE = Path(specdec.__file__).parent
@@ -37,6 +40,14 @@ class PromptsFailed(Exception):
     """A run is complete, but some of its prompts have an error instead of a record."""
 
 
+class NotShown(Exception):
+    """An audit is complete, and its certificate printed, but the model is not lossless, or not shown to be."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__()
+        self.exit_code = exit_code
+
+
 def conf_dir() -> Path:
     """The folder of the configs: inside the installed package, or next to it in a checkout."""
     inside = PACKAGE / "conf"
@@ -44,7 +55,10 @@ def conf_dir() -> Path:
 
 
 def main(arguments: list[str]) -> int:
-    """Run hydra on overrides and flags (`-m`, `--cfg job`, …): 0, 1 where prompts failed, 2 for bad input."""
+    """Run hydra on overrides and flags (`-m`, `--cfg job`, …): 0, 1 where prompts failed, 2 for bad input.
+
+    With `--config-name audit` the exit code of `specdec audit lossless`.
+    """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors are raised here, not printed with a trace
     sys.argv = [sys.argv[0], *arguments]
     try:
@@ -54,17 +68,19 @@ def main(arguments: list[str]) -> int:
     except PromptsFailed as error:
         print(f"specdec: {error}", file=sys.stderr)
         return 1
+    except NotShown as error:
+        return error.exit_code
     except (HydraException, OmegaConfBaseException, ValueError, TypeError, OSError) as error:
         print(f"specdec: {_message(error)}", file=sys.stderr)
         return 2
     return 0
 
 
-def build(config: DictConfig) -> ExperimentConfig:
-    """The experiment of a composed config; its values must fit the dataclasses that its `_target_`s name."""
+def build(config: DictConfig) -> ExperimentConfig | AuditConfig:
+    """The run of a composed config; its values must fit the dataclasses that its `_target_`s name."""
     _check(config)
-    experiment: ExperimentConfig = instantiate(config, _convert_="object")
-    return experiment
+    built: ExperimentConfig | AuditConfig = instantiate(config, _convert_="object")
+    return built
 
 
 def _check(node: DictConfig) -> None:
@@ -88,6 +104,9 @@ def _task(config: DictConfig) -> None:
     values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     experiment = build(config)
     experiment.folder = Path(HydraConfig.get().runtime.output_dir)
+    if isinstance(experiment, AuditConfig):
+        _audit(experiment)
+        return
     finished = run(experiment, values, Console(stderr=True, quiet=not is_main, markup=False, highlight=False))
     if not is_main:  # with an error here the launcher would end the main process before its report is written
         return
@@ -97,6 +116,29 @@ def _task(config: DictConfig) -> None:
         first = finished.failures[0]
         failed, total = len(finished.failures), len(finished.failures) + len(finished.records)
         raise PromptsFailed(f"{failed} of {total} calls failed, the first on {first.prompt_id!r}: {first.error}")
+
+
+def _audit(config: AuditConfig) -> None:
+    """One audit. Raises NotShown where its exit code is not 0."""
+    model = config.target.load(device_of(config.target), config.quant)
+    prompts = prompt_ids(config.workload, load_tokenizer(config.target.path), config.max_prompt_tokens)
+    settings = Settings(
+        prompts[: config.max_prompts],
+        {
+            name: drafter.load(model) if isinstance(drafter, DraftModel) else drafter
+            for name, drafter in config.drafters.items()
+        },
+        num_draft_tokens=tuple(config.num_draft_tokens),
+        batch_sizes=tuple(config.batch_sizes),
+        prefill_chunks=tuple(config.prefill_chunks),
+        max_new_tokens=config.max_new_tokens,
+        max_draws=config.max_draws,
+        alpha=config.alpha,
+        seed=config.seed,
+        loop=config.loop,
+    )
+    if exit_code := audit(model, settings, config.budget_s, config.folder):
+        raise NotShown(exit_code)
 
 
 class SweepReport(Callback):

@@ -8,11 +8,13 @@ found becomes a certificate (certificate.py).
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +23,27 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import specdec
-from specdec.audit.certificate import Certificate, certify, e_value
+from specdec.audit.certificate import Certificate, certify
 from specdec.audit.controls import CONTROLS
 from specdec.audit.evidence import Evidence, Key
+from specdec.audit.findings import e_value
 from specdec.audit.identity import explain, first_difference, plain_texts, speculative_texts
-from specdec.audit.sampling import BETTORS, CALLS, RepeatedPrefixes, draw_and_replay, log_e_value
-from specdec.audit.widths import BATCHES, WIDTHS, measure_widths
+from specdec.audit.sampling import BETTORS, CALLS, draw_and_replay
+from specdec.audit.statistics import RepeatedPrefixes
+from specdec.audit.widths import BATCHES, WIDTHS, Widths, combine, measure_batch
+from specdec.audit.work import OnProgress, Piece, ignore_progress, work_through
 from specdec.core.interfaces import Drafter
+from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.generation.inspection import prefill_in_chunks
 from specdec.quant.layers import is_4bit
 from specdec.runtime.prepare import Compile
 from specdec.utils.provenance import file_hashes, provenance
 
-# what a result is kept under, what is done, and the work itself; None: the budget ended before it was done
-Piece = tuple[Key, str, Callable[[], dict[str, Any] | None]]
 SPECDEC, TRANSFORMERS = "specdec", "transformers"  # whose loop is audited
 SHARES = {"widths": 0.1, "greedy": 0.3, "sampled": 0.3, "control": 0.3}  # of the budget, as long as work is left
 SAMPLED_ROWS = 16
 CONTEXT_TOKENS = 24  # of the longest prompt of a sampled call
 WIDTHS_PROMPT = 24  # tokens before the positions whose logits are compared at all widths
-TURN_S = 10.0  # seconds that one kind of work goes on, since another one may need another drafter enabled
 CONTROL_ROUNDS = 40  # calls after which a broken loop counts as not found
 
 
@@ -47,7 +51,8 @@ CONTROL_ROUNDS = 40  # calls after which a broken loop counts as not found
 class Settings:
     """What is audited. prompts: ids of each. drafters: by the name that the certificate gives them.
 
-    num_draft_tokens, batch_sizes, max_new_tokens: of greedy calls; sampled ones draft 3 tokens, or the smallest K.
+    num_draft_tokens, batch_sizes, prefill_chunks, max_new_tokens: of greedy calls; sampled ones draft 3 tokens, or the
+        smallest K. prefill_chunks: positions of a prompt that are read at a time; None: the whole one.
     max_draws: ids after which sampling ends. alpha: the rate of false alarms of the sampling test over the whole run.
     widths, batches: at which logits are compared. loop: whose loop is audited: specdec's, or transformers' assisted
     one, which takes one row and a number of draft tokens.
@@ -58,6 +63,7 @@ class Settings:
     drafters: dict[str, PreTrainedModel | Drafter | str]
     num_draft_tokens: tuple[int | str, ...] = (1, 3, 6, "auto")
     batch_sizes: tuple[int, ...] = (1, 4)
+    prefill_chunks: tuple[int | None, ...] = (None, 16)
     max_new_tokens: int = 64
     alpha: float = 0.001
     seed: int = 0
@@ -75,10 +81,12 @@ class Settings:
             raise ValueError("an audit takes at least one drafter, and prompts of two tokens or more")
         if self.loop == TRANSFORMERS:
             others = [name for name, drafter in self.drafters.items() if not _drafts_in_transformers(drafter)]
-            if others or set(self.batch_sizes) != {1} or not all(isinstance(k, int) for k in self.num_draft_tokens):
+            is_single = set(self.batch_sizes) == {1} and set(self.prefill_chunks) == {None}
+            if others or not is_single or not all(isinstance(k, int) for k in self.num_draft_tokens):
                 raise ValueError(
-                    "transformers' own loop drafts with a model or prompt_lookup, for one row (batch sizes (1,)), with"
-                    f" a number of draft tokens; given: {', '.join(others) or 'other batch sizes or numbers'}"
+                    "transformers' own loop drafts with a model or prompt_lookup, for one row (batch sizes (1,)) whose"
+                    " prompt it reads as a whole (prefill chunks (None,)), with a number of draft tokens; given:"
+                    f" {', '.join(others) or 'other batch sizes, prefill chunks or numbers'}"
                 )
 
 
@@ -94,39 +102,19 @@ class Audit:
         self._deadline = math.inf
         self._plain: dict[tuple[int, ...], list[list[int]]] = {}
 
-    def run(self, budget_s: float, on_progress: Callable[[str, float], None] = lambda what, seconds: None) -> None:
-        """Work until nothing is left, or for budget_s seconds beyond what earlier runs took.
-
-        on_progress: called with what is done now and the seconds that this run has taken.
-        """
+    def run(self, budget_s: float, on_progress: OnProgress = ignore_progress) -> None:
+        """Work until nothing is left, or for budget_s seconds beyond what earlier runs took."""
         queues = {
-            "widths": self._widths_work(budget_s),
+            "widths": self._widths_work(),
             "greedy": self._greedy_work(),
             "sampled": self._sampled_work(),
             "control": self._control_work(),
         }
         drafts = [draft for draft in self.settings.drafters.values() if isinstance(draft, PreTrainedModel)]
         configs = [copy.deepcopy(draft.generation_config) for draft in drafts]  # transformers' loop reads K from them
-        begun = time.monotonic()
-        self._deadline = begun + budget_s
-        spent = dict(self.evidence.seconds)
+        self._deadline = time.monotonic() + budget_s
         try:
-            while queues and time.monotonic() < self._deadline:
-                kind = min(queues, key=lambda name: spent.get(name, 0.0) / SHARES[name])
-                turn_ends = min(time.monotonic() + TURN_S, self._deadline)
-                while (started := time.monotonic()) < turn_ends:
-                    piece = next(queues[kind], None)
-                    if piece is None:
-                        del queues[kind]
-                        break
-                    key, what, work = piece
-                    on_progress(what, started - begun)
-                    result = work()
-                    if result is None:  # the budget ended in the middle of it
-                        break
-                    seconds = time.monotonic() - started
-                    spent[kind] = spent.get(kind, 0.0) + seconds
-                    self.evidence.add(key, seconds, result)
+            work_through(queues, SHARES, self.evidence, budget_s, on_progress)
         finally:
             specdec.disable(self.model)
             self._enabled = None
@@ -138,23 +126,25 @@ class Audit:
             specdec.enable(self.model, self.settings.drafters[drafter], compile=compile)
             self._enabled = drafter, compile
 
-    def _widths_work(self, budget_s: float) -> Iterator[Piece]:
-        key: Key = ("widths",)
-        if key in self.evidence.results:
-            return
+    def _widths_work(self) -> Iterator[Piece]:
+        for batch in self.settings.batches:
+            key: Key = ("widths", batch)
+            if key not in self.evidence.results:
+                yield key, f"logits at all widths, batch {batch}", partial(self.compare_widths, batch)
+
+    def compare_widths(self, batch: int) -> dict[str, Any]:
+        """Logits of the longest prompt's last tokens at all widths in one batch size."""
+        self._enable(next(iter(self.settings.drafters)))
+        widths = self.settings.widths
         text = max(self.settings.prompts, key=len)
-        length = min(len(text), WIDTHS_PROMPT + max(self.settings.widths))
+        length = min(len(text), WIDTHS_PROMPT + max(widths))
         ids = torch.tensor(text[:length], device=self.model.device)
-        first = max(1, length - max(self.settings.widths))
+        return asdict(measure_batch(self.model, ids, max(1, length - max(widths)), widths, batch))
 
-        def work() -> dict[str, Any]:
-            self._enable(next(iter(self.settings.drafters)))
-            result = measure_widths(
-                self.model, ids, first, self.settings.widths, self.settings.batches, seconds=budget_s * SHARES["widths"]
-            )
-            return asdict(result) | {"is_invariant": result.is_invariant, "largest": result.largest}
-
-        yield key, "logits at all widths and batch sizes", work
+    @property
+    def widths(self) -> Widths | None:
+        """What has been found of widths and batches."""
+        return combine(self.settings.widths, self.evidence.of("widths").values())
 
     @property
     def _sampled_k(self) -> int:
@@ -166,17 +156,20 @@ class Audit:
         settings = self.settings
         largest = max(settings.batch_sizes)
         for start in range(0, len(settings.prompts), largest):
-            for drafter in settings.drafters:
-                for k in settings.num_draft_tokens:
-                    for size in settings.batch_sizes:
-                        for first in range(start, min(start + largest, len(settings.prompts)), size):
-                            rows = tuple(range(first, min(first + size, start + largest, len(settings.prompts))))
-                            key: Key = ("greedy", drafter, k, size, first)
-                            if key not in self.evidence.results:
-                                what = f"greedy texts: {drafter}, K={k}, batch {size}"
-                                yield key, what, lambda d=drafter, k=k, rows=rows: self.compare_greedy(d, k, rows)  # type: ignore[misc]
+            end = min(start + largest, len(settings.prompts))
+            for drafter, k, chunk, size in itertools.product(
+                settings.drafters, settings.num_draft_tokens, settings.prefill_chunks, settings.batch_sizes
+            ):
+                for first in range(start, end, size):
+                    rows = tuple(range(first, min(first + size, end)))
+                    key: Key = ("greedy", drafter, k, size, chunk, first)
+                    if key not in self.evidence.results:
+                        what = f"greedy texts: {drafter}, K={k}, batch {size}"
+                        yield key, what, partial(self.compare_greedy, drafter, k, chunk, rows)
 
-    def compare_greedy(self, drafter: str, num_draft_tokens: int | str, rows: tuple[int, ...]) -> dict[str, Any]:
+    def compare_greedy(
+        self, drafter: str, num_draft_tokens: int | str, prefill_chunk: int | None, rows: tuple[int, ...]
+    ) -> dict[str, Any]:
         """Greedy texts of some prompts in one batch: how many, how many are plain decoding's, and the others."""
         settings = self.settings
         self._enable(drafter)
@@ -188,7 +181,8 @@ class Audit:
             self._plain[rows] = plain_texts(self.model, inputs, **call)[:, width:].tolist()
         assistance = self._assistance(drafter, num_draft_tokens)
         if assistance is None:
-            text = speculative_texts(self.model, inputs, **call, **k)
+            with prefill_in_chunks(self.model, prefill_chunk):
+                text = speculative_texts(self.model, inputs, **call, **k)
         else:
             text = plain_texts(self.model, inputs, **call, **assistance)
         speculative = text[:, width:].tolist()
@@ -218,7 +212,7 @@ class Audit:
                     yield (
                         key,
                         f"sampled texts: {drafter}, {CALLS[call].what}",
-                        lambda d=drafter, c=call, i=index: self.sample(d, c, i),  # type: ignore[misc]
+                        partial(self.sample, drafter, call, index),
                     )
                     drawn += self.evidence.results[key]["num_ids"].get("all", 0)
             index += 1
@@ -260,22 +254,22 @@ class Audit:
     @property
     def max_law_rounding(self) -> float:
         """The total variation up to which rounding may change the law of an id."""
-        widths = self.evidence.results.get(("widths",))
-        return 1e-6 + (0.0 if self.claims_invariance or widths is None else 8 * widths["total_variation"])
+        widths = self.widths
+        return 1e-6 + (0.0 if self.claims_invariance or widths is None else 8 * widths.total_variation)
 
     @property
     def max_logit_rounding(self) -> float:
         """The same for logits, as a share of the largest one."""
-        widths = self.evidence.results.get(("widths",))
+        widths = self.widths
         if self.claims_invariance or widths is None:
             return 0.0
-        return max(8 * widths["change"], 4 * torch.finfo(self.model.dtype).eps)
+        return max(8 * widths.change, 4 * torch.finfo(self.model.dtype).eps)
 
     def _control_work(self) -> Iterator[Piece]:
         for name, control in CONTROLS.items():
             key: Key = ("control", name)
             if key not in self.evidence.results:
-                yield key, f"a broken loop: {control.what}", lambda name=name: self.run_control(name)  # type: ignore[misc]
+                yield key, f"a broken loop: {control.what}", partial(self.run_control, name)
 
     def run_control(self, name: str) -> dict[str, Any] | None:
         """Sample from a broken loop until a check finds it: -> after how many ids, and which check.
@@ -299,7 +293,7 @@ class Audit:
                     return {"found": True, "num_ids": num_ids, "evidence": evidence}
                 if time.monotonic() > self._deadline:
                     return None
-        return {"found": False, "num_ids": num_ids, "evidence": f"e-value {e_value(log_e_value(log_wealth))}"}
+        return {"found": False, "num_ids": num_ids, "evidence": f"e-value {e_value(BETTORS.log_e_value(log_wealth))}"}
 
     def _control_drafter(self, needs_probs: bool) -> str | None:
         """The first drafter that samples its drafts, else the first one; None where one is needed and there is none."""
@@ -313,7 +307,7 @@ class Audit:
             return f"{sample['stop_errors']} texts end at another position than under plain decoding"
         if sample["max_logit_difference"] > self.max_logit_rounding:
             return f"logits differ from plain decoding's by {sample['max_logit_difference']:.2g} of the largest"
-        log_e = log_e_value(log_wealth)
+        log_e = BETTORS.log_e_value(log_wealth)
         if log_e >= math.log(1 / self.settings.alpha):
             return f"e-value {e_value(log_e)}"
         return None
@@ -338,7 +332,7 @@ def audit_lossless(
     *,
     budget_s: float = 120.0,
     folder: Path | None = None,
-    on_progress: Callable[[str, float], None] = lambda what, seconds: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> Certificate:
     """Audit a model: does speculation change its answers on this machine?
 
@@ -362,14 +356,20 @@ def audit_lossless(
     origin |= provenance(str(model.device)) | {"files_sha256": file_hashes(name)}
     audit.run(budget_s, on_progress)
     return certify(
-        evidence, audit.claims_invariance, settings.alpha, audit.max_logit_rounding, settings.command, origin
+        evidence,
+        audit.widths,
+        audit.claims_invariance,
+        settings.alpha,
+        audit.max_logit_rounding,
+        settings.command,
+        origin,
     )
 
 
 def _header(model: PreTrainedModel, settings: Settings) -> dict[str, Any]:
     """What makes an audit another one."""
     return {
-        "format": 1,
+        "format": 2,
         "model": model.name_or_path,
         "dtype": str(model.dtype),
         "specdec": specdec.__version__,
@@ -378,6 +378,7 @@ def _header(model: PreTrainedModel, settings: Settings) -> dict[str, Any]:
         "prompts": zlib.crc32(repr([list(prompt) for prompt in settings.prompts]).encode()),
         "num_draft_tokens": list(settings.num_draft_tokens),
         "batch_sizes": list(settings.batch_sizes),
+        "prefill_chunks": list(settings.prefill_chunks),
         "max_new_tokens": settings.max_new_tokens,
         "alpha": settings.alpha,
         "seed": settings.seed,
@@ -386,7 +387,7 @@ def _header(model: PreTrainedModel, settings: Settings) -> dict[str, Any]:
 
 
 def _drafts_in_transformers(drafter: PreTrainedModel | Drafter | str) -> bool:
-    return isinstance(drafter, PreTrainedModel) or drafter == "prompt_lookup"
+    return isinstance(drafter, PreTrainedModel | PromptLookup) or drafter == "prompt_lookup"
 
 
 def claims_invariance(model: PreTrainedModel) -> bool:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from specdec.audit.certificate import FAULTY, INCONCLUSIVE, LOSSLESS, ROUNDING, Certificate, e_value
+from specdec.audit.certificate import Certificate
+from specdec.audit.findings import FAULTY, INCONCLUSIVE, LOSSLESS, ROUNDING, e_value
+from specdec.audit.server import ServerCertificate
+from specdec.audit.widths import Widths
 from specdec.pages import environment
 
 CELL = 18  # CSS pixels of a cell of the matrix
@@ -17,40 +20,36 @@ LEADS = {
 }
 
 
-def render_page(certificate: Certificate) -> str:
+def render_page(certificate: Certificate | ServerCertificate) -> str:
     """The page. Raises ValueError where jinja2 is missing."""
-    rendered = (
-        environment(Path(__file__).parent)
-        .get_template("certificate.html.jinja")
-        .render(
-            certificate=certificate,
-            lead=LEADS[certificate.verdict],
-            matrix=None if certificate.widths is None else _matrix(certificate.widths),
-            e_value=e_value,
-        )
-    )
+    values: dict[str, Any] = {"certificate": certificate, "lead": LEADS[certificate.verdict], "e_value": e_value}
+    template = "server.html.jinja"
+    if isinstance(certificate, Certificate):
+        template = "certificate.html.jinja"
+        values["matrix"] = None if certificate.widths is None else _matrix(certificate.widths)
+    rendered = environment(Path(__file__).parent).get_template(template).render(values)
     return rendered.strip() + "\n"
 
 
-def _matrix(widths: dict[str, Any]) -> dict[str, Any]:
+def _matrix(widths: Widths) -> dict[str, Any]:
     """Cells of the picture: position, shade 0 … 1, text."""
-    largest = max(widths["largest"], 1e-30)
+    largest = max(widths.largest, 1e-30)
     cells = [
         {
             "x": 40 + CELL * column,
             "y": 8 + CELL * row,
-            "shade": None if value is None else round(0.15 + 0.85 * value / largest, 3) if value else 0,
-            "title": f"width {widths['widths'][column]}, batch {widths['batches'][row]}: "
-            + ("not measured" if value is None else "equal" if value == 0 else f"{value:.3g} units"),
+            "shade": round(0.15 + 0.85 * value / largest, 3) if value else 0,
+            "title": f"width {widths.widths[column]}, batch {widths.batches[row]}: "
+            + ("equal" if value == 0 else f"{value:.3g} units"),
         }
-        for row, values in enumerate(widths["differences"])
+        for row, values in enumerate(widths.differences)
         for column, value in enumerate(values)
     ]
     return {
         "cells": cells,
         "cell": CELL - 2,
-        "columns": [(40 + CELL * i + CELL / 2 - 1, w) for i, w in enumerate(widths["widths"])],
-        "rows": [(8 + CELL * i + CELL / 2 + 3, b) for i, b in enumerate(widths["batches"])],
-        "width": 48 + CELL * len(widths["widths"]),
-        "height": 48 + CELL * len(widths["batches"]),
+        "columns": [(40 + CELL * i + CELL / 2 - 1, w) for i, w in enumerate(widths.widths)],
+        "rows": [(8 + CELL * i + CELL / 2 + 3, b) for i, b in enumerate(widths.batches)],
+        "width": 48 + CELL * len(widths.widths),
+        "height": 48 + CELL * len(widths.batches),
     }

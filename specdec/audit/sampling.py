@@ -7,7 +7,7 @@ so the joint law of consecutive ids is tested through its conditional laws.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import specdec
+from specdec.audit.findings import histogram
 from specdec.audit.reference import replay
-from specdec.audit.statistics import STAKES, bets_on_feature, mean_log_wealth
+from specdec.audit.statistics import Bet, Bettors, Kind, RepeatedPrefixes
 from specdec.core.steps import StepResult
 from specdec.generation.inspection import observed_steps, stock_loop
 
 NEW_TOKENS = 12  # ids of a text: a few steps, with rejections and bonus ids
 RARE = 1e-4  # an id of a smaller probability is rare
-RARE_STAKES = (0.5, 0.05, 0.005)  # shares of the largest stake that a rare event allows
 
 GROUPS = {
     "all": "all ids",
@@ -43,11 +43,7 @@ FEATURES = {
     "rejection": ("likelihood", "draft"),
     "stop": ("stop",),
 }
-EVENTS = ("rare", "impossible")  # features that bettors stake on in one direction, with large stakes
-BETTORS = [
-    (group, feature) for group, features in FEATURES.items() for feature in features
-    for _ in (RARE_STAKES if feature in EVENTS else STAKES)
-]  # fmt: skip
+BETTORS = Bettors(FEATURES)
 
 
 class EvenAndOddInTurn(LogitsProcessor):
@@ -95,7 +91,7 @@ class Sample:
 
     log_wealth: the logarithm of the factor by which the wealth of each of BETTORS changed.
     num_ids: by group.
-    draft_means: E_p[1(q > p)] at draft positions, in a histogram of 20 bins.
+    means: E_p[1(q > p)] at draft positions, in a histogram.
     impossible: ids with p = 0. excluded: ids whose law differs from plain decoding's by more than rounding.
     stop_errors: rows that end at another position than under plain decoding.
     seed_errors: 1 where the same seed gave another text.
@@ -105,7 +101,7 @@ class Sample:
 
     log_wealth: list[float]
     num_ids: dict[str, int]
-    draft_means: list[int]
+    means: list[int]
     impossible: int = 0
     excluded: int = 0
     stop_errors: int = 0
@@ -189,22 +185,6 @@ def _positions(steps: list[_Step]) -> list[_Position]:
     return positions
 
 
-class RepeatedPrefixes:
-    """Counts of the ids that were drawn after each prefix, over all calls of a kind."""
-
-    def __init__(self) -> None:
-        self.counts: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
-
-    def feature(self, prefix: tuple[int, ...], drawn: int, probs: Tensor) -> tuple[float, float]:
-        """-> whether `drawn` is among the ids seen more often than probs [V] says, and the probability of those."""
-        seen = self.counts[prefix]
-        tokens, total = list(seen), seen.total()
-        expected = dict(zip(tokens, probs[tokens].tolist(), strict=True))
-        often = {token: p for token, p in expected.items() if seen[token] > total * p}
-        seen[drawn] += 1
-        return float(drawn in often), min(sum(often.values()), 1.0)
-
-
 def draw_and_replay(
     model: Any,
     inputs: dict[str, Tensor],
@@ -248,7 +228,7 @@ def draw_and_replay(
     rows = {row: _positions(steps) for row, steps in recorder.rows.items()}
     if assistance is not None:
         rows = {row: [UNKNOWN] * (text.shape[1] - width) for row in range(len(text))}
-    sample = Sample([0.0] * len(BETTORS), dict.fromkeys(GROUPS, 0), [0] * 20)
+    sample = Sample([0.0] * len(BETTORS), dict.fromkeys(GROUPS, 0), [])
     bets = _Bets(prefixes, torch.tensor(stop_ids, dtype=torch.int64), seed, max_law_rounding, sample)
 
     captured: list[Tensor] = []
@@ -292,7 +272,8 @@ class _Bets:
     ) -> None:
         self.prefixes, self.stop_ids, self.max_law_rounding, self.sample = prefixes, stop_ids, max_law_rounding, sample
         self.generator = torch.Generator().manual_seed(seed)
-        self.placed: dict[tuple[str, str], list[tuple[float, float, float]]] = defaultdict(list)
+        self.placed: dict[Kind, list[Bet]] = defaultdict(list)
+        self.means: list[float] = []
 
     def place(self, positions: list[_Position], texts: Tensor, probs: Tensor, logits: Tensor, has_stops: bool) -> None:
         """One id of each of R rows, the last of texts [R, L]; its law [R, V] and logits [R, V] under plain decoding."""
@@ -326,10 +307,10 @@ class _Bets:
             if tolerances[row] > self.max_law_rounding:  # known before the id is drawn, so no choice of ids
                 sample.excluded += 1
                 continue
-            repeated = self.prefixes.feature(tuple(prefix), token, p[row])
+            repeated = self.prefixes.feature(tuple(prefix), token, lambda ids, law=p[row]: law[ids].tolist())  # type: ignore[misc]
             names = position.groups()
             if position.is_draft:
-                sample.draft_means[min(int(20 * by_row["draft"][row][1]), 19)] += 1
+                self.means.append(by_row["draft"][row][1])
             if has_stops:
                 names.append("stop")
             for group in names:
@@ -355,25 +336,6 @@ class _Bets:
         return found
 
     def finish(self) -> None:
-        """Set the sample's log_wealth."""
-        by_kind = {}
-        for kind, placed in self.placed.items():
-            z, mean, tolerance = torch.tensor(placed, dtype=torch.float64).T
-            if kind[1] in EVENTS:
-                stakes = torch.tensor(RARE_STAKES, dtype=torch.float64)[:, None] / (mean + tolerance + 1e-12)
-                factors = torch.log1p(stakes * (z - mean - tolerance))
-            else:
-                factors = bets_on_feature(z, mean, tolerance)
-            by_kind[kind] = factors.sum(1).tolist()
-        used: Counter[tuple[str, str]] = Counter()
-        for index, kind in enumerate(BETTORS):
-            if kind in by_kind:
-                self.sample.log_wealth[index] = by_kind[kind][used[kind]]
-                used[kind] += 1
-
-
-def log_e_value(log_wealth: Tensor, group: str | None = None) -> float:
-    """Log of the e-value of all bettors [len(BETTORS)], or of a group's."""
-    if group is not None:
-        log_wealth = log_wealth[[index for index, kind in enumerate(BETTORS) if kind[0] == group]]
-    return float(mean_log_wealth(log_wealth))
+        """Set the sample's log_wealth and means."""
+        self.sample.log_wealth = BETTORS.wager(self.placed)
+        self.sample.means = histogram(self.means)

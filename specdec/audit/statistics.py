@@ -11,12 +11,17 @@ as logarithms, in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 STAKES = tuple(sign * 0.99 / 2**power for power in range(8) for sign in (1, -1))  # 0.99 … 0.0077, both directions
+EVENTS = ("rare", "impossible")  # features that bettors stake on in one direction, with large stakes
+EVENT_STAKES = (0.5, 0.05, 0.005)  # shares of the largest stake that a rare event allows
+Kind = tuple[str, str]  # a group of ids, and a feature of them
+Bet = tuple[float, float, float]  # z, its mean under p, and the tolerance of that
 
 
 def clopper_pearson(successes: int, trials: int, error: float = 0.05) -> tuple[float, float]:
@@ -55,6 +60,64 @@ def bets_on_feature(z: Tensor, mean: Tensor, tolerance: Tensor) -> Tensor:
     """
     stakes = torch.tensor(STAKES, dtype=torch.float64)[:, None] / (1 + tolerance)
     return torch.log1p(stakes * (z - mean) - stakes.abs() * tolerance)
+
+
+class Bettors:
+    """Bettors on features of ids in groups, which share one stake of wealth 1 in equal parts.
+
+    features: by group. kinds: of each bettor.
+    """
+
+    def __init__(self, features: Mapping[str, Iterable[str]]) -> None:
+        self.kinds: list[Kind] = [
+            (group, feature)
+            for group, names in features.items()
+            for feature in names
+            for _ in (EVENT_STAKES if feature in EVENTS else STAKES)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def wager(self, bets: Mapping[Kind, Sequence[Bet]]) -> list[float]:
+        """Log of the factor by which each bettor's wealth changes by these bets."""
+        factors: dict[Kind, list[float]] = {}
+        for kind, placed in bets.items():
+            z, mean, tolerance = torch.tensor(placed, dtype=torch.float64).T
+            if kind[1] in EVENTS:
+                stakes = torch.tensor(EVENT_STAKES, dtype=torch.float64)[:, None] / (mean + tolerance + 1e-12)
+                log_factors = torch.log1p(stakes * (z - mean - tolerance))
+            else:
+                log_factors = bets_on_feature(z, mean, tolerance)
+            factors[kind] = log_factors.sum(1).tolist()
+        changes: list[float] = []
+        for kind, count in Counter(self.kinds).items():
+            changes += factors.get(kind, [0.0] * count)
+        return changes
+
+    def log_e_value(self, log_wealth: Tensor, group: str | None = None) -> float:
+        """Log of the e-value of all bettors, whose log wealth is [len(self)], or of a group's."""
+        if group is not None:
+            log_wealth = log_wealth[[index for index, kind in enumerate(self.kinds) if kind[0] == group]]
+        return float(mean_log_wealth(log_wealth))
+
+
+class RepeatedPrefixes:
+    """Counts of the ids that were drawn after each prefix, over all calls of a kind."""
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+
+    def feature(
+        self, prefix: tuple[int, ...], drawn: int, probs_of: Callable[[list[int]], list[float]]
+    ) -> tuple[float, float]:
+        """-> whether `drawn` is among the ids seen more often than probs_of says, and the probability of those."""
+        seen = self.counts[prefix]
+        tokens, total = list(seen), seen.total()
+        expected = dict(zip(tokens, probs_of(tokens), strict=True))
+        often = {token: p for token, p in expected.items() if seen[token] > total * p}
+        seen[drawn] += 1
+        return float(drawn in often), min(sum(often.values()), 1.0)
 
 
 def mean_log_wealth(log_wealth: Tensor) -> Tensor:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,35 +15,63 @@ from specdec.generation.inspection import spare_runner, stock_loop
 from specdec.runtime.runner import ModelRunner
 
 WIDTHS = tuple(range(1, 17))
-BATCHES = tuple(range(1, 17))
+BATCHES = (1, 16, 2, 4, 8, *(batch for batch in range(3, 16) if batch not in (4, 8)))  # the most telling ones first
+
+
+@dataclass
+class BatchLogits:
+    """How far the logits of one batch size lie from those of width 1 and batch 1, in units of rounding.
+
+    A unit is the distance between neighbouring numbers of the model's dtype at the largest logit. differences: the
+    largest, by width. stock: of transformers' own forward, a position at a time; None for other batch sizes than 1.
+    total_variation: the largest distance between two laws of temperature 1. change: the largest difference as a share
+    of the largest logit.
+    """
+
+    batch: int
+    differences: list[float]
+    stock: float | None
+    total_variation: float
+    change: float
+    unit: float
 
 
 @dataclass
 class Widths:
-    """Largest differences of logits from those of width 1 and batch 1, in units of rounding.
-
-    A unit is the distance between neighbouring numbers of the model's dtype at the largest logit. differences: by
-    batch size, then by width; None where it was not measured. stock: of transformers' own forward, a position at a
-    time. total_variation: the largest distance between two laws of temperature 1, of all that were measured.
-    change: the largest difference as a share of the largest logit.
-    """
+    """Logits over widths and batch sizes. differences: by batch size, then by width, as in BatchLogits."""
 
     widths: list[int]
     batches: list[int]
-    differences: list[list[float | None]] = field(default_factory=list)
-    stock: float = 0.0
-    total_variation: float = 0.0
-    change: float = 0.0
-    unit: float = 0.0
+    differences: list[list[float]]
+    stock: float
+    total_variation: float
+    change: float
+    unit: float
 
     @property
     def is_invariant(self) -> bool:
         """Whether all logits that were measured are equal, bit for bit."""
-        return self.stock == 0 and not any(value for row in self.differences for value in row)
+        return self.largest == 0
 
     @property
     def largest(self) -> float:
-        return max([self.stock, *(value for row in self.differences for value in row if value is not None)])
+        return max([self.stock, *(value for row in self.differences for value in row)])
+
+
+def combine(widths: Sequence[int], measured: Iterable[dict[str, Any]]) -> Widths | None:
+    """What was measured of all batch sizes, each a BatchLogits as a dictionary; None of none."""
+    rows = sorted((BatchLogits(**row) for row in measured), key=lambda row: row.batch)
+    if not rows:
+        return None
+    return Widths(
+        list(widths),
+        [row.batch for row in rows],
+        [row.differences for row in rows],
+        stock=max(row.stock or 0.0 for row in rows),
+        total_variation=max(row.total_variation for row in rows),
+        change=max(row.change for row in rows),
+        unit=rows[0].unit,
+    )
 
 
 def window_logits(
@@ -83,41 +110,26 @@ def stock_logits(model: PreTrainedModel, ids: Tensor, first: int) -> Tensor:
 
 
 @torch.inference_mode()
-def measure_widths(
-    model: PreTrainedModel,
-    ids: Tensor,
-    first: int,
-    widths: Sequence[int] = WIDTHS,
-    batches: Sequence[int] = BATCHES,
-    *,
-    seconds: float = math.inf,
-    seed: int = 0,
-) -> Widths:
-    """Compare the logits of an enabled model at all widths and batch sizes, powers of two first.
+def measure_batch(
+    model: PreTrainedModel, ids: Tensor, first: int, widths: Sequence[int], batch: int, *, seed: int = 0
+) -> BatchLogits:
+    """Compare the logits of an enabled model in one batch size, at all widths.
 
-    ids: [L] int64, a text whose positions from `first` on are compared. seconds: after which no further one is begun.
+    ids: [L] int64, a text whose positions from `first` on are compared.
     """
     runner = spare_runner(model)
     generator = torch.Generator().manual_seed(seed)
-    deadline = time.monotonic() + seconds
     reference = window_logits(runner, ids, first, 1, 1, generator)
     largest = float(reference.abs().max())
     unit = torch.finfo(model.dtype).eps * 2.0 ** (math.frexp(largest)[1] - 1)
-    result = Widths(list(widths), list(batches), [[None] * len(widths) for _ in batches], unit=unit)
+    changes: list[float] = []
+    variations: list[float] = []
 
     def difference(logits: Tensor) -> float:
-        change = (logits - reference).abs()
-        variation = (logits.softmax(-1) - reference.softmax(-1)).abs().sum(-1) / 2
-        result.total_variation = max(result.total_variation, float(variation.max()))
-        result.change = max(result.change, float(change.max()) / largest)
-        return float(change.max()) / unit
+        changes.append(float((logits - reference).abs().max()))
+        variations.append(float((logits.softmax(-1) - reference.softmax(-1)).abs().sum(-1).max()) / 2)
+        return changes[-1] / unit
 
-    result.stock = difference(stock_logits(model, ids, first))
-    cells = list(itertools.product(range(len(batches)), range(len(widths))))
-    cells.sort(key=lambda cell: (batches[cell[0]].bit_count() > 1) + (widths[cell[1]].bit_count() > 1))
-    for row, column in cells:
-        if time.monotonic() > deadline:
-            break
-        logits = window_logits(runner, ids, first, widths[column], batches[row], generator)
-        result.differences[row][column] = difference(logits)
-    return result
+    stock = difference(stock_logits(model, ids, first)) if batch == 1 else None
+    differences = [difference(window_logits(runner, ids, first, width, batch, generator)) for width in widths]
+    return BatchLogits(batch, differences, stock, max(variations), max(changes) / largest, unit)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from specdec.draft_length.settings import MAX_DRAFT_TOKENS
 from specdec.drafters.resolve import AUTO
 from specdec.quant.config import Int4Config
@@ -26,6 +28,11 @@ class TargetConfig:
 
     def __post_init__(self) -> None:
         _check_dtype("target.dtype", self.dtype)
+
+    def load(self, device: str, quant: QuantConfig) -> PreTrainedModel:
+        """Load the model on a device."""
+        dtype = "float32" if self.dtype == "auto" and device == "cpu" else self.dtype
+        return load(self.path, dtype, device, quant.int4_config())
 
 
 @dataclass
@@ -133,6 +140,37 @@ class ExperimentConfig:
     def max_draft_tokens(self) -> int:
         """The largest K that a step may have."""
         return self.num_draft_tokens if isinstance(self.num_draft_tokens, int) else MAX_DRAFT_TOKENS
+
+
+@dataclass
+class AuditConfig:
+    """One audit of losslessness; the fields that `specdec.audit.lossless.Settings` has are explained there.
+
+    drafters: by name, each a DraftModel or any specdec.Drafter. workload: as in ExperimentConfig, first turns alone.
+    max_prompts: use the first so many; None: all. max_prompt_tokens: of a longer prompt the last ones.
+    budget_s: seconds of this run. folder: for evidence and certificate; the same run in the same folder goes on.
+    """
+
+    target: TargetConfig
+    quant: QuantConfig
+    drafters: dict[str, Any]
+    workload: Any
+    folder: Path
+    budget_s: float = 120.0
+    max_prompts: int | None = 100
+    max_prompt_tokens: int = 128
+    num_draft_tokens: list[Any] = field(default_factory=lambda: [1, 3, 6, AUTO])
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 4])
+    prefill_chunks: list[Any] = field(default_factory=lambda: [None, 16])
+    max_new_tokens: int = 64
+    max_draws: int = 20_000
+    alpha: float = 0.001
+    seed: int = 0
+    loop: str = "specdec"
+
+    def __post_init__(self) -> None:
+        if self.max_prompts is not None and self.max_prompts < 1:
+            raise ValueError(f"max_prompts={self.max_prompts} must be 1 or more, or null")
 
 
 def _check_dtype(name: str, dtype: str) -> None:

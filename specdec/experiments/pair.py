@@ -21,7 +21,8 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.resolve import AUTO, resolve_drafter
 from specdec.experiments.config import DraftModel, ExperimentConfig
 from specdec.experiments.records import PLAIN, SPECULATIVE
-from specdec.runtime.loading import load, load_tokenizer
+from specdec.experiments.workloads import encode, uses_chat_template
+from specdec.runtime.loading import load_tokenizer
 from specdec.runtime.runner import context_of
 
 NUM_LIKELIEST = 5  # tokens that are recorded for each position
@@ -84,10 +85,7 @@ class Pair:
     @classmethod
     def load(cls, config: ExperimentConfig, device: str) -> Pair:
         """Load the models that the config names; raises ValueError where they do not work together."""
-        dtype = config.target.dtype
-        if dtype == "auto" and device == "cpu":
-            dtype = "float32"
-        target = load(config.target.path, dtype, device, config.quant.int4_config())
+        target = config.target.load(device, config.quant)
         tokenizer = load_tokenizer(config.target.path)
         drafter = config.drafter.load(target) if isinstance(config.drafter, DraftModel) else config.drafter
         drafter = resolve_drafter(drafter, target)
@@ -104,7 +102,7 @@ class Pair:
         specdec.enable(target, switch, num_draft_tokens=config.num_draft_tokens, compile=compile, timing=True)
         call = config.sampling.call() | {"pad_token_id": tokenizer.pad_token_id}
         plain_call = {"num_assistant_tokens": 1} if config.num_draft_tokens == AUTO else {}
-        return cls(target, tokenizer, switch, engines, call, _uses_chat_template(config, tokenizer), plain_call)
+        return cls(target, tokenizer, switch, engines, call, uses_chat_template(config.workload, tokenizer), plain_call)
 
     def too_long(self, ids: list[int]) -> str | None:
         """Why these prompt ids and the answer do not fit the context, None where they do."""
@@ -121,14 +119,7 @@ class Pair:
 
     def encode(self, turns: tuple[str, ...], answers: list[str]) -> list[int]:
         """The ids of a conversation up to the turn that follows the answers."""
-        turns = turns[: len(answers) + 1]
-        if not self.chat_template:
-            text = "\n\n".join(turn + answer for turn, answer in zip(turns, [*answers, ""], strict=True))
-            return list(self.tokenizer(text).input_ids)
-        messages = [{"role": "user", "content": turns[0]}]
-        for answer, turn in zip(answers, turns[1:], strict=True):
-            messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
-        return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        return encode(turns, answers, self.tokenizer, self.chat_template)
 
     def generate(
         self, drafter: Drafter, prompts: list[list[int]], seed: int, **changes: Any
@@ -157,18 +148,6 @@ class Pair:
         prompt_width = batch["input_ids"].shape[1]
         ends = [prompt_width + row.num_emitted_tokens for row in stats.per_row]
         return [row[prompt_width:end] for row, end in zip(output.tolist(), ends, strict=True)], stats, seconds
-
-
-def _uses_chat_template(config: ExperimentConfig, tokenizer: Any) -> bool:
-    """Whether turns go through the tokenizer's chat template: as the workload says, by default where there is one."""
-    has_template = getattr(tokenizer, "chat_template", None) is not None
-    requested: bool | None = config.workload.chat_template
-    if requested and not has_template:
-        raise ValueError(
-            f"workload.chat_template=true, but the tokenizer of {config.target.path} has no chat template;"
-            " set it to false"
-        )
-    return has_template if requested is None else requested
 
 
 def _likeliest(probs: Tensor) -> Likeliest:

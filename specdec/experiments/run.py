@@ -20,7 +20,7 @@ from rich.console import Console
 
 from specdec.core.stats import Stats
 from specdec.experiments.calibration import calibrate
-from specdec.experiments.config import ExperimentConfig
+from specdec.experiments.config import ExperimentConfig, TargetConfig
 from specdec.experiments.pair import Pair
 from specdec.experiments.progress import ProgressBar
 from specdec.experiments.records import (
@@ -51,6 +51,14 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
+def device_of(target: TargetConfig) -> str:
+    """The device of the target in this process."""
+    if target.device != "auto":
+        return target.device
+    device = processes().device
+    return "cpu" if device.type == "cpu" else str(device)  # accelerate numbers CPUs, torch's models do not
+
+
 def run(config: ExperimentConfig, values: dict[str, Any], console: Console) -> Run:
     """Run the experiment; returns all its records, those of other processes included.
 
@@ -63,9 +71,7 @@ def run(config: ExperimentConfig, values: dict[str, Any], console: Console) -> R
     previous = _previous_run(folder, config.resume, values)
     if config.resume and previous is None:
         console.print(f"{folder} contains no run to resume, so a new run begins; name another folder with folder=…")
-    device = config.target.device
-    if device == "auto":  # accelerate numbers CPUs, torch's models do not
-        device = "cpu" if state.device.type == "cpu" else str(state.device)
+    device = device_of(config.target)
     with console.status("loading the models"):
         pair = Pair.load(config, device)
     first_batch = _first_batch(config, pair, prompts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,14 +92,12 @@ class Dataset:
         loader = LOADERS.get(file.suffix.lower())
         if not file.is_file():
             if file.exists() or loader is not None or self.path.startswith((".", "/", "~")):
-                raise ValueError(
-                    f"workload.path={self.path!r} is not a file; pass a {', '.join(LOADERS)} file or a dataset's hub id"
-                )
+                raise ValueError(f"{self.path!r} is not a file; pass a {', '.join(LOADERS)} file or a dataset's hub id")
             try:
                 rows: Iterable[dict[str, Any]] = datasets.load_dataset(self.path, self.name, split=self.split)
             except (OSError, ValueError) as error:
                 raise ValueError(
-                    f"workload.path={self.path!r} is not a file, and no dataset of that id could be loaded: {error}"
+                    f"{self.path!r} is not a file, and no dataset of that id could be loaded: {error}"
                 ) from error
             return rows
         if loader is None:
@@ -123,7 +121,8 @@ class Dataset:
         if value is None and self.template is None:
             columns = ", ".join(name for name, content in row.items() if content is not None)
             raise ValueError(
-                f"{where} has no column {column!r}, only {columns}; name the prompt's column with workload.prompt=…"
+                f"{where} has no column {column!r}, only {columns}; in a config, workload.prompt=… names the prompt's"
+                " column"
             )
         turns: list[Any] = value if isinstance(value, list) else [value]
         if self.template is not None:
@@ -139,6 +138,30 @@ class Dataset:
             )
         stem = Path(self.path).stem
         return Prompt(str(row.get(self.id) or f"{stem}/{number}"), str(row.get(self.task) or stem), tuple(turns))
+
+
+def encode(turns: Sequence[str], answers: Sequence[str], tokenizer: Any, as_chat: bool) -> list[int]:
+    """The ids of a conversation up to the turn that follows the answers; as_chat: by the tokenizer's chat template."""
+    turns = turns[: len(answers) + 1]
+    if not as_chat:
+        text = "\n\n".join(turn + answer for turn, answer in zip(turns, [*answers, ""], strict=True))
+        return list(tokenizer(text).input_ids)
+    messages = [{"role": "user", "content": turns[0]}]
+    for answer, turn in zip(answers, turns[1:], strict=True):
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+
+def uses_chat_template(workload: Workload, tokenizer: Any) -> bool:
+    """Whether turns go through the tokenizer's chat template: as the workload says, by default where there is one."""
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    requested = workload.chat_template
+    if requested and not has_template:
+        raise ValueError(
+            f"workload.chat_template=true, but the tokenizer of {tokenizer.name_or_path} has no chat template;"
+            " set it to false"
+        )
+    return has_template if requested is None else requested
 
 
 def _select(prompts: list[Prompt], limit: int | None, shuffle_seed: int | None, name: str) -> list[Prompt]:

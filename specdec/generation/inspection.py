@@ -36,6 +36,17 @@ def observed_steps(model: PreTrainedModel, observer: Callable[[StepResult], None
         state.observer = None
 
 
+@contextmanager
+def prefill_in_chunks(model: PreTrainedModel, positions: int | None) -> Iterator[None]:
+    """Within, the model's calls read prompts so many positions at a time, as they read long ones; None: as always."""
+    target = state_of(model).target
+    target.prefill_chunk = positions
+    try:
+        yield
+    finally:
+        target.prefill_chunk = None
+
+
 def spare_runner(model: PreTrainedModel) -> ModelRunner:
     """A runner of an enabled model's target, on its compiled forward where it has one, with a KV cache of its own."""
     return state_of(model).target.spare()

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 STYLES = Path(__file__).parent  # of style.css, which templates include
 
 
+def require_jinja2() -> None:
+    """Raise ValueError where jinja2 is missing: for work that ends with a page, before it begins."""
+    if find_spec("jinja2") is None:
+        raise ValueError('a report page needs jinja2; pip install "specdec-lossless[experiments]"')
+
+
 def environment(templates: Path) -> Any:
     """The jinja2 environment of the templates in a folder. Raises ValueError where jinja2 is missing."""
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError as error:
-        raise ValueError('a report page needs jinja2; pip install "specdec-lossless[experiments]"') from error
+    require_jinja2()
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     return Environment(
         loader=FileSystemLoader([templates, STYLES]),
         autoescape=True,

@@ -28,6 +28,7 @@ class ModelRunner:
     context: positions the model was made for, None where its config names no limit. masks_by_slot: see the function.
     model_forward: the model's own forward.
     unchanged: the identity that the model was found to have before the current call; None where it was not compared.
+    prefill_chunk: positions of a prompt that are fed at a time; None: all, or PREFILL_CHUNK of a long one.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -35,6 +36,7 @@ class ModelRunner:
         self.context = context_of(model)
         self.masks_by_slot = masks_by_slot(model)
         self.unchanged: Identity | None = None
+        self.prefill_chunk: int | None = None
         self.model_forward = ModelForward(model, self.masks_by_slot)
         self._executor = EagerExecutor(self.model_forward)
         self.refresh()
@@ -141,7 +143,7 @@ class ModelRunner:
         """
         output = None
         positions = (last[:, None] - torch.arange(width - 1, -1, -1, device=last.device)).clamp(min=0)
-        chunk_size = width if len(ids) * width**2 <= PREFILL_MASK else PREFILL_CHUNK
+        chunk_size = self.prefill_chunk or (width if len(ids) * width**2 <= PREFILL_MASK else PREFILL_CHUNK)
         for chunk in positions.split(chunk_size, dim=1) if width else ():
             output = self.forward(ids.gather(1, chunk), chunk, last_only=True)
         return output

@@ -16,17 +16,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import specdec
-from specdec.audit.certificate import FAULTY, INCONCLUSIVE, LOSSLESS, ROUNDING, Certificate, certify
+from specdec.audit.certificate import Certificate, certify
 from specdec.audit.controls import CONTROLS
 from specdec.audit.evidence import Evidence
+from specdec.audit.findings import FAULTY, INCONCLUSIVE, LOSSLESS, ROUNDING
 from specdec.audit.identity import Divergence, explain, first_difference
 from specdec.audit.lossless import TRANSFORMERS, Audit, Settings, audit_lossless
 from specdec.audit.page import render_page
 from specdec.audit.reference import replay
-from specdec.audit.sampling import CALLS, RepeatedPrefixes, _positions, _Step, draw_and_replay, log_e_value
-from specdec.audit.widths import measure_widths
+from specdec.audit.sampling import BETTORS, CALLS, _positions, _Step, draw_and_replay
+from specdec.audit.statistics import RepeatedPrefixes
+from specdec.audit.widths import combine, measure_batch
 from specdec.core import verification
 from specdec.core.steps import Draft, Verdict
+from specdec.runtime.runner import ModelRunner
 from specdec_cli.arguments import parse
 from specdec_cli.main import main
 from tests.helpers.families import FAMILIES, VOCAB_SIZE, family, make_model
@@ -73,16 +76,19 @@ def test_a_4_bit_model_on_a_cpu_is_lossless_and_all_broken_loops_are_found() -> 
     certificate = finished()
     assert certificate.reasons == []
     assert (certificate.verdict, certificate.exit_code) == (LOSSLESS, 0)
-    assert certificate.num_texts == certificate.num_identical == 2 * 2 * len(PROMPTS)
+    assert certificate.num_texts == certificate.num_identical == 2 * 2 * 2 * len(PROMPTS)
     assert [row.found for row in certificate.controls] == [True] * len(CONTROLS)
     assert certificate.widths is not None
-    assert certificate.widths["is_invariant"]
-    assert all(value == 0 for row in certificate.widths["differences"] for value in row)
+    assert certificate.widths.is_invariant
+    assert certificate.widths.batches == [1, 3, 16]
+    assert all(value == 0 for row in certificate.widths.differences for value in row)
     assert certificate.max_logit_difference == 0
-    assert certificate.sampling[0].num_ids >= 1500
-    assert all(row.num_ids > 50 for row in certificate.sampling)
-    assert {row.what for row in certificate.calls if row.num_ids > 100} == {call.what for call in CALLS.values()}
-    assert 0.01 < certificate.smallest_variation < 0.3
+    assert certificate.sampled.num_ids >= 1500
+    assert all(row.num_ids > 50 for row in certificate.sampled.groups)
+    assert {row.what for row in certificate.sampled.calls if row.num_ids > 100} == {
+        call.what for call in CALLS.values()
+    }
+    assert 0.01 < certificate.sampled.smallest_variation < 0.3
 
 
 def test_a_dense_model_is_lossless_up_to_rounding_at_most() -> None:
@@ -104,7 +110,7 @@ def test_false_alarms_are_no_more_frequent_than_stated() -> None:
     for seed in range(200):
         sample = draw_and_replay(target, inputs, CALLS["plain"], [], 0, 3, seed, RepeatedPrefixes(), 1e-5)
         assert sum(sample.num_ids.values()) > 192
-        alarms += log_e_value(torch.tensor(sample.log_wealth)) >= math.log(1 / 0.05)
+        alarms += BETTORS.log_e_value(torch.tensor(sample.log_wealth)) >= math.log(1 / 0.05)
     assert alarms <= 20  # at most 5 %; binomial, P(more than 20) < 1e-3
 
 
@@ -134,12 +140,12 @@ def test_an_audit_is_resumed_where_it_ended(tmp_path: Path) -> None:
 
     second = resume()
     assert second.verdict == LOSSLESS, second.reasons
-    assert not any("widths" in what for what in pieces)
+    assert not any("batch 1" in what for what in pieces if what.startswith("logits"))
     assert (tmp_path / "evidence.jsonl").read_text().splitlines()[: len(lines)] == lines
     pieces.clear()
     third = resume()
     assert pieces == []
-    assert third.sampling == second.sampling
+    assert third.sampled == second.sampled
     with pytest.raises(ValueError, match=r"holds another audit \(seed differs\)"):
         audit_lossless(target, dataclasses.replace(chosen, seed=1), folder=tmp_path)
 
@@ -160,6 +166,28 @@ def test_the_groups_of_ids_are_known_before_they_are_drawn() -> None:
         ["all"],
         ["all", "draft"],
     ]
+
+
+def test_prompts_are_read_in_chunks_where_that_is_audited(monkeypatch: pytest.MonkeyPatch) -> None:
+    audit = audit_of()
+    widths: list[int] = []
+    forward = ModelRunner.forward
+
+    def recorded(self: ModelRunner, ids: torch.Tensor, positions: torch.Tensor, last_only: bool = False) -> Any:
+        if self.model is audit.model and last_only:
+            widths.append(ids.shape[1])
+        return forward(self, ids, positions, last_only)
+
+    monkeypatch.setattr(ModelRunner, "forward", recorded)
+    try:
+        audit._enable("prompt_lookup")  # its trial has forwards of its own
+        for chunk, expected in ((None, [30]), (16, [16, 14])):
+            widths.clear()
+            found = audit.compare_greedy("prompt_lookup", 3, chunk, (0,))
+            assert widths == expected
+            assert found["identical"] == 1
+    finally:
+        specdec.disable(audit.model)
 
 
 def test_a_drafter_without_probabilities_cannot_show_wrong_ones() -> None:
@@ -189,7 +217,7 @@ def test_a_broken_verifier_is_not_lossless(monkeypatch: pytest.MonkeyPatch) -> N
     for index in range(3):
         evidence.add(("sampled", "draft", "plain", index), 1.0, audit.sample("draft", "plain", index))
     specdec.disable(audit.model)
-    certificate = certify(evidence, True, 0.001, 0.0, "audit", {})
+    certificate = certify(evidence, None, True, 0.001, 0.0, "audit", {})
     assert certificate.verdict == FAULTY
     assert "sampled ids are not drawn from the law of plain decoding; calls with temperature 1" in certificate.reasons
     assert certificate.exit_code == 1
@@ -215,8 +243,12 @@ def test_a_divergence_that_rounding_does_not_explain_is_a_fault() -> None:
 def test_a_dense_models_logits_are_measured_in_units_of_rounding() -> None:
     target = copy.deepcopy(pair("float32")[0]).to(torch.bfloat16)
     specdec.enable(target, "none", compile=False)
-    widths = measure_widths(target, torch.tensor(PROMPTS[7]), 30, widths=(1, 4, 14), batches=(1, 3))
+    ids, sizes = torch.tensor(PROMPTS[7]), (1, 4, 14)
+    measured = [dataclasses.asdict(measure_batch(target, ids, 30, sizes, batch)) for batch in (3, 1)]
     specdec.disable(target)
+    widths = combine(sizes, measured)
+    assert widths is not None
+    assert widths.batches == [1, 3]
     assert widths.differences[0][0] == 0
     assert 0 < widths.largest < 200
     assert 0 < widths.total_variation < 0.1
@@ -227,19 +259,20 @@ def test_a_divergence_has_its_class_and_a_command_that_repeats_it() -> None:
     divergence = dataclasses.asdict(Divergence(9, 3, 5, 6, (2.0, 1.9), 0.1, [0.1, -0.2], 0.3))
     evidence = Evidence({})
     result = {"texts": 4, "identical": 3, "divergences": [divergence | {"is_rounding": True}], "first_prompt": 8}
-    evidence.add(("greedy", "draft", 3, 4, 8), 1.0, result)
+    evidence.add(("greedy", "draft", 3, 4, 16, 8), 1.0, result)
     command = "specdec audit lossless folder --dtype bfloat16"
     origin = {"model": "folder", "dtype": "bfloat16", "loop": "specdec", "device": "", "date": "", "command": ""}
     origin["files_sha256"] = {}
-    certificate = certify(evidence, False, 0.001, 0.0, command, origin)
+    certificate = certify(evidence, None, False, 0.001, 0.0, command, origin)
     [found] = certificate.divergences
-    arguments = "--drafter draft --num-draft-tokens 3 --batch 4 --first-prompt 8 --max-prompts 4 --max-new-tokens 4"
+    arguments = "--drafter draft --num-draft-tokens 3 --batch 4 --prefill-chunk 16"
+    arguments += " --first-prompt 8 --max-prompts 4 --max-new-tokens 4"
     assert found["command"] == f"{command} {arguments}"
     assert (certificate.num_identical, certificate.verdict) == (3, INCONCLUSIVE)
     page = render_page(certificate)
     assert found["command"] in page
     assert "rounding</td>" in page
-    assert certify(evidence, True, 0.001, 0.0, command, origin).verdict == FAULTY  # where logits are to be equal
+    assert certify(evidence, None, True, 0.001, 0.0, command, origin).verdict == FAULTY  # where logits are to be equal
 
 
 @pytest.mark.parametrize(
@@ -273,12 +306,17 @@ def test_replay_sees_the_laws_of_transformers_own_loop() -> None:
 
 def test_transformers_own_loop_is_audited_by_the_same_checks() -> None:
     target, draft = pair("int4_kernel")
-    values: dict[str, Any] = {"num_draft_tokens": (3,), "batch_sizes": (1,), "max_new_tokens": 6}
+    values: dict[str, Any] = {
+        "num_draft_tokens": (3,),
+        "batch_sizes": (1,),
+        "prefill_chunks": (None,),
+        "max_new_tokens": 6,
+    }
     settings = Settings(PROMPTS[:2], {"draft": draft, "lookup": "prompt_lookup"}, loop=TRANSFORMERS, **values)
     audit = Audit(target, settings, Evidence({}))
     try:
         for drafter in settings.drafters:
-            found = audit.compare_greedy(drafter, 3, (0,))
+            found = audit.compare_greedy(drafter, 3, None, (0,))
             assert (found["texts"], found["identical"]) == (1, 1)
             sample = audit.sample(drafter, "plain", 0)
             assert sample["num_ids"]["all"] == 12
@@ -289,18 +327,35 @@ def test_transformers_own_loop_is_audited_by_the_same_checks() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"batch_sizes": (1, 4)}, {"num_draft_tokens": ("auto",)}, {"drafters": {"no": "none"}}]
+    "values",
+    [
+        {"batch_sizes": (1, 4)},
+        {"num_draft_tokens": ("auto",)},
+        {"drafters": {"no": "none"}},
+        {"prefill_chunks": (None, 16)},
+    ],
 )
 def test_transformers_own_loop_takes_what_it_can_do(values: dict[str, Any]) -> None:
-    arguments = {"drafters": {"lookup": "prompt_lookup"}, "num_draft_tokens": (3,), "batch_sizes": (1,)} | values
+    arguments = {"drafters": {"lookup": "prompt_lookup"}, "num_draft_tokens": (3,), "batch_sizes": (1,)}
+    arguments |= {"prefill_chunks": (None,)} | values
     with pytest.raises(ValueError, match="transformers' own loop drafts with a model or prompt_lookup, for one row"):
         Settings(PROMPTS, loop=TRANSFORMERS, **arguments)
+
+
+def test_the_badge_is_a_line_of_markdown() -> None:
+    certificate = finished()
+    num_ids = f"{certificate.sampled.num_ids:,}"
+    assert certificate.badge == (
+        f"![specdec audit: lossless, 64 of 64 texts, {num_ids} ids](https://img.shields.io/badge/specdec%20audit-"
+        f"lossless%2C%2064%20of%2064%20texts%2C%20{num_ids.replace(',', '%2C')}%20ids-brightgreen)"
+    )
+    assert certificate.to_json()["badge"] == certificate.badge
 
 
 def test_the_page_shows_verdict_and_evidence() -> None:
     certificate = finished()
     page = render_page(certificate)
-    for text in ("lossless</h1>", "32 of 32", "7 of 7", "never checks the last draft id", "equal, bit for bit"):
+    for text in ("lossless</h1>", "64 of 64", "7 of 7", "never checks the last draft id", "equal, bit for bit"):
         assert text in page
     assert page.count("<rect") == 12
     assert "http" not in page.replace("http-equiv", "")
@@ -335,7 +390,7 @@ def test_the_command_writes_a_certificate(tmp_path: Path, capsys: pytest.Capture
     assert (tmp_path / "audit" / "certificate.html").is_file()
     assert main([*arguments, *short, "--json"]) == 0  # nothing is left to do
     again = json.loads(capsys.readouterr().out)
-    assert again["sampling"] == certificate["sampling"]
+    assert again["sampled"] == certificate["sampled"]
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("1.5min", 90), ("2h", 7200), ("7", 7)])
@@ -356,7 +411,7 @@ def test_arguments_that_cannot_be_read_are_named(arguments: list[str], capsys: p
         (["--budget", "0s"], "--budget 0.0 must be positive"),
         (["--alpha", "2"], "--alpha 2.0 must lie between 0 and 1"),
         (["--batch", "0,4"], "--batch 0,4 must be whole numbers"),
-        (["--prompts", "no-such-file"], "--prompts no-such-file cannot be read"),
+        (["--prefill-chunk", "whole,0"], "--prefill-chunk whole,0 must be whole numbers"),
     ],
 )
 def test_bad_input_ends_with_a_message(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

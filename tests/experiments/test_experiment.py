@@ -23,7 +23,14 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from specdec.experiments import calibration
-from specdec.experiments.config import DraftModel, ExperimentConfig, QuantConfig, SamplingConfig, TargetConfig
+from specdec.experiments.config import (
+    AuditConfig,
+    DraftModel,
+    ExperimentConfig,
+    QuantConfig,
+    SamplingConfig,
+    TargetConfig,
+)
 from specdec.experiments.pair import Pair
 from specdec.experiments.records import FORMAT, PLAIN, SPECULATIVE, Failure, Header, Key, Record, Run, read_run
 from specdec.experiments.report.estimates import ratio
@@ -139,6 +146,25 @@ def test_configs_contain_the_fields_of_the_schema_and_nothing_else() -> None:
         config = OmegaConf.to_container(hydra.compose("config"), resolve=False)
     assert isinstance(config, dict)
     assert set(config) - {"_target_"} == set(ExperimentConfig.__dataclass_fields__)
+
+
+def test_the_config_of_an_audit_contains_the_fields_of_its_schema_and_nothing_else() -> None:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = OmegaConf.to_container(hydra.compose("audit"), resolve=False)
+    assert isinstance(config, dict)
+    assert set(config) - {"_target_"} == set(AuditConfig.__dataclass_fields__)
+
+
+def test_an_audit_from_a_config_ends_with_a_certificate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of an audit that has no time: inconclusive."""
+    call = ["experiment", "--config-name", "audit", f"folder={tmp_path / 'audit'}", "budget_s=0.01"]
+    assert main([*call, "max_prompts=2", "max_prompt_tokens=16", "prefill_chunks=[null]"]) == 3
+    assert capsys.readouterr().out.lstrip().startswith("inconclusive")
+    certificate = json.loads((tmp_path / "audit" / "certificate.json").read_text())
+    assert certificate["verdict"] == "inconclusive"
+    assert (tmp_path / "audit" / "certificate.html").is_file()
+    assert main([*call, "max_prompts=0"]) == 2
+    assert "max_prompts=0 must be 1 or more" in capsys.readouterr().err
 
 
 def test_an_installed_wheel_composes_and_instantiates_the_same_configs(wheel: Path, tmp_path: Path) -> None:
@@ -630,7 +656,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "missing path": (["target=model"], "target.path has no value; give it one on the command line: target.path=…"),
     "missing model": (["target=model", "target.path=no/such-model"], "no model could be loaded from 'no/such-model'"),
     "missing draft": (["drafter=model", "drafter.path=no/such-draft"], "no model could be loaded from 'no/such-draft'"),
-    "missing file": (["workload=dataset", "workload.path=none.jsonl"], "workload.path='none.jsonl' is not a file"),
+    "missing file": (["workload=dataset", "workload.path=none.jsonl"], "'none.jsonl' is not a file"),
     "malformed line": (["workload=dataset", "workload.path={tmp}/bad.jsonl"], "bad.jsonl, line 2 is not valid JSON"),
     "empty workload": (
         ["workload=dataset", "workload.path={tmp}/empty.jsonl"],

@@ -92,7 +92,7 @@ BAD: dict[str, tuple[list[Any], dict[str, Any], str]] = {
     "another column": (
         [{"question": "a"}],
         {},
-        r"row 1 has no column 'prompt', only question; name .* workload.prompt=",
+        r"row 1 has no column 'prompt', only question; in a config, workload\.prompt=… names",
     ),
     "an empty prompt": (
         [{"prompt": "a"}, {"prompt": " "}],
@@ -137,9 +137,7 @@ def test_a_dataset_that_is_neither_local_nor_on_the_hub_is_an_error(monkeypatch:
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'no/such' doesn't exist on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", not_found)
-    with pytest.raises(
-        ValueError, match=r"workload\.path='no/such' is not a file, and no dataset of that id could be loaded"
-    ):
+    with pytest.raises(ValueError, match=r"'no/such' is not a file, and no dataset of that id could be loaded"):
         Dataset("no/such").prompts()
 
 
