@@ -142,7 +142,8 @@ def measure(
     layers = {**own, **peers}
     times: dict[tuple[str, int], list[float]] = {(name, rows): [] for name in layers for rows in args.rows}
     for round_number in track(range(args.rounds + 1), f"{columns} -> {rows_out}", console=Console(stderr=True)):
-        own[BASELINE].time(args.rows[0])  # PyTorch's threads are awake
+        for layer in own.values():
+            layer.time(args.rows[0])  # the first calls after a pause take longer
         for group in (own, peers):
             for rows in args.rows:
                 for name, layer in group.items():

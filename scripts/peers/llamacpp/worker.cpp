@@ -374,7 +374,9 @@ static json time_linear(const json & request) {
         linear = std::make_unique<Linear>(backend, type == "Q4_0" ? GGML_TYPE_Q4_0 : GGML_TYPE_Q8_0, in, out);
     }
     ggml_backend_cpu_set_n_threads(backend, request.at("threads"));
-    linear->compute(rows); // the first time, its memory is allocated
+    if (!linear->products.count(rows)) { // allocates memory; later, a call before would leave the weight in a cache
+        linear->compute(rows);
+    }
     small.compute(1); // its threads are awake, as they are within a model
     const double started = now();
     linear->compute(rows);
