@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +41,7 @@ from specdec.utils.provenance import provenance
 
 BASELINE = "bfloat16"
 LLAMACPP_TYPES = ("Q4_0", "Q8_0")
-PAUSE_S = 0.01  # after llama.cpp's products: its threads wait for work in a loop, and would take the CPU from others
+PAUSE_S = 0.01  # OpenMP's threads, PyTorch's and llama.cpp's, wait for work in a loop, and take the CPU from others
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ def main() -> None:
     with llamacpp() as worker:
         for shape in args.shapes:
             columns, rows_out = map(int, shape.split("x"))
-            own = own_layers(columns, rows_out, args)
+            quantized, dense = own_layers(columns, rows_out, args)
             peers = {} if worker is None else llamacpp_layers(columns, rows_out, worker)
-            results += measure(columns, rows_out, own, peers, args, bandwidth)
+            results += measure(columns, rows_out, [quantized, dense, peers], args, bandwidth)
     report = {
         "script": "bench_int4",
         "provenance": provenance("cpu"),
@@ -94,7 +94,8 @@ def llamacpp() -> Iterator[Worker | None]:
         worker.close()
 
 
-def own_layers(columns: int, rows_out: int, args: argparse.Namespace) -> dict[str, Layer]:
+def own_layers(columns: int, rows_out: int, args: argparse.Namespace) -> tuple[dict[str, Layer], dict[str, Layer]]:
+    """The quantized layers, and PyTorch's."""
     torch.manual_seed(0)
     dense = nn.Linear(columns, rows_out, bias=False, dtype=torch.bfloat16).eval()
     codes = round_to_nearest(dense.weight, args.group_size, symmetric=True)
@@ -112,7 +113,8 @@ def own_layers(columns: int, rows_out: int, args: argparse.Namespace) -> dict[st
         module(inputs[rows])
         return time.perf_counter() - started
 
-    return {name: Layer(partial(time_module, module.eval()), bytes_read(module)) for name, module in modules.items()}
+    layers = {name: Layer(partial(time_module, module.eval()), bytes_read(module)) for name, module in modules.items()}
+    return layers, {BASELINE: layers.pop(BASELINE)}
 
 
 def llamacpp_layers(columns: int, rows_out: int, worker: Worker) -> dict[str, Layer]:
@@ -134,24 +136,23 @@ def llamacpp_layers(columns: int, rows_out: int, worker: Worker) -> dict[str, La
 def measure(
     columns: int,
     rows_out: int,
-    own: Mapping[str, Layer],
-    peers: Mapping[str, Layer],
+    groups: Sequence[Mapping[str, Layer]],
     args: argparse.Namespace,
     bandwidth: Bandwidth,
 ) -> list[dict[str, Any]]:
-    layers = {**own, **peers}
+    """Times of all layers; groups: those with the same threads, which are timed one after another."""
+    layers = {name: layer for group in groups for name, layer in group.items()}
     times: dict[tuple[str, int], list[float]] = {(name, rows): [] for name in layers for rows in args.rows}
     for round_number in track(range(args.rounds + 1), f"{columns} -> {rows_out}", console=Console(stderr=True)):
-        for layer in own.values():
-            layer.time(args.rows[0])  # the first calls after a pause take longer
-        for group in (own, peers):
+        for group in groups:
+            time.sleep(PAUSE_S)
+            for layer in group.values():
+                layer.time(args.rows[0])  # the first calls after a pause take longer
             for rows in args.rows:
                 for name, layer in group.items():
                     seconds = layer.time(rows)
                     if round_number:  # the first one warms up
                         times[name, rows].append(seconds)
-        if peers:
-            time.sleep(PAUSE_S)
     results = []
     for name, layer in layers.items():
         read = bandwidth.gb_per_second(layer.weight_bytes, torch.get_num_threads())
