@@ -119,6 +119,7 @@ def test_the_site_has_every_page() -> None:
 
 
 COMPARED = ("embedded", "200m", "200m-batch8", "1b")  # runs of bench_peers that the pages show
+WITHOUT_AVX512 = ("embedded-avx2", "smollm2")
 SHOWN_THREADS = 2  # of README's tables
 
 
@@ -138,10 +139,10 @@ def test_the_comparison_is_that_of_the_results_files(page: str, threads: tuple[i
     assert list(table) == [row for row in rows if int(row.split(" | ")[2]) in threads]
 
 
-def test_the_comparison_without_avx512_is_that_of_its_results_file() -> None:
-    rows = comparison_rows(peers_report("embedded-avx2"))
+def test_the_comparison_without_avx512_is_that_of_its_results_files() -> None:
+    rows = [row for run in WITHOUT_AVX512 for row in comparison_rows(peers_report(run))]
     section = PAGES["docs/performance.md"].partition("## On a CPU without AVX-512")[2].partition("\n## ")[0]
-    assert [line for line in section.splitlines() if line.startswith("| embedded")] == rows
+    assert [line for line in section.splitlines() if line.startswith(("| embedded", "| smollm2"))] == rows
     columns = [row.split(" | ") for row in rows]
     plain, speculative = ([row[at].removesuffix(" |") for row in columns] for at in (5, 8))
     said = f"plain decoding takes {min(plain)} to {max(plain)} times the rate of the fastest other engine, speculation"
@@ -155,7 +156,7 @@ def test_the_level_ratio_is_that_of_the_results_file() -> None:
     assert f"plain decoding is {min(ratios)} to {max(ratios)} times as fast as ONNX Runtime's, by threads" in page
 
 
-@pytest.mark.parametrize("run", [*COMPARED, "embedded-avx2"])
+@pytest.mark.parametrize("run", [*COMPARED, *WITHOUT_AVX512])
 def test_every_text_of_specdec_is_the_stock_loops(run: str) -> None:
     results = [r for r in peers_report(run)["results"] if r["runtime"] == "specdec" and r["sampling"] == "greedy"]
     assert results
@@ -202,11 +203,12 @@ def test_who_should_use_it_is_what_was_measured() -> None:
     assert f"prompt lookup needs no draft model: {min(looked_up)} to {max(looked_up)} times" in README
     without_avx512 = [
         round(r["ratio_to_own_plain"]["median"], 2)
-        for r in peers_report("embedded-avx2")["results"]
+        for run in WITHOUT_AVX512
+        for r in peers_report(run)["results"]
         if r["runtime"] == "specdec" and r["num_draft_tokens"] is not None
     ]
-    said = f"drafting gains less: {min(without_avx512)} to {max(without_avx512)} times, by batch, threads and drafter"
-    assert said in README
+    said = f"drafting gains less: {min(without_avx512)} to {max(without_avx512)} times, by model, batch, threads"
+    assert f"{said} and drafter" in README
     batched = gains(8, "draft model") + gains(8, "prompt lookup")
     assert f"{min(batched)} to {max(batched)} times, by pair and K" in README
 
@@ -220,6 +222,20 @@ def test_the_4_bit_layer_is_that_of_the_results_file() -> None:
     said = f"takes {one['ratio_to_bfloat16']:.1f} times less than a bfloat16 one for a single row"
     said += f" and {bytes_per_weight:.2f} bytes a weight; four rows take {four['cost_in_one_row']:.2f} times as long"
     assert said in " ".join(PAGES["docs/formats.md"].split())
+
+
+def test_layers_without_avx512_are_those_of_the_results_files() -> None:
+    rows = []
+    for threads, name in ((1, "bench_int4-avx2"), (2, "bench_int4-avx2-2threads")):
+        report = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        assert report["threads"] == threads
+        us = {(r["layer"], r["rows"]): r["us"] for r in report["results"] if (r["in"], r["out"]) == (4096, 4096)}
+        layers = ("4 bits, inputs in 8", "llama.cpp, Q4_0", "8 bits, inputs in 8", "llama.cpp, Q8_0")
+        for count in (1, 4, 8, 16):
+            cells = [str(threads), str(count), *(f"{us[layer, count]:,.0f}" for layer in layers)]
+            rows.append(f"| {' | '.join(cells)} |")
+    section = PAGES["docs/performance.md"].partition("## On a CPU without AVX-512")[2].partition("\n## ")[0]
+    assert "\n".join(rows) in section
 
 
 def test_the_attention_is_that_of_the_results_file() -> None:
