@@ -127,19 +127,29 @@ def first_of(name: str, candidates: Mapping[str, Engine]) -> Engine:
 
 
 def show(report: dict[str, Any], console: Console) -> None:
+    header, *rows = table_rows(report)
     table = Table(title=f"greedy texts that are plain decoding's of single rows, {report['pair']} pair")
+    for column in header:
+        table.add_column(column, justify="right" if column.startswith("batch") else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=max(120, Console().width)).print(table)
+    for line in report["missing"]:
+        console.print(line, highlight=False)
+
+
+def table_rows(report: dict[str, Any]) -> list[list[str]]:
+    """The header, and a row for each engine with a cell for each batch size."""
     by_engine: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for r in report["results"]:
         k = "" if r["num_draft_tokens"] is None else f", K={r['num_draft_tokens']}"
         by_engine.setdefault((f"{r['runtime']}, {r['weights']}", r["engine"] + k), {})[r["batch"]] = r
     batches = list(dict.fromkeys(r["batch"] for r in report["results"]))
-    for column in ("runtime, weights", "engine", *(f"batch {batch}" for batch in batches)):
-        table.add_column(column, justify="right" if column.startswith("batch") else "left", no_wrap=True)
-    for (runtime, engine), by_batch in by_engine.items():
-        table.add_row(runtime, engine, *(cell_of(by_batch.get(batch)) for batch in batches))
-    Console(width=max(120, Console().width)).print(table)
-    for line in report["missing"]:
-        console.print(line, highlight=False)
+    rows = [
+        [runtime, engine, *(cell_of(by_batch.get(batch)) for batch in batches)]
+        for (runtime, engine), by_batch in by_engine.items()
+    ]
+    return [["runtime, weights", "engine", *(f"batch {batch}" for batch in batches)], *rows]
 
 
 def cell_of(result: dict[str, Any] | None) -> str:

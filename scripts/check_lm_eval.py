@@ -56,7 +56,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         tasks = write_tasks(Path(folder), args.problems, args.shots)
         plain = evaluate(model, tokenizer, tasks, args.batch)
-        specdec.enable(model, draft, num_draft_tokens=args.num_draft_tokens)
+        specdec.enable(model, draft, num_draft_tokens=args.num_draft_tokens, compile=True)
         speculative = evaluate(model, tokenizer, tasks, args.batch)
         stats = specdec.last_stats(model)
     report = {
