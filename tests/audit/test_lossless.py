@@ -29,7 +29,9 @@ from specdec.audit.statistics import RepeatedPrefixes
 from specdec.audit.widths import combine, measure_batch
 from specdec.core import verification
 from specdec.core.steps import Draft, Verdict
+from specdec.runtime.loading import load, load_tokenizer
 from specdec.runtime.runner import ModelRunner
+from specdec.utils import embedded
 from specdec_cli.arguments import parse
 from specdec_cli.main import main
 from tests.helpers.families import FAMILIES, VOCAB_SIZE, family, make_model
@@ -67,16 +69,28 @@ def audit_of(weights: str = "int4_kernel", **changes: Any) -> Audit:
 
 
 @cache
-def finished(weights: str = "int4_kernel") -> Certificate:
+def finished(weights: str) -> Certificate:
     """A whole audit of a tiny pair."""
     return audit_lossless(pair(weights)[0], settings(weights), budget_s=LARGE_BUDGET)
 
 
-def test_a_4_bit_model_on_a_cpu_is_lossless_and_all_broken_loops_are_found() -> None:
-    certificate = finished()
+@cache
+def certificate_of_the_embedded_pair() -> Certificate:
+    """A short certificate of the package's own pair, with all drafters."""
+    target, draft = (load(str(folder), "float32", "cpu") for folder in (embedded.TARGET, embedded.DRAFT))
+    tokenizer = load_tokenizer(str(embedded.TARGET))
+    prompts = [tokenizer(prompt["prompt"]).input_ids[:40] for prompt in embedded.prompts()[:5]]
+    chosen = dataclasses.replace(
+        settings(), prompts=prompts, drafters={"draft": draft, "prompt_lookup": "prompt_lookup"}
+    )
+    return audit_lossless(target, chosen, budget_s=LARGE_BUDGET)
+
+
+def test_the_embedded_pair_is_lossless_and_all_broken_loops_are_found() -> None:
+    certificate = certificate_of_the_embedded_pair()
     assert certificate.reasons == []
     assert (certificate.verdict, certificate.exit_code) == (LOSSLESS, 0)
-    assert certificate.num_texts == certificate.num_identical == 2 * 2 * 2 * len(PROMPTS)
+    assert certificate.num_texts == certificate.num_identical == 2 * 2 * 2 * 5
     assert [row.found for row in certificate.controls] == [True] * len(CONTROLS)
     assert certificate.widths is not None
     assert certificate.widths.is_invariant
@@ -343,25 +357,25 @@ def test_transformers_own_loop_takes_what_it_can_do(values: dict[str, Any]) -> N
 
 
 def test_the_badge_is_a_line_of_markdown() -> None:
-    certificate = finished()
+    certificate = certificate_of_the_embedded_pair()
     num_ids = f"{certificate.sampled.num_ids:,}"
     assert certificate.badge == (
-        f"![specdec audit: lossless, 64 of 64 texts, {num_ids} ids](https://img.shields.io/badge/specdec%20audit-"
-        f"lossless%2C%2064%20of%2064%20texts%2C%20{num_ids.replace(',', '%2C')}%20ids-brightgreen)"
+        f"![specdec audit: lossless, 40 of 40 texts, {num_ids} ids](https://img.shields.io/badge/specdec%20audit-"
+        f"lossless%2C%2040%20of%2040%20texts%2C%20{num_ids.replace(',', '%2C')}%20ids-brightgreen)"
     )
     assert certificate.to_json()["badge"] == certificate.badge
 
 
 def test_the_page_shows_verdict_and_evidence() -> None:
-    certificate = finished()
+    certificate = certificate_of_the_embedded_pair()
     page = render_page(certificate)
-    for text in ("lossless</h1>", "64 of 64", "7 of 7", "never checks the last draft id", "equal, bit for bit"):
+    for text in ("lossless</h1>", "40 of 40", "7 of 7", "never checks the last draft id", "equal, bit for bit"):
         assert text in page
     assert page.count("<rect") == 12
     assert "http" not in page.replace("http-equiv", "")
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Words and digits, no more."""
     words = ["<pad>", "<unk>", *"0123456789", "text", "number"]
     model = models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
@@ -374,7 +388,7 @@ def test_the_command_writes_a_certificate(tmp_path: Path, capsys: pytest.Capture
     target, draft = tmp_path / "target", tmp_path / "draft"
     for folder, model in zip((target, draft), pair("float32"), strict=True):
         model.save_pretrained(folder)
-        tokenizer().save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": [f"text number {i}", "?"]}) + "\n" for i in range(12)))
     arguments = ["audit", "lossless", str(target), "--drafter", str(draft), "--prompts", str(prompts)]
