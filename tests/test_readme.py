@@ -13,6 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import audit_peers
 import pytest
 from peers.show import COMPARISON, comparison_rows, is_idle
 from specdec_kernels import cpu
@@ -338,19 +339,46 @@ def test_the_quality_of_smollm2_is_that_of_its_results_files() -> None:
 
 def test_the_certificates_are_those_of_their_files() -> None:
     rows = [line for line in PAGES["docs/audit.md"].splitlines() if "](../benchmarks/results/audit_lossless-" in line]
-    assert len(rows) == 2
+    certificates = {}
     for row in rows:
-        (name,) = re.findall(r"results/(\S+)\)", row)
-        found = json.loads((RESULTS / name).read_text(encoding="utf-8"))
-        identical, texts = (sum(entry[key] for entry in found["greedy"]) for key in ("identical", "texts"))
-        ids = found["sampling"][0]["num_ids"]
+        (name,) = re.findall(r"results/audit_lossless-(\S+)\.json\)", row)
+        found = certificates[name] = json.loads((RESULTS / f"audit_lossless-{name}.json").read_text(encoding="utf-8"))
+        compared = [entry for entry in found["greedy"] if entry.get("server") != "reference"]
+        identical, texts = (sum(entry[key] for entry in compared) for key in ("identical", "texts"))
+        ids = found["sampled"]["groups"][0]["num_ids"]
         assert f"| {found['verdict']} | {identical} of {texts} | {ids:,} |" in row
         assert all(control["found"] for control in found["controls"])
+    assert set(certificates) >= {"embedded", "transformers", "llamacpp-server"}
     page = " ".join(PAGES["docs/audit.md"].split())
     impossible = re.search(r"(\d+) of (\d+) ids in such calls have probability 0", page)
     assert impossible is not None
-    calls = [call["num_ids"] for call in found["calls"] if "state" in call["what"]]
-    assert impossible.groups() == (str(found["impossible"]), str(calls[0]))
+    of_transformers = certificates["transformers"]
+    [drawn] = [call["num_ids"] for call in of_transformers["sampled"]["calls"] if "state" in call["what"]]
+    assert impossible.groups() == (str(of_transformers["impossible"]), str(drawn))
+    shares = {
+        (row["server"], row["load"]): f"{row['identical']} of {row['texts']}"
+        for row in certificates["llamacpp-server"]["greedy"]
+    }
+    assert f"its own texts differ under load: {shares['reference', 8]}" in page
+    assert f"alone, {shares['candidate', 1]} texts with drafts are those without" in page
+    assert certificates["embedded"]["badge"] in README
+
+
+def test_the_texts_of_other_engines_are_those_of_the_results_file() -> None:
+    report = json.loads((RESULTS / "audit_peers-embedded.json").read_text(encoding="utf-8"))
+    header, *rows = [f"| {' | '.join(row)} |" for row in audit_peers.table_rows(report)]
+    section = PAGES["docs/audit.md"].partition("## Other engines")[2].partition("\n## ")[0]
+    assert [line for line in section.splitlines() if line.startswith("| ")] == [header, *rows]
+
+
+def test_the_scores_of_lm_evaluation_harness_are_those_of_the_results_file() -> None:
+    report = json.loads((RESULTS / "check_lm_eval-smollm2.json").read_text(encoding="utf-8"))
+    assert report["plain"] == report["speculative"]
+    assert all(report["same_answers"].values())
+    scores = [f"{value:g}" for values in report["plain"].values() for value in values.values()]
+    seconds = report["generation_s"]
+    said = f"scores of {', '.join(scores[:-1])} and {scores[-1]} either way; generating took {seconds['plain']:.1f} s"
+    assert f"{said} by plain decoding and {seconds['speculative']:.1f} s" in " ".join(PAGES["docs/audit.md"].split())
 
 
 def test_the_ladder_of_the_kernels_is_the_files() -> None:

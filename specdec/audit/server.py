@@ -150,12 +150,9 @@ class ServerAudit:
     def run(self, budget_s: float, on_progress: OnProgress = ignore_progress) -> None:
         """Work until nothing is left, or for budget_s seconds."""
         queues = {"greedy": self._greedy_work()}
-        if self.shows_ids:
-            queues |= {
-                "rounding": self._rounding_work(),
-                "sampled": self._sampled_work(),
-                "control": self._control_work(),
-            }
+        if self.shows_ids:  # rounding first, since the bets allow for it
+            queues = {"rounding": self._rounding_work(), **queues}
+            queues |= {"sampled": self._sampled_work(), "control": self._control_work()}
         work_through(queues, SHARES, self.evidence, budget_s, on_progress)
 
     def _blocks(self) -> Iterator[range]:
@@ -273,6 +270,11 @@ class ServerAudit:
         means: list[float] = []
         num_ids = dict.fromkeys(GROUPS, 0)
         for prompt, text in zip(prompts, together(calls, load), strict=True):
+            if len(text.ids or []) != text.num_ids:  # without the ids that end texts, the others are a selection
+                raise ValueError(
+                    f"{self.candidate.url} showed {len(text.ids or [])} of {text.num_ids} ids of a text, and its draws"
+                    " can be tested only where it shows all"
+                )
             for position, token in enumerate(text.ids or []):
                 prefix = (*prompt, *(text.ids or [])[:position])
                 if prefix not in self.laws:

@@ -181,6 +181,29 @@ def test_without_ids_texts_alone_are_compared() -> None:
     assert "unknown</td>" in render_page(other)
 
 
+def test_ids_are_tested_only_where_all_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that hides the ids that end texts would show a selection."""
+    candidate = FakeServer()
+    audit = ServerAudit(FakeServer(), candidate, settings(), Evidence({}))  # type: ignore[arg-type]
+    complete = FakeServer.complete
+
+    def hidden(self: FakeServer, prompt: Any, max_tokens: int, **options: Any) -> Completion:
+        shown = complete(self, prompt, max_tokens, **options)
+        return Completion(shown.text, (shown.ids or [])[:-1], shown.laws, shown.num_ids)
+
+    monkeypatch.setattr(FakeServer, "complete", hidden)
+    with pytest.raises(ValueError, match="http://fake showed 7 of 8 ids of a text"):
+        audit.sample(4, 0, RepeatedPrefixes())
+
+
+def test_rounding_is_measured_before_ids_are_tested() -> None:
+    audit = ServerAudit(FakeServer(), FakeServer(), settings(), Evidence({}))  # type: ignore[arg-type]
+    audit.run(600)
+    kinds = [key[0] for key in audit.evidence.results]
+    assert kinds.index("rounding") < kinds.index("sampled")
+    assert kinds.index("rounding") < kinds.index("control")
+
+
 @pytest.mark.parametrize(
     ("a", "b", "distance"),
     [
