@@ -114,6 +114,7 @@ def certify(
     claims_invariance: bool,
     alpha: float,
     max_logit_rounding: float,
+    max_law_rounding: float,
     command: str,
     provenance: dict[str, Any],
 ) -> Certificate:
@@ -133,6 +134,7 @@ def certify(
             {name: call.what for name, call in CALLS.items()},
             call_of=lambda key: key[2],
             alpha=alpha,
+            tolerance=max_law_rounding,
             shift="towards the draft (total variation, at draft positions)"
             + ("" if shows_steps else ", which this loop does not show,"),
             shifted_group="draft",

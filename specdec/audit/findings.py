@@ -166,6 +166,7 @@ def sum_up(
     calls: Mapping[Any, str],
     call_of: Callable[[Key], Any],
     alpha: float,
+    tolerance: float,
     shift: str,
     shifted_group: str,
 ) -> SampledIds:
@@ -173,6 +174,7 @@ def sum_up(
 
     A result has log_wealth (of bettors), num_ids (by group), and means, a histogram of an indicator's means in
     shifted_group, from which the power is computed. groups, calls: their names; the first group is of all ids.
+    tolerance: the largest of a bet, see bets_on_feature.
     """
     first = next(iter(groups))
     log_wealth = torch.zeros(len(bettors), dtype=torch.float64)
@@ -190,7 +192,7 @@ def sum_up(
         for group in groups:
             num_ids[group] += result["num_ids"].get(group, 0)
         means = [a + b for a, b in zip(means, result["means"], strict=True)]
-    variation = smallest_shift(means, alpha, len(bettors)) if sum(means) else 1.0
+    variation = smallest_shift(means, alpha, len(bettors), tolerance) if sum(means) else 1.0
     return SampledIds(
         groups=[
             SamplingRow(what, num_ids[name], bettors.log_e_value(log_wealth, name)) for name, what in groups.items()
@@ -204,9 +206,9 @@ def sum_up(
         shift=shift,
         smallest_variation=variation,
         draws_needed={
-            smaller: math.ceil(num_ids[shifted_group] * (variation / smaller) ** 2)
+            smaller: math.ceil(num_ids[shifted_group] * ((variation - tolerance) / (smaller - tolerance)) ** 2)
             for smaller in SMALLER_VARIATIONS
-            if smaller < variation < 1
+            if tolerance < smaller < variation < 1
         },
     )
 

@@ -361,6 +361,7 @@ def audit_lossless(
         audit.claims_invariance,
         settings.alpha,
         audit.max_logit_rounding,
+        audit.max_law_rounding,
         settings.command,
         origin,
     )

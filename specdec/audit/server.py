@@ -32,6 +32,7 @@ SAMPLED_TOKENS = 8  # ids of a sampled text
 CHECKED_TOKENS = 8  # ids behind a prompt, after which a law is measured several times
 UNLISTED = -1  # any id that a law does not list
 RARE = 1e-3  # an id of a smaller probability is rare
+MARGINS = 2  # of the largest change of a margin that was measured: within so many, rounding may have decided
 CONTROL_ROUNDS = 40  # calls after which a mistake counts as not found
 
 GROUPS = {"all": "all ids", "first": "first ids of a text", "later": "later ids, which may be drafted"}
@@ -389,7 +390,9 @@ def certify_server(audit: ServerAudit, origin: dict[str, Any]) -> ServerCertific
             size = 1 if found["load"] == 1 else settings.load
             first = found["prompt"] - (found["prompt"] - settings.first_prompt) % size
             command = f"{settings.command} --first-prompt {first} --max-prompts {size}"
-            is_rounding = None if found["margin"] is None else abs(found["margin"]) <= max(found["spread"], margin)
+            is_rounding = None
+            if found["margin"] is not None:
+                is_rounding = abs(found["margin"]) <= MARGINS * max(found["spread"], margin)
             divergences.append(found | {"is_rounding": is_rounding, "command": command})
     certificate = ServerCertificate(
         greedy=[
@@ -406,6 +409,7 @@ def certify_server(audit: ServerAudit, origin: dict[str, Any]) -> ServerCertific
             {1: "one request at a time", settings.load: f"{settings.load} requests at a time"},
             call_of=lambda key: key[1],
             alpha=settings.alpha,
+            tolerance=variation,
             shift="towards the most likely id (total variation, at later ids)",
             shifted_group="later",
         ),

@@ -126,12 +126,19 @@ def mean_log_wealth(log_wealth: Tensor) -> Tensor:
 
 
 def power(
-    histogram: Sequence[int], shift: float, alpha: float, num_bettors: int, seed: int = 0, num_runs: int = 400
+    histogram: Sequence[int],
+    shift: float,
+    alpha: float,
+    num_bettors: int,
+    tolerance: float = 0.0,
+    seed: int = 0,
+    num_runs: int = 400,
 ) -> float:
     """The share of simulated runs that are rejected, where an indicator's probability is `shift` above its mean.
 
     histogram: how many draws had a mean in each of equal bins of [0, 1]; a run draws them in random order and reads the
     e-process 50 times. num_bettors: of the whole e-process; those on this indicator, STAKES, are some of them.
+    tolerance: as in bets_on_feature, of all draws.
     """
     generator = torch.Generator().manual_seed(seed)
     counts = torch.tensor(histogram, dtype=torch.float64)
@@ -139,20 +146,22 @@ def power(
     steps = torch.linspace(0, 1, 51, dtype=torch.float64)[:, None]
     counts = (counts * steps).round().diff(dim=0).expand(num_runs, -1, -1)  # [R, 50, bins]
     ones = torch.binomial(counts, (means + shift).clamp(max=1).expand_as(counts).contiguous(), generator=generator)
-    stakes = torch.tensor(STAKES, dtype=torch.float64)[:, None]
-    gain, loss = torch.log1p(stakes * (1 - means)), torch.log1p(-stakes * means)  # [S, bins]
+    tolerances = torch.full_like(means, tolerance)
+    gain, loss = (bets_on_feature(torch.full_like(means, z), means, tolerances) for z in (1.0, 0.0))  # [S, bins]
     log_wealth = (ones @ gain.T + (counts - ones) @ loss.T).cumsum(1)  # [R, 50, S]
     is_found = torch.logsumexp(log_wealth, dim=-1) >= math.log(num_bettors / alpha)
     return float(is_found.any(1).double().mean())
 
 
-def smallest_shift(histogram: Sequence[int], alpha: float, num_bettors: int, wanted: float = 0.95) -> float:
+def smallest_shift(
+    histogram: Sequence[int], alpha: float, num_bettors: int, tolerance: float = 0.0, wanted: float = 0.95
+) -> float:
     """The smallest shift of an indicator's probability that such a run finds with probability `wanted`; 1 if none."""
     low, high = 1e-5, 1.0
-    if power(histogram, high, alpha, num_bettors) < wanted:
+    if power(histogram, high, alpha, num_bettors, tolerance) < wanted:
         return 1.0
     while high / low > 1.03:
         middle = math.sqrt(low * high)
-        is_found = power(histogram, middle, alpha, num_bettors) >= wanted
+        is_found = power(histogram, middle, alpha, num_bettors, tolerance) >= wanted
         low, high = (low, middle) if is_found else (middle, high)
     return high

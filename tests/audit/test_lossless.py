@@ -231,7 +231,7 @@ def test_a_broken_verifier_is_not_lossless(monkeypatch: pytest.MonkeyPatch) -> N
     for index in range(3):
         evidence.add(("sampled", "draft", "plain", index), 1.0, audit.sample("draft", "plain", index))
     specdec.disable(audit.model)
-    certificate = certify(evidence, None, True, 0.001, 0.0, "audit", {})
+    certificate = certify(evidence, None, True, 0.001, 0.0, 0.0, "audit", {})
     assert certificate.verdict == FAULTY
     assert "sampled ids are not drawn from the law of plain decoding; calls with temperature 1" in certificate.reasons
     assert certificate.exit_code == 1
@@ -277,7 +277,7 @@ def test_a_divergence_has_its_class_and_a_command_that_repeats_it() -> None:
     command = "specdec audit lossless folder --dtype bfloat16"
     origin = {"model": "folder", "dtype": "bfloat16", "loop": "specdec", "device": "", "date": "", "command": ""}
     origin["files_sha256"] = {}
-    certificate = certify(evidence, None, False, 0.001, 0.0, command, origin)
+    certificate = certify(evidence, None, False, 0.001, 0.0, 0.0, command, origin)
     [found] = certificate.divergences
     arguments = "--drafter draft --num-draft-tokens 3 --batch 4 --prefill-chunk 16"
     arguments += " --first-prompt 8 --max-prompts 4 --max-new-tokens 4"
@@ -286,7 +286,9 @@ def test_a_divergence_has_its_class_and_a_command_that_repeats_it() -> None:
     page = render_page(certificate)
     assert found["command"] in page
     assert "rounding</td>" in page
-    assert certify(evidence, None, True, 0.001, 0.0, command, origin).verdict == FAULTY  # where logits are to be equal
+    assert (
+        certify(evidence, None, True, 0.001, 0.0, 0.0, command, origin).verdict == FAULTY
+    )  # where logits are to be equal
 
 
 @pytest.mark.parametrize(

@@ -54,12 +54,13 @@ def test_a_bet_with_a_tolerance_loses_under_every_law_within_it(shift: float) ->
     assert ((mean + shift) * ones + (1 - mean - shift) * zeros <= 1 + 1e-12).all()
 
 
-def wealth(shift: float, num_runs: int, num_draws: int = 500) -> torch.Tensor:
+def wealth(shift: float, num_runs: int, num_draws: int = 500, tolerance: float = 0.0) -> torch.Tensor:
     """The mean wealth of all bettors after each draw [R, N], where the indicator's probability is off by `shift`."""
     generator = torch.Generator().manual_seed(0)
     mean = torch.rand(num_runs, num_draws, generator=generator, dtype=torch.float64) * 0.8
     z = (torch.rand(mean.shape, generator=generator, dtype=torch.float64) < mean + shift).double()
-    factors = bets_on_feature(z.flatten(), mean.flatten(), torch.zeros(mean.numel(), dtype=torch.float64))
+    tolerances = torch.full((mean.numel(),), tolerance, dtype=torch.float64)
+    factors = bets_on_feature(z.flatten(), mean.flatten(), tolerances)
     return mean_log_wealth(factors.unflatten(1, mean.shape).cumsum(-1)).exp()
 
 
@@ -72,14 +73,15 @@ def test_a_shift_is_found() -> None:
     assert (wealth(0.15, num_runs=200) >= 1 / ALPHA).any(1).double().mean() > 0.95
 
 
-def test_the_predicted_power_is_the_simulated_one() -> None:
+@pytest.mark.parametrize(("shift", "tolerance"), [(0.09, 0.0), (0.12, 0.03)])
+def test_the_predicted_power_is_the_simulated_one(shift: float, tolerance: float) -> None:
     """power() draws from bins, 50 reads a run; the simulation draws each id and reads after each."""
-    shift, num_draws = 0.09, 500
+    num_draws = 500
     histogram = [0] * 20
     for index in range(16):
         histogram[index] = num_draws // 16
-    predicted = power(histogram, shift, ALPHA, len(STAKES))
-    simulated = (wealth(shift, num_runs=400) >= 1 / ALPHA).any(1).double().mean().item()
+    predicted = power(histogram, shift, ALPHA, len(STAKES), tolerance)
+    simulated = (wealth(shift, num_runs=400, tolerance=tolerance) >= 1 / ALPHA).any(1).double().mean().item()
     assert 0.2 < simulated < 0.98
     assert predicted == pytest.approx(simulated, abs=4 * math.sqrt(0.25 / 400 * 2) + 0.03)
 
@@ -90,6 +92,12 @@ def test_the_smallest_shift_is_found_with_the_wanted_power_and_half_of_it_is_not
     assert power(histogram, shift, ALPHA, len(STAKES), seed=1) == pytest.approx(0.95, abs=0.06)
     assert power(histogram, shift / 2, ALPHA, len(STAKES), seed=1) < 0.6
     assert smallest_shift([1] * 20, 1e-9, len(STAKES)) == 1  # nothing could have been found
+
+
+def test_a_shift_within_the_tolerance_is_never_found() -> None:
+    histogram = [100_000] * 20
+    assert power(histogram, 0.02, ALPHA, len(STAKES), tolerance=0.02) <= ALPHA
+    assert 0.02 < smallest_shift(histogram, ALPHA, len(STAKES), tolerance=0.02) < 0.03
 
 
 def test_four_times_the_draws_find_half_the_shift() -> None:
