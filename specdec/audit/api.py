@@ -13,7 +13,7 @@ from typing import Any
 
 TIMEOUT_S = 600.0
 ID_PREFIX = "token_id:"  # how vLLM writes ids where it is asked for them in place of texts
-UNCHANGED = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}  # a server's own defaults may cut the law that is sampled from
+UNCHANGED = {"top_k": 0, "min_p": 0.0}  # a server's own defaults may cut the law that is sampled from
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,19 @@ class Completion:
     num_ids: int | None
 
 
+class Refused(ValueError):
+    """A server answered with an error."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class Server:
     """A server of one model. Raises ValueError, naming the URL, where a request fails.
 
     url: with or without /v1. model: as requests name it; None: the first that the server lists.
+    is_extended: whether it takes more fields than OpenAI's; found out by the first request.
     """
 
     def __init__(self, url: str, model: str | None = None) -> None:
@@ -52,6 +61,8 @@ class Server:
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"{url!r} is no URL of a server, such as http://localhost:8000")
         self.version: str | None = None  # as its answers give it
+        self.is_extended = True
+        self._has_answered = False
         self.model = model or self._first_model()
 
     def _first_model(self) -> str:
@@ -88,12 +99,21 @@ class Server:
         cache holds of it, where the server has such a setting.
         """
         body: dict[str, Any] = {"model": self.model, "prompt": prompt if isinstance(prompt, str) else list(prompt)}
-        body |= {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, **UNCHANGED}
+        body |= {"max_tokens": max_tokens, "temperature": temperature, "top_p": 1.0, "seed": seed}
+        extensions: dict[str, Any] = dict(UNCHANGED)
         if num_logprobs:
-            body |= {"logprobs": num_logprobs, "return_tokens_as_token_ids": True}
+            body["logprobs"] = num_logprobs
+            extensions["return_tokens_as_token_ids"] = True
         if read_again:
-            body["cache_prompt"] = False
-        answer = self._request("/v1/completions", body)
+            extensions["cache_prompt"] = False
+        try:
+            answer = self._request("/v1/completions", body | (extensions if self.is_extended else {}))
+        except Refused as error:
+            if self._has_answered or error.status not in (400, 422):
+                raise
+            answer = self._request("/v1/completions", body)
+            self.is_extended = False
+        self._has_answered = True
         try:
             choice = answer["choices"][0]
             ids, laws = _parse_logprobs(choice.get("logprobs"))
@@ -110,7 +130,7 @@ class Server:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace").strip()[:300]
-            raise ValueError(f"{self.url}{path} answered {error.code}: {said or error.reason}") from error
+            raise Refused(f"{self.url}{path} answered {error.code}: {said or error.reason}", error.code) from error
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.url}{path} did not answer: {error}") from error
 

@@ -121,7 +121,7 @@ class Findings:
         if self.sampled.num_ids < MIN_DRAWS:
             gaps.append(f"{self.sampled.num_ids:,} ids were sampled; a verdict takes {MIN_DRAWS:,}")
         if missing := num_controls - len(self.controls):
-            gaps.append(f"{missing} of {num_controls} mistakes were not made on purpose; give the audit more time")
+            gaps.append(f"{missing} of {num_controls} deliberate mistakes were not tried; give the audit more time")
         return gaps + [f"not found: a loop that {row.what}" for row in self.controls if row.found is False]
 
     def conclude(self, faults: list[str], gaps: list[str]) -> None:

@@ -144,6 +144,8 @@ class ServerAudit:
         """Whether both servers show ids, and the reference laws, for a prompt of ids."""
         for server in (self.reference, self.candidate):
             shown = server.complete(self.ids[0], 2, num_logprobs=self.settings.num_logprobs)
+            if not server.is_extended:  # its own defaults may cut the law that ids are drawn from
+                return False
             if shown.ids is None or len(shown.ids) != shown.num_ids or (server is self.reference and not shown.laws):
                 return False
         return True

@@ -50,6 +50,7 @@ class FakeServer:
     greedy: Callable[[list[float]], int] = lambda logits: max(range(VOCAB_SIZE), key=logits.__getitem__)
     shows_ids: bool = True
     url: str = "http://fake"
+    is_extended: bool = True
     model: str = "fake"
     version: str | None = "1"
     random: random.Random = field(default_factory=lambda: random.Random(0))
@@ -237,8 +238,10 @@ def as_texts(completion: Completion) -> dict[str, Any]:
 
 
 @contextmanager
-def served(model: FakeServer, show: Callable[[Completion], dict[str, Any]] = as_llamacpp) -> Iterator[str]:
-    """The URL of a server of a model in this process."""
+def served(
+    model: FakeServer, show: Callable[[Completion], dict[str, Any]] = as_llamacpp, *, is_strict: bool = False
+) -> Iterator[str]:
+    """The URL of a server of a model in this process. is_strict: it refuses fields that are not OpenAI's."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -249,7 +252,11 @@ def served(model: FakeServer, show: Callable[[Completion], dict[str, Any]] = as_
             if self.path == "/tokenize":
                 self.answer({"tokens": model.tokenize(body["content"])})
                 return
-            assert (body["top_p"], body["top_k"], body["min_p"], body["model"]) == (1.0, 0, 0.0, "fake")
+            if is_strict and "top_k" in body:
+                self.answer({"error": "unexpected fields"}, 422)
+                return
+            assert (body["top_p"], body["model"]) == (1.0, "fake")
+            assert is_strict or (body["top_k"], body["min_p"]) == (0, 0.0)
             count = body.get("logprobs", 0)
             text = model.complete(
                 body["prompt"],
@@ -261,8 +268,8 @@ def served(model: FakeServer, show: Callable[[Completion], dict[str, Any]] = as_
             choice = {"text": text.text, "logprobs": show(text) if count else None}
             self.answer({"choices": [choice], "usage": {"completion_tokens": text.num_ids}, "system_fingerprint": "f"})
 
-        def answer(self, body: Any) -> None:
-            self.send_response(200 if body is not None else 404)
+        def answer(self, body: Any, status: int = 200) -> None:
+            self.send_response(status if body is not None else 404)
             self.end_headers()
             self.wfile.write(json.dumps(body or {"error": "no such page"}).encode())
 
@@ -300,6 +307,25 @@ def test_an_answer_with_texts_alone_has_no_ids() -> None:
     with served(FakeServer(), as_texts) as url:
         found = Server(url).complete("abc", 3, num_logprobs=4)
     assert (found.ids, found.laws, len(found.text)) == (None, None, 3)
+
+
+def test_a_server_that_takes_openais_fields_alone_is_asked_for_texts() -> None:
+    """Whatever ids it shows: its own defaults may cut the law that they are drawn from."""
+    with served(FakeServer(), is_strict=True) as reference, served(FakeServer()) as candidate:
+        certificate = audit_server(reference, candidate, settings(max_new_tokens=4), budget_s=600)
+    assert (certificate.verdict, certificate.num_identical) == (INCONCLUSIVE, 32)
+    assert NO_IDS in certificate.reasons
+
+
+def test_a_refusal_after_an_answer_is_an_error() -> None:
+    model = FakeServer()
+    with served(model) as url:
+        server = Server(url)
+        server.complete("abc", 1)
+        model.complete = None  # type: ignore[assignment, method-assign]
+        with pytest.raises(ValueError, match="did not answer"):
+            server.complete("abc", 1)
+    assert server.is_extended
 
 
 def test_the_command_audits_two_servers_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
