@@ -177,7 +177,8 @@ def show(certificate: Certificate | ServerCertificate, folder: Path | None, cons
     greedy = Table(title="greedy texts that are plain decoding's", title_justify="left")
     header, rows = certificate.greedy_table()
     for name in header:
-        greedy.add_column(name, justify="left" if name == header[0] else "right")
+        is_first = name == header[0]
+        greedy.add_column(name, justify="left" if is_first else "right", no_wrap=not is_first, overflow="fold")
     for row in rows:
         greedy.add_row(*row)
     console.print(greedy)

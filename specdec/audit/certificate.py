@@ -76,7 +76,7 @@ class Certificate(Findings):
             identical, texts = (sum(getattr(row, name) for row in cells.values()) for name in ("identical", "texts"))
             low, high = clopper_pearson(identical, texts)
             drafter, size, chunk = setting
-            shares = [f"{cells[k].identical} of {cells[k].texts}" if k in cells else "" for k in ks]
+            shares = [f"{cells[k].identical}/{cells[k].texts}" if k in cells else "" for k in ks]
             rows.append([drafter, str(size), chunk_name(chunk), *shares, f"{low:.1%} to {high:.1%}"])
         return ["drafter", "batch", "prefill", *(f"K={k}" for k in ks), "95 % interval"], rows
 
