@@ -121,7 +121,7 @@ def certify(
     """The certificate of what has been found so far. command: that a divergence's is made from."""
     greedy, divergences = _greedy(evidence, command)
     results = evidence.of("sampled").values()
-    shows_steps = any(result["num_ids"]["draft"] for result in results)
+    hides_steps = bool(results) and not any(result["num_ids"]["draft"] for result in results)
     certificate = Certificate(
         claims_invariance=claims_invariance,
         greedy=greedy,
@@ -136,7 +136,7 @@ def certify(
             alpha=alpha,
             tolerance=max_law_rounding,
             shift="towards the draft (total variation, at draft positions)"
-            + ("" if shows_steps else ", which this loop does not show,"),
+            + (", which this loop does not show," if hides_steps else ""),
             shifted_group="draft",
         ),
         stop_errors=sum(result["stop_errors"] for result in results),

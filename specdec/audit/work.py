@@ -11,7 +11,7 @@ from specdec.audit.evidence import Evidence, Key
 # what a result is kept under, what is done, and the work itself; None: the budget ended before it was done
 Piece = tuple[Key, str, Callable[[], dict[str, Any] | None]]
 OnProgress = Callable[[str, float], None]  # called with what is done now, and the seconds that the run has taken
-TURN_S = 10.0  # seconds that one kind of work goes on, since another one may have to prepare something anew
+TURN_S = 10.0  # seconds that one kind of work goes on at most, since another may have to prepare something anew
 
 
 def ignore_progress(what: str, seconds: float) -> None:
@@ -31,7 +31,7 @@ def work_through(
     spent = dict(evidence.seconds)
     while left and time.monotonic() < begun + budget_s:
         kind = min(left, key=lambda name: spent.get(name, 0.0) / shares[name])
-        turn_ends = min(time.monotonic() + TURN_S, begun + budget_s)
+        turn_ends = min(time.monotonic() + min(TURN_S, shares[kind] * budget_s), begun + budget_s)
         while (started := time.monotonic()) < turn_ends:
             piece = next(left[kind], None)
             if piece is None:
