@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import specdec
-from specdec.audit.api import Completion, Law, Server, together
+from specdec.audit.api import Completion, Law, Refused, Server, together
 from specdec.audit.evidence import Evidence, Key
 from specdec.audit.findings import Findings, control_rows, e_value, histogram, sum_up
 from specdec.audit.identity import first_difference
@@ -52,7 +52,7 @@ MISTAKES = {
 LIMITS = [
     "An API shows no steps: ids cannot be grouped by whether they were drafted, verified or drawn after a rejection.",
     "Windows of other widths cannot be asked for: rounding is measured between prompts that are read and ids that are"
-    " decoded, alone and beside other requests.",
+    " decoded, alone and together with other requests.",
     "Ids are sampled at temperature 1 without further processors, whose laws an API does not give.",
 ]
 NO_IDS = "the servers do not show the ids of texts and the most likely next ids, so texts alone were compared"
@@ -76,14 +76,15 @@ class ServerSettings:
     alpha: float = 0.001
     seed: int = 0
     first_prompt: int = 0
-    command: str = "specdec audit lossless --reference URL --candidate URL"
+    command: str | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ValueError("an audit takes prompts, and there are none")
-        for name in ("max_new_tokens", "num_logprobs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be 1 or more")
+        if self.num_logprobs < 2:
+            raise ValueError(f"num_logprobs={self.num_logprobs} must be 2 or more, for margins between two ids")
         if self.load < 2:
             raise ValueError(f"load={self.load} must be 2 or more; single requests are made as well")
 
@@ -143,7 +144,10 @@ class ServerAudit:
     def _shows_ids(self) -> bool:
         """Whether both servers show ids, and the reference laws, for a prompt of ids."""
         for server in (self.reference, self.candidate):
-            shown = server.complete(self.ids[0], 2, num_logprobs=self.settings.num_logprobs)
+            try:
+                shown = server.complete(self.ids[0], 2, num_logprobs=self.settings.num_logprobs)
+            except Refused:
+                return False
             if not server.is_extended:  # its own defaults may cut the law that ids are drawn from
                 return False
             if shown.ids is None or len(shown.ids) != shown.num_ids or (server is self.reference and not shown.laws):
@@ -154,9 +158,14 @@ class ServerAudit:
         """Work until nothing is left, or for budget_s seconds."""
         queues = {"greedy": self._greedy_work()}
         if self.shows_ids:  # rounding first, since the bets allow for it
-            queues = {"rounding": self._rounding_work(), **queues}
-            queues |= {"sampled": self._sampled_work(), "control": self._control_work()}
+            queues = {"rounding": self._rounding_work(), **queues, "sampled": self._sampled_work()}
+        queues["control"] = self._control_work()
         work_through(queues, SHARES, self.evidence, budget_s, on_progress)
+
+    @property
+    def mistakes(self) -> dict[str, str]:
+        """Those that can be made; draws can be tested only where ids are shown."""
+        return {name: what for name, what in MISTAKES.items() if self.shows_ids or name not in TEMPERATURES}
 
     def _blocks(self) -> Iterator[range]:
         count = len(self.prompts)
@@ -311,7 +320,7 @@ class ServerAudit:
         }
 
     def _control_work(self) -> Iterator[Piece]:
-        for name, what in MISTAKES.items():
+        for name, what in self.mistakes.items():
             key: Key = ("control", name)
             if key not in self.evidence.results:
                 yield key, f"a mistake on purpose: {what}", partial(self.run_control, name)
@@ -391,7 +400,7 @@ def certify_server(audit: ServerAudit, origin: dict[str, Any]) -> ServerCertific
         for found in result["divergences"]:
             size = 1 if found["load"] == 1 else settings.load
             first = found["prompt"] - (found["prompt"] - settings.first_prompt) % size
-            command = f"{settings.command} --first-prompt {first} --max-prompts {size}"
+            command = settings.command and f"{settings.command} --first-prompt {first} --max-prompts {size}"
             is_rounding = None
             if found["margin"] is not None:
                 is_rounding = abs(found["margin"]) <= MARGINS * max(found["spread"], margin)
@@ -426,7 +435,7 @@ def certify_server(audit: ServerAudit, origin: dict[str, Any]) -> ServerCertific
         )
     if certificate.sampled.is_rejected:
         faults.append("sampled ids are not drawn from the law of the reference")
-    gaps = certificate.gaps(len(MISTAKES))
+    gaps = certificate.gaps(len(audit.mistakes))
     if not audit.shows_ids:
         gaps.append(NO_IDS)
     if num_open := sum(found["is_rounding"] is None for found in divergences):

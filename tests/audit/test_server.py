@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from specdec.audit.api import ID_PREFIX, Completion, Law, Server, together
+from specdec.audit.api import ID_PREFIX, Completion, Law, Refused, Server, together
 from specdec.audit.evidence import Evidence
 from specdec.audit.findings import FAULTY, INCONCLUSIVE, LOSSLESS, ROUNDING
 from specdec.audit.page import render_page
@@ -149,13 +149,18 @@ def second_likeliest(logits: list[float]) -> int:
 
 
 def test_another_greedy_choice_is_a_fault() -> None:
-    certificate = certificate_of(FakeServer(noise=1e-6), FakeServer(greedy=second_likeliest))
+    certificate = certificate_of(FakeServer(noise=1e-6), FakeServer(greedy=second_likeliest), command="audit")
     assert certificate.verdict == FAULTY
     assert certificate.reasons[0] == "32 of 32 greedy texts differ from the reference's, not by rounding"
     [first, *_] = certificate.divergences
     assert first["position"] == 0
     assert first["margin"] > 100 * first["spread"] > 0
-    assert first["command"].endswith("--first-prompt 0 --max-prompts 1")
+    assert first["command"] == "audit --first-prompt 0 --max-prompts 1"
+
+
+def test_a_margin_takes_two_ids() -> None:
+    with pytest.raises(ValueError, match="num_logprobs=1 must be 2 or more"):
+        settings(num_logprobs=1)
 
 
 def test_a_choice_within_the_rounding_of_the_reference_is_none() -> None:
@@ -175,6 +180,8 @@ def test_without_ids_texts_alone_are_compared() -> None:
     same = certificate_of(FakeServer(shows_ids=False), FakeServer())
     assert (same.verdict, same.sampled.num_ids, same.num_identical) == (INCONCLUSIVE, 0, 32)
     assert NO_IDS in same.reasons
+    assert [(row.name, row.found) for row in same.controls] == [("sampled", True)]
+    assert not any("more time" in reason for reason in same.reasons)
     assert same.limits[0] == NO_IDS
     other = certificate_of(FakeServer(shows_ids=False), FakeServer(greedy=second_likeliest))
     assert other.verdict == INCONCLUSIVE
@@ -313,6 +320,20 @@ def test_a_server_that_takes_openais_fields_alone_is_asked_for_texts() -> None:
     """Whatever ids it shows: its own defaults may cut the law that they are drawn from."""
     with served(FakeServer(), is_strict=True) as reference, served(FakeServer()) as candidate:
         certificate = audit_server(reference, candidate, settings(max_new_tokens=4), budget_s=600)
+    assert (certificate.verdict, certificate.num_identical) == (INCONCLUSIVE, 32)
+    assert NO_IDS in certificate.reasons
+
+
+def test_a_server_that_refuses_prompts_of_ids_is_asked_for_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    complete = FakeServer.complete
+
+    def texts_alone(self: FakeServer, prompt: Any, max_tokens: int, **options: Any) -> Completion:
+        if not isinstance(prompt, str):
+            raise Refused("http://fake answered 400: prompt must be a string", 400)
+        return complete(self, prompt, max_tokens, **options)
+
+    monkeypatch.setattr(FakeServer, "complete", texts_alone)
+    certificate = certificate_of(FakeServer(), FakeServer())
     assert (certificate.verdict, certificate.num_identical) == (INCONCLUSIVE, 32)
     assert NO_IDS in certificate.reasons
 
