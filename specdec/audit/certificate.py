@@ -115,10 +115,10 @@ def certify(
     alpha: float,
     max_logit_rounding: float,
     max_law_rounding: float,
-    command: str,
+    command: str | None,
     provenance: dict[str, Any],
 ) -> Certificate:
-    """The certificate of what has been found so far. command: that a divergence's is made from."""
+    """The certificate of what has been found so far. command: that a divergence's is made from, if any."""
     greedy, divergences = _greedy(evidence, command)
     results = evidence.of("sampled").values()
     hides_steps = bool(results) and not any(result["num_ids"]["draft"] for result in results)
@@ -156,7 +156,7 @@ def certify(
     return certificate
 
 
-def _greedy(evidence: Evidence, command: str) -> tuple[list[GreedyRow], list[dict[str, Any]]]:
+def _greedy(evidence: Evidence, command: str | None) -> tuple[list[GreedyRow], list[dict[str, Any]]]:
     counts: dict[tuple[str, int | str, int, int | None], list[int]] = defaultdict(lambda: [0, 0])
     divergences = []
     for (_, drafter, k, size, chunk, _), result in evidence.of("greedy").items():
@@ -170,7 +170,7 @@ def _greedy(evidence: Evidence, command: str) -> tuple[list[GreedyRow], list[dic
                 f" --first-prompt {result['first_prompt']} --max-prompts {size}"
                 f" --max-new-tokens {divergence['position'] + 1}"
             )
-            divergences.append(setting | divergence | {"command": f"{command} {arguments}"})
+            divergences.append(setting | divergence | {"command": command and f"{command} {arguments}"})
     rows = [
         GreedyRow(*setting, texts, identical, clopper_pearson(identical, texts))
         for setting, (texts, identical) in counts.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -81,7 +82,7 @@ class SampledIds:
 
 
 @dataclass(kw_only=True)
-class Findings:
+class Findings(ABC):
     """What an audit found.
 
     verdict: one of LOSSLESS, ROUNDING, FAULTY, INCONCLUSIVE. reasons: why it is not LOSSLESS. divergences: greedy texts
@@ -101,17 +102,18 @@ class Findings:
         return EXIT_CODES[self.verdict]
 
     @property
+    @abstractmethod
     def num_texts(self) -> int:
         """Greedy texts that were compared."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def num_identical(self) -> int:
-        raise NotImplementedError
+        """Those among them that are plain decoding's."""
 
+    @abstractmethod
     def greedy_table(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows."""
-        raise NotImplementedError
 
     def gaps(self, num_controls: int) -> list[str]:
         """What every verdict needs, and these findings lack."""

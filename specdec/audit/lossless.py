@@ -56,7 +56,8 @@ class Settings:
     max_draws: ids after which sampling ends. alpha: the rate of false alarms of the sampling test over the whole run.
     widths, batches: at which logits are compared. loop: whose loop is audited: specdec's, or transformers' assisted
     one, which takes one row and a number of draft tokens.
-    first_prompt, command: the number of the first prompt, and the command, from which a divergence's is made.
+    first_prompt, command: the number of the first prompt, and the command, from which a divergence's is made; None:
+        divergences have none, as where drafters have names that the command line does not know.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -72,7 +73,7 @@ class Settings:
     batches: tuple[int, ...] = BATCHES
     loop: str = "specdec"
     first_prompt: int = 0
-    command: str = "specdec audit lossless MODEL"
+    command: str | None = None
 
     def __post_init__(self) -> None:
         if self.loop not in (SPECDEC, TRANSFORMERS):
@@ -370,9 +371,10 @@ def audit_lossless(
 def _header(model: PreTrainedModel, settings: Settings) -> dict[str, Any]:
     """What makes an audit another one."""
     return {
-        "format": 2,
+        "format": 3,
         "model": model.name_or_path,
         "dtype": str(model.dtype),
+        "quantization": repr(getattr(model.config, "quantization_config", None)),
         "specdec": specdec.__version__,
         "torch": torch.__version__,
         "drafters": sorted(settings.drafters),

@@ -144,7 +144,7 @@ class ExperimentConfig:
 
 @dataclass
 class AuditConfig:
-    """One audit of losslessness; the fields that `specdec.audit.lossless.Settings` has are explained there.
+    """One audit of losslessness, with the values of conf/audit.yaml; `specdec.audit.lossless.Settings` explains them.
 
     drafters: by name, each a DraftModel or any specdec.Drafter. workload: as in ExperimentConfig, first turns alone.
     max_prompts: use the first so many; None: all. max_prompt_tokens: of a longer prompt the last ones.
@@ -156,17 +156,17 @@ class AuditConfig:
     drafters: dict[str, Any]
     workload: Any
     folder: Path
-    budget_s: float = 120.0
-    max_prompts: int | None = 100
-    max_prompt_tokens: int = 128
-    num_draft_tokens: list[Any] = field(default_factory=lambda: [1, 3, 6, AUTO])
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 4])
-    prefill_chunks: list[Any] = field(default_factory=lambda: [None, 16])
-    max_new_tokens: int = 64
-    max_draws: int = 20_000
-    alpha: float = 0.001
-    seed: int = 0
-    loop: str = "specdec"
+    budget_s: float
+    max_prompts: int | None
+    max_prompt_tokens: int
+    num_draft_tokens: list[Any]
+    batch_sizes: list[int]
+    prefill_chunks: list[Any]
+    max_new_tokens: int
+    max_draws: int
+    alpha: float
+    seed: int
+    loop: str
 
     def __post_init__(self) -> None:
         if self.max_prompts is not None and self.max_prompts < 1:
