@@ -58,7 +58,6 @@ def main() -> int:
         plain = evaluate(model, tokenizer, tasks, args.batch)
         specdec.enable(model, draft, num_draft_tokens=args.num_draft_tokens, compile=True)
         speculative = evaluate(model, tokenizer, tasks, args.batch)
-        stats = specdec.last_stats(model)
     report = {
         "script": "check_lm_eval",
         "provenance": origin,
@@ -67,7 +66,7 @@ def main() -> int:
         "speculative": speculative["scores"],
         "same_answers": {name: plain["answers"][name] == speculative["answers"][name] for name in plain["answers"]},
         "generation_s": {"plain": plain["generation_s"], "speculative": speculative["generation_s"]},
-        "tokens_per_step": None if stats is None else stats.tokens_per_step,
+        "tokens_per_step": speculative["tokens_per_step"],
     }
     show(report)
     emit(report, args.output)
@@ -145,11 +144,11 @@ def order_choice(rng: random.Random) -> dict[str, Any]:
 
 
 def evaluate(model: Any, tokenizer: Any, tasks: list[dict[str, Any]], batch: int) -> dict[str, Any]:
-    """-> scores by task and metric, every answer by task, and the seconds in generate()."""
+    """-> scores by task and metric, every answer by task, seconds in generate(), and specdec's tokens a step there."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    generation_s = 0.0
+    generation_s, all_stats = 0.0, []
 
     class Timed(HFLM):  # type: ignore[misc]
         def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -157,6 +156,7 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[dict[str, Any]], batch: int
             started = time.perf_counter()
             ids = super()._model_generate(*args, **kwargs)
             generation_s += time.perf_counter() - started
+            all_stats.append(specdec.last_stats(model))
             return ids
 
     client = Timed(pretrained=model, tokenizer=tokenizer, batch_size=batch)
@@ -169,7 +169,14 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[dict[str, Any]], batch: int
         name: [(row["doc_id"], str(row["resps"])) for row in sorted(rows, key=lambda row: row["doc_id"])]
         for name, rows in found["samples"].items()
     }
-    return {"scores": scores, "answers": answers, "generation_s": round(generation_s, 2)}
+    counted = [stats for stats in all_stats if stats is not None]
+    steps = sum(stats.num_steps for stats in counted)
+    return {
+        "scores": scores,
+        "answers": answers,
+        "generation_s": round(generation_s, 2),
+        "tokens_per_step": sum(stats.num_emitted_tokens for stats in counted) / steps if steps else None,
+    }
 
 
 def show(report: dict[str, Any]) -> None:

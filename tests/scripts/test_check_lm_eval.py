@@ -36,8 +36,18 @@ def test_other_scores_and_other_answers_end_with_1(
     score: float, answer: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a run whose evaluations are given."""
-    plain: dict[str, Any] = {"scores": {"sums": {"acc": 0.5}}, "answers": {"sums": [(0, "7")]}, "generation_s": 4.0}
-    other = {"scores": {"sums": {"acc": score}}, "answers": {"sums": [(0, answer)]}, "generation_s": 2.0}
+    plain: dict[str, Any] = {
+        "scores": {"sums": {"acc": 0.5}},
+        "answers": {"sums": [(0, "7")]},
+        "generation_s": 4.0,
+        "tokens_per_step": None,
+    }
+    other = {
+        "scores": {"sums": {"acc": score}},
+        "answers": {"sums": [(0, answer)]},
+        "generation_s": 2.0,
+        "tokens_per_step": 1.5,
+    }
     runs = iter([plain, other])
     monkeypatch.setattr(check_lm_eval, "evaluate", lambda *_: next(runs))
     monkeypatch.setattr(check_lm_eval, "find_spec", lambda name: True)
