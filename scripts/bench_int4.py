@@ -1,6 +1,6 @@
 """Time the quantized layers against a bfloat16 nn.Linear on this CPU, 1 … 16 rows: interleaved, medians, one JSON line.
 
-llama.cpp's products with weights of the same shape stand beside them where `bench_peers.py --setup-peers` has built it.
+llama.cpp's products with weights of the same shape are timed too where `bench_peers.py --setup-peers` has built it.
 
     OMP_NUM_THREADS=1 python scripts/bench_int4.py
     python scripts/bench_int4.py --shapes 4096x4096 256x1024 --output benchmarks/results/bench_int4.json
