@@ -21,6 +21,7 @@ from specdec_kernels import cpu
 from specdec.core import interfaces, lockstep, steps
 from specdec.core.stats import Choice, Stats
 from specdec.generation import routing
+from specdec.quant import formats, linear
 from specdec.runtime import support
 from specdec.runtime.kv_cache import ragged
 
@@ -51,6 +52,8 @@ def page_blocks(language: str) -> list[object]:
 def test_python_blocks_run(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, since importing torch and transformers takes longer than most blocks."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(linear, "KERNELS", linear.KERNELS.copy())  # blocks add to both, for themselves alone
+    monkeypatch.setattr(formats, "SCHEMES", formats.SCHEMES.copy())
     monkeypatch.setattr(cpu, "_IS_LOADED", None)  # as in a process of its own: loaded where they are on disk
     exec(compile(code, "<block>", "exec"), {"__name__": "__main__"})
 

@@ -73,7 +73,7 @@ DRY_SIZES = Sizes(
     heads=(4, 2, 16), keys=(70, 300), goal_keys=300, attention_batches=(1, 2), vocab_size=5000,
     rejection_batches=(1, 3), copy_bytes=1 << 16, prompts=2, new_tokens=6, rounds=1, repetitions=2,
     target_shape=widen_pair.Shape(384, 512, 12, 4, 1, 64, 4200, False), peer_batches=(1, 2),
-    peer_draft_lengths=(1, 3),
+    peer_draft_lengths=(2,),
     draft_shapes=(("small", widen_pair.Shape(384, 512, 2, 4, 1, 64, 4200, True)),), peer_rounds=1,
 )  # fmt: skip
 

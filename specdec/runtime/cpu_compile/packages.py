@@ -73,18 +73,19 @@ def build_packages(members: Sequence[PairMember]) -> list[str]:
             return _failures(members)
         if torch.is_autocast_enabled("cpu"):
             return ["nothing is compiled under torch.autocast; leave it and enable the model again"]
-        lock = FileLock(cpu.make_cache_folder() / ".lock")  # one process compiles, the others wait and find the result
-        with lock:
-            return _build_missing(members)
+        return _build_missing(members)
     except OSError as error:
         return [] if cpu.was_warned_of(error) else [f"the cache folder cannot be used: {first_line(error)}"]
 
 
 def _build_missing(members: Sequence[PairMember]) -> list[str]:
+    """One process compiles a file, others that need it wait and find it; different files are compiled at once."""
     description = "compiling the kernels for this CPU"
+    folder = cpu.make_cache_folder()
     with tqdm(total=1 + 2 * len(members), desc=description, bar_format=PROGRESS_FORMAT) as bar:
         try:
-            cpu.build()
+            with FileLock(folder / ".lock"):
+                cpu.build()
         except Exception as error:
             return [] if cpu.was_warned_of(error) else [f"the kernels could not be built: {first_line(error)}"]
         bar.update()
@@ -93,7 +94,9 @@ def _build_missing(members: Sequence[PairMember]) -> list[str]:
             identity = Identity(member.runner.model)
             package = package_path(member, identity)
             try:
-                _compile(member, package, identity, bar.update)
+                with FileLock(package.with_suffix(".lock")):
+                    if not package.exists():
+                        _compile(member, package, identity, bar.update)
             except Exception as error:
                 _FAILURES[package] = first_line(error)
             finally:
