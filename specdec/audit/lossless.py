@@ -41,7 +41,8 @@ from specdec.utils.provenance import file_hashes, provenance
 
 SPECDEC, TRANSFORMERS = "specdec", "transformers"  # whose loop is audited
 SHARES = {"widths": 0.1, "greedy": 0.3, "sampled": 0.3, "control": 0.3}  # of the budget, as long as work is left
-SAMPLED_ROWS = 16
+SAMPLED_ROWS, MAX_SAMPLED_ROWS = 16, 64  # of a sampled call; an id takes less time in a larger batch
+DRAWS_PER_ROW = 1250  # where more ids than this a row are to be drawn, calls have more rows
 CONTEXT_TOKENS = 24  # of the longest prompt of a sampled call
 WIDTHS_PROMPT = 24  # tokens before the positions whose logits are compared at all widths
 CONTROL_ROUNDS = 40  # calls after which a broken loop counts as not found
@@ -231,7 +232,8 @@ class Audit:
         prompts = self.settings.prompts
         chosen = [prompts[(index + 7 * number) % len(prompts)] for number in range(num_contexts)]
         contexts = [_context(prompt, CONTEXT_TOKENS - 5 * number) for number, prompt in enumerate(chosen)]
-        rows = 1 if index % 4 == 3 or assistance is not None else SAMPLED_ROWS
+        many = min(MAX_SAMPLED_ROWS, max(SAMPLED_ROWS, self.settings.max_draws // DRAWS_PER_ROW))
+        rows = 1 if index % 4 == 3 or assistance is not None else many
         inputs = self._inputs([contexts[row % num_contexts] for row in range(rows)])
         seed = zlib.crc32(repr((self.settings.seed, drafter, call, index)).encode())
         sample = draw_and_replay(
