@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 import specdec
 from specdec.audit.identity import first_difference
+from specdec.drafters.resolve import NAMED_DRAFTERS
 from specdec.runtime.loading import load, load_tokenizer
 from specdec.utils import embedded
 from specdec.utils.provenance import provenance
@@ -43,7 +44,7 @@ def main() -> None:
 
     origin = provenance(args.device) | {"dtype": args.dtype}  # before anything runs: commits may follow
     target = load(args.target, args.dtype, args.device)
-    draft = args.draft if args.draft in ("prompt_lookup", "none") else load(args.draft, args.dtype, args.device)
+    draft = args.draft if args.draft in NAMED_DRAFTERS else load(args.draft, args.dtype, args.device)
     tokenizer = load_tokenizer(args.target)
     all_prompts = embedded.prompts()
     count = min(args.prompts, len(all_prompts))

@@ -27,6 +27,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 import specdec
+from specdec.drafters.resolve import NAMED_DRAFTERS
 from specdec.runtime.loading import load, load_tokenizer
 from specdec.utils import embedded
 from specdec.utils.provenance import provenance
@@ -38,7 +39,7 @@ THINGS = ("apples", "books", "coins", "stamps", "cards", "pens")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default=str(embedded.TARGET))
-    parser.add_argument("--draft", default="prompt_lookup", help="a folder, or prompt_lookup")
+    parser.add_argument("--draft", default="prompt_lookup", help="a folder, prompt_lookup or suffix")
     parser.add_argument("--num-draft-tokens", type=int, default=3, metavar="K")
     parser.add_argument("--dtype", default="float32", help="of everything around the 4-bit layers")
     parser.add_argument("--problems", type=int, default=40, help="of each task")
@@ -52,7 +53,7 @@ def main() -> int:
     logging.set_verbosity_error()
     origin = provenance("cpu") | {"dtype": args.dtype}
     model, tokenizer = load(args.target, args.dtype, "cpu"), load_tokenizer(args.target)
-    draft = args.draft if args.draft == "prompt_lookup" else load(args.draft, args.dtype, "cpu")
+    draft = args.draft if args.draft in NAMED_DRAFTERS else load(args.draft, args.dtype, "cpu")
     with tempfile.TemporaryDirectory() as folder:
         tasks = write_tasks(Path(folder), args.problems, args.shots)
         plain = evaluate(model, tokenizer, tasks, args.batch)

@@ -195,7 +195,9 @@ def _version() -> str:
 
 
 MODEL_HELP = "the target: a folder or a hub id, in full precision or in 4 bits (GPTQ, AWQ, MXFP4, … or specdec's own)"
-DRAFT_HELP = "the drafter: a folder or a hub id of a smaller model with the same tokenizer, prompt_lookup, or none"
+DRAFT_HELP = (
+    "the drafter: a folder or a hub id of a smaller model with the same tokenizer, prompt_lookup, suffix, or none"
+)
 COMMANDS = {
     "demo": Command("demo", "complete a prompt with the embedded pair, plain and speculative", add_demo),
     "generate": Command("demo", "the same with a model and a prompt of your own", add_generate),

@@ -14,6 +14,7 @@ from specdec.core.interfaces import Drafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.drafters.suffix import SuffixDecoding
 from specdec.quant.batch_invariant import MAX_WINDOW
 from specdec.quant.checkpoints import load_checkpoint
 from specdec.quant.layers import is_4bit
@@ -22,7 +23,11 @@ from specdec.runtime.runner import context_of, widths
 from specdec.runtime.support import unsupported
 
 AUTO = "auto"
-NAMED_DRAFTERS: dict[str, Callable[[], Drafter]] = {"none": NoDrafter, "prompt_lookup": PromptLookup}
+NAMED_DRAFTERS: dict[str, Callable[[], Drafter]] = {
+    "none": NoDrafter,
+    "prompt_lookup": PromptLookup,
+    "suffix": SuffixDecoding,
+}
 
 
 def resolve_drafter(drafter: PreTrainedModel | Drafter | str | Path, model: PreTrainedModel) -> Drafter:

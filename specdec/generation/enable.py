@@ -66,14 +66,15 @@ def enable(
 
     Args:
         model: The target, a transformers causal language model. A PeftModel is enabled through the model it adapts.
-        drafter: What proposes draft tokens: a draft model, its hub id or folder, "prompt_lookup", "none" (plain
-            decoding in specdec's loop), or a `Drafter` of your own. With None, calls run in transformers' loop unless
-            they bring an `assistant_model` or `prompt_lookup_num_tokens`.
+        drafter: What proposes draft tokens: a draft model, its hub id or folder, "prompt_lookup", "suffix", "none"
+            (plain decoding in specdec's loop), or a `Drafter` of your own. With None, calls run in transformers' loop
+            unless they bring an `assistant_model` or `prompt_lookup_num_tokens`.
         num_draft_tokens: K, the number of draft tokens in each step, at least 1. A call's own `num_assistant_tokens`
             takes precedence. With "auto", each step uses the K that is expected to give the most tokens per second,
             from measured step times and acceptance; K is 0, plain decoding, where drafting does not pay. The first call
             of each batch size is preceded by a profile, which takes a few seconds at most. Since K then depends on
-            measured times, the same seed may give another sampled text; with a number it gives the same text.
+            measured times, the same seed may give another sampled text; with a number it gives the same text, except by
+            "suffix", which proposes more in later calls.
         compile: Whether decoding forwards run compiled. On a CPU, True compiles what is not on disk yet, once for each
             machine and architecture, in about a minute, with a progress bar; "auto" uses what is on disk; False runs
             eagerly. The logits of a 4-bit target stay the same, bit for bit; those of other targets differ by rounding.

@@ -23,6 +23,7 @@ from specdec.draft_length.cost_model import PairCostModel
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.drafters.suffix import SuffixDecoding
 from specdec.generation.request import Request
 from specdec.generation.trials import Trial, TrialCache, try_draft_model, try_target
 from specdec.runtime.cuda_graphs import Graphs, why_not_recorded
@@ -220,6 +221,8 @@ def acquire_drafter(drafter: Drafter, target: ModelRunner) -> Drafter | None:
         if shares_graphs and _DRAFTERS_IN_USE.isdisjoint(ids := _ids_of(drafter)):
             _DRAFTERS_IN_USE.update(ids)
             return drafter
+    if type(drafter) is SuffixDecoding:
+        return drafter.spare()
     if type(drafter) is not ModelDrafter:
         return None
     spare = ModelDrafter(drafter.runner.model, drafter.vocab_size)

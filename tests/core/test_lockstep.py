@@ -249,7 +249,7 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 @pytest.mark.usefixtures("either_way")
-@pytest.mark.parametrize("kind", ["model", "itself", "prompt_lookup"])
+@pytest.mark.parametrize("kind", ["model", "itself", "prompt_lookup", "suffix"])
 @pytest.mark.parametrize("name", CALLS)
 def test_calls_that_need_lockstep_give_plain_text(name: str, kind: str) -> None:
     rows = 1 if name == "a confidence" else 4

@@ -14,6 +14,7 @@ from specdec.draft_length.constant import ConstantK
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.drafters.suffix import SuffixDecoding
 from specdec.runtime.runner import ModelRunner
 from tests.helpers.families import VOCAB_SIZE, family
 
@@ -45,10 +46,10 @@ def alone(ids: Tensor) -> list[int]:
 def new_drafter(name: str) -> Drafter:
     if name == "model":
         return ModelDrafter(family("llama"), VOCAB_SIZE)
-    return NoDrafter() if name == "none" else PromptLookup()
+    return {"none": NoDrafter, "prompt_lookup": PromptLookup, "suffix": SuffixDecoding}[name]()
 
 
-@pytest.mark.parametrize("name", ["none", "prompt_lookup", "model"])
+@pytest.mark.parametrize("name", ["none", "prompt_lookup", "suffix", "model"])
 def test_an_admitted_prompt_continues_as_it_does_alone(name: str) -> None:
     first, second, third = prompt(1, 7), prompt(2, 4), prompt(3, 6)
     sequences = batch(first, second)

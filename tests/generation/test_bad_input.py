@@ -70,7 +70,11 @@ def test_num_assistant_tokens_of_a_call_is_checked_too(given: Any) -> None:
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [
-        ("no such drafter", ValueError, r"'no such drafter' is not one of \['none', 'prompt_lookup'\], and no model"),
+        (
+            "no such drafter",
+            ValueError,
+            r"'no such drafter' is not one of \['none', 'prompt_lookup', 'suffix'\], and no model",
+        ),
         (
             Path("no/such/folder"),
             ValueError,

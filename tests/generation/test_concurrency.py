@@ -158,7 +158,7 @@ def emitted(job: dict[str, Any], text: list[list[int]]) -> int:
 
 @pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("num_calls", [2, 4])
-@pytest.mark.parametrize("kind", ["model", "prompt_lookup", "none"])
+@pytest.mark.parametrize("kind", ["model", "prompt_lookup", "suffix", "none"])
 def test_overlapping_calls_give_plain_text(model: PreTrainedModel, kind: str, num_calls: int) -> None:
     specdec.enable(model, draft_model() if kind == "model" else kind, num_draft_tokens=3)
     assert_overlapping_texts(model, JOBS[:num_calls], rounds=2)
@@ -530,7 +530,7 @@ def test_a_seed_gives_the_same_text_on_any_runner(model: PreTrainedModel, kind: 
     assert [*texts, text] == 4 * [text]
 
 
-@pytest.mark.parametrize("kind", ["model", "prompt_lookup"])
+@pytest.mark.parametrize("kind", ["model", "prompt_lookup", "suffix"])
 def test_overlapping_sampled_calls_keep_their_distribution(kind: str) -> None:
     samples = 2000
     model = specdec.enable(new_model(0), tiny_model(1) if kind == "model" else kind, num_draft_tokens=2)

@@ -25,6 +25,7 @@ from specdec.core.sequences import Sequences
 from specdec.core.steps import Draft, Verdict
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.drafters.suffix import SuffixDecoding
 from specdec.runtime.cuda_graphs import RECORDINGS
 from tests.helpers.draft_length import erratic_k
 from tests.helpers.drafters import AlwaysRight, Empty, Random, Uneven
@@ -56,6 +57,7 @@ NO_CUT = {"do_sample": True, "top_k": 0, "top_p": 1.0, "pad_token_id": PAD}
 DRAFTERS: dict[str, Callable[[PreTrainedModel], Drafter]] = {
     "model": lambda target: ModelDrafter(tiny_model(1), V),
     "prompt_lookup": lambda target: PromptLookup(),
+    "suffix": lambda target: SuffixDecoding(),
     "always_right": lambda target: AlwaysRight(target, V),
     "random": lambda target: Random(2, V),
     "uneven": lambda target: Uneven(3, V),

@@ -56,6 +56,7 @@ DRAFTERS: dict[str, Callable[[Case], Any]] = {
     "none": lambda case: "none",
     "model": lambda case: perturbed(case.family),
     "prompt_lookup": lambda case: "prompt_lookup",
+    "suffix": lambda case: "suffix",
     "always_right": lambda case: AlwaysRight(family(case.family, case.weights)),
     "always_wrong": lambda case: AlwaysWrong(family(case.family, case.weights)),
     "random": lambda case: Random(seed=largest_k(case)),

@@ -25,6 +25,7 @@ result is the same, bit for bit, at any number of rows and threads and at any in
     specdec::softmax(x, dim), sum(x, dims), torch_linear(x, weight, bias): the same
     specdec::draft_limits, prompt_lookup, stage_window, greedy_ids, draw, verify, verify_greedy, commit,
         commit_greedy: see step.h
+    specdec::suffix_texts, suffix_rows, suffix_add, suffix_release, suffix_propose: see suffix_tree.h
     torch.classes.specdec.Package: a compiled forward; see package.h
 
 x is float32 or bfloat16, and so are the results; sums are float32. With int8_inputs inputs are rounded to 8 bits, in
@@ -88,6 +89,15 @@ _LIBRARY.define("draft_limits(Tensor lengths, Tensor end, Tensor finished, int? 
 _LIBRARY.define(
     "prompt_lookup(Tensor ids, Tensor lengths, Tensor limit, int max_ngram, int num_ids) -> (Tensor, Tensor)"
 )
+for _schema in (
+    "suffix_texts(Tensor like, int depth) -> Tensor",
+    "suffix_rows(Tensor like, int num_rows, int depth) -> Tensor",
+    "suffix_add(Tensor(a!) texts, Tensor ids, int num_removed) -> ()",
+    "suffix_release(Tensor(a!) rows, int row) -> ()",
+    "suffix_propose(Tensor(a!) rows, Tensor texts, Tensor ids, Tensor lengths, Tensor limit, float factor,"
+    " float min_probability) -> (Tensor, Tensor)",
+):
+    _LIBRARY.define(_schema)
 _LIBRARY.define(
     "stage_window(Tensor(a!) ids, Tensor lengths, Tensor draft_ids, Tensor draft_lengths, Tensor limit, int vocab_size)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"

@@ -16,6 +16,7 @@
 #include "package.h"
 #include "shims.h"
 #include "step.h"
+#include "suffix_tree.h"
 
 TORCH_LIBRARY_IMPL(specdec, CPU, m) {
   m.impl("in_huge_pages", in_huge_pages);
@@ -25,6 +26,11 @@ TORCH_LIBRARY_IMPL(specdec, CPU, m) {
   m.impl("attention", attention);
   m.impl("draft_limits", draft_limits);
   m.impl("prompt_lookup", prompt_lookup);
+  m.impl("suffix_texts", suffix_texts);
+  m.impl("suffix_rows", suffix_rows);
+  m.impl("suffix_add", suffix_add);
+  m.impl("suffix_release", suffix_release);
+  m.impl("suffix_propose", suffix_propose);
   m.impl("stage_window", stage_window);
   m.impl("greedy_ids", greedy_ids);
   m.impl("draw", draw);
