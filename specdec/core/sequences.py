@@ -114,6 +114,13 @@ class Sequences:
         ids[:, :prompt_width] = torch.where(is_padding, self.prompt[:, :prompt_width], ids[:, :prompt_width])
         return ids
 
+    def answers(self) -> list[list[int]]:
+        """The committed ids of each row behind its prompt."""
+        starts, ends = (self.prompt_width - self.padding).tolist(), self.lengths.tolist()
+        first = min(starts)
+        ids = self.ids[:, first : max(ends)].tolist()
+        return [row[start - first : end - first] for row, start, end in zip(ids, starts, ends, strict=True)]
+
     def pin_buffers(self, static_buffer: Callable[[str, Tensor], Tensor]) -> None:
         """Before the first step: move what steps read and write into the buffers of static_buffer(name, content)."""
         self._static_buffer = static_buffer

@@ -104,6 +104,8 @@ class Stats:
     acceptance_per_position[i]: steps that accept a draft id at position i / num_spec_steps.
     conditional_acceptance_per_position[i]: the same / steps that draft position i and accept all positions before it.
     expected_acceptance (alpha): mean of sum(min(p, q)) over those positions, so free of sampling noise.
+    chance_acceptance: what draft ids drawn from the frequencies of the answers' own ids would reach; None for fewer
+        than two ids, in the figures of one row, and where nothing was drafted.
     timing: seconds of the call by part; None without enable(..., timing=True).
     choice: how K was chosen; None where num_draft_tokens is a number.
     steps: in the figures of one row, what each step did; empty in those of the batch.
@@ -123,6 +125,7 @@ class Stats:
     acceptance_per_position: list[float | None] = field(default_factory=list)
     conditional_acceptance_per_position: list[float | None] = field(default_factory=list)
     expected_acceptance: float | None = None
+    chance_acceptance: float | None = None
     timing: Timing | None = None
     choice: Choice | None = None
     steps: list[RowStep] = field(default_factory=list)
@@ -182,6 +185,13 @@ def acceptance_histogram(steps: Sequence[RowStep], num_draft_tokens: int) -> lis
     """The number of steps that draft and accept exactly i draft ids, for i = 0 … num_draft_tokens."""
     counted = Counter(step.accepted for step in steps if step.drafted)
     return [counted[length] for length in range(num_draft_tokens + 1)]
+
+
+def chance_acceptance(answers: Sequence[Sequence[int]]) -> float | None:
+    """The probability that two different ids of all answers are equal; None for fewer than two ids."""
+    counts = Counter(token for answer in answers for token in answer)
+    total = counts.total()
+    return _ratio(sum(count * (count - 1) for count in counts.values()), total * (total - 1))
 
 
 def _ratio(part: float, whole: float) -> float | None:

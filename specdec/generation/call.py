@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from specdec.core.lockstep import Lockstep
 from specdec.core.sampling import Sampling
 from specdec.core.sequences import Sequences
 from specdec.core.speculative import speculate
-from specdec.core.stats import Stats, StatsCounter
+from specdec.core.stats import Stats, StatsCounter, chance_acceptance
 from specdec.core.steps import StepResult
 from specdec.core.timing import StepTimer, no_mark
 from specdec.draft_length.adaptive import AdaptiveK
@@ -27,6 +28,7 @@ from specdec.draft_length.settings import MAX_DRAFT_TOKENS
 from specdec.draft_length.synchronized import SynchronizedPolicy
 from specdec.drafters.none import NoDrafter
 from specdec.generation.callbacks import Callbacks
+from specdec.generation.dead_draft import AcceptanceWatch
 from specdec.generation.output import ScoreCollector, dict_output, padded_text, stream
 from specdec.generation.request import Request
 from specdec.generation.state import CALL_TRACKER, COST_MODELS, State, members_of, runner_of
@@ -44,8 +46,12 @@ def decode(state: State, target: ModelRunner, drafter: Drafter, request: Request
     """
     loop = _build_loop(state, target, drafter, request, callbacks)
     scores = ScoreCollector(loop.lockstep, request.config, loop.sequences.batch_size)
-    state.last_stats = _run_loop(loop, scores, callbacks.streamer, state.observer)
-    return _assemble_output(loop, scores, state.last_stats, request)
+    stats = state.last_stats = _run_loop(loop, scores, callbacks.streamer, state.observer)
+    if (runner := runner_of(drafter)) is not None:
+        watch = state.acceptance_watches.setdefault(runner.model, AcceptanceWatch())
+        if (message := watch.add(stats)) is not None:
+            warnings.warn(message, stacklevel=2)
+    return _assemble_output(loop, scores, stats, request)
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,8 @@ def _run_loop(
         streamer.end()
     stats = counter.stats()
     stats.choice = loop.policy.end()
+    if stats.num_draft_tokens:
+        stats.chance_acceptance = chance_acceptance(loop.sequences.answers())
     if loop.timer:
         loop.timer.mark("other")
         stats.timing = loop.timer.timing()

@@ -24,6 +24,7 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.suffix import SuffixDecoding
+from specdec.generation.dead_draft import AcceptanceWatch
 from specdec.generation.request import Request
 from specdec.generation.trials import Trial, TrialCache, try_draft_model, try_target
 from specdec.runtime.cuda_graphs import Graphs, why_not_recorded
@@ -121,6 +122,7 @@ class State:
     local_cost_models: of drafters that cannot be keys of COST_MODELS.
     target_trials, draft_trials: results of trials of the target and of each draft model.
     checked_drafts: draft models whose tokenizers were compared with the target's.
+    acceptance_watches: how often the drafts of each draft model were accepted.
     """
 
     def __init__(
@@ -143,6 +145,8 @@ class State:
         self.last_stats: Stats | None = None
         self.target_trials = TrialCache()
         self.draft_trials: weakref.WeakKeyDictionary[PreTrainedModel, TrialCache] = weakref.WeakKeyDictionary()
+        self.acceptance_watches: weakref.WeakKeyDictionary[PreTrainedModel, AcceptanceWatch]
+        self.acceptance_watches = weakref.WeakKeyDictionary()
         self.checked_drafts: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
         self._by_thread = threading.local()
 
