@@ -1,0 +1,56 @@
+"""scripts/bench_drafters.py: every workload, what it reports, and that "again" is drafted from the first answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import bench_drafters
+import pytest
+
+QUICK = ["--count", "3", "--new-tokens", "12", "--rounds", "1", "--batch", "3", "--num-draft-tokens", "4"]
+
+
+@pytest.fixture(autouse=True)
+def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_drafters, "COMPILED", False)
+
+
+def test_a_run_ends_with_tables_and_a_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "drafters.json"
+    arguments = [*QUICK, "--threads", "1", "--max-prompt-tokens", "40", "--workload", "again"]
+    assert bench_drafters.main([*arguments, "--output", str(output)]) == 0
+    report = json.loads(output.read_text(encoding="utf-8"))
+    assert list(report["workloads"]) == ["again"]
+    assert report["provenance"]["torch"]
+    for rows in report["workloads"].values():
+        names = ["plain", "draft model", "prompt lookup", "suffix"]
+        assert [(row["sampling"], row["drafter"]) for row in rows] == [
+            (sampling, name) for sampling in ("greedy", "sampled") for name in names
+        ]
+        for row in rows:
+            assert row["tokens_per_second"] > 0
+            assert row["rows"] == 3
+            assert row["identical_rows"] == (3 if row["sampling"] == "greedy" else None)
+        assert rows[0]["acceptance"] is None
+        assert rows[1]["acceptance"] > 0  # of the draft model
+        assert rows[0]["tokens_per_step"] == 1.0
+        assert rows[0]["ratio_to_plain"]["median"] == 1.0
+    of_lookup, of_suffix = (report["workloads"]["again"][index]["tokens_per_step"] for index in (2, 3))
+    assert of_suffix > 2 > of_lookup  # of greedy answers
+    out = capsys.readouterr().out
+    assert "embedded, again" in out
+    assert max(map(len, out.splitlines()[:-1])) <= 120
+
+
+def test_workloads_are_so_many_different_prompts() -> None:
+    for name in bench_drafters.WORKLOADS:
+        texts = bench_drafters.texts_of(name, None, 4)
+        assert len(set(texts)) == 4
+        assert texts == bench_drafters.texts_of(name, None, 4)
+    assert all("again" in text for text in bench_drafters.texts_of("edits", None, 4))
+
+
+def test_what_cannot_be_loaded_is_an_error_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_drafters.main(["--pair", "none"]) == 1
+    assert "bench_drafters: --pair none: no model in" in " ".join(capsys.readouterr().err.split())
