@@ -3,7 +3,7 @@
     python scripts/bench_drafters.py --pair embedded --output benchmarks/results/bench_drafters-embedded.json
     python scripts/bench_drafters.py --pair smollm2 --prompts FILE --workload prompts edits json again
 
-The 4-bit target, compiled, and each drafter in interleaved rounds of whole calls, prompts included. Ratios are taken
+Target and draft model in 4 bits, compiled; interleaved rounds of whole calls, prompts included. Ratios are taken
 within a round. Workloads: "prompts", the embedded ones or those of a file; "edits", code that is to be written again
 with a change; "json", records as JSON; "again", the prompts asked twice, of which the second time counts. In all others
 a drafter begins each round without earlier answers. With a chat template, prompts are turns of a user.
@@ -182,8 +182,8 @@ def measure(
 
 
 def show(report: dict[str, Any]) -> None:
-    """One table a workload: what the best K of each drafter gives, in tokens/s and over plain decoding."""
-    console = Console(width=max(100, Console().width))
+    """One table for each workload."""
+    console = Console(width=max(120, Console().width))
     for workload, rows in report["workloads"].items():
         table = Table(title=f"{report['pair']}, {workload}", title_justify="left")
         for column in ("batch", "", "drafter", "K"):
@@ -239,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     drafters: dict[str, PreTrainedModel | str] = {}
     if pair.draft is not None:
-        drafters["draft model"] = pair.load_draft(args.dtype, int4=False)
+        drafters["draft model"] = pair.load_draft(args.dtype, int4=True)
     drafters |= {"prompt lookup": "prompt_lookup", "suffix": "suffix"}
     lengths = [int(k) if k.isdecimal() else k for k in args.num_draft_tokens]
     candidates = [Candidate("plain", "none", None)]
