@@ -370,6 +370,22 @@ def test_the_certificates_are_those_of_their_files() -> None:
     assert certificates["embedded"]["badge"] in README
 
 
+def test_tokens_a_step_of_drafters_are_those_of_the_results_file() -> None:
+    report = json.loads((RESULTS / "bench_drafters-embedded.json").read_text(encoding="utf-8"))
+    for name, label in {
+        "draft model": "the draft model",
+        "prompt lookup": "prompt lookup",
+        "suffix": "suffix decoding",
+    }.items():
+        found = [
+            row["tokens_per_step"]
+            for workload in ("prompts", "again")
+            for row in report["workloads"][workload]
+            if (row["drafter"], row["num_draft_tokens"], row["batch"]) == (name, 6, 1)
+        ]
+        assert f"| {label} | {found[0]:.2f} | {found[1]:.2f} |" in PAGES["docs/drafters.md"]
+
+
 def test_the_texts_of_other_engines_are_those_of_the_results_file() -> None:
     report = json.loads((RESULTS / "audit_peers-embedded.json").read_text(encoding="utf-8"))
     header, *rows = [f"| {' | '.join(row)} |" for row in audit_peers.table_rows(report)]
