@@ -1,4 +1,4 @@
-"""Which drafter pays: tokens a step, and tokens per second beside plain decoding, by workload and K.
+"""Which drafter pays: tokens a step, and tokens per second compared with plain decoding, by workload and K.
 
     python scripts/bench_drafters.py --pair embedded --output benchmarks/results/bench_drafters-embedded.json
     python scripts/bench_drafters.py --pair smollm2 --prompts FILE --workload prompts edits json again

@@ -188,7 +188,7 @@ def acceptance_histogram(steps: Sequence[RowStep], num_draft_tokens: int) -> lis
 
 
 def chance_acceptance(answers: Sequence[Sequence[int]]) -> float | None:
-    """The probability that two different ids of all answers are equal; None for fewer than two ids."""
+    """The probability that the ids at two different positions of the answers are equal; None for fewer than two ids."""
     counts = Counter(token for answer in answers for token in answer)
     total = counts.total()
     return _ratio(sum(count * (count - 1) for count in counts.values()), total * (total - 1))

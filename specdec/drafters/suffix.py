@@ -119,7 +119,6 @@ class SuffixDecoding:
 
     def begin(self, sequences: Sequences, sampling: Sampling) -> None:
         self.sequences = sequences
-        self.prompt_lengths = sequences.lengths.tolist()
         self.is_finished = [False] * sequences.batch_size
         self.rows: list[Row] = []
         self.kernel_rows: Tensor | None = None
@@ -147,11 +146,12 @@ class SuffixDecoding:
 
     def observe(self, result: StepResult) -> None:
         """Keep the answers of rows that the step has finished, and free their trees."""
-        for row, now in enumerate(self.sequences.finished.tolist()):
-            if now and not self.is_finished[row]:
-                self.is_finished[row] = True
-                answer = self.sequences.ids[row, self.prompt_lengths[row] : self.sequences.lengths[row]]
-                self.finished_texts.add(answer.tolist())
+        before, self.is_finished = self.is_finished, self.sequences.finished.tolist()
+        if self.is_finished == before:
+            return
+        for row, answer in enumerate(self.sequences.answers()):
+            if self.is_finished[row] and not before[row]:
+                self.finished_texts.add(answer)
                 if self.kernel_rows is not None:
                     torch.ops.specdec.suffix_release(self.kernel_rows, row)
                 else:

@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import random
+import tracemalloc
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from specdec.core.sampling import Sampling
 from specdec.core.sequences import Sequences
 from specdec.drafters.suffix import FinishedTexts, SuffixDecoding
 from specdec.drafters.suffix_tree import Node, SuffixTree, Text
+from specdec.utils import embedded
 from tests.generation.test_concurrency import in_threads
 from tests.helpers.families import family, prompts
 
@@ -183,6 +185,18 @@ def test_the_kernels_propose_the_same(
             assert [row[:count] for row, count in zip(got.tolist(), counts.tolist(), strict=True)] == want
         for text in texts:
             finished.add(text)
+
+
+def test_an_id_of_a_text_takes_half_a_kilobyte() -> None:
+    texts = [list(prompt["prompt"].encode()) for prompt in embedded.prompts()[:12]]
+    tracemalloc.start()
+    try:
+        tree, _ = tree_of(texts, depth=24)
+        num_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert tree.root.count == sum(map(len, texts))
+    assert 300 < num_bytes / tree.root.count < 600
 
 
 def propose(drafter: SuffixDecoding, texts: list[list[int]], num_draft_tokens: int = 3) -> list[list[int]]:

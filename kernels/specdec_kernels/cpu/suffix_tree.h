@@ -416,7 +416,7 @@ class SuffixTree {
   std::vector<int32_t> ends_of_suffixes_;  // of the last text, the longest suffix first
 };
 
-// An object in a tensor, which owns it: methods of torch's classes take 30 us a call, operators take 5.
+// An object in a tensor, which owns it: an operator is called in less time than a method of one of torch's classes.
 template <typename T>
 Tensor held(T* object) {
   auto** holder = new T*(object);
@@ -472,6 +472,7 @@ std::tuple<Tensor, Tensor> suffix_propose(const Tensor& rows, const Tensor& text
     const Tensor& lengths, const Tensor& limit, double factor, double min_probability) {
   auto& own = held_by<SuffixRows>(rows);
   auto& shared = held_by<SuffixTexts>(texts);
+  TORCH_CHECK(ids.stride(1) == 1, "the ids of a row must be contiguous");
   const int64_t batch = ids.size(0);
   const auto text = ids.accessor<int64_t, 2>();
   const auto length = lengths.accessor<int64_t, 1>(), limits = limit.accessor<int64_t, 1>();
