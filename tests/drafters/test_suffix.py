@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 import specdec
 from specdec.core.sampling import Sampling
@@ -188,7 +188,8 @@ def test_the_kernels_propose_the_same(
 
 
 def test_an_id_of_a_text_takes_half_a_kilobyte() -> None:
-    texts = [list(prompt["prompt"].encode()) for prompt in embedded.prompts()[:12]]
+    tokenizer = AutoTokenizer.from_pretrained(embedded.TARGET)
+    texts = [tokenizer(prompt["prompt"]).input_ids for prompt in embedded.prompts()[:40]]
     tracemalloc.start()
     try:
         tree, _ = tree_of(texts, depth=24)
