@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,12 +38,16 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import specdec
+from specdec.core.interfaces import Drafter
+from specdec.core.sampling import Verification
+from specdec.drafters.resolve import with_suffix_decoding
 from specdec.experiments.workloads import Dataset, Stdlib, encode
 from specdec.runtime.loading import load_tokenizer
 from specdec.utils.provenance import provenance
 
 WORKLOADS = ("prompts", "edits", "json", "again")
 COMPILED = True
+TOKEN_BY_TOKEN = "draft model, by token"  # verified token by token, in sampled calls
 PAD = 0
 PEOPLE = ("Ada Byron", "Alan Turing", "Grace Hopper", "Edsger Dijkstra", "Barbara Liskov", "Donald Knuth")
 CITIES = ("London", "Paris", "New York", "Rotterdam", "Los Angeles", "Milwaukee")
@@ -51,11 +55,12 @@ CITIES = ("London", "Paris", "New York", "Rotterdam", "Los Angeles", "Milwaukee"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A drafter with its K; K is None for plain decoding."""
+    """A drafter with its K, as a function that makes it; K is None for plain decoding."""
 
     name: str
-    drafter: PreTrainedModel | str
+    make: Callable[[], PreTrainedModel | Drafter | str]
     num_draft_tokens: int | str | None
+    verification: Verification = "block"
 
     def __str__(self) -> str:
         return self.name if self.num_draft_tokens is None else f"{self.name} K={self.num_draft_tokens}"
@@ -105,7 +110,13 @@ class Bench:
             override(self.target.generation_config, eos_token_id=None),
             warned_as_errors(),
         ):
-            specdec.enable(self.target, candidate.drafter, num_draft_tokens=k, compile=COMPILED)
+            specdec.enable(
+                self.target,
+                candidate.make(),
+                num_draft_tokens=k,
+                compile=COMPILED,
+                verification=candidate.verification,
+            )
             try:
                 for _ in range(int(again)):
                     self._pass(batch, sampled, seed)
@@ -237,17 +248,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         console.print(f"bench_drafters: {error}", style="red")
         return 1
-    drafters: dict[str, PreTrainedModel | str] = {}
-    if pair.draft is not None:
-        drafters["draft model"] = pair.load_draft(args.dtype, int4=True)
-    drafters |= {"prompt lookup": "prompt_lookup", "suffix": "suffix"}
     lengths = [int(k) if k.isdecimal() else k for k in args.num_draft_tokens]
-    candidates = [Candidate("plain", "none", None)]
-    candidates += [Candidate(name, drafter, k) for name, drafter in drafters.items() for k in lengths]
+    candidates = [Candidate("plain", lambda: "none", None)]
+    if pair.draft is not None:
+        draft = pair.load_draft(args.dtype, int4=True)
+        candidates += [Candidate("draft model", lambda: draft, k) for k in lengths]
+        candidates += [Candidate(TOKEN_BY_TOKEN, lambda: draft, k, "token") for k in lengths]
+        candidates += [
+            Candidate("suffix + draft model", lambda: with_suffix_decoding(draft, target), k) for k in lengths
+        ]
+    candidates += [Candidate("prompt lookup", lambda: "prompt_lookup", k) for k in lengths]
+    candidates += [Candidate("suffix", lambda: "suffix", k) for k in lengths]
     before = CpuTimes.now()
     workloads: dict[str, list[dict[str, Any]]] = {}
     with Progress(console=console) as progress:
-        total = len(prompts) * len(args.batch) * len(args.sampling) * len(candidates) * (1 + args.rounds)
+        by_token = sum(candidate.name == TOKEN_BY_TOKEN for candidate in candidates)
+        num_candidates = sum(len(candidates) - by_token * (sampling == "greedy") for sampling in args.sampling)
+        total = len(prompts) * len(args.batch) * num_candidates * (1 + args.rounds)
         task = progress.add_task("", total=total)
         for name, ids in prompts.items():
             bench, workloads[name] = Bench(target, ids, args), []
@@ -259,9 +276,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     ) -> None:
                         progress.update(task, advance=1, description=f"{what}: {candidate}")
 
-                    workloads[name] += measure(
-                        bench, candidates, batch, sampling == "sampled", name == "again", args.rounds, on_call
-                    )
+                    sampled = sampling == "sampled"
+                    compared = [one for one in candidates if sampled or one.name != TOKEN_BY_TOKEN]
+                    workloads[name] += measure(bench, compared, batch, sampled, name == "again", args.rounds, on_call)
     after = CpuTimes.now()
     idle = None if before is None or after is None else round(before.idle_otherwise(after), 3)
     report = {

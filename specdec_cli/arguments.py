@@ -84,7 +84,10 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", required=True, help="a folder or a hub id; only its config is read")
-    parser.add_argument("--draft", help="the draft model, likewise; without one, drafting takes no memory")
+    parser.add_argument(
+        "--draft",
+        help="the draft model, likewise, suffix, or suffix+FOLDER_OR_HUB_ID; without it, drafting takes no memory",
+    )
     parser.add_argument("--context", type=int, help="tokens of a row at the end of a call, its prompt included (4096)")
     parser.add_argument("--batch", type=int, default=1, help="rows of a batch (1)")
     parser.add_argument(
@@ -116,7 +119,7 @@ def add_audit(parser: argparse.ArgumentParser) -> None:
         "--drafter",
         action="append",
         metavar="DRAFTER",
-        help=f"{DRAFT_HELP}; repeatable. Default: prompt_lookup, and the draft model of the embedded target",
+        help=f"{DRAFT_HELP}; repeatable. Default: prompt_lookup, suffix, and the draft model of the embedded target",
     )
     lossless.add_argument(
         "--budget",
@@ -196,7 +199,8 @@ def _version() -> str:
 
 MODEL_HELP = "the target: a folder or a hub id, in full precision or in 4 bits (GPTQ, AWQ, MXFP4, … or specdec's own)"
 DRAFT_HELP = (
-    "the drafter: a folder or a hub id of a smaller model with the same tokenizer, prompt_lookup, suffix, or none"
+    "the drafter: a folder or a hub id of a smaller model with the same tokenizer, prompt_lookup, suffix,"
+    " suffix+FOLDER_OR_HUB_ID, or none"
 )
 COMMANDS = {
     "demo": Command("demo", "complete a prompt with the embedded pair, plain and speculative", add_demo),

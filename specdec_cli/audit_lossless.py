@@ -21,7 +21,7 @@ from specdec.audit.lossless import Settings, audit_lossless
 from specdec.audit.page import render_page
 from specdec.audit.server import ServerCertificate, ServerSettings, audit_server
 from specdec.audit.work import OnProgress
-from specdec.drafters.resolve import NAMED_DRAFTERS
+from specdec.drafters.resolve import draft_model_of, load_drafter
 from specdec.experiments.workloads import Dataset, Stdlib, Workload, encode, uses_chat_template
 from specdec.pages import require_jinja2
 from specdec.runtime.loading import load, load_tokenizer
@@ -65,10 +65,7 @@ def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, Settings]:
     prompts = prompt_ids(_workload(options.prompts), load_tokenizer(options.model))
     settings = Settings(
         prompts[options.first_prompt :][: options.max_prompts],
-        {
-            name: name if name in NAMED_DRAFTERS else load(name, dtype, options.device)
-            for name in options.drafter or _default_drafters(options.model)
-        },
+        {name: _load_drafter(name, model, dtype) for name in options.drafter or _default_drafters(options.model)},
         num_draft_tokens=options.num_draft_tokens,
         batch_sizes=options.batch,
         prefill_chunks=options.prefill_chunk,
@@ -164,9 +161,16 @@ def prompt_ids(workload: Workload, tokenizer: Any, max_prompt_tokens: int = MAX_
     return [encode(prompt.turns[:1], [], tokenizer, as_chat)[-max_prompt_tokens:] for prompt in workload.prompts()]
 
 
+def _load_drafter(name: str, model: PreTrainedModel, dtype: str) -> Any:
+    """A draft model as it is, which transformers' loop takes too, or a drafter."""
+    is_model = draft_model_of(name) == name
+    return load(name, dtype, str(model.device)) if is_model else load_drafter(name, model, dtype)
+
+
 def _default_drafters(model: str) -> list[str]:
     is_embedded = Path(model).resolve() == embedded.TARGET.resolve()
-    return [os.path.relpath(embedded.DRAFT), "prompt_lookup"] if is_embedded else ["prompt_lookup"]
+    without_model = ["prompt_lookup", "suffix"]
+    return [os.path.relpath(embedded.DRAFT), *without_model] if is_embedded else without_model
 
 
 def show(certificate: Certificate | ServerCertificate, folder: Path | None, console: Console) -> None:

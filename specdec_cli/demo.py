@@ -19,7 +19,7 @@ from torch import Tensor
 
 import specdec
 from specdec.core.stats import Stats
-from specdec.drafters.resolve import NAMED_DRAFTERS, resolve_drafter
+from specdec.drafters.resolve import load_drafter
 from specdec.runtime.loading import load, load_tokenizer
 from specdec.utils import embedded
 from specdec.utils.text import pieces
@@ -63,11 +63,9 @@ def run(options: argparse.Namespace) -> int:
         describe(f"loading {options.model}")
         model: Any = load(options.model, dtype, options.device)
         tokenizer = load_tokenizer(options.model)
-        drafter: Any = options.draft
-        if drafter not in NAMED_DRAFTERS:
-            describe(f"loading {options.draft}")
-            drafter = load(options.draft, dtype, options.device)
-        measured = measure(options, model, tokenizer, resolve_drafter(drafter, model), describe)
+        describe(f"loading {options.draft}")
+        drafter = load_drafter(options.draft, model, dtype)
+        measured = measure(options, model, tokenizer, drafter, describe)
 
     report = make_report(options, model, tokenizer, measured)
     if options.json:

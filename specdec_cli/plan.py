@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec.draft_length.settings import MAX_DRAFT_TOKENS
+from specdec.drafters.resolve import draft_model_of, has_suffix_decoding
+from specdec.drafters.suffix import BYTES_PER_ID, MAX_IDS
 from specdec.planning.devices import (
     CUDA_CONTEXT_BYTES,
     FRAGMENTATION,
@@ -64,11 +66,13 @@ def run(options: argparse.Namespace) -> int:
 class Planner:
     """Plans of one pair and call.
 
+    host_bytes: of the host's memory, for earlier answers that suffix decoding keeps.
     precisions: what is in four bits, as arguments of plan_memory, by its name in the tables.
     """
 
     target: ModelFootprint
     draft: ModelFootprint | None
+    host_bytes: int
     dtype: str
     context: int
     batch: int
@@ -79,13 +83,16 @@ class Planner:
     def of(cls, options: argparse.Namespace) -> Planner:
         settings: dict[str, Any] = {"dtype": getattr(torch, options.dtype), "group_size": options.group_size}
         target = measure_footprint(options.target, **settings)
-        draft = measure_footprint(options.draft, **settings) if options.draft else None
+        draft_model = draft_model_of(options.draft) if options.draft else None
+        draft = measure_footprint(draft_model, **settings) if draft_model else None
+        keeps_answers = options.draft is not None and has_suffix_decoding(options.draft)
+        host_bytes = MAX_IDS * BYTES_PER_ID if keeps_answers else 0
         context = (
             min(DEFAULT_CONTEXT, target.context or DEFAULT_CONTEXT) if options.context is None else options.context
         )
         k = MAX_DRAFT_TOKENS if options.num_draft_tokens is None else options.num_draft_tokens
         precisions = _precisions(target, draft, options.dtype)
-        return cls(target, draft, options.dtype, context, options.batch, k, precisions)
+        return cls(target, draft, host_bytes, options.dtype, context, options.batch, k, precisions)
 
     @property
     def main(self) -> str:
@@ -134,6 +141,7 @@ def make_report(planner: Planner, cards: dict[str, int]) -> dict[str, Any]:
     return {
         "target": target.name,
         "draft": draft.name if draft else None,
+        "host_bytes": planner.host_bytes,
         "checkpoints": {model.name: model.checkpoint_method for model in models if model.checkpoint_method},
         "dtype": planner.dtype,
         "context": planner.context,
@@ -166,6 +174,11 @@ def show(report: dict[str, Any], plans: dict[str, MemoryPlan], console: Console)
     console.print(f"target {report['target']}, {drafts}", soft_wrap=True)
     for name, method in report["checkpoints"].items():
         console.print(f"{name} is in four bits already ({method})", soft_wrap=True)
+    if report["host_bytes"]:
+        console.print(
+            f"suffix decoding keeps earlier answers in the host's memory, up to {report['host_bytes'] / MIB:,.0f} MiB",
+            soft_wrap=True,
+        )
     unit, scale = ("GiB", GIB) if max(plan.total_bytes for plan in plans.values()) >= GIB else ("MiB", MIB)
     rows = f"{report['batch']:,} row{'s' if report['batch'] > 1 else ''}"
     table = Table(title=f"{unit} at the peak: {rows} of {report['context']:,} tokens, K={report['num_draft_tokens']}")

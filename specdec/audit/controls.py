@@ -23,6 +23,7 @@ from specdec.runtime.kv_cache.window import Window
 
 Verify = Callable[[Draft, Tensor, Tensor], Verdict]
 _verify: Verify = verification.verify
+_verify_block = verification.verify_block
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,10 @@ def _replaced(owner: Any, **functions: Any) -> Iterator[None]:
 
 
 def _verifier(verify: Verify) -> Callable[[], AbstractContextManager[None]]:
-    return lambda: _replaced(verification, verify=verify)
+    def verify_block(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> tuple[Verdict, Tensor]:
+        return verify(draft, target_probs, uniforms), verification.overlap(draft, target_probs)
+
+    return lambda: _replaced(verification, verify=verify, verify_block=verify_block)
 
 
 def _probs_of_draft(draft: Draft, vocab_size: int) -> Tensor:
@@ -112,6 +116,14 @@ def bonus_from_draft(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Ve
     bonus = draw(_probs_of_draft(draft, target_probs.shape[-1])[rows, last], uniforms[:, -1])
     is_bonus = (verdict.accepted == draft.lengths) & (draft.lengths > 0)
     return Verdict(verdict.accepted, torch.where(is_bonus, bonus, verdict.next_ids))
+
+
+def block_with_residual_of_an_id(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Verdict:
+    """Block verification that draws the recovered id from max(p - q, 0), as after a single id."""
+    if draft.probs is None or draft.ids.shape[1] == 0:
+        return _verify(draft, target_probs, uniforms)
+    accepted = _verify_block(draft, target_probs, uniforms)[0].accepted
+    return _with_next_ids(draft, target_probs, uniforms, accepted)
 
 
 def last_id_never_checked(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Verdict:
@@ -179,6 +191,11 @@ CONTROLS = {
         needs_probs=True,
     ),
     "bonus": Control("draws the bonus id from the draft", _verifier(bonus_from_draft)),
+    "block_residual": Control(
+        "verifies by block and draws the recovered id as after a single id",
+        _verifier(block_with_residual_of_an_id),
+        needs_probs=True,
+    ),
     "last_id": Control("never checks the last draft id", _verifier(last_id_never_checked)),
     "stale_slot": Control("leaves the KV entry of a rejected draft id visible", stale_slot_visible),
     "stops": Control(

@@ -34,7 +34,7 @@ from specdec.audit.widths import BATCHES, WIDTHS, Widths, combine, measure_batch
 from specdec.audit.work import OnProgress, Piece, ignore_progress, work_through
 from specdec.core.interfaces import Drafter
 from specdec.drafters.prompt_lookup import PromptLookup
-from specdec.drafters.suffix import SuffixDecoding
+from specdec.generation.enable import state_of
 from specdec.generation.inspection import prefill_in_chunks
 from specdec.quant.layers import is_4bit
 from specdec.runtime.prepare import Compile
@@ -239,15 +239,15 @@ class Audit:
         seed = zlib.crc32(repr((self.settings.seed, drafter, call, index)).encode())
         sample = draw_and_replay(
             self.model, inputs, CALLS[call], self.stop_ids, self._pad_id, self._sampled_k, seed,
-            prefixes, self.max_law_rounding, repeat=index % 8 == 0 and not self._remembers(drafter),
+            prefixes, self.max_law_rounding, repeat=index % 8 == 0 and not self._remembers_calls,
             assistance=assistance,
         )  # fmt: skip
         return asdict(sample)
 
-    def _remembers(self, drafter: str) -> bool:
-        """Whether a drafter proposes by what earlier calls have written, so that a seed does not decide the text."""
-        given = self.settings.drafters[drafter]
-        return given == "suffix" or isinstance(given, SuffixDecoding)
+    @property
+    def _remembers_calls(self) -> bool:
+        """Whether the drafter proposes by what earlier calls have written, so that a seed does not decide the text."""
+        return getattr(state_of(self.model).drafter, "remembers_calls", False)
 
     def _assistance(self, drafter: str, num_draft_tokens: int | str) -> dict[str, Any] | None:
         """The arguments with which transformers' own loop drafts; None where specdec's loop is audited."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from specdec_kernels import cpu
 from torch import Tensor
+
+Verification = Literal["block", "token"]  # how a sampled call verifies drafts that have probabilities
+VERIFICATIONS: tuple[Verification, ...] = ("block", "token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +42,18 @@ class Prefixes(Protocol):
 class Sampling:
     """The distribution of one call. Target and drafter share it, so p and q pass through the same processors.
 
+    verification: see verification.py.
     cache_key: equal for calls whose processors are of the same classes with the same plain settings.
     """
 
-    def __init__(self, processors: Sequence[Processor] = (), *, do_sample: bool = False) -> None:
+    def __init__(
+        self, processors: Sequence[Processor] = (), *, do_sample: bool = False, verification: Verification = "block"
+    ) -> None:
         self.do_sample = do_sample
+        self.verification = verification
         self.processors = list(processors)
         self.needs_prefix = any(processor.needs_prefix for processor in processors)
-        self.cache_key = (do_sample, *map(_cache_key, processors))
+        self.cache_key = (do_sample, verification, *map(_cache_key, processors))
 
     def scores(
         self,

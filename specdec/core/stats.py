@@ -44,8 +44,8 @@ class Counts:
     """Sums over row-steps. A step that drafts has at least one draft id that counts; any other emits one id.
 
     num_steps, num_emitted_tokens: over all steps. num_spec_steps, num_spec_emitted_tokens: over steps that draft.
-    num_tried_draft_tokens: draft ids whose preceding draft ids were all accepted. overlap: sum of sum(min(p, q)) over
-    them.
+    num_tried_draft_tokens: draft ids whose preceding draft ids were all accepted. overlap: sum of their chances of
+    acceptance.
     """
 
     num_steps: int = 0
@@ -103,7 +103,7 @@ class Stats:
     draft_acceptance_rate: num_accepted_draft_tokens / num_draft_tokens.
     acceptance_per_position[i]: steps that accept a draft id at position i / num_spec_steps.
     conditional_acceptance_per_position[i]: the same / steps that draft position i and accept all positions before it.
-    expected_acceptance (alpha): mean of sum(min(p, q)) over those positions, so free of sampling noise.
+    expected_acceptance (alpha): mean chance of acceptance over those positions, free of sampling noise.
     chance_acceptance: what draft ids drawn from the frequencies of the answers' own ids would reach; None for fewer
         than two ids, in the figures of one row, and where nothing was drafted.
     timing: seconds of the call by part; None without enable(..., timing=True).

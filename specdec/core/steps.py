@@ -102,7 +102,8 @@ class RowStep:
 
     requested: draft ids that the drafter was asked for: K, or fewer near the end of the row.
     drafted, accepted, emitted: draft ids proposed and accepted, ids committed; on the row's last step up to its stop.
-    overlap: sum(min(p, q)) at each draft position whose preceding draft ids were all accepted.
+    overlap: the chance of acceptance, sum(min(p, q)) or verify_block()'s, at each draft position whose preceding draft
+        ids were all accepted.
     """
 
     requested: int
@@ -119,7 +120,7 @@ class RowStep:
     def chances(self) -> list[float | None]:
         """The probability that a draft id is accepted at the position of each emitted id.
 
-        sum(min(p, q)) where an id was drafted; 0 where the drafter proposed fewer ids than requested; None at a bonus
+        `overlap` where an id was drafted; 0 where the drafter proposed fewer ids than requested; None at a bonus
         id, where nothing was requested.
         """
         own = None if self.drafted == self.requested else 0.0
@@ -179,7 +180,7 @@ class StepResult:
 
     @property
     def overlap(self) -> Tensor:
-        """[B, K] float32, sum(min(p, q)) at each draft position."""
+        """[B, K] float32, the chance of acceptance at each draft position after those before it."""
         return self.host_summary[:, NUM_COUNTS:]
 
     def send(self) -> None:

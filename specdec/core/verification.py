@@ -1,14 +1,28 @@
 """Rejection sampling: keep the longest prefix of a draft that leaves the target's distribution unchanged.
 
-Leviathan et al., Fast Inference from Transformers via Speculative Decoding (2023), and Chen et al., Accelerating Large
-Language Model Decoding with Speculative Sampling (2023). Pure functions of tensors; random numbers come in as uniforms.
-On a CUDA device specdec_kernels.rejection runs verify() in one launch, on a CPU specdec_kernels.cpu verify() and greedy
-verification in one operator each; this module defines what they compute.
+Pure functions of tensors; random numbers come in as uniforms. On a CUDA device specdec_kernels.rejection runs verify()
+in one launch, on a CPU specdec_kernels.cpu each kind of verification in one operator; this module defines what they
+compute.
+
+Token verification: Leviathan et al., Fast Inference from Transformers via Speculative Decoding (2023), and Chen et al.,
+Accelerating Large Language Model Decoding with Speculative Sampling (2023).
 
     p  target probability        q  draft probability        u  uniform in [0, 1)
     draft id x at position i is accepted      when u < p(x) / q(x), so never where p(x) = 0
     recovered id, after the first rejection   drawn from normalize(max(p - q, 0))
     bonus id, after full acceptance           drawn from p at the position after the draft
+
+Block verification: Sun et al., Block Verification Accelerates Speculative Decoding (2024, arXiv 2403.10444). The same
+distribution; at least as many ids are accepted on average, more where some id has p > q. At K = 1 the two are one.
+
+    w[0] = 1, w[i] = min(w[i-1] * p(x) / q(x), 1) for the i-th draft id: the chance that at least i ids are kept
+    r[i] = max(w[i] * p - q, 0), with p and q at the position after i draft ids
+    h[i] = sum(r[i]) / (sum(r[i]) + 1 - w[i]), and w[K] for the whole draft
+    accepted ids                              the last i with u < h[i], 0 where there is none
+    recovered id, after i < K accepted ids    drawn from normalize(r[i])
+    bonus id                                  as above
+
+A deterministic draft (probs=None) keeps as many ids either way, so it is verified token by token.
 """
 
 from __future__ import annotations
@@ -24,13 +38,16 @@ from specdec.core.steps import Draft, Verdict
 def verify_draft(draft: Draft, scores: Tensor, sampling: Sampling) -> tuple[Verdict, Tensor, Tensor]:
     """Verify a draft against the target's processed scores [B, K+1, V] float32.
 
-    -> the verdict, sum(min(p, q)) [B, K] float32, and the rows [B] bool whose scores contain NaN: NaN propagates to the
-    largest score and, through softmax, to every probability.
+    -> the verdict, the chance of each draft id to be accepted after those before it [B, K] float32, and the rows [B]
+    bool whose scores contain NaN: NaN propagates to the largest score and, through softmax, to every probability.
     """
     if sampling.do_sample:
         probs = sampling.probs(scores)
-        verdict = verify(draft, probs, uniforms(*scores.shape[:2], device=scores.device))
-        shared, is_nan = overlap(draft, probs), probs[..., 0].isnan()
+        draws, is_nan = uniforms(*scores.shape[:2], device=scores.device), probs[..., 0].isnan()
+        if draft.probs is not None and sampling.verification == "block":
+            verdict, shared = verify_block(draft, probs, draws)
+        else:
+            verdict, shared = verify(draft, probs, draws), overlap(draft, probs)
     elif draft.probs is None and scores.dtype == torch.float32 and cpu.works_on(scores.device):
         accepted, next_ids, shared, is_nan = torch.ops.specdec.verify_greedy(scores, draft.ids, draft.lengths)
         return Verdict(accepted, next_ids), shared, is_nan
@@ -66,6 +83,47 @@ def verify(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Verdict:
         rejected = (accepted < draft.lengths)[:, None]
         next_probs = torch.where(rejected, residual(next_probs, q_next), next_probs)
     return Verdict(accepted, draw(next_probs, uniforms[:, num_ids]))
+
+
+def verify_block(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> tuple[Verdict, Tensor]:
+    """Block verification of a batch of drafts with probabilities; arguments as in verify().
+
+    -> the verdict, and for each draft id its chance to be accepted after those before it: sum(min(p, q / w)) [B, K]
+    float32, which is overlap() where w = 1. A row's `lengths` may depend on the ids before, not on those left out.
+    """
+    assert draft.probs is not None
+    num_ids = draft.ids.shape[1]
+    if num_ids == 0:
+        return verify(draft, target_probs, uniforms), overlap(draft, target_probs)
+    if cpu.works_on(target_probs.device):
+        accepted, next_ids, shared = torch.ops.specdec.verify_block(
+            target_probs, draft.ids, draft.probs, draft.lengths, uniforms
+        )
+        return Verdict(accepted, next_ids), shared
+    ids = draft.ids[..., None]
+    p, q = (probs[:, :num_ids].gather(-1, ids)[..., 0].double() for probs in (target_probs, draft.probs))
+    weights = [torch.ones_like(p[:, 0])]
+    for ratio in torch.where(q > 0, p / q, 0).unbind(1):  # q may be 0 beyond a row's draft
+        weights.append((weights[-1] * ratio).clamp(max=1))
+    w = torch.stack(weights, dim=1)
+
+    following = w[:, :num_ids, None].float() * target_probs[:, :num_ids]
+    excess = (following - draft.probs).clamp(min=0).sum(-1, dtype=torch.float64)  # sum(r) after 0 … K - 1 ids
+    shared = torch.minimum(following, draft.probs).sum(-1) / w[:, :num_ids].clamp(min=torch.finfo(torch.float32).tiny)
+    num_kept = torch.arange(1, num_ids + 1, device=ids.device)
+    is_whole = num_kept == draft.lengths[:, None]
+    rest = torch.cat([excess[:, 1:], torch.zeros_like(excess[:, :1])], dim=1)  # after 1 … K ids
+    chance = torch.where((rest == 0) & (w[:, 1:] == 1), 1, rest / (rest + 1 - w[:, 1:]))  # p == q there, so w stays 1
+    chance = torch.where(is_whole, w[:, 1:], chance)
+    is_kept = (uniforms[:, :num_ids] < chance) & (num_kept <= draft.lengths[:, None])
+    accepted = (is_kept * num_kept).amax(1)
+
+    rows = torch.arange(len(accepted), device=accepted.device)
+    next_probs = target_probs[rows, accepted]
+    q_next = draft.probs[rows, accepted.clamp(max=num_ids - 1)]
+    recovered_probs = residual(w[rows, accepted, None].float() * next_probs, q_next)
+    next_probs = torch.where((accepted < draft.lengths)[:, None], recovered_probs, next_probs)
+    return Verdict(accepted, draw(next_probs, uniforms[:, num_ids])), shared.float()
 
 
 def verify_greedy(draft: Draft, target_ids: Tensor) -> Verdict:

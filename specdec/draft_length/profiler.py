@@ -79,7 +79,7 @@ class _TimedSteps:
         if graphs is not None:
             self.sequences.pin_buffers(graphs.static_buffer)
         pointwise = [processor for processor in sampling.processors if not processor.needs_prefix]
-        self.sampling = Sampling(pointwise, do_sample=sampling.do_sample)
+        self.sampling = Sampling(pointwise, do_sample=sampling.do_sample, verification=sampling.verification)
         self.run_part = run_eager if graphs is None else graphs.run
         self.timings: dict[int, list[StepTiming]] = {}
         self.acceptance: list[float] = []

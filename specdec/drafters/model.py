@@ -35,6 +35,12 @@ class ModelDrafter:
         """Take the current widths of the target's head and embeddings."""
         self.vocab_size, self.num_text_ids = vocab_size, max(vocab_size, num_embeddings)
 
+    def spare(self) -> ModelDrafter:
+        """Another one of the same model, with its own KV cache, for a call at the same time."""
+        other = ModelDrafter(self.runner.model, self.vocab_size)
+        other.runner = self.runner.spare()
+        return other
+
     def begin(self, sequences: Sequences, sampling: Sampling) -> None:
         self.sampling = sampling
         self.has_begun = False  # the runner begins with the first draft: a call may draft nothing

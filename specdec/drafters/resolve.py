@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.core.interfaces import Drafter
+from specdec.drafters.hybrid import SuffixHybrid
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
@@ -18,34 +19,70 @@ from specdec.drafters.suffix import SuffixDecoding
 from specdec.quant.batch_invariant import MAX_WINDOW
 from specdec.quant.checkpoints import load_checkpoint
 from specdec.quant.layers import is_4bit
-from specdec.runtime.loading import check_tokenizer_files
+from specdec.runtime.loading import check_tokenizer_files, load
 from specdec.runtime.runner import context_of, widths
 from specdec.runtime.support import unsupported
 
 AUTO = "auto"
+SUFFIX = "suffix"
+SUFFIX_AND = f"{SUFFIX}+"  # before the folder or hub id of a draft model
 NAMED_DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "none": NoDrafter,
     "prompt_lookup": PromptLookup,
-    "suffix": SuffixDecoding,
+    SUFFIX: SuffixDecoding,
 }
 
 
 def resolve_drafter(drafter: PreTrainedModel | Drafter | str | Path, model: PreTrainedModel) -> Drafter:
     """The Drafter for what enable() or a call is given. Raises TypeError or ValueError where it does not fit."""
     if isinstance(drafter, str | Path):
-        if str(drafter) in NAMED_DRAFTERS:
-            return NAMED_DRAFTERS[str(drafter)]()
-        drafter = _load_draft(str(drafter), model)
+        name = str(drafter)
+        if (path := draft_model_of(name)) is None:
+            return NAMED_DRAFTERS[name]()
+        draft = _load_draft(path, model)
+        drafter = with_suffix_decoding(draft, model) if name.startswith(SUFFIX_AND) else draft
     drafter = unwrap_peft(drafter)
     if isinstance(drafter, PreTrainedModel):
         check_pair(model, drafter)
         return ModelDrafter(drafter, widths(model)[0])
     if isinstance(drafter, type) or not isinstance(drafter, Drafter):
         raise TypeError(
-            f"drafter={drafter!r} must be a transformers model, a hub id or folder, one of {sorted(NAMED_DRAFTERS)}, or"
-            " an object with begin(), propose() and observe()"
+            f"drafter={drafter!r} must be a transformers model, a hub id or folder, one of {sorted(NAMED_DRAFTERS)},"
+            f" {SUFFIX_AND!r} with a hub id or folder, or an object with begin(), propose() and observe()"
         )
     return drafter
+
+
+def with_suffix_decoding(draft: PreTrainedModel, model: PreTrainedModel) -> SuffixHybrid:
+    """Suffix decoding and a draft model for this target. Raises ValueError where the draft model does not fit."""
+    drafter = resolve_drafter(draft, model)
+    assert isinstance(drafter, ModelDrafter)
+    return SuffixHybrid(drafter)
+
+
+def load_drafter(name: str, model: PreTrainedModel, dtype: str) -> Drafter:
+    """The drafter of a name for this target; its draft model, where it has one, in a dtype of load()."""
+    path = draft_model_of(name)
+    if path is None:
+        return resolve_drafter(name, model)
+    draft = load(path, dtype, str(model.device))
+    return with_suffix_decoding(draft, model) if name.startswith(SUFFIX_AND) else resolve_drafter(draft, model)
+
+
+def has_suffix_decoding(name: str) -> bool:
+    """Whether the drafter of a name keeps answers for suffix decoding."""
+    return name == SUFFIX or name.startswith(SUFFIX_AND)
+
+
+def draft_model_of(name: str) -> str | None:
+    """The folder or hub id of the draft model in a drafter's name; None where it has none."""
+    path = name.removeprefix(SUFFIX_AND)
+    if path != name and (path in NAMED_DRAFTERS or not path):
+        raise ValueError(
+            f"drafter={name!r} combines suffix decoding with a draft model: name its folder or hub id behind"
+            f" {SUFFIX_AND!r}"
+        )
+    return None if path in NAMED_DRAFTERS else path
 
 
 def unwrap_peft(model: Any) -> Any:

@@ -18,7 +18,10 @@ from torch import Tensor
 from specdec.core.sampling import Sampling
 from specdec.core.sequences import Sequences
 from specdec.core.steps import Draft, StepResult
-from specdec.drafters.suffix_tree import Proposal, SuffixTree, Text
+from specdec.drafters.suffix_tree import NOTHING, Proposal, SuffixTree, Text
+
+MAX_IDS = 100_000  # of finished answers
+BYTES_PER_ID = 500  # at most; some 200 with the CPU kernels
 
 
 class FinishedTexts:
@@ -91,14 +94,16 @@ class SuffixDecoding:
 
     depth: ids of the longest match, and of the continuation, together. factor: ids that are proposed at most for each
     id of the match. min_probability: a proposal ends where the counts give its ids less. max_ids: of finished answers
-    that are kept, at about 200 bytes each with the CPU kernels and 500 without; 0: none.
+    that are kept, at about BYTES_PER_ID each; 0: none.
 
     Since what is proposed depends on earlier answers, the same seed may give another sampled text in a later call, from
     the same distribution. Where ids are on a GPU, each step waits for them. A copy has the settings, and no answers.
     """
 
+    remembers_calls = True  # so the same seed may give another text
+
     def __init__(
-        self, depth: int = 24, factor: float = 1.0, min_probability: float = 0.1, max_ids: int = 100_000
+        self, depth: int = 24, factor: float = 1.0, min_probability: float = 0.1, max_ids: int = MAX_IDS
     ) -> None:
         if depth < 2 or factor <= 0 or not 0 <= min_probability <= 1 or max_ids < 0:
             raise ValueError(
@@ -128,21 +133,26 @@ class SuffixDecoding:
             self.rows = [Row(SuffixTree(self.depth)) for _ in self.is_finished]
 
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
+        return self.propose_with_scores(sequences, limit)[0]
+
+    def propose_with_scores(self, sequences: Sequences, limit: Tensor) -> tuple[Draft, list[float]]:
+        """-> the draft, and of each row how many of its ids are accepted if the counts are right."""
         if sequences.num_requested == 0:
-            return sequences.no_draft
+            return sequences.no_draft, [0.0] * sequences.batch_size
         if self.kernel_rows is not None:
-            ids, lengths = torch.ops.specdec.suffix_propose(
+            ids, lengths, scores = torch.ops.specdec.suffix_propose(
                 self.kernel_rows, self.finished_texts.kernel_tree, sequences.ids, sequences.lengths, limit,
                 self.factor, self.min_probability,
             )  # fmt: skip
-            return Draft(ids, None, lengths)
+            return Draft(ids, None, lengths), scores.tolist()
         limits = limit.tolist()
         self._read(sequences.lengths.tolist(), limits)
-        proposed = [self._propose(row, count) if count else [] for row, count in zip(self.rows, limits, strict=True)]
-        width = max(map(len, proposed))
-        padded = [one + [0] * (width - len(one)) for one in proposed]
-        ids = torch.tensor(padded, dtype=torch.int64, device=limit.device).reshape(len(proposed), width)
-        return Draft(ids, None, torch.tensor(list(map(len, proposed)), device=limit.device))
+        found = [self._propose(row, count) if count else NOTHING for row, count in zip(self.rows, limits, strict=True)]
+        num_ids = [len(proposal.ids) for proposal in found]
+        padded = [proposal.ids + [0] * (max(num_ids) - count) for proposal, count in zip(found, num_ids, strict=True)]
+        ids = torch.tensor(padded, dtype=torch.int64, device=limit.device).reshape(len(found), max(num_ids))
+        draft = Draft(ids, None, torch.tensor(num_ids, device=limit.device))
+        return draft, [proposal.score for proposal in found]
 
     def observe(self, result: StepResult) -> None:
         """Keep the answers of rows that the step has finished, and free their trees."""
@@ -167,9 +177,9 @@ class SuffixDecoding:
             for token in new_ids[row][len(text.ids) - first : lengths[row] - first]:
                 tree.append(text, token)
 
-    def _propose(self, row: Row, max_ids: int) -> list[int]:
+    def _propose(self, row: Row, max_ids: int) -> Proposal:
         """The better one of what this text and the finished ones propose; this text's where they are as good."""
         own = row.tree.propose_for(row.text, max_ids, self.factor, self.min_probability)
         context = row.text.ids[-self.depth :]
         others = self.finished_texts.propose(context, max_ids, self.factor, self.min_probability)
-        return own.ids if own.score >= others.score else others.ids
+        return own if own.score >= others.score else others

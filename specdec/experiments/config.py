@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from specdec.core.sampling import VERIFICATIONS, Verification
 from specdec.draft_length.settings import MAX_DRAFT_TOKENS
-from specdec.drafters.resolve import AUTO
+from specdec.drafters.resolve import AUTO, with_suffix_decoding
 from specdec.quant.config import Int4Config
 from specdec.runtime.loading import DTYPES, load
 
@@ -72,6 +73,15 @@ class DraftModel:
 
 
 @dataclass
+class SuffixAndModel(DraftModel):
+    """Suffix decoding and a smaller model, each row's better proposal in each step."""
+
+    def load(self, target: Any) -> Any:
+        """Load the model on the target's device: -> the drafter."""
+        return with_suffix_decoding(super().load(target), target)
+
+
+@dataclass
 class SamplingConfig:
     """How ids are sampled. temperature: 0 is greedy. top_k=0 and top_p=1 change nothing.
 
@@ -102,7 +112,8 @@ class ExperimentConfig:
     """One run.
 
     drafter: a DraftModel or any specdec.Drafter. workload: any specdec.experiments.workloads.Workload.
-    num_draft_tokens: K, or "auto". batch_size: prompts per generate() call. compile: as in specdec.enable().
+    num_draft_tokens: K, or "auto". batch_size: prompts per generate() call.
+    compile, verification: as in specdec.enable().
     repetitions: of the whole workload, each with its own seeds.
     baseline: also decode the same prompts plainly, between the speculative calls, to measure the speedup.
     too_long: "skip" prompts that do not fit the context and count them, or stop with an "error".
@@ -119,6 +130,7 @@ class ExperimentConfig:
     num_draft_tokens: int | str = 5
     batch_size: int = 1
     compile: bool | str = AUTO
+    verification: Verification = "block"
     repetitions: int = 1
     seed: int = 0
     baseline: bool = True
@@ -133,6 +145,8 @@ class ExperimentConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
         if self.compile not in (True, False, AUTO):
             raise ValueError(f"compile={self.compile!r} must be true, false or auto")
+        if self.verification not in VERIFICATIONS:
+            raise ValueError(f"verification={self.verification!r} must be block or token")
         if self.too_long not in ("skip", "error"):
             raise ValueError(f"too_long={self.too_long!r} must be skip or error")
 

@@ -16,12 +16,12 @@ from specdec.core.sampling import Sampling
 from specdec.core.sequences import Sequences
 from specdec.core.stats import Stats
 from specdec.core.steps import Draft, StepResult
-from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.resolve import AUTO, resolve_drafter
 from specdec.experiments.config import DraftModel, ExperimentConfig
 from specdec.experiments.records import PLAIN, SPECULATIVE
 from specdec.experiments.workloads import encode, uses_chat_template
+from specdec.generation.state import model_drafter_of
 from specdec.runtime.loading import load_tokenizer
 from specdec.runtime.runner import context_of
 
@@ -99,7 +99,14 @@ class Pair:
             )
         switch = SwitchableDrafter(drafter)
         compile: Any = config.compile
-        specdec.enable(target, switch, num_draft_tokens=config.num_draft_tokens, compile=compile, timing=True)
+        specdec.enable(
+            target,
+            switch,
+            num_draft_tokens=config.num_draft_tokens,
+            compile=compile,
+            verification=config.verification,
+            timing=True,
+        )
         call = config.sampling.call() | {"pad_token_id": tokenizer.pad_token_id}
         plain_call = {"num_assistant_tokens": 1} if config.num_draft_tokens == AUTO else {}
         return cls(target, tokenizer, switch, engines, call, uses_chat_template(config.workload, tokenizer), plain_call)
@@ -114,8 +121,8 @@ class Pair:
     @property
     def models(self) -> list[Any]:
         """The target, then the draft model where there is one."""
-        drafters = [drafter.runner.model for drafter in self.engines.values() if isinstance(drafter, ModelDrafter)]
-        return [self.target, *drafters]
+        drafters = map(model_drafter_of, self.engines.values())
+        return [self.target, *(drafter.runner.model for drafter in drafters if drafter is not None)]
 
     def encode(self, turns: tuple[str, ...], answers: list[str]) -> list[int]:
         """The ids of a conversation up to the turn that follows the answers."""

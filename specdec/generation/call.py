@@ -73,7 +73,9 @@ class _Loop:
 def _build_loop(state: State, target: ModelRunner, drafter: Drafter, request: Request, callbacks: Callbacks) -> _Loop:
     timer = StepTimer(target.model.device) if state.timing else None
     ranks = Ranks(*(member.runner.model for member in members_of(target, drafter)))
-    sampling = Sampling(callbacks.known_processors(), do_sample=bool(request.config.do_sample))
+    sampling = Sampling(
+        callbacks.known_processors(), do_sample=bool(request.config.do_sample), verification=state.verification
+    )
     input_ids = request.input_ids
     assert input_ids is not None
     lockstep = None
@@ -223,6 +225,7 @@ def _build_policy(
     cost_models = _cost_models_of(state, target, drafter)
     is_compiled = [member.runner.compiled is not None for member in members_of(target, drafter)]
     key = (
+        type(drafter),
         sequences.device,
         sequences.batch_size,
         sampling.do_sample,

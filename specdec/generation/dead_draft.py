@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from specdec.core.stats import Stats
@@ -26,12 +27,16 @@ class AcceptanceWatch:
 
     def add(self, stats: Stats) -> str | None:
         """Count a call: -> the warning, once, where there is reason for it."""
-        if self.is_decided or stats.chance_acceptance is None:
-            return None
         overlap = [value for row in stats.per_row for step in row.steps for value in step.overlap]
+        return self.count(overlap, stats.chance_acceptance)
+
+    def count(self, overlap: Sequence[float], chance_acceptance: float | None) -> str | None:
+        """The same from a call's chances of acceptance and that of a random id; None: its answers are too short."""
+        if self.is_decided or chance_acceptance is None:
+            return None
         self.tried += len(overlap)
         self.accepted += sum(overlap)
-        self.by_chance += len(overlap) * stats.chance_acceptance
+        self.by_chance += len(overlap) * chance_acceptance
         if self.tried < MIN_TRIED:
             return None
         self.is_decided = True

@@ -22,6 +22,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerationMixin
 
 from specdec.core.interfaces import Drafter
+from specdec.core.sampling import VERIFICATIONS, Verification
 from specdec.core.stats import Stats
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
@@ -38,7 +39,7 @@ from specdec.generation.call import decode, max_draft_tokens
 from specdec.generation.callbacks import Callbacks
 from specdec.generation.request import Request
 from specdec.generation.routing import Stage, why_stock
-from specdec.generation.state import CALL_TRACKER, Call, State, acquire_drafter, members_of, runner_of
+from specdec.generation.state import CALL_TRACKER, Call, State, acquire_drafter, members_of, model_drafter_of, runner_of
 from specdec.generation.trials import Trial, TrialCache, user_hook
 from specdec.runtime.cuda_graphs import RECORDINGS, Graphs
 from specdec.runtime.identity.snapshot import Identity
@@ -56,6 +57,7 @@ def enable(
     *,
     num_draft_tokens: int | str = AUTO,
     compile: Compile = "auto",
+    verification: Verification = "block",
     timing: bool = False,
 ) -> PreTrainedModel:
     """Make model.generate() speculative, in place: same arguments, same results, less time.
@@ -66,9 +68,10 @@ def enable(
 
     Args:
         model: The target, a transformers causal language model. A PeftModel is enabled through the model it adapts.
-        drafter: What proposes draft tokens: a draft model, its hub id or folder, "prompt_lookup", "suffix", "none"
-            (plain decoding in specdec's loop), or a `Drafter` of your own. With None, calls run in transformers' loop
-            unless they bring an `assistant_model` or `prompt_lookup_num_tokens`.
+        drafter: What proposes draft tokens: a draft model, its hub id or folder, "prompt_lookup", "suffix", both suffix
+            decoding and a draft model ("suffix+FOLDER_OR_HUB_ID"), "none" (plain decoding in specdec's loop), or a
+            `Drafter` of your own. With None, calls run in transformers' loop unless they bring an `assistant_model` or
+            `prompt_lookup_num_tokens`.
         num_draft_tokens: K, the number of draft tokens in each step, at least 1. A call's own `num_assistant_tokens`
             takes precedence. With "auto", each step uses the K that is expected to give the most tokens per second,
             from measured step times and acceptance; K is 0, plain decoding, where drafting does not pay. The first call
@@ -81,6 +84,9 @@ def enable(
             On a CUDA device, True and "auto" record decoding steps as CUDA graphs. The graphs and their KV caches are
             kept from call to call, until `disable`. If compiling or recording fails, a warning says why, and the model
             runs eagerly.
+        verification: How sampled calls verify the draft tokens of a draft model: "block", those of a step together (Sun
+            et al., 2024), which accepts as many or more on average; "token", one after the other. The distribution is
+            the same; a seed gives another text.
         timing: Whether to measure where each call's time goes, in seconds, as `Stats.timing`.
 
     Returns:
@@ -105,12 +111,14 @@ def enable(
     check_num_draft_tokens(num_draft_tokens, enabled)
     if compile not in ("auto", True, False):
         raise ValueError(f"compile={compile!r} must be True, False or 'auto'")
+    if verification not in VERIFICATIONS:
+        raise ValueError(f"verification={verification!r} must be 'block' or 'token'")
     with in_eval_mode(enabled):
         support = support_of(enabled)
         if support.reason is not None:
             raise ValueError(f"{stock.__name__} cannot decode speculatively: {support.reason}")
         resolved = None if drafter is None else resolve_drafter(drafter, enabled)
-        state = State(enabled, resolved, num_draft_tokens, compile, timing)
+        state = State(enabled, resolved, num_draft_tokens, compile, verification, timing)
         prepare(state.members(state.drafter), compile, _graphs_for(enabled, compile))
         if user_hook(enabled) is None:
             state.target_trials.store(state.target, Trial(support), _compiled_identity(state.target))
@@ -349,14 +357,14 @@ def _acquire_drafter(state: State, target: ModelRunner, request: Request, assist
         drafter = PromptLookup(config.max_matching_ngram_size) if config.max_matching_ngram_size else PromptLookup()
     assert drafter is not None
     request.drafter = drafter
-    if isinstance(drafter, ModelDrafter):
-        check_device(request.model, drafter.runner.model)
-        request.draft_trial = state.try_draft_model(drafter.runner)
+    if (model_drafter := model_drafter_of(drafter)) is not None:
+        check_device(request.model, model_drafter.runner.model)
+        request.draft_trial = state.try_draft_model(model_drafter.runner)
         if request.draft_trial.support.reason is not None:
             return
-    acquired = request.acquired_drafter = acquire_drafter(drafter, target)
-    if isinstance(acquired, ModelDrafter):
-        acquired.match_target(*widths(request.model))
+    request.acquired_drafter = acquire_drafter(drafter, target)
+    if (model_drafter := model_drafter_of(request.acquired_drafter)) is not None:
+        model_drafter.match_target(*widths(request.model))
 
 
 def _assistant_drafter(state: State, target: ModelRunner, assistant: PreTrainedModel) -> ModelDrafter:

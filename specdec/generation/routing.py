@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Any
 
 from transformers.generation.configuration_utils import GenerationMode
 
-from specdec.drafters.model import ModelDrafter
 from specdec.generation.model_inputs import find_other_inputs, is_empty
 from specdec.generation.request import Request
 from specdec.runtime.support import dynamic_rope_limit
@@ -150,8 +150,8 @@ def _too_long(request: Request) -> str | None:
 def _failed_draft_trial(request: Request) -> str | None:
     if request.draft_trial is None or (reason := request.draft_trial.support.reason) is None:
         return None
-    assert isinstance(request.drafter, ModelDrafter)
-    return f"its draft model, a {type(request.drafter.runner.model).__name__}, cannot draft: {reason}"
+    drafter: Any = request.drafter
+    return f"its draft model, a {type(drafter.runner.model).__name__}, cannot draft: {reason}"
 
 
 def _drafter_in_use(request: Request) -> str | None:

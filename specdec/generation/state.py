@@ -17,9 +17,11 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from specdec.core.interfaces import Drafter
+from specdec.core.sampling import Verification
 from specdec.core.stats import Stats
 from specdec.core.steps import StepResult
 from specdec.draft_length.cost_model import PairCostModel
+from specdec.drafters.hybrid import SuffixHybrid
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
@@ -32,7 +34,9 @@ from specdec.runtime.pair import PairMember
 from specdec.runtime.prepare import Compile
 from specdec.runtime.runner import ModelRunner
 
+# A subclass may have state of its own, so these are compared with a drafter's very type.
 STATELESS_DRAFTERS = (NoDrafter, PromptLookup)  # any number of calls may share one
+SPARED_DRAFTERS = (ModelDrafter, SuffixDecoding, SuffixHybrid)  # which have spare() for calls at the same time
 
 # Step times and acceptance, by target, drafter and kind of call. They are kept after disable().
 COST_MODELS: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], PairCostModel]]]
@@ -82,6 +86,12 @@ def runner_of(drafter: Drafter | None) -> ModelRunner | None:
     return runner if isinstance(runner, ModelRunner) else None
 
 
+def model_drafter_of(drafter: Drafter | None) -> ModelDrafter | None:
+    """The part of a drafter that drafts with a model; None where there is none."""
+    drafter = drafter.model_drafter if isinstance(drafter, SuffixHybrid) else drafter
+    return drafter if isinstance(drafter, ModelDrafter) else None
+
+
 def members_of(target: ModelRunner, drafter: Drafter | None) -> list[PairMember]:
     """The models that a call with this drafter runs."""
     runner = runner_of(drafter)
@@ -115,7 +125,7 @@ class Call:
 class State:
     """What one enabled model keeps between calls.
 
-    drafter, num_draft_tokens, compile, timing: as enable() was given them.
+    drafter, num_draft_tokens, compile, verification, timing: as enable() was given them.
     observer: called with the result of each step, before the next one; None: nothing is called.
     target: the model's own runner. is_target_in_use: whether a call uses it now.
     assistant: the drafter of the last call that brought an `assistant_model`, kept where its steps are recorded.
@@ -131,11 +141,13 @@ class State:
         drafter: Drafter | None,
         num_draft_tokens: int | str,
         compile: Compile,
+        verification: Verification,
         timing: bool,
     ) -> None:
         self.drafter = drafter
         self.num_draft_tokens = num_draft_tokens
         self.compile = compile
+        self.verification = verification
         self.timing = timing
         self.observer: Callable[[StepResult], None] | None = None
         self.target = ModelRunner(model)
@@ -217,7 +229,7 @@ def acquire_drafter(drafter: Drafter, target: ModelRunner) -> Drafter | None:
 
     None where it serves another call and specdec cannot make a spare one.
     """
-    if type(drafter) in STATELESS_DRAFTERS:  # a subclass may have state
+    if type(drafter) in STATELESS_DRAFTERS:
         return drafter
     runner = runner_of(drafter)
     shares_graphs = runner is None or runner.graphs is target.graphs
@@ -225,13 +237,7 @@ def acquire_drafter(drafter: Drafter, target: ModelRunner) -> Drafter | None:
         if shares_graphs and _DRAFTERS_IN_USE.isdisjoint(ids := _ids_of(drafter)):
             _DRAFTERS_IN_USE.update(ids)
             return drafter
-    if type(drafter) is SuffixDecoding:
-        return drafter.spare()
-    if type(drafter) is not ModelDrafter:
-        return None
-    spare = ModelDrafter(drafter.runner.model, drafter.vocab_size)
-    spare.runner = drafter.runner.spare()
-    return spare
+    return drafter.spare() if type(drafter) in SPARED_DRAFTERS else None  # type: ignore[attr-defined]
 
 
 def _ids_of(drafter: Drafter | None) -> set[int]:

@@ -29,6 +29,7 @@ from specdec.audit.statistics import RepeatedPrefixes
 from specdec.audit.widths import combine, measure_batch
 from specdec.core import verification
 from specdec.core.steps import Draft, Verdict
+from specdec.drafters.resolve import with_suffix_decoding
 from specdec.runtime.loading import load, load_tokenizer
 from specdec.runtime.runner import ModelRunner
 from specdec.utils import embedded
@@ -79,10 +80,10 @@ def certificate_of_the_embedded_pair() -> Certificate:
     """A short certificate of the package's own pair, with all drafters."""
     target, draft = (load(str(folder), "float32", "cpu") for folder in (embedded.TARGET, embedded.DRAFT))
     tokenizer = load_tokenizer(str(embedded.TARGET))
-    prompts = [tokenizer(prompt["prompt"]).input_ids[:40] for prompt in embedded.prompts()[:5]]
-    chosen = dataclasses.replace(
-        settings(), prompts=prompts, drafters={"draft": draft, "prompt_lookup": "prompt_lookup"}
-    )
+    prompts = [tokenizer(prompt["prompt"]).input_ids[:40] for prompt in embedded.prompts()[:4]]
+    drafters = {"draft": draft, "prompt_lookup": "prompt_lookup", "suffix": "suffix"}
+    drafters["suffix+draft"] = with_suffix_decoding(draft, target)
+    chosen = dataclasses.replace(settings(), prompts=prompts, drafters=drafters)
     return audit_lossless(target, chosen, budget_s=LARGE_BUDGET)
 
 
@@ -90,7 +91,7 @@ def test_the_embedded_pair_is_lossless_and_all_broken_loops_are_found() -> None:
     certificate = certificate_of_the_embedded_pair()
     assert certificate.reasons == []
     assert (certificate.verdict, certificate.exit_code) == (LOSSLESS, 0)
-    assert certificate.num_texts == certificate.num_identical == 2 * 2 * 2 * 5
+    assert certificate.num_texts == certificate.num_identical == 4 * 2 * 2 * 4
     assert [row.found for row in certificate.controls] == [True] * len(CONTROLS)
     assert certificate.widths is not None
     assert certificate.widths.is_invariant
@@ -362,8 +363,8 @@ def test_the_badge_is_a_line_of_markdown() -> None:
     certificate = certificate_of_the_embedded_pair()
     num_ids = f"{certificate.sampled.num_ids:,}"
     assert certificate.badge == (
-        f"![specdec audit: lossless, 40 of 40 texts, {num_ids} ids](https://img.shields.io/badge/specdec%20audit-"
-        f"lossless%2C%2040%20of%2040%20texts%2C%20{num_ids.replace(',', '%2C')}%20ids-brightgreen)"
+        f"![specdec audit: lossless, 64 of 64 texts, {num_ids} ids](https://img.shields.io/badge/specdec%20audit-"
+        f"lossless%2C%2064%20of%2064%20texts%2C%20{num_ids.replace(',', '%2C')}%20ids-brightgreen)"
     )
     assert certificate.to_json()["badge"] == certificate.badge
 
@@ -371,7 +372,7 @@ def test_the_badge_is_a_line_of_markdown() -> None:
 def test_the_page_shows_verdict_and_evidence() -> None:
     certificate = certificate_of_the_embedded_pair()
     page = render_page(certificate)
-    for text in ("lossless</h1>", "40 of 40", "7 of 7", "never checks the last draft id", "equal, bit for bit"):
+    for text in ("lossless</h1>", "64 of 64", "8 of 8", "never checks the last draft id", "equal, bit for bit"):
         assert text in page
     assert page.count("<rect") == 12
     assert "http" not in page.replace("http-equiv", "")

@@ -11,6 +11,7 @@ from specdec.core.sampling import Sampling
 from specdec.core.sequences import Sequences
 from specdec.core.speculative import speculate
 from specdec.draft_length.constant import ConstantK
+from specdec.drafters.hybrid import SuffixHybrid
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
@@ -46,10 +47,12 @@ def alone(ids: Tensor) -> list[int]:
 def new_drafter(name: str) -> Drafter:
     if name == "model":
         return ModelDrafter(family("llama"), VOCAB_SIZE)
+    if name == "suffix+model":
+        return SuffixHybrid(ModelDrafter(family("llama"), VOCAB_SIZE))
     return {"none": NoDrafter, "prompt_lookup": PromptLookup, "suffix": SuffixDecoding}[name]()
 
 
-@pytest.mark.parametrize("name", ["none", "prompt_lookup", "suffix", "model"])
+@pytest.mark.parametrize("name", ["none", "prompt_lookup", "suffix", "model", "suffix+model"])
 def test_an_admitted_prompt_continues_as_it_does_alone(name: str) -> None:
     first, second, third = prompt(1, 7), prompt(2, 4), prompt(3, 6)
     sequences = batch(first, second)

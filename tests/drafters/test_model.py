@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from itertools import cycle
+from typing import Any
 
 import pytest
 import torch
@@ -28,10 +29,10 @@ schedules = st.lists(st.integers(0, K), min_size=1, max_size=6).filter(any)  # K
 
 
 class CheckedDrafter:
-    """A ModelDrafter whose proposals are compared with the draft model on the committed ids without a cache."""
+    """A drafter whose proposals are compared with the draft model on the committed ids without a cache."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.drafter = ModelDrafter(model, VOCAB_SIZE)
+        self.drafter: Any = ModelDrafter(model, VOCAB_SIZE)
         self.plain = AlwaysRight(model)
         self.num_compared = self.num_accepted = 0
 
@@ -40,9 +41,10 @@ class CheckedDrafter:
 
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
         draft = self.drafter.propose(sequences, limit)
-        for row, length in enumerate(draft.lengths.tolist()):
+        lengths = [length if self.is_of_model(row) else 0 for row, length in enumerate(draft.lengths.tolist())]
+        for row, length in enumerate(lengths):
             if draft.probs is None:
-                want = self.plain.propose(sequences, draft.lengths).ids
+                want = self.plain.propose(sequences, torch.tensor(lengths)).ids
                 assert draft.ids[row, :length].tolist() == want[row, :length].tolist()
             elif length:
                 text = torch.cat([sequences.ids[row, : sequences.lengths[row]], draft.ids[row, :length]])
@@ -50,6 +52,10 @@ class CheckedDrafter:
                 torch.testing.assert_close(draft.probs[row, :length], logits.softmax(-1), rtol=1e-3, atol=1e-5)
             self.num_compared += length
         return draft
+
+    def is_of_model(self, row: int) -> bool:
+        """Whether the draft model proposed for the row in this step."""
+        return True
 
     def observe(self, result: StepResult) -> None:
         self.drafter.observe(result)

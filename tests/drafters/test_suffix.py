@@ -22,7 +22,7 @@ import specdec
 from specdec.core.sampling import Sampling
 from specdec.core.sequences import Sequences
 from specdec.drafters.suffix import FinishedTexts, SuffixDecoding
-from specdec.drafters.suffix_tree import Node, SuffixTree, Text
+from specdec.drafters.suffix_tree import NOTHING, Node, Proposal, SuffixTree, Text
 from specdec.utils import embedded
 from tests.generation.test_concurrency import in_threads
 from tests.helpers.families import family, prompts
@@ -172,7 +172,7 @@ def test_the_kernels_propose_the_same(
         for _ in range(3):
             lengths = [rng.randint(max(1, len(one.ids)), len(text)) for one, text in zip(grown, texts, strict=True)]
             limits = [rng.randint(0, 4) for _ in texts]
-            got, counts = torch.ops.specdec.suffix_propose(
+            got, counts, scores = torch.ops.specdec.suffix_propose(
                 rows, finished.kernel_tree, ids, torch.tensor(lengths), torch.tensor(limits), factor, 0.1
             )
             want = []
@@ -181,8 +181,10 @@ def test_the_kernels_propose_the_same(
                     tree.append(one, token)
                 own = tree.propose_for(one, limit, factor, 0.1)
                 others = finished.propose(one.ids[-depth:], limit, factor, 0.1)
-                want.append(own.ids if own.score >= others.score else others.ids)
-            assert [row[:count] for row, count in zip(got.tolist(), counts.tolist(), strict=True)] == want
+                want.append(own if own.score >= others.score else others)
+            rows_found = zip(got.tolist(), counts.tolist(), scores.tolist(), strict=True)
+            found = [Proposal(row[:count], score) for row, count, score in rows_found]
+            assert found == [one if limit else NOTHING for one, limit in zip(want, limits, strict=True)]
         for text in texts:
             finished.add(text)
 

@@ -452,9 +452,10 @@ def test_turns_go_through_the_tokenizer_s_chat_template(tmp_path: Path) -> None:
         Pair.load(small(tmp_path, workload=workload), "cpu")
 
 
-@pytest.mark.parametrize("name", ["prompt_lookup", "suffix", "none"])
+@pytest.mark.parametrize("name", ["prompt_lookup", "suffix", "suffix_and_model", "none"])
 def test_other_drafters(tmp_path: Path, name: str) -> None:
-    config = composed(f"drafter={name}", "workload.limit=2", "sampling.max_new_tokens=12", f"folder={tmp_path}")
+    model = [f"drafter.path={embedded.DRAFT}"] if name == "suffix_and_model" else []
+    config = composed(f"drafter={name}", *model, "workload.limit=2", "sampling.max_new_tokens=12", f"folder={tmp_path}")
     finished = execute(config)
     for record in finished.records:
         check_identities(record, config.num_draft_tokens)

@@ -223,6 +223,21 @@ def test_caveats_skipped_prompts_and_failures_are_reported() -> None:
     assert "<h2>Skipped and failed</h2>" not in text
 
 
+def test_a_draft_model_that_is_of_no_use_is_a_caveat() -> None:
+    """Ids are drawn of 1,000, so chance is 0.1 %; drafters without a model are never of no use."""
+    warning = "The draft model is of no use: 0.0% of"
+    dead = synthetic_run(chances=(0.0,), spread=0.0)
+    assert warning in render_page([dead])
+    lookup = {"_target_": "specdec.drafters.prompt_lookup.PromptLookup"}
+    assert "of no use" not in render_page([synthetic_run(chances=(0.0,), spread=0.0, drafter=lookup)])
+    assert "of no use" not in render_page([synthetic_run(chances=(0.05,), spread=0.0)])
+
+
+def test_suffix_decoding_with_a_draft_model_is_named() -> None:
+    run = synthetic_run(drafter__path="models/draft", drafter___target_="specdec.experiments.config.SuffixAndModel")
+    assert headline(run).startswith("With suffix decoding and a draft model drafting up to")
+
+
 FORMAT_1 = Path(__file__).parents[1] / "data" / "run-format-1"
 
 

@@ -25,6 +25,7 @@ from specdec.core.steps import StepResult
 from specdec.draft_length import profiler as profiling
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.drafters.resolve import with_suffix_decoding
 from specdec.generation import call as call_module
 from specdec.generation import state as state_module
 from specdec.runtime.attention import override as attention
@@ -158,9 +159,10 @@ def emitted(job: dict[str, Any], text: list[list[int]]) -> int:
 
 @pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("num_calls", [2, 4])
-@pytest.mark.parametrize("kind", ["model", "prompt_lookup", "suffix", "none"])
+@pytest.mark.parametrize("kind", ["model", "prompt_lookup", "suffix", "suffix+model", "none"])
 def test_overlapping_calls_give_plain_text(model: PreTrainedModel, kind: str, num_calls: int) -> None:
-    specdec.enable(model, draft_model() if kind == "model" else kind, num_draft_tokens=3)
+    drafters = {"model": draft_model, "suffix+model": lambda: with_suffix_decoding(draft_model(), model)}
+    specdec.enable(model, drafters[kind]() if kind in drafters else kind, num_draft_tokens=3)
     assert_overlapping_texts(model, JOBS[:num_calls], rounds=2)
 
 

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 import specdec
 from specdec.core import verification
 from specdec.core.interfaces import Drafter
-from specdec.core.sampling import Sampling, draw
+from specdec.core.sampling import Sampling, Verification, draw
 from specdec.core.sequences import Sequences
 from specdec.core.steps import Draft, Verdict
+from specdec.drafters.hybrid import SuffixHybrid
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.suffix import SuffixDecoding
@@ -58,6 +59,7 @@ DRAFTERS: dict[str, Callable[[PreTrainedModel], Drafter]] = {
     "model": lambda target: ModelDrafter(tiny_model(1), V),
     "prompt_lookup": lambda target: PromptLookup(),
     "suffix": lambda target: SuffixDecoding(),
+    "suffix+model": lambda target: SuffixHybrid(ModelDrafter(tiny_model(1), V)),
     "always_right": lambda target: AlwaysRight(target, V),
     "random": lambda target: Random(2, V),
     "uneven": lambda target: Uneven(3, V),
@@ -122,10 +124,14 @@ def p_value(counts: Counter[Text], probability: dict[Text, float]) -> float:
 
 
 def sampled_p_values(
-    drafter: Drafter, call: str, prompts: tuple[Text, ...] = (PROMPT,), num_draft_tokens: int | str = NUM_DRAFT_TOKENS
+    drafter: Drafter,
+    call: str,
+    prompts: tuple[Text, ...] = (PROMPT,),
+    num_draft_tokens: int | str = NUM_DRAFT_TOKENS,
+    verification: Verification = "block",
 ) -> list[float]:
     """One for each prompt, of SAMPLES speculative texts each."""
-    model = specdec.enable(new_model(0), drafter, num_draft_tokens=num_draft_tokens)
+    model = specdec.enable(new_model(0), drafter, num_draft_tokens=num_draft_tokens, verification=verification)
     inputs = batch(prompts * SAMPLES)
     torch.manual_seed(0)
     for _ in range(3 if "cpu" in RECORDINGS else 1):  # the last call's steps are replayed, all of them
@@ -142,6 +148,13 @@ def sampled_p_values(
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_sampled_texts_have_the_targets_distribution(drafter: str, call: str) -> None:
     [p] = sampled_p_values(DRAFTERS[drafter](tiny_model(0)), call)
+    assert p > SIGNIFICANCE
+
+
+@pytest.mark.parametrize("drafter", ["model", "random", "uneven"])
+def test_token_verification_keeps_the_distribution(drafter: str) -> None:
+    """That of drafters with probabilities; the others are verified so in any call."""
+    [p] = sampled_p_values(DRAFTERS[drafter](tiny_model(0)), "all", verification="token")
     assert p > SIGNIFICANCE
 
 
@@ -197,6 +210,9 @@ def test_control_a_broken_verifier_is_found(
     drafter: str, broken: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verification, "verify", broken)
+    monkeypatch.setattr(
+        verification, "verify_block", lambda draft, p, u: (broken(draft, p, u), verification.overlap(draft, p))
+    )
     [p] = sampled_p_values(DRAFTERS[drafter](tiny_model(0)), "temperature")
     assert p < SIGNIFICANCE
 

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 
 import specdec
 from specdec.draft_length.settings import MAX_DRAFT_TOKENS
+from specdec.drafters.hybrid import SuffixHybrid
+from specdec.drafters.model import ModelDrafter
 from tests.helpers.draft_length import erratic_k
 from tests.helpers.drafters import AlwaysRight, AlwaysWrong, Empty, Random, Uneven
-from tests.helpers.families import FAMILIES, REFUSED, WEIGHTS, family, make_model, prompts
+from tests.helpers.families import FAMILIES, REFUSED, VOCAB_SIZE, WEIGHTS, family, make_model, prompts
 from tests.helpers.recording import recorded
 
 NEW_TOKENS = 17  # no multiple of any K + 1 below
@@ -57,6 +59,7 @@ DRAFTERS: dict[str, Callable[[Case], Any]] = {
     "model": lambda case: perturbed(case.family),
     "prompt_lookup": lambda case: "prompt_lookup",
     "suffix": lambda case: "suffix",
+    "suffix+model": lambda case: SuffixHybrid(ModelDrafter(perturbed(case.family), VOCAB_SIZE)),
     "always_right": lambda case: AlwaysRight(family(case.family, case.weights)),
     "always_wrong": lambda case: AlwaysWrong(family(case.family, case.weights)),
     "random": lambda case: Random(seed=largest_k(case)),

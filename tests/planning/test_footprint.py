@@ -526,6 +526,22 @@ def run(*arguments: str) -> int:
     return command.run(parse(["plan", *arguments]))
 
 
+def test_the_answers_of_suffix_decoding_are_in_the_hosts_memory(
+    folders: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    reports = {}
+    target, draft = folders[:2], folders[3]
+    for name in (draft, f"suffix+{draft}", "suffix"):
+        assert run(*target, "--draft", name, "--json") == 0
+        reports[name] = json.loads(capsys.readouterr().out)
+    alone, both, suffix = reports.values()
+    assert [alone["host_bytes"], both["host_bytes"], suffix["host_bytes"]] == [0, 50_000_000, 50_000_000]
+    assert (both["draft"], suffix["draft"]) == (alone["draft"], None)
+    assert both["plans"] == alone["plans"]
+    assert run(*target, "--draft", "suffix") == 0
+    assert "suffix decoding keeps earlier answers in the host's memory, up to 48 MiB" in capsys.readouterr().out
+
+
 def test_the_command_prints_parts_totals_and_cards(
     folders: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,10 +24,10 @@ def test_a_run_ends_with_tables_and_a_json(tmp_path: Path, capsys: pytest.Captur
     assert list(report["workloads"]) == ["again"]
     assert report["provenance"]["torch"]
     for rows in report["workloads"].values():
-        names = ["plain", "draft model", "prompt lookup", "suffix"]
-        assert [(row["sampling"], row["drafter"]) for row in rows] == [
-            (sampling, name) for sampling in ("greedy", "sampled") for name in names
-        ]
+        names = ["plain", "draft model", "suffix + draft model", "prompt lookup", "suffix"]
+        by_token = "draft model, by token"
+        assert [row["drafter"] for row in rows if row["sampling"] == "greedy"] == names
+        assert [row["drafter"] for row in rows if row["sampling"] == "sampled"] == [*names[:2], by_token, *names[2:]]
         for row in rows:
             assert row["tokens_per_second"] > 0
             assert row["rows"] == 3
@@ -36,8 +36,8 @@ def test_a_run_ends_with_tables_and_a_json(tmp_path: Path, capsys: pytest.Captur
         assert rows[1]["acceptance"] > 0  # of the draft model
         assert rows[0]["tokens_per_step"] == 1.0
         assert rows[0]["ratio_to_plain"]["median"] == 1.0
-    of_lookup, of_suffix = (report["workloads"]["again"][index]["tokens_per_step"] for index in (2, 3))
-    assert of_suffix > 2 > of_lookup  # of greedy answers
+    of_model, of_both, of_lookup, of_suffix = (row["tokens_per_step"] for row in report["workloads"]["again"][1:5])
+    assert min(of_both, of_suffix) > max(2, of_model) > of_lookup  # of greedy answers
     out = capsys.readouterr().out
     assert "embedded, again" in out
     assert max(map(len, out.splitlines()[:-1])) <= 120

@@ -23,7 +23,7 @@ result is the same, bit for bit, at any number of rows and threads and at any in
     specdec::cos_sin(x) -> PyTorch's cos(x) and sin(x)
     specdec::mean(x [..., K]) -> [..., 1], cos, sin, tanh, gelu, layer_norm: PyTorch's own, opaque to compilers
     specdec::softmax(x, dim), sum(x, dims), torch_linear(x, weight, bias): the same
-    specdec::draft_limits, prompt_lookup, stage_window, greedy_ids, draw, verify, verify_greedy, commit,
+    specdec::draft_limits, prompt_lookup, stage_window, greedy_ids, draw, verify, verify_block, verify_greedy, commit,
         commit_greedy: see step.h
     specdec::suffix_texts, suffix_rows, suffix_add, suffix_release, suffix_propose: see suffix_tree.h
     torch.classes.specdec.Package: a compiled forward; see package.h
@@ -95,7 +95,7 @@ for _schema in (
     "suffix_add(Tensor(a!) texts, Tensor ids, int num_removed) -> ()",
     "suffix_release(Tensor(a!) rows, int row) -> ()",
     "suffix_propose(Tensor(a!) rows, Tensor texts, Tensor ids, Tensor lengths, Tensor limit, float factor,"
-    " float min_probability) -> (Tensor, Tensor)",
+    " float min_probability) -> (Tensor, Tensor, Tensor)",
 ):
     _LIBRARY.define(_schema)
 _LIBRARY.define(
@@ -107,6 +107,10 @@ _LIBRARY.define("draw(Tensor weights, Tensor uniforms) -> Tensor")
 _LIBRARY.define(
     "verify(Tensor target_probs, Tensor draft_ids, Tensor? draft_probs, Tensor draft_lengths, Tensor uniforms)"
     " -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "verify_block(Tensor target_probs, Tensor draft_ids, Tensor draft_probs, Tensor draft_lengths, Tensor uniforms)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "verify_greedy(Tensor scores, Tensor draft_ids, Tensor draft_lengths) -> (Tensor, Tensor, Tensor, Tensor)"

@@ -35,6 +35,7 @@ TORCH_LIBRARY_IMPL(specdec, CPU, m) {
   m.impl("greedy_ids", greedy_ids);
   m.impl("draw", draw);
   m.impl("verify", verify);
+  m.impl("verify_block", verify_block);
   m.impl("verify_greedy", verify_greedy);
   m.impl("commit", commit);
   m.impl("commit_greedy", commit_greedy);

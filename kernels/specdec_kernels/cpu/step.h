@@ -212,6 +212,90 @@ std::tuple<Tensor, Tensor> verify(const Tensor& target_probs, const Tensor& draf
   return {accepted, next_ids};
 }
 
+// The chances of verification.verify_block, by row.
+struct BlockChances {
+  const float *p, *q;  // [K + 1, V], [K, V]
+  int64_t vocab_size;
+
+  // sum(max(w * p - q, 0)) and sum(min(w * p, q)) after i draft ids.
+  std::pair<double, double> sums(int64_t i, double w) const {
+    const float *target = p + i * vocab_size, *draft = q + i * vocab_size, weight = static_cast<float>(w);
+    double excess = 0, shared = 0;
+    for (int64_t start = 0; start < vocab_size; start += BLOCK) {
+      const int64_t stop = std::min(start + BLOCK, vocab_size);
+      Vec more = {}, both = {};
+      int64_t j = start;
+      for (; j + LANES <= stop; j += LANES) {
+        const Vec some = load(target + j) * weight, other = load(draft + j);
+        more += some > other ? some - other : Vec{};
+        both += some > other ? other : some;
+      }
+      for (int64_t lane = 0; lane < LANES; ++lane) excess += more[lane], shared += both[lane];
+      for (; j < stop; ++j) {
+        const float some = target[j] * weight;
+        excess += std::max(some - draft[j], 0.0f), shared += std::min(some, draft[j]);
+      }
+    }
+    return {excess, shared};
+  }
+};
+
+// verification.verify_block: how many draft ids are accepted [B], the id after them [B], and the chance of each draft
+// id to be accepted after those before it, float32 [B, K], 0 beyond a row's draft. Arguments as in verify.
+std::tuple<Tensor, Tensor, Tensor> verify_block(const Tensor& target_probs, const Tensor& draft_ids,
+    const Tensor& draft_probs, const Tensor& draft_lengths, const Tensor& uniforms) {
+  const int64_t batch = draft_ids.size(0), num_ids = draft_ids.size(1), vocab_size = target_probs.size(-1);
+  TORCH_CHECK(target_probs.numel() == batch * (num_ids + 1) * vocab_size &&
+          draft_probs.numel() == batch * num_ids * vocab_size,
+      "target_probs of shape ", target_probs.sizes(), " for ", batch, " drafts of ", num_ids, " ids");
+  const Tensor targets = target_probs.contiguous(), drafts = draft_probs.contiguous();
+  const float *first_p = targets.const_data_ptr<float>(), *first_q = drafts.const_data_ptr<float>();
+  const auto draft = draft_ids.accessor<int64_t, 2>();
+  const auto length = draft_lengths.accessor<int64_t, 1>();
+  const auto uniform = uniforms.accessor<double, 2>();
+  Tensor accepted = empty({batch}, at::kLong), next_ids = empty({batch}, at::kLong),
+         overlap = empty({batch, num_ids}, at::kFloat);
+  int64_t* counts = accepted.mutable_data_ptr<int64_t>();
+  int64_t* next = next_ids.mutable_data_ptr<int64_t>();
+  float* shares = overlap.mutable_data_ptr<float>();
+  const int64_t grain = std::max<int64_t>(1, WORK / (vocab_size * std::max<int64_t>(1, num_ids)));
+  parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t num_drafted = std::min(length[b], num_ids);
+      const BlockChances row{first_p + b * (num_ids + 1) * vocab_size, first_q + b * num_ids * vocab_size, vocab_size};
+      int64_t count = 0;
+      double w = 1, kept_w = 1;
+      std::fill(shares + b * num_ids, shares + (b + 1) * num_ids, 0.0f);
+      for (int64_t i = 0; i <= num_drafted; ++i) {  // w is of i draft ids
+        double chance = w;
+        if (i < num_drafted) {
+          const auto [excess, shared] = row.sums(i, w);
+          shares[b * num_ids + i] = shared / std::max<double>(w, std::numeric_limits<float>::min());
+          chance = excess == 0 && w == 1 ? 1 : excess / (excess + 1 - w);  // 1: p == q, so w stays 1
+        }
+        if (i && uniform[b][i - 1] < chance) count = i, kept_w = w;
+        if (i == num_drafted) break;
+        const int64_t id = draft[b][i];
+        TORCH_CHECK(0 <= id && id < vocab_size, "draft id ", id, " of a vocabulary of ", vocab_size);
+        const double p = row.p[i * vocab_size + id], q = row.q[i * vocab_size + id];
+        w = q > 0 ? std::min(w * (p / q), 1.0) : 0;
+      }
+      const float *p = row.p + count * vocab_size, *q = row.q + count * vocab_size;
+      const float weight = static_cast<float>(kept_w);
+      auto excess = [=](int64_t i) {  // max(w * p - q, 0)
+        const float difference = weight * p[i] - q[i];
+        return difference < 0 ? 0.0f : difference;
+      };
+      bool has_residual = false;
+      for (int64_t i = 0; count < num_drafted && i < vocab_size && !has_residual; ++i) has_residual = excess(i) > 0;
+      const double at = uniform[b][num_ids];
+      counts[b] = count;
+      next[b] = has_residual ? invert(excess, vocab_size, at) : invert([=](int64_t i) { return p[i]; }, vocab_size, at);
+    }
+  });
+  return {accepted, next_ids, overlap};
+}
+
 // verification.verify_draft of a greedy call, against scores float32 [B, W, V]: how many draft ids are accepted [B],
 // the target's next id [B], overlap float32 [B, K], whether a row's scores contain NaN [B].
 std::tuple<Tensor, Tensor, Tensor, Tensor> verify_greedy(const Tensor& scores, const Tensor& draft_ids,

@@ -466,9 +466,9 @@ void suffix_release(const Tensor& rows, int64_t row) {
   own.trees.at(row) = SuffixTree(own.depth);
 }
 
-// SuffixDecoding.propose: draft ids [B, K], 0 beyond a row's draft, and how many [B]. Adds what is new in the texts of
-// the rows to their trees first.
-std::tuple<Tensor, Tensor> suffix_propose(const Tensor& rows, const Tensor& texts, const Tensor& ids,
+// SuffixDecoding.propose_with_scores: draft ids [B, K], 0 beyond a row's draft, how many [B], and their scores float32
+// [B]. Adds what is new in the texts of the rows to their trees first.
+std::tuple<Tensor, Tensor, Tensor> suffix_propose(const Tensor& rows, const Tensor& texts, const Tensor& ids,
     const Tensor& lengths, const Tensor& limit, double factor, double min_probability) {
   auto& own = held_by<SuffixRows>(rows);
   auto& shared = held_by<SuffixTexts>(texts);
@@ -493,15 +493,17 @@ std::tuple<Tensor, Tensor> suffix_propose(const Tensor& rows, const Tensor& text
     if (other.score > found[b].score) found[b] = std::move(other);
     width = std::max<int64_t>(width, found[b].ids.size());
   }
-  Tensor draft_ids = empty({batch, width}, at::kLong), draft_lengths = empty({batch}, at::kLong);
+  Tensor draft_ids = empty({batch, width}, at::kLong), draft_lengths = empty({batch}, at::kLong),
+         scores = empty({batch}, at::kFloat);
   int64_t* drafted = draft_ids.mutable_data_ptr<int64_t>();
   int64_t* counts = draft_lengths.mutable_data_ptr<int64_t>();
   std::fill(drafted, drafted + batch * width, 0);
   for (int64_t b = 0; b < batch; ++b) {
     counts[b] = found[b].ids.size();
+    scores.mutable_data_ptr<float>()[b] = found[b].score;
     std::copy(found[b].ids.begin(), found[b].ids.end(), drafted + b * width);
   }
-  return {draft_ids, draft_lengths};
+  return {draft_ids, draft_lengths, scores};
 }
 
 }  // namespace

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from statistics import median_low
 
+from specdec.core.stats import chance_acceptance
 from specdec.drafters.resolve import AUTO
+from specdec.experiments.config import SuffixAndModel
 from specdec.experiments.records import PLAIN, SPECULATIVE, Record, Run
 from specdec.experiments.report.compare import compare_runs
 from specdec.experiments.report.figures import count_identical
@@ -22,7 +25,9 @@ from specdec.experiments.report.labels import (
     k_of,
 )
 from specdec.experiments.report.what_if import best_prediction
+from specdec.generation.dead_draft import AcceptanceWatch
 
+DRAFT_MODEL = "a draft model"
 SLOW_FACTOR = 3  # a call that takes more than this times the expected seconds is reported
 
 
@@ -46,7 +51,7 @@ def headline(report: RunReport) -> str:
 def terms(report: RunReport) -> list[tuple[str, str]]:
     """Terms of the page with their definitions."""
     k = k_of(report.run)
-    if drafter_name(report) == "a draft model":
+    if drafter_name(report) == DRAFT_MODEL:
         drafter = (
             "Draft model",
             "a small, fast model that proposes the next tokens; the target verifies them in one pass.",
@@ -106,6 +111,8 @@ def caveats(report: RunReport) -> list[str]:
             f"{plural(slow, 'call')} took more than {SLOW_FACTOR} times the usual time for its length. Other programs"
             " probably used the machine, so the times are not reliable."
         )
+    if drafter_name(report) == DRAFT_MODEL and (warning := _dead_draft(run.of(SPECULATIVE))):
+        caveats.append(f"{capitalize(warning)}.")
     if run.failures:
         caveats.append(
             f"{plural(len(run.failures), 'call')} failed; failed calls are in no figure. The reasons are listed below."
@@ -214,9 +221,10 @@ def skipped_and_failed(run: Run) -> list[str]:
 def drafter_name(report: RunReport) -> str:
     """ "a draft model", "prompt lookup"."""
     drafter = report.config["drafter"]
-    if isinstance(drafter, dict) and "path" in drafter:
-        return "a draft model"
-    return display_name(drafter)
+    if not isinstance(drafter, dict) or "path" not in drafter:
+        return display_name(drafter)
+    is_hybrid = str(drafter.get("_target_")).endswith(SuffixAndModel.__name__)
+    return f"suffix decoding and {DRAFT_MODEL}" if is_hybrid else DRAFT_MODEL
 
 
 def join_words(words: Sequence[str]) -> str:
@@ -270,6 +278,16 @@ def _interruption(report: RunReport) -> str:
         f"This run was interrupted after {plural(report.figures.prompts, 'prompt')}{of_limit} and"
         f" {plural(len(report.run.records), 'record')}. Continue it with resume=true and the same folder."
     )
+
+
+def _dead_draft(records: Sequence[Record]) -> str | None:
+    """Why the draft model seems to be of no use, None where it does not."""
+    watch, calls = AcceptanceWatch(), itertools.groupby(records, lambda r: (r.turn, r.repetition, r.call))
+    for rows in (list(rows) for _, rows in calls):
+        overlap = [value for row in rows for step in row.steps for value in step.overlap]
+        if message := watch.count(overlap, chance_acceptance([row.ids for row in rows])):
+            return message
+    return None
 
 
 def _slow_calls(records: Sequence[Record]) -> int:
