@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from copy import copy
 from functools import partial
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from transformers import PreTrainedModel
 from specdec.core.sampling import Sampling, draw, greedy_ids, uniforms
 from specdec.core.sequences import Sequences
 from specdec.core.steps import Draft, StepResult
+from specdec.drafters.shared_vocabulary import SharedVocabulary
 from specdec.runtime.executors import DraftInputs
 from specdec.runtime.runner import ModelRunner
 
@@ -25,7 +28,10 @@ class ModelDrafter:
     num_text_ids: the number of different ids that a text may hold.
     num_catch_up: the number of last committed ids of each row that a step feeds before it drafts, so that the KV cache
     is right up to the draft. After a step that drafted these are MIN_CATCH_UP, after any other one more than before.
+    shared: what two tokenizers have in common, where the draft model has one of its own; see OtherTokenizerDrafter.
     """
+
+    shared: SharedVocabulary | None = None
 
     def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
         self.runner = ModelRunner(model)
@@ -35,11 +41,11 @@ class ModelDrafter:
         """Take the current widths of the target's head and embeddings."""
         self.vocab_size, self.num_text_ids = vocab_size, max(vocab_size, num_embeddings)
 
-    def spare(self) -> ModelDrafter:
-        """Another one of the same model, with its own KV cache, for a call at the same time."""
-        other = ModelDrafter(self.runner.model, self.vocab_size)
-        other.runner = self.runner.spare()
-        return other
+    def spare(self) -> Self:
+        """Another drafter of the same model, with a cache of its own, for a call at the same time."""
+        spare = copy(self)
+        spare.runner = self.runner.spare()
+        return spare
 
     def begin(self, sequences: Sequences, sampling: Sampling) -> None:
         self.sampling = sampling
@@ -76,19 +82,28 @@ class ModelDrafter:
             limit = torch.minimum(limit, (self.runner.context - sequences.lengths).clamp(min=0))
             last = last.clamp(max=self.runner.context - 1)
         compiled = self.runner.compiled
-        is_plain = not self.sampling.processors and self.runner.vocab_size >= self.vocab_size
+        is_plain = not self.sampling.processors and not self._lacks_ids
         if compiled is not None and is_plain and width <= MIN_CATCH_UP:
             draws = uniforms(num_ids, len(last), 1, device=limit.device) if self.sampling.do_sample else None
             inputs = DraftInputs(
                 sequences.ids, last, limit, width, num_ids, self.runner.num_embeddings, self.vocab_size, draws
             )
             return *compiled.draft(inputs, sequences.longest, self.runner.cache), limit
-        output = self.runner.feed(self._within_vocabulary(sequences.ids), last, width)
-        assert output is not None  # width is at least 2
+        return self._draft_behind(sequences, sequences.ids, last, width, num_ids, limit)
+
+    def _draft_behind(
+        self, sequences: Sequences, text: Tensor, last: Tensor, width: int, num_ids: int, limit: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Feed the `width` ids of the draft model's text [B, L] that end at last [B], then draft num_ids.
+
+        -> ids, probs and lengths of a Draft.
+        """
+        output = self.runner.feed(self._within_vocabulary(text), last, width)
+        assert output is not None  # width is at least 1
         logits = output.logits
 
-        # a row that drafts fewer ids repeats its last committed id: the same entry in the same slot
-        last_ids = sequences.ids.gather(1, last[:, None])
+        # a row that drafts fewer ids repeats its last one: the same entry in the same slot
+        last_ids = text.gather(1, last[:, None])
         steps = torch.arange(num_ids, device=limit.device)
         is_drafted = steps < limit[:, None]
         positions = last[:, None] + steps * is_drafted
@@ -97,7 +112,8 @@ class ModelDrafter:
         for index in range(num_ids):
             if index:
                 at = slice(index, index + 1)
-                next_ids = self._within_vocabulary(torch.where(is_drafted[:, at], ids[-1], last_ids))
+                next_ids = torch.where(is_drafted[:, at], self._to_draft_ids(ids[-1]), last_ids)
+                next_ids = self._within_vocabulary(next_ids)
                 logits = self.runner.forward(next_ids, positions[:, at]).logits
             next_ids, next_probs = self._choose(logits, sequences, index, limit)
             ids.append(next_ids)
@@ -113,14 +129,25 @@ class ModelDrafter:
         num_embeddings = self.runner.num_embeddings
         return ids if num_embeddings >= self.num_text_ids else ids.clamp(max=num_embeddings - 1)
 
+    def _to_draft_ids(self, ids: Tensor) -> Tensor:
+        """The draft model's ids for drafted ids of the target, of any shape."""
+        return ids
+
+    def _to_target_logits(self, logits: Tensor) -> Tensor:
+        """The draft model's logits [B, 1, Vd] over the target's vocabulary, [B, 1, V]; -inf where it has no such id."""
+        missing = self.vocab_size - logits.shape[-1]
+        return F.pad(logits, (0, missing), value=-torch.inf) if missing else logits  # a negative width cuts
+
+    @property
+    def _lacks_ids(self) -> bool:
+        """Whether the target has ids that can't be drafted."""
+        return self.runner.vocab_size < self.vocab_size
+
     def _choose(self, logits: Tensor, sequences: Sequences, index: int, limit: Tensor) -> tuple[Tensor, Tensor | None]:
         """The next id of each row [B, 1] and the distribution it was drawn from [B, 1, V], None in greedy calls."""
-        missing = self.vocab_size - logits.shape[-1]
-        if missing:
-            logits = F.pad(logits, (0, missing), value=-torch.inf)  # a negative width cuts
         used = (limit - index).clamp(0, 1) if self.sampling.needs_prefix else None
-        scores = self.sampling.scores(logits, sequences, skip=index, used=used)
-        if missing > 0:  # where the processors exclude all of a smaller vocabulary, any id is as good a draft
+        scores = self.sampling.scores(self._to_target_logits(logits), sequences, skip=index, used=used)
+        if self._lacks_ids:  # where the processors exclude all of a smaller vocabulary, any id is as good a draft
             scores = scores.masked_fill(scores.amax(-1, keepdim=True) == -torch.inf, 0.0)
         if not self.sampling.do_sample:
             return greedy_ids(scores), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,9 @@ from specdec.core.interfaces import Drafter
 from specdec.drafters.hybrid import SuffixHybrid
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
+from specdec.drafters.other_tokenizer import OtherTokenizerDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.drafters.shared_vocabulary import SharedVocabulary
 from specdec.drafters.suffix import SuffixDecoding
 from specdec.quant.batch_invariant import MAX_WINDOW
 from specdec.quant.checkpoints import load_checkpoint
@@ -26,6 +29,8 @@ from specdec.runtime.support import unsupported
 AUTO = "auto"
 SUFFIX = "suffix"
 SUFFIX_AND = f"{SUFFIX}+"  # before the folder or hub id of a draft model
+MIN_COVERAGE = 0.01  # of the target's ids that a draft model of another tokenizer can draft
+Tokenizers = tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None]
 NAMED_DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "none": NoDrafter,
     "prompt_lookup": PromptLookup,
@@ -43,8 +48,7 @@ def resolve_drafter(drafter: PreTrainedModel | Drafter | str | Path, model: PreT
         drafter = with_suffix_decoding(draft, model) if name.startswith(SUFFIX_AND) else draft
     drafter = unwrap_peft(drafter)
     if isinstance(drafter, PreTrainedModel):
-        check_pair(model, drafter)
-        return ModelDrafter(drafter, widths(model)[0])
+        return model_drafter(drafter, widths(model)[0], check_pair(model, drafter))
     if isinstance(drafter, type) or not isinstance(drafter, Drafter):
         raise TypeError(
             f"drafter={drafter!r} must be a transformers model, a hub id or folder, one of {sorted(NAMED_DRAFTERS)},"
@@ -98,23 +102,43 @@ def _load_draft(name: str, model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(f"drafter={name!r} is not one of {sorted(NAMED_DRAFTERS)}, and {error}") from error
 
 
-def check_pair(model: PreTrainedModel, draft: PreTrainedModel) -> None:
-    """Raise ValueError where a draft model cannot draft for this target."""
+def model_drafter(draft: PreTrainedModel, vocab_size: int, shared: SharedVocabulary | None) -> ModelDrafter:
+    """The drafter of a draft model, for a target with logits of this width; shared: as check_pair returns it."""
+    return ModelDrafter(draft, vocab_size) if shared is None else OtherTokenizerDrafter(draft, vocab_size, shared)
+
+
+def check_pair(
+    model: PreTrainedModel, draft: PreTrainedModel, tokenizers: Tokenizers = (None, None)
+) -> SharedVocabulary | None:
+    """Raise ValueError where a draft model cannot draft for this target; -> None where they have one tokenizer.
+
+    tokenizers: of target and draft model; those of their folders where None. If one is in neither place, it is taken to
+    be the other one, as padded vocabularies of one tokenizer have different widths. If they differ, what they have in
+    common is returned, and a warning says how much it is.
+    """
     check_device(model, draft)
     with in_eval_mode(draft):
         if reason := unsupported(draft):
             raise ValueError(f"{type(draft).__name__} cannot draft: {reason}")
-    tokenizer, draft_tokenizer = _tokenizer_of(model), _tokenizer_of(draft)
-    if tokenizer is None or draft_tokenizer is None:
-        return
-    target_vocab, draft_vocab = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
-    if target_vocab != draft_vocab:
-        token = min(target_vocab.items() ^ draft_vocab.items(), key=lambda item: item[1])[0]
-        raise ValueError(
-            f"the draft model has another tokenizer than the target: {token!r} is id {draft_vocab.get(token)} in"
-            f" {draft.name_or_path} and {target_vocab.get(token)} in {model.name_or_path}; use a draft model that was"
-            " trained with the target's tokenizer"
-        )
+    tokenizer, draft_tokenizer = tokenizers[0] or _tokenizer_of(model), tokenizers[1] or _tokenizer_of(draft)
+    if tokenizer is None or draft_tokenizer is None or _is_same(tokenizer, draft_tokenizer):
+        return None
+    shared = SharedVocabulary(tokenizer, draft_tokenizer)
+    words = (
+        f"the draft model has another tokenizer than the target: {shared.coverage:.1%} of the target's"
+        f" {shared.num_ids} ids can be drafted"
+    )
+    if shared.coverage < MIN_COVERAGE:
+        raise ValueError(f"{words}, too few to draft with; use a draft model whose tokenizer has more of its tokens")
+    warnings.warn(words, stacklevel=4)
+    return shared
+
+
+def _is_same(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether one has all tokens of the other under the same ids, and nothing more than further added tokens."""
+    smaller, larger = sorted((tokenizer, other), key=len)
+    vocab, further = larger.get_vocab(), larger.get_vocab().keys() - smaller.get_vocab().keys()
+    return smaller.get_vocab().items() <= vocab.items() and further <= larger.get_added_vocab().keys()
 
 
 def check_device(model: PreTrainedModel, draft: PreTrainedModel) -> None:

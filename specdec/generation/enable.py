@@ -28,10 +28,12 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.resolve import (
     AUTO,
+    Tokenizers,
     check_device,
     check_num_draft_tokens,
     check_pair,
     in_eval_mode,
+    model_drafter,
     resolve_drafter,
     unwrap_peft,
 )
@@ -39,7 +41,16 @@ from specdec.generation.call import decode, max_draft_tokens
 from specdec.generation.callbacks import Callbacks
 from specdec.generation.request import Request
 from specdec.generation.routing import Stage, why_stock
-from specdec.generation.state import CALL_TRACKER, Call, State, acquire_drafter, members_of, model_drafter_of, runner_of
+from specdec.generation.state import (
+    CALL_TRACKER,
+    Call,
+    CheckedDraft,
+    State,
+    acquire_drafter,
+    members_of,
+    model_drafter_of,
+    runner_of,
+)
 from specdec.generation.trials import Trial, TrialCache, user_hook
 from specdec.runtime.cuda_graphs import RECORDINGS, Graphs
 from specdec.runtime.identity.snapshot import Identity
@@ -71,7 +82,8 @@ def enable(
         drafter: What proposes draft tokens: a draft model, its hub id or folder, "prompt_lookup", "suffix", both suffix
             decoding and a draft model ("suffix+FOLDER_OR_HUB_ID"), "none" (plain decoding in specdec's loop), or a
             `Drafter` of your own. With None, calls run in transformers' loop unless they bring an `assistant_model` or
-            `prompt_lookup_num_tokens`.
+            `prompt_lookup_num_tokens`. A draft model of another tokenizer drafts the tokens that both have; a warning
+            says how many these are.
         num_draft_tokens: K, the number of draft tokens in each step, at least 1. A call's own `num_assistant_tokens`
             takes precedence. With "auto", each step uses the K that is expected to give the most tokens per second,
             from measured step times and acceptance; K is 0, plain decoding, where drafting does not pay. The first call
@@ -352,7 +364,8 @@ def _acquire_drafter(state: State, target: ModelRunner, request: Request, assist
     config = request.config
     drafter: Drafter | None = state.drafter
     if assistant_model is not None:
-        drafter = _assistant_drafter(state, target, unwrap_peft(assistant_model))
+        tokenizers = request.mode_kwargs.get("tokenizer"), request.mode_kwargs.get("assistant_tokenizer")
+        drafter = _assistant_drafter(state, target, unwrap_peft(assistant_model), tokenizers)
     elif config.prompt_lookup_num_tokens is not None:
         drafter = PromptLookup(config.max_matching_ngram_size) if config.max_matching_ngram_size else PromptLookup()
     assert drafter is not None
@@ -367,17 +380,23 @@ def _acquire_drafter(state: State, target: ModelRunner, request: Request, assist
         model_drafter.match_target(*widths(request.model))
 
 
-def _assistant_drafter(state: State, target: ModelRunner, assistant: PreTrainedModel) -> ModelDrafter:
-    """The drafter of a call's own assistant_model: the last call's where its steps are recorded, else a new one."""
-    if assistant not in state.checked_drafts:
-        check_pair(target.model, assistant)
-        state.checked_drafts.add(assistant)
+def _assistant_drafter(
+    state: State, target: ModelRunner, assistant: PreTrainedModel, tokenizers: Tokenizers
+) -> ModelDrafter:
+    """The drafter of a call's own assistant_model: the last call's where its steps are recorded, else a new one.
+
+    tokenizers: of target and assistant where the call brings them.
+    """
+    checked = state.checked_drafts.get(assistant)
+    if checked is None or any(one is not other for one, other in zip(checked.tokenizers, tokenizers, strict=True)):
+        checked = CheckedDraft(tokenizers, check_pair(target.model, assistant, tokenizers))
+        state.checked_drafts[assistant] = checked
     is_own_runner = target is state.target
     if is_own_runner and state.assistant is not None:
-        if state.assistant.runner.model is assistant:
+        if state.assistant.runner.model is assistant and state.assistant.shared is checked.shared:
             return state.assistant
         state.assistant.runner.begin(0)  # drops its recorded steps
-    drafter = ModelDrafter(assistant, target.vocab_size)
+    drafter = model_drafter(assistant, target.vocab_size, checked.shared)
     prepare(members_of(target, drafter)[1:], state.compile, target.graphs)
     if is_own_runner:
         state.assistant = None if target.graphs is None else drafter

@@ -52,8 +52,6 @@ def _other_mode(request: Request) -> str | None:
 
 def _other_drafting(request: Request) -> str | None:
     config = request.config
-    if request.mode_kwargs.get("assistant_tokenizer") is not None:
-        return "assistant_tokenizer: the draft model has another tokenizer"
     for name in ("assistant_early_exit", "use_mtp"):
         if getattr(config, name, None):
             return f"{name} drafts with the target itself"
@@ -169,8 +167,7 @@ ROUTES = (
     ),
     Route(
         Stage.ARGUMENTS,
-        "other ways of drafting: `assistant_tokenizer`, `assistant_early_exit`, `use_mtp`, `speculation_type`,"
-        " `assistant_ensemble_weight`",
+        "other ways of drafting: `assistant_early_exit`, `use_mtp`, `speculation_type`, `assistant_ensemble_weight`",
         _other_drafting,
     ),
     Route(Stage.ARGUMENTS, "`synced_gpus`", _synced_gpus),

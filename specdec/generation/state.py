@@ -24,7 +24,10 @@ from specdec.draft_length.cost_model import PairCostModel
 from specdec.drafters.hybrid import SuffixHybrid
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
+from specdec.drafters.other_tokenizer import OtherTokenizerDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.drafters.resolve import Tokenizers
+from specdec.drafters.shared_vocabulary import SharedVocabulary
 from specdec.drafters.suffix import SuffixDecoding
 from specdec.generation.dead_draft import AcceptanceWatch
 from specdec.generation.request import Request
@@ -36,7 +39,7 @@ from specdec.runtime.runner import ModelRunner
 
 # A subclass may have state of its own, so these are compared with a drafter's very type.
 STATELESS_DRAFTERS = (NoDrafter, PromptLookup)  # any number of calls may share one
-SPARED_DRAFTERS = (ModelDrafter, SuffixDecoding, SuffixHybrid)  # which have spare() for calls at the same time
+SPARE_DRAFTERS = (ModelDrafter, OtherTokenizerDrafter, SuffixDecoding, SuffixHybrid)  # which make spare ones
 
 # Step times and acceptance, by target, drafter and kind of call. They are kept after disable().
 COST_MODELS: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], PairCostModel]]]
@@ -122,6 +125,17 @@ class Call:
         return self.arguments.get("input_ids") if inputs is None else inputs
 
 
+@dataclass(frozen=True)
+class CheckedDraft:
+    """What was found of a draft model that a call brought, with the tokenizers that the call brought.
+
+    shared: what the tokenizers of target and draft model have in common; None where they are one.
+    """
+
+    tokenizers: Tokenizers
+    shared: SharedVocabulary | None
+
+
 class State:
     """What one enabled model keeps between calls.
 
@@ -131,7 +145,7 @@ class State:
     assistant: the drafter of the last call that brought an `assistant_model`, kept where its steps are recorded.
     local_cost_models: of drafters that cannot be keys of COST_MODELS.
     target_trials, draft_trials: results of trials of the target and of each draft model.
-    checked_drafts: draft models whose tokenizers were compared with the target's.
+    checked_drafts: draft models of calls, whose tokenizers were compared with the target's.
     acceptance_watches: how often the drafts of each draft model were accepted.
     """
 
@@ -159,7 +173,7 @@ class State:
         self.draft_trials: weakref.WeakKeyDictionary[PreTrainedModel, TrialCache] = weakref.WeakKeyDictionary()
         self.acceptance_watches: weakref.WeakKeyDictionary[PreTrainedModel, AcceptanceWatch]
         self.acceptance_watches = weakref.WeakKeyDictionary()
-        self.checked_drafts: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+        self.checked_drafts: weakref.WeakKeyDictionary[PreTrainedModel, CheckedDraft] = weakref.WeakKeyDictionary()
         self._by_thread = threading.local()
 
     @property
@@ -237,7 +251,7 @@ def acquire_drafter(drafter: Drafter, target: ModelRunner) -> Drafter | None:
         if shares_graphs and _DRAFTERS_IN_USE.isdisjoint(ids := _ids_of(drafter)):
             _DRAFTERS_IN_USE.update(ids)
             return drafter
-    return drafter.spare() if type(drafter) in SPARED_DRAFTERS else None  # type: ignore[attr-defined]
+    return drafter.spare() if isinstance(drafter, SPARE_DRAFTERS) and type(drafter) in SPARE_DRAFTERS else None
 
 
 def _ids_of(drafter: Drafter | None) -> set[int]:

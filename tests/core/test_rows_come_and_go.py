@@ -18,6 +18,7 @@ from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.suffix import SuffixDecoding
 from specdec.runtime.runner import ModelRunner
 from tests.helpers.families import VOCAB_SIZE, family
+from tests.helpers.tokenizers import other_tokenizer
 
 K = 3
 WIDTH = 7  # of the padded prompts
@@ -45,6 +46,8 @@ def alone(ids: Tensor) -> list[int]:
 
 
 def new_drafter(name: str) -> Drafter:
+    if name == "other_tokenizer":
+        return other_tokenizer(family("llama"))
     if name == "model":
         return ModelDrafter(family("llama"), VOCAB_SIZE)
     if name == "suffix+model":
@@ -52,7 +55,7 @@ def new_drafter(name: str) -> Drafter:
     return {"none": NoDrafter, "prompt_lookup": PromptLookup, "suffix": SuffixDecoding}[name]()
 
 
-@pytest.mark.parametrize("name", ["none", "prompt_lookup", "suffix", "model", "suffix+model"])
+@pytest.mark.parametrize("name", ["none", "prompt_lookup", "suffix", "model", "suffix+model", "other_tokenizer"])
 def test_an_admitted_prompt_continues_as_it_does_alone(name: str) -> None:
     first, second, third = prompt(1, 7), prompt(2, 4), prompt(3, 6)
     sequences = batch(first, second)

@@ -30,6 +30,7 @@ from specdec.generation import call as call_module
 from specdec.generation import state as state_module
 from specdec.runtime.attention import override as attention
 from tests.generation.test_distribution import (
+    DRAFTERS,
     NO_CUT,
     PROMPT,
     SIGNIFICANCE,
@@ -43,6 +44,7 @@ from tests.helpers.drafters import Random, Uneven
 from tests.helpers.families import VOCAB_SIZE, prompts
 from tests.helpers.plain import pair
 from tests.helpers.recording import CPU_RECORDINGS, recorded
+from tests.helpers.tokenizers import other_tokenizer
 
 TIMEOUT_S = 30
 NEW_TOKENS = 18
@@ -159,9 +161,13 @@ def emitted(job: dict[str, Any], text: list[list[int]]) -> int:
 
 @pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("num_calls", [2, 4])
-@pytest.mark.parametrize("kind", ["model", "prompt_lookup", "suffix", "suffix+model", "none"])
+@pytest.mark.parametrize("kind", ["model", "other_tokenizer", "prompt_lookup", "suffix", "suffix+model", "none"])
 def test_overlapping_calls_give_plain_text(model: PreTrainedModel, kind: str, num_calls: int) -> None:
-    drafters = {"model": draft_model, "suffix+model": lambda: with_suffix_decoding(draft_model(), model)}
+    drafters = {
+        "model": draft_model,
+        "other_tokenizer": lambda: other_tokenizer(draft_model()),
+        "suffix+model": lambda: with_suffix_decoding(draft_model(), model),
+    }
     specdec.enable(model, drafters[kind]() if kind in drafters else kind, num_draft_tokens=3)
     assert_overlapping_texts(model, JOBS[:num_calls], rounds=2)
 
@@ -369,6 +375,7 @@ class Around:
 SHARED: dict[str, Callable[[], Any]] = {
     "a draft model": draft_model,
     "a ModelDrafter": lambda: ModelDrafter(draft_model(), VOCAB_SIZE),
+    "a draft model of another tokenizer": lambda: other_tokenizer(draft_model()),
     "a PromptLookup": PromptLookup,
     "a subclass of PromptLookup": OwnLookup,
     "random": lambda: Random(1),
@@ -532,10 +539,11 @@ def test_a_seed_gives_the_same_text_on_any_runner(model: PreTrainedModel, kind: 
     assert [*texts, text] == 4 * [text]
 
 
-@pytest.mark.parametrize("kind", ["model", "prompt_lookup", "suffix"])
+@pytest.mark.parametrize("kind", ["model", "other_tokenizer", "prompt_lookup", "suffix"])
 def test_overlapping_sampled_calls_keep_their_distribution(kind: str) -> None:
     samples = 2000
-    model = specdec.enable(new_model(0), tiny_model(1) if kind == "model" else kind, num_draft_tokens=2)
+    drafters = {"model": tiny_model(1), "other_tokenizer": DRAFTERS["other_tokenizer"](tiny_model(0))}
+    model = specdec.enable(new_model(0), drafters.get(kind, kind), num_draft_tokens=2)
     torch.manual_seed(0)
 
     def counts(call: dict[str, Any]) -> Counter[Any]:

@@ -25,12 +25,15 @@ from specdec.core.sequences import Sequences
 from specdec.core.steps import Draft, Verdict
 from specdec.drafters.hybrid import SuffixHybrid
 from specdec.drafters.model import ModelDrafter
+from specdec.drafters.other_tokenizer import OtherTokenizerDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.drafters.shared_vocabulary import SharedVocabulary
 from specdec.drafters.suffix import SuffixDecoding
 from specdec.runtime.cuda_graphs import RECORDINGS
 from tests.helpers.draft_length import erratic_k
 from tests.helpers.drafters import AlwaysRight, Empty, Random, Uneven
 from tests.helpers.families import make_model
+from tests.helpers.tokenizers import tokenizer_of
 
 pytestmark = pytest.mark.usefixtures("either_way")
 V = 5
@@ -60,6 +63,7 @@ DRAFTERS: dict[str, Callable[[PreTrainedModel], Drafter]] = {
     "prompt_lookup": lambda target: PromptLookup(),
     "suffix": lambda target: SuffixDecoding(),
     "suffix+model": lambda target: SuffixHybrid(ModelDrafter(tiny_model(1), V)),
+    "other_tokenizer": lambda target: OtherTokenizerDrafter(tiny_model(1), V, shared_letters()),
     "always_right": lambda target: AlwaysRight(target, V),
     "random": lambda target: Random(2, V),
     "uneven": lambda target: Uneven(3, V),
@@ -78,6 +82,12 @@ def new_model(seed: int) -> PreTrainedModel:
         "llama", seed, vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=32,
     )  # fmt: skip
+
+
+@cache
+def shared_letters() -> SharedVocabulary:
+    """A target with "ab" as a token and a draft model with "cd"."""
+    return SharedVocabulary(tokenizer_of(["a", "b", "c", "d", "ab"]), tokenizer_of(["d", "cd", "a", "c", "b"]))
 
 
 def batch(prompts: tuple[Text, ...]) -> dict[str, Tensor]:
@@ -158,13 +168,13 @@ def test_token_verification_keeps_the_distribution(drafter: str) -> None:
     assert p > SIGNIFICANCE
 
 
-@pytest.mark.parametrize("drafter", ["model", "prompt_lookup", "uneven"])
+@pytest.mark.parametrize("drafter", ["model", "prompt_lookup", "uneven", "other_tokenizer"])
 def test_unevenly_padded_rows_each_have_their_own_distribution(drafter: str) -> None:
     assert min(sampled_p_values(DRAFTERS[drafter](tiny_model(0)), "all", UNEVEN_PROMPTS)) > SIGNIFICANCE
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("drafter", ["model", "prompt_lookup", "always_right", "uneven"])
+@pytest.mark.parametrize("drafter", ["model", "prompt_lookup", "always_right", "uneven", "other_tokenizer"])
 def test_changing_k_from_step_to_step_keeps_the_distribution(
     drafter: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,7 +214,7 @@ class OtherTemperature(ModelDrafter):
         return Draft(draft.ids, probs, draft.lengths)
 
 
-@pytest.mark.parametrize("drafter", ["model", "random", "always_right", "prompt_lookup"])
+@pytest.mark.parametrize("drafter", ["model", "random", "always_right", "prompt_lookup", "other_tokenizer"])
 @pytest.mark.parametrize("broken", [accept_everything, recover_from_the_target])
 def test_control_a_broken_verifier_is_found(
     drafter: str, broken: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch
@@ -219,6 +229,20 @@ def test_control_a_broken_verifier_is_found(
 
 def test_control_draft_probs_of_another_temperature_are_found() -> None:
     [p] = sampled_p_values(OtherTemperature(tiny_model(1), V), "temperature")
+    assert p < SIGNIFICANCE
+
+
+class OtherMap(OtherTokenizerDrafter):
+    """Draws with one map between the vocabularies and reports another."""
+
+    def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
+        draft = super().propose(sequences, limit)
+        probs = None if draft.probs is None else draft.probs[..., [1, 0, 2, 3, 4]]
+        return Draft(draft.ids, probs, draft.lengths)
+
+
+def test_control_draft_probs_of_another_map_are_found() -> None:
+    [p] = sampled_p_values(OtherMap(tiny_model(1), V, shared_letters()), "temperature")
     assert p < SIGNIFICANCE
 
 

@@ -22,6 +22,7 @@ from tests.helpers.draft_length import erratic_k
 from tests.helpers.drafters import AlwaysRight, AlwaysWrong, Empty, Random, Uneven
 from tests.helpers.families import FAMILIES, REFUSED, VOCAB_SIZE, WEIGHTS, family, make_model, prompts
 from tests.helpers.recording import recorded
+from tests.helpers.tokenizers import other_tokenizer
 
 NEW_TOKENS = 17  # no multiple of any K + 1 below
 
@@ -60,6 +61,7 @@ DRAFTERS: dict[str, Callable[[Case], Any]] = {
     "prompt_lookup": lambda case: "prompt_lookup",
     "suffix": lambda case: "suffix",
     "suffix+model": lambda case: SuffixHybrid(ModelDrafter(perturbed(case.family), VOCAB_SIZE)),
+    "other_tokenizer": lambda case: other_tokenizer(perturbed(case.family)),
     "always_right": lambda case: AlwaysRight(family(case.family, case.weights)),
     "always_wrong": lambda case: AlwaysWrong(family(case.family, case.weights)),
     "random": lambda case: Random(seed=largest_k(case)),
