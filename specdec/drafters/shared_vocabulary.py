@@ -119,12 +119,11 @@ class DraftText:
         last = len(self._end) - MARGIN
         cuts = sorted(range(last, max(CONTEXT, last - WINDOW), -1), key=lambda cut: not self._is_word_start(cut))
         for cut in cuts:
-            context = self.shared.encode(self._end[cut - CONTEXT : cut])
-            ids = self.shared.encode(self._end[cut - CONTEXT :])
-            rest = ids[len(context) :]
-            if rest and ids[: len(context)] == context and rest == changed[-len(rest) :]:
+            num_context_ids = len(self.shared.encode(self._end[cut - CONTEXT : cut]))
+            rest = self.shared.encode(self._end[cut - CONTEXT :])[num_context_ids:]
+            if rest and rest == changed[-len(rest) :]:
                 self.num_final = len(self.ids) - len(rest)
-                self._num_context_ids = len(context)
+                self._num_context_ids = num_context_ids
                 self._end = self._end[cut - CONTEXT :]
                 self._next_move = len(self._end) + GROWTH
                 return

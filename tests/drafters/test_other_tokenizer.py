@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -34,12 +34,12 @@ from specdec.utils import embedded
 from tests.helpers.families import CACHE_FAMILIES, FAMILIES, VOCAB_SIZE, family, make_model, prompts
 from tests.helpers.tokenizers import (
     byte_level,
-    character_pair,
     other_tokenizer,
     permuted,
     sentencepiece,
-    shared_characters,
+    shared_words,
     tokenizer_of,
+    word_pair,
 )
 
 K = 4
@@ -48,6 +48,7 @@ CORPUS = [
     "    def f(self, x):\n        return self.x + 1\n\n\nclass A:\n",
     "naïve café über 日本語のテキスト 😀😃👩‍👩‍👧 emoji",
     "1234 5678 90.12, 33 -- ## [] {}\t\t",
+    *4 * ["xxxxxxxxxxxxxxxx"],
 ]
 FRAGMENTS = [
     *"aét ﬁ\n.,0日語😀",
@@ -183,9 +184,10 @@ texts = st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=60).map("".joi
 
 @pytest.mark.parametrize("pair", PAIRS)
 @given(text=texts, sizes=st.lists(st.integers(0, 6), min_size=1, max_size=5).filter(any))
+@example(text="the quick brown fox " + "x" * 151 + " the", sizes=[3])
 @settings(max_examples=60, deadline=None)
 def test_the_encoding_of_a_growing_text_is_that_of_the_whole_text(pair: str, text: str, sizes: list[int]) -> None:
-    """After each append: characters that are split across tokens, words that grow, runs of spaces."""
+    """After each append: characters that are split across tokens, words that grow, runs of one character."""
     ids = PAIRS[pair]()[0].encode(text, add_special_tokens=False)
     shared = shared_of(pair)
     growing, end, final = DraftText(shared), 0, []
@@ -246,7 +248,7 @@ class PlainDraft:
         """Logits over the target's vocabulary behind a text and drafted ids of the target."""
         ids = whole(self.shared, text) + self.shared.draft_ids[drafted].tolist()
         logits = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
-        draft_ids = self.shared.draft_ids
+        draft_ids = self.shared.draft_ids[:VOCAB_SIZE]
         return logits[draft_ids.clamp(min=0)].masked_fill(draft_ids < 0, -torch.inf)
 
 
@@ -540,18 +542,21 @@ def test_texts_are_plain_with_processors_that_read_the_text(permuted_draft: Path
 
 def test_a_draft_model_whose_head_is_smaller_than_its_tokenizer_drafts_what_it_has() -> None:
     model = make_model("llama", **FAMILIES["llama"] | {"vocab_size": VOCAB_SIZE - 20})
-    drafter = OtherTokenizerDrafter(model, VOCAB_SIZE, shared_characters())
+    drafter = OtherTokenizerDrafter(model, VOCAB_SIZE, shared_words())
     batch = prompts(3)
     sequences = Sequences(batch["input_ids"], batch["attention_mask"].sum(1), max_length=40, num_draft_tokens=K)
     for do_sample in (False, True):
         drafter.begin(sequences, Sampling(do_sample=do_sample))
         with torch.no_grad():
             proposed = drafter.propose(sequences, sequences.begin_step(K))
-        assert (shared_characters().draft_ids[proposed.ids] < VOCAB_SIZE - 20).all()
-        assert (shared_characters().draft_ids[proposed.ids] >= 0).all()
+        assert (shared_words().draft_ids[proposed.ids] < VOCAB_SIZE - 20).all()
+        assert (shared_words().draft_ids[proposed.ids] >= 0).all()
 
 
-def test_the_characters_pair_is_as_the_tests_need_it() -> None:
-    tokenizer, draft_tokenizer, _ = character_pair()
-    assert shared_characters().coverage == (VOCAB_SIZE - 12) / VOCAB_SIZE
-    assert tokenizer.get_vocab() != draft_tokenizer.get_vocab()
+def test_the_words_are_encoded_as_the_tests_need_it() -> None:
+    tokenizer, draft_tokenizer, _ = word_pair()
+    assert tokenizer.tokenize("AaBbKa") == ["Aa", "Bb", "Ka"]
+    assert draft_tokenizer.tokenize("AaBb") == ["Aa", "Bb"]
+    assert draft_tokenizer.tokenize("AaAb") == ["A", "aA", "b"]
+    assert draft_tokenizer.tokenize("AcKa") == ["Ac", "K", "a"]
+    assert 0.6 < shared_words().coverage < 1

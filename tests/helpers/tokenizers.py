@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import cache
 
@@ -15,36 +16,41 @@ from specdec.drafters.other_tokenizer import OtherTokenizerDrafter
 from specdec.drafters.shared_vocabulary import SharedVocabulary
 from tests.helpers.families import VOCAB_SIZE
 
-CHARACTERS = [chr(0x4E00 + index) for index in range(VOCAB_SIZE)]  # three bytes each
-NUM_PAIRS = 12  # tokens of a draft tokenizer that are two characters
+FIRST, SECOND = "ABCDEFGHIJK", "abcdefghij"
+WORDS = [FIRST[index // 10] + SECOND[index % 10] for index in range(VOCAB_SIZE)]
+CROSSING = [SECOND[index] + FIRST[index] for index in range(10)]  # tokens of the draft tokenizer across two words
 
 
-def tokenizer_of(tokens: list[str], **special: str) -> PreTrainedTokenizerFast:
-    """A BPE tokenizer with these tokens, by id, of one or two characters; pairs are merged in the order of their ids.
+def tokenizer_of(tokens: list[str], pairs: Sequence[str] | None = None, **special: str) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer with these tokens, by id, of one or two characters.
 
-    special: eos_token and the like, which are among the tokens.
+    pairs: those of two in the order in which they are merged; None: that of the ids. special: eos_token and the like,
+    which are among the tokens.
     """
-    pairs = [(token[0], token[1]) for token in tokens if len(token) == 2]
-    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, pairs))
+    merges = [(pair[0], pair[1]) for pair in pairs or tokens if len(pair) == 2]
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 @cache
-def character_pair() -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast, Tensor]:
-    """A target's tokenizer of VOCAB_SIZE characters, and one with the same at other ids, but for NUM_PAIRS of them.
+def word_pair() -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast, Tensor]:
+    """A target's tokenizer whose ids below VOCAB_SIZE are words of two letters, and one of most of them at other ids.
 
-    The last characters are not in it, and it has pairs of others. -> both, and the target's id of each draft id.
+    In place of the last words the draft tokenizer has the letters, and pairs of letters across two words, which it
+    merges first: so the end of a text is often encoded otherwise when it grows. -> both, and for each draft id the
+    target's id in whose place it is.
     """
+    letters = [*FIRST, *SECOND]
     order = torch.randperm(VOCAB_SIZE, generator=torch.Generator().manual_seed(3))
-    pairs = [CHARACTERS[index] + CHARACTERS[index + 20] for index in range(20, 20 + NUM_PAIRS)]
-    replaced = dict(zip(CHARACTERS[-NUM_PAIRS:], pairs, strict=True))
-    tokens = [replaced.get(CHARACTERS[index], CHARACTERS[index]) for index in order.tolist()]
-    return tokenizer_of(CHARACTERS), tokenizer_of(tokens), order
+    replaced = dict(zip(reversed(WORDS), [*letters, *CROSSING], strict=False))
+    tokens = [replaced.get(WORDS[index], WORDS[index]) for index in order.tolist()]
+    pairs = [*CROSSING, *(word for word in WORDS if word in tokens)]
+    return tokenizer_of([*WORDS, *letters]), tokenizer_of(tokens, pairs), order
 
 
 @cache
-def shared_characters() -> SharedVocabulary:
-    return SharedVocabulary(*character_pair()[:2])
+def shared_words() -> SharedVocabulary:
+    return SharedVocabulary(*word_pair()[:2])
 
 
 @torch.no_grad()
@@ -58,9 +64,9 @@ def permuted(model: PreTrainedModel, order: Tensor) -> PreTrainedModel:
 
 
 def other_tokenizer(model: PreTrainedModel) -> OtherTokenizerDrafter:
-    """A drafter that drafts as this model of VOCAB_SIZE ids, in the other encoding of character_pair."""
-    draft = permuted(model, character_pair()[2])
-    return OtherTokenizerDrafter(draft, VOCAB_SIZE, shared_characters())
+    """A drafter that drafts as this model of VOCAB_SIZE ids, in the other encoding of word_pair."""
+    draft = permuted(model, word_pair()[2])
+    return OtherTokenizerDrafter(draft, VOCAB_SIZE, shared_words())
 
 
 def byte_level(corpus: list[str], vocab_size: int, **special: str) -> PreTrainedTokenizerFast:
