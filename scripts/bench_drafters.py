@@ -2,11 +2,13 @@
 
     python scripts/bench_drafters.py --pair embedded --output benchmarks/results/bench_drafters-embedded.json
     python scripts/bench_drafters.py --pair smollm2 --prompts FILE --workload prompts edits json again
+    python scripts/bench_drafters.py --draft build/pairs/smollm2/target --workload prompts
 
 Target and draft model in 4 bits, compiled; interleaved rounds of whole calls, prompts included. Ratios are taken
 within a round. Workloads: "prompts", the embedded ones or those of a file; "edits", code that is to be written again
 with a change; "json", records as JSON; "again", the prompts asked twice, of which the second time counts. In all others
-a drafter begins each round without earlier answers. With a chat template, prompts are turns of a user.
+a drafter begins each round without earlier answers. With a chat template, prompts are turns of a user. --draft: of a
+draft model of another tokenizer, the report has the fraction of the target's ids that it can draft.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +33,7 @@ from common.report import emit
 from peers.engines import override, using_threads
 from peers.machine import CpuTimes
 from peers.measure import ratios
-from peers.pairs import NAMES
+from peers.pairs import NAMES, load_int4
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -40,14 +43,14 @@ from transformers.utils import logging
 import specdec
 from specdec.core.interfaces import Drafter
 from specdec.core.sampling import Verification
-from specdec.drafters.resolve import with_suffix_decoding
+from specdec.drafters.resolve import check_pair, with_suffix_decoding
 from specdec.experiments.workloads import Dataset, Stdlib, encode
 from specdec.runtime.loading import load_tokenizer
 from specdec.utils.provenance import provenance
 
 WORKLOADS = ("prompts", "edits", "json", "again")
 COMPILED = True
-TOKEN_BY_TOKEN = "draft model, by token"  # verified token by token, in sampled calls
+BY_TOKEN = "draft model, by token"  # verified token by token, in sampled calls
 PAD = 0
 PEOPLE = ("Ada Byron", "Alan Turing", "Grace Hopper", "Edsger Dijkstra", "Barbara Liskov", "Donald Knuth")
 CITIES = ("London", "Paris", "New York", "Rotterdam", "Los Angeles", "Milwaukee")
@@ -148,9 +151,17 @@ class Bench:
         return Pass(ids, seconds, steps, drafted, accepted)
 
 
-def warned_as_errors() -> warnings.catch_warnings:
+@contextmanager
+def warned_as_errors() -> Iterator[None]:
     """Figures of forwards that run eagerly would be another's."""
-    return warnings.catch_warnings(action="error" if COMPILED else "default", category=UserWarning)
+    with warnings.catch_warnings(action="error" if COMPILED else "default", category=UserWarning):
+        warnings.filterwarnings("ignore", message="the draft model has another tokenizer")
+        yield
+
+
+def compared(candidates: Sequence[Candidate], sampling: str) -> list[Candidate]:
+    """Those whose texts or times can differ: greedy calls have one way to verify."""
+    return [candidate for candidate in candidates if sampling == "sampled" or candidate.name != BY_TOKEN]
 
 
 def measure(
@@ -216,6 +227,7 @@ def show(report: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", default="embedded", help=f"{', '.join(NAMES)}, or a folder with target/ and draft/")
+    parser.add_argument("--draft", type=Path, metavar="FOLDER", help="a further draft model")
     parser.add_argument(
         "--prompts", help="a json or jsonl file, or a dataset on the hub; default: the embedded prompts"
     )
@@ -245,26 +257,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ]
             for name in args.workload
         }
+        makers: dict[str, Callable[[], PreTrainedModel | Drafter | str]] = {}
+        if pair.draft is not None:
+            draft = pair.load_draft(args.dtype, int4=True)
+            makers |= dict.fromkeys(("draft model", BY_TOKEN), lambda: draft)
+            makers["suffix + draft model"] = lambda: with_suffix_decoding(draft, target)
+        makers |= {"prompt lookup": lambda: "prompt_lookup", "suffix": lambda: "suffix"}
+        coverage = None
+        if args.draft is not None:
+            further = load_int4(args.draft, args.dtype)
+            makers["further draft"] = lambda: further
+            with warned_as_errors():
+                shared = check_pair(target, further)
+            coverage = 1.0 if shared is None else round(shared.coverage, 4)
     except ValueError as error:
         console.print(f"bench_drafters: {error}", style="red")
         return 1
     lengths = [int(k) if k.isdecimal() else k for k in args.num_draft_tokens]
     candidates = [Candidate("plain", lambda: "none", None)]
-    if pair.draft is not None:
-        draft = pair.load_draft(args.dtype, int4=True)
-        candidates += [Candidate("draft model", lambda: draft, k) for k in lengths]
-        candidates += [Candidate(TOKEN_BY_TOKEN, lambda: draft, k, "token") for k in lengths]
-        candidates += [
-            Candidate("suffix + draft model", lambda: with_suffix_decoding(draft, target), k) for k in lengths
-        ]
-    candidates += [Candidate("prompt lookup", lambda: "prompt_lookup", k) for k in lengths]
-    candidates += [Candidate("suffix", lambda: "suffix", k) for k in lengths]
+    candidates += [
+        Candidate(name, make, k, "token" if name == BY_TOKEN else "block")
+        for name, make in makers.items()
+        for k in lengths
+    ]
     before = CpuTimes.now()
     workloads: dict[str, list[dict[str, Any]]] = {}
     with Progress(console=console) as progress:
-        by_token = sum(candidate.name == TOKEN_BY_TOKEN for candidate in candidates)
-        num_candidates = sum(len(candidates) - by_token * (sampling == "greedy") for sampling in args.sampling)
-        total = len(prompts) * len(args.batch) * num_candidates * (1 + args.rounds)
+        num_compared = sum(len(compared(candidates, sampling)) for sampling in args.sampling)
+        total = len(prompts) * len(args.batch) * num_compared * (1 + args.rounds)
         task = progress.add_task("", total=total)
         for name, ids in prompts.items():
             bench, workloads[name] = Bench(target, ids, args), []
@@ -276,9 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     ) -> None:
                         progress.update(task, advance=1, description=f"{what}: {candidate}")
 
-                    sampled = sampling == "sampled"
-                    compared = [one for one in candidates if sampled or one.name != TOKEN_BY_TOKEN]
-                    workloads[name] += measure(bench, compared, batch, sampled, name == "again", args.rounds, on_call)
+                    chosen, is_sampled = compared(candidates, sampling), sampling == "sampled"
+                    workloads[name] += measure(bench, chosen, batch, is_sampled, name == "again", args.rounds, on_call)
     after = CpuTimes.now()
     idle = None if before is None or after is None else round(before.idle_otherwise(after), 3)
     report = {
@@ -287,6 +306,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "provenance": origin | {"idle_otherwise": idle},
         "threads": args.threads,
         "new_tokens": args.new_tokens,
+        "draft": None if args.draft is None else str(args.draft),
+        "draft_coverage": coverage,
         "workloads": workloads,
     }
     show(report)

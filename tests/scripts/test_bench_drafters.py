@@ -8,6 +8,8 @@ from pathlib import Path
 import bench_drafters
 import pytest
 
+from specdec.utils import embedded
+
 QUICK = ["--count", "3", "--new-tokens", "12", "--rounds", "1", "--batch", "3", "--num-draft-tokens", "4"]
 
 
@@ -19,12 +21,14 @@ def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_ends_with_tables_and_a_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "drafters.json"
     arguments = [*QUICK, "--threads", "1", "--max-prompt-tokens", "40", "--workload", "again"]
+    arguments += ["--draft", str(embedded.DRAFT)]
     assert bench_drafters.main([*arguments, "--output", str(output)]) == 0
     report = json.loads(output.read_text(encoding="utf-8"))
     assert list(report["workloads"]) == ["again"]
     assert report["provenance"]["torch"]
+    assert report["draft_coverage"] == 1.0  # of the same tokenizer
     for rows in report["workloads"].values():
-        names = ["plain", "draft model", "suffix + draft model", "prompt lookup", "suffix"]
+        names = ["plain", "draft model", "suffix + draft model", "prompt lookup", "suffix", "further draft"]
         by_token = "draft model, by token"
         assert [row["drafter"] for row in rows if row["sampling"] == "greedy"] == names
         assert [row["drafter"] for row in rows if row["sampling"] == "sampled"] == [*names[:2], by_token, *names[2:]]
@@ -34,6 +38,7 @@ def test_a_run_ends_with_tables_and_a_json(tmp_path: Path, capsys: pytest.Captur
             assert row["identical_rows"] == (3 if row["sampling"] == "greedy" else None)
         assert rows[0]["acceptance"] is None
         assert rows[1]["acceptance"] > 0  # of the draft model
+        assert rows[5]["tokens_per_step"] == rows[1]["tokens_per_step"]  # the same one
         assert rows[0]["tokens_per_step"] == 1.0
         assert rows[0]["ratio_to_plain"]["median"] == 1.0
     of_model, of_both, of_lookup, of_suffix = (row["tokens_per_step"] for row in report["workloads"]["again"][1:5])
