@@ -143,7 +143,7 @@ class TransformersEngine:
         torch.manual_seed(task.seed)
         started, cpu_started = time.perf_counter(), time.process_time()
         output = self.target.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=task.new_tokens, **sampling, **self.options
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=task.new_tokens, **sampling | self.options
         )
         new = output[:, ids.shape[1] :].tolist()
         return CallResult(new, time.perf_counter() - started, time.process_time() - cpu_started)

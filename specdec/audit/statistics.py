@@ -6,13 +6,17 @@ resumed and extended at will. Here E_t is the mean wealth of bettors against the
 Shafer, Testing by Betting (2021); Waudby-Smith and Ramdas, Estimating Means of Bounded Random Variables by Betting
 (2024). A bettor multiplies its wealth by 1 + stake * (z - E_p[z]) for a feature z in [0, 1] of the id. Wealth is kept
 as logarithms, in float64.
+
+Where no law is known, draws of two loops are compared: a permutation test of whether both have one law.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -165,3 +169,118 @@ def smallest_shift(
         is_found = power(histogram, middle, alpha, num_bettors, tolerance) >= wanted
         low, high = (low, middle) if is_found else (middle, high)
     return high
+
+
+@dataclass(frozen=True)
+class TwoSamples:
+    """Are the draws of two loops from the same laws? A permutation test over several contexts.
+
+    first, second: for each context the outcomes that each loop drew, equally many. The statistic is the sum, over
+    contexts and outcomes, of the squared difference of the two counts, less its mean over permutations. Under the
+    hypothesis, which of the pooled draws are the first loop's is random, so the p-value is exact whatever the law.
+    """
+
+    first: Sequence[Sequence[Hashable]]
+    second: Sequence[Sequence[Hashable]]
+    num_permutations: int = 4999
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        sizes = [[len(draws) for draws in sample] for sample in (self.first, self.second)]
+        if sizes[0] != sizes[1] or not all(sizes[0]) or not sizes[0]:
+            raise ValueError(f"two samples hold equally many draws for each context, not {sizes[0]} and {sizes[1]}")
+
+    @cached_property
+    def _pooled(self) -> list[Tensor]:
+        """[2N] int64 of each context: outcomes by number, the first loop's draws first."""
+        return [_numbered([*a, *b]) for a, b in zip(self.first, self.second, strict=True)]
+
+    @cached_property
+    def statistic(self) -> float:
+        return sum(
+            float(
+                squared_differences(_counts(pooled[None, : len(pooled) // 2], int(pooled.max()) + 1), pooled.bincount())
+            )
+            for pooled in self._pooled
+        )
+
+    @cached_property
+    def _permuted(self) -> Tensor:
+        """The statistic under random assignments of the pooled draws: [num_permutations] float64."""
+        generator = torch.Generator().manual_seed(self.seed)
+        statistics = torch.zeros(self.num_permutations, dtype=torch.float64)
+        for pooled in self._pooled:
+            order = torch.rand(self.num_permutations, len(pooled), generator=generator).argsort(1)
+            totals = pooled.bincount()
+            statistics += squared_differences(_counts(pooled[order[:, : len(pooled) // 2]], len(totals)), totals)
+        return statistics
+
+    @property
+    def p_value(self) -> float:
+        as_large = int((self._permuted >= self.statistic - 1e-9).sum())
+        return (1 + as_large) / (1 + self.num_permutations)
+
+    def smallest_shift(self, alpha: float, wanted: float = 0.95, num_runs: int = 400) -> float:
+        """The smallest shift that as many draws would show with probability `wanted`; 1 if none.
+
+        As the mean total variation over contexts, of a shift towards the most likely outcome of each: a share of the
+        draws is replaced by it. By simulation, with the pooled draws as the law.
+        """
+        critical = float(torch.quantile(self._permuted, 1 - alpha))
+        laws = [pooled.bincount().double() / len(pooled) for pooled in self._pooled]
+        variation = math.fsum(1 - float(law.max()) for law in laws) / len(laws)  # where the share is 1
+
+        def power(share: float) -> float:
+            generator = torch.Generator().manual_seed(self.seed)
+            statistics = torch.zeros(num_runs, dtype=torch.float64)
+            for law, draws in zip(laws, self.first, strict=True):
+                shifted = (1 - share) * law
+                shifted[law.argmax()] += share
+                first, second = (
+                    _counts(torch.multinomial(p.expand(num_runs, -1), len(draws), True, generator=generator), len(p))
+                    for p in (law, shifted)
+                )
+                statistics += squared_differences(first, first + second)
+            return float((statistics > critical).double().mean())
+
+        low, high = 1e-3, 1.0
+        if power(high) < wanted:
+            return 1.0
+        while high / low > 1.03:
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if power(middle) >= wanted else (middle, high)
+        return high * variation
+
+
+def squared_differences(counts: Tensor, totals: Tensor) -> Tensor:
+    """Sum of squared differences of two samples' counts, less its mean over permutations: [..., M] -> [...].
+
+    counts: of each outcome in the first sample; totals: in both, which are equally large.
+    """
+    totals = totals.double()
+    size = totals.sum(-1, keepdim=True)
+    return ((2 * counts - totals) ** 2 - totals * (size - totals) / (size - 1)).sum(-1)
+
+
+def repetition_p_value(samples: Sequence[Sequence[Hashable]], num_permutations: int = 4999, seed: int = 0) -> float:
+    """Is each draw independent of the one before it? A permutation test of how many equal it, over all contexts."""
+    generator = torch.Generator().manual_seed(seed)
+    repeated, permuted = 0, torch.zeros(num_permutations, dtype=torch.int64)
+    for draws in samples:
+        numbers = _numbered(draws)
+        repeated += int((numbers[1:] == numbers[:-1]).sum())
+        shuffled = numbers[torch.rand(num_permutations, len(numbers), generator=generator).argsort(1)]
+        permuted += (shuffled[:, 1:] == shuffled[:, :-1]).sum(1)
+    return (1 + int((permuted >= repeated).sum())) / (1 + num_permutations)
+
+
+def _numbered(outcomes: Sequence[Hashable]) -> Tensor:
+    """[N] int64: equal outcomes have equal numbers, from 0."""
+    numbers: dict[Hashable, int] = {}
+    return torch.tensor([numbers.setdefault(outcome, len(numbers)) for outcome in outcomes])
+
+
+def _counts(numbers: Tensor, num_outcomes: int) -> Tensor:
+    """How often each number is in each row: [R, N] -> [R, num_outcomes] float64."""
+    counts = torch.zeros(len(numbers), num_outcomes, dtype=torch.float64)
+    return counts.scatter_add_(1, numbers, torch.ones((), dtype=torch.float64).expand_as(numbers))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -10,12 +12,15 @@ from scipy import stats
 
 from specdec.audit.statistics import (
     STAKES,
+    TwoSamples,
     bets_on_feature,
     binomial_cdf,
     clopper_pearson,
     mean_log_wealth,
     power,
+    repetition_p_value,
     smallest_shift,
+    squared_differences,
 )
 
 ALPHA = 0.01
@@ -103,3 +108,61 @@ def test_a_shift_within_the_tolerance_is_never_found() -> None:
 def test_four_times_the_draws_find_half_the_shift() -> None:
     few, many = (smallest_shift([count] * 20, ALPHA, len(STAKES)) for count in (100, 400))
     assert few / many == pytest.approx(2, rel=0.15)
+
+
+WEIGHTS = ([20, 10, *[1] * 20], [30, *[2] * 15])  # of the outcomes in two contexts
+
+
+def samples(draws: random.Random, count: int, share: float = 0.0) -> list[list[int]]:
+    """Of a loop that takes the most likely outcome for a share of its draws."""
+    return [
+        [0 if draws.random() < share else draws.choices(range(len(w)), w)[0] for _ in range(count)] for w in WEIGHTS
+    ]
+
+
+def test_the_statistic_is_zero_on_average_over_all_assignments() -> None:
+    """And before that is subtracted, it is the sum of squared differences of counts."""
+    pooled = [0, 0, 0, 1, 1, 2]
+    totals = torch.tensor(pooled).bincount()
+    found = []
+    for chosen in itertools.combinations(range(6), 3):
+        counts = torch.tensor([pooled[index] for index in chosen]).bincount(minlength=3)
+        found.append(float(squared_differences(counts, totals)))
+    assert math.fsum(found) == pytest.approx(0)
+    assert max(found) - min(found) == (3**2 + 2**2 + 1) - (1 + 0 + 1)
+
+
+def test_two_samples_of_one_law_are_rejected_as_often_as_stated() -> None:
+    draws = random.Random(0)
+    p_values = [TwoSamples(samples(draws, 40), samples(draws, 40), 199, seed).p_value for seed in range(200)]
+    assert sum(p <= 0.05 for p in p_values) <= 20  # binomial, P(more than 20) < 1e-3
+    assert 70 <= sum(p <= 0.5 for p in p_values) <= 130
+
+
+def test_a_shift_of_the_stated_size_is_found_and_half_of_it_is_not() -> None:
+    draws = random.Random(1)
+    smallest = TwoSamples(samples(draws, 300), samples(draws, 300)).smallest_shift(ALPHA)
+    share = smallest / (sum(1 - max(w) / sum(w) for w in WEIGHTS) / 2)
+    assert 0.05 < smallest < 0.2
+
+    def num_found(share: float) -> int:
+        pairs = [TwoSamples(samples(draws, 300), samples(draws, 300, share), 399) for _ in range(40)]
+        return sum(pair.p_value <= ALPHA for pair in pairs)
+
+    assert num_found(share) >= 33
+    assert num_found(share / 2) <= 25
+
+
+def test_samples_that_cannot_tell_have_no_smallest_shift() -> None:
+    few = TwoSamples([[0, 1]], [[1, 2]], 99)
+    assert few.smallest_shift(ALPHA) == 1
+    with pytest.raises(ValueError, match=r"equally many draws for each context, not \[2\] and \[1\]"):
+        TwoSamples([[0, 1]], [[1]])
+
+
+def test_draws_that_repeat_the_one_before_are_found() -> None:
+    draws = random.Random(2)
+    independent = samples(draws, 200)
+    repeating = [[outcome for outcome in some[:100] for _ in range(2)] for some in independent]
+    assert repetition_p_value(independent, 999) > ALPHA
+    assert repetition_p_value(repeating, 999) == 1 / 1000
