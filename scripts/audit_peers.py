@@ -5,7 +5,7 @@ With --sampled: do they draw from plain decoding's law?
     python scripts/bench_peers.py --setup-peers           # once
     python scripts/audit_peers.py                         # the embedded pair, 48 prompts, batches of 1 and 4
     python scripts/audit_peers.py --pair smollm2 --output benchmarks/results/audit_peers-smollm2.json
-    python scripts/audit_peers.py --sampled --draws 300   # of each of 4 contexts, one row at a time
+    python scripts/audit_peers.py --sampled --draws 200   # of each of 3 contexts, one row at a time
 
 Each text is compared, id by id, with the one that the same runtime writes by plain decoding of single rows, from the
 same weights. Runtimes hold the target in their own 4-bit formats, so their texts are not compared with each other.
@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--num-draft-tokens", type=int, default=3, metavar="K")
     parser.add_argument("--sampled", action="store_true", help="compare sampled ids instead of greedy texts")
-    parser.add_argument("--contexts", type=int, default=4, help="with --sampled: prompts, each a short one")
-    parser.add_argument("--draws", type=int, default=300, help="with --sampled: of each context")
+    parser.add_argument("--contexts", type=int, default=3, help="with --sampled: prompts, each a short one")
+    parser.add_argument("--draws", type=int, default=200, help="with --sampled: of each context")
     parser.add_argument("--output", type=Path, help="write the JSON there too")
     args = parser.parse_args(arguments)
     if args.batch[0] != 1 or args.prompts % max(args.batch):

@@ -22,7 +22,7 @@ COMPARED_TOKENS, NEW_TOKENS = 3, 4  # of a call: one more id than is compared, s
 CONTEXT_TOKENS, REPEATED_TOKENS = 16, 8  # of a prompt, and its first ones once more, for lookups to find
 LIKELIEST = (0.3, 0.8)  # probability of the most likely next id: neither flat nor certain
 STEP_TOKENS = 16  # of the calls whose tokens per step are counted
-TEMPERATURE = 1.1  # of a control, in place of 1
+TEMPERATURE = 1.2  # of a control, in place of 1
 MISTAKE = "last_id"  # of a control
 
 Draws = list[list[tuple[int, ...]]]  # by context
