@@ -279,16 +279,17 @@ class _Bets:
         """One id of each of R rows, the last of texts [R, L]; its law [R, V] and logits [R, V] under plain decoding."""
         sample = self.sample
         change = law_change = torch.zeros(len(positions))
+        p = probs.double()
+        p = own = p / p.sum(1, keepdim=True)
         steps = [(position.step, position.column) for position in positions if position.step is not None]
         if steps:
             own_logits = torch.stack([step.logits[column].cpu() for step, column in steps])
             own_scores = torch.stack([step.scores[column].cpu() for step, column in steps])
             change = (own_logits - logits).abs().amax(1) / logits.abs().amax(1).clamp(min=1e-30)
             law_change = (own_scores.softmax(-1) - probs).abs().sum(1) / 2
+            own = own_scores.double().softmax(-1)
         sample.max_logit_difference = max(sample.max_logit_difference, float(change.max()))
 
-        p = probs.double()
-        p = p / p.sum(1, keepdim=True)
         drawn = texts[:, -1:]
         likelihood = p.gather(1, drawn)
         uniform = torch.rand(len(p), generator=self.generator, dtype=torch.float64)
@@ -303,6 +304,11 @@ class _Bets:
         sample.impossible += int((likelihood == 0).sum())
         by_row = {name: feature.clamp(max=1).T.tolist() for name, feature in features.items()}
         tolerances = law_change.double().tolist()
+        # Rare ids could hide in a whole law's tolerance: here it is how much rounding changes the probability of these.
+        event_tolerances = {
+            "rare": (own - p).where(p < RARE, 0).sum(1).abs().tolist(),
+            "impossible": own.where(p == 0, 0).sum(1).tolist(),
+        }
         for row, (position, (*prefix, token)) in enumerate(zip(positions, texts.tolist(), strict=True)):
             if tolerances[row] > self.max_law_rounding:  # known before the id is drawn, so no choice of ids
                 sample.excluded += 1
@@ -318,7 +324,8 @@ class _Bets:
                 for feature in FEATURES[group]:
                     if feature != "draft" or position.is_draft:
                         z, mean = repeated if feature == "repeated" else by_row[feature][row]
-                        self.placed[group, feature].append((z, mean, tolerances[row]))
+                        tolerance = event_tolerances.get(feature, tolerances)[row]
+                        self.placed[group, feature].append((z, mean, tolerance))
 
     @staticmethod
     def _toward_draft(positions: list[_Position], drawn: Tensor, p: Tensor) -> Tensor:

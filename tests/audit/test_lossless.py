@@ -24,7 +24,7 @@ from specdec.audit.identity import Divergence, explain, first_difference
 from specdec.audit.lossless import TRANSFORMERS, Audit, Settings, audit_lossless
 from specdec.audit.page import render_page
 from specdec.audit.reference import replay
-from specdec.audit.sampling import BETTORS, CALLS, _positions, _Step, draw_and_replay
+from specdec.audit.sampling import BETTORS, CALLS, GROUPS, Sample, _Bets, _Position, _positions, _Step, draw_and_replay
 from specdec.audit.statistics import RepeatedPrefixes
 from specdec.audit.widths import combine, measure_batch
 from specdec.core import verification
@@ -181,6 +181,22 @@ def test_the_groups_of_ids_are_known_before_they_are_drawn() -> None:
         ["all"],
         ["all", "draft"],
     ]
+
+
+@pytest.mark.parametrize(("impossible", "is_found"), [(5, True), (0, False)])
+def test_rounding_excuses_no_impossible_id(impossible: int, is_found: bool) -> None:
+    """Rounding changes this law by 2 %, but two ids have probability 0 before and after."""
+    law, own = torch.tensor([[0.5, 0.5, 0, 0]]), torch.tensor([[0.52, 0.48, 0, 0]])
+    step = _Step(0, torch.empty(0, dtype=torch.int64), None, 1, 0, own.log(), own.log())
+    sample = Sample([0.0] * len(BETTORS), dict.fromkeys(GROUPS, 0), [])
+    bets = _Bets(RepeatedPrefixes(), torch.empty(0, dtype=torch.int64), 0, 0.1, sample)
+    for number in range(300):
+        drawn = 2 if number < impossible else number % 2
+        bets.place([_Position(step)], torch.tensor([[number, drawn]]), law, law.log(), has_stops=False)
+    bets.finish()
+    assert (sample.impossible, sample.excluded, sample.num_ids["all"]) == (impossible, 0, 300)
+    log_e = BETTORS.log_e_value(torch.tensor(sample.log_wealth, dtype=torch.float64))
+    assert (log_e >= math.log(1000)) == is_found
 
 
 def test_prompts_are_read_in_chunks_where_that_is_audited(monkeypatch: pytest.MonkeyPatch) -> None:
