@@ -56,6 +56,7 @@ LIMITS = [
     "Ids are sampled at temperature 1 without further processors, whose laws an API does not give.",
 ]
 NO_IDS = "the servers do not show the ids of texts and the most likely next ids, so texts alone were compared"
+NOT_SAMPLED = "asked for temperature 1, the candidate writes its greedy texts; its model's generation config may say so"
 
 
 @dataclass(frozen=True)
@@ -332,7 +333,9 @@ class ServerAudit:
             texts = (self._texts(self.reference, rows, 1), self._texts(self.candidate, rows, 1, temperature=1.0))
             differing = sum(_content(a) != _content(b) for a, b in zip(*texts, strict=True))
             num_ids = sum(len(text.ids or []) for text in texts[1])
-            return {"found": differing > 0, "num_ids": num_ids, "evidence": f"{differing} of {len(rows)} texts differ"}
+            if differing == 0:
+                return {"found": None, "num_ids": num_ids, "evidence": NOT_SAMPLED}
+            return {"found": True, "num_ids": num_ids, "evidence": f"{differing} of {len(rows)} texts differ"}
         log_wealth = torch.zeros(len(BETTORS), dtype=torch.float64)
         prefixes, num_ids, log_e = RepeatedPrefixes(), 0, 0.0
         for index in range(CONTROL_ROUNDS):
@@ -436,6 +439,7 @@ def certify_server(audit: ServerAudit, origin: dict[str, Any]) -> ServerCertific
     if certificate.sampled.is_rejected:
         faults.append("sampled ids are not drawn from the law of the reference")
     gaps = certificate.gaps(len(audit.mistakes))
+    gaps += [row.evidence for row in certificate.controls if row.found is None]
     if not audit.shows_ids:
         gaps.append(NO_IDS)
     if num_open := sum(found["is_rounding"] is None for found in divergences):

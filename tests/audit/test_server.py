@@ -24,6 +24,7 @@ from specdec.audit.server import (
     BETTORS,
     MISTAKES,
     NO_IDS,
+    NOT_SAMPLED,
     ServerAudit,
     ServerCertificate,
     ServerSettings,
@@ -187,6 +188,23 @@ def test_without_ids_texts_alone_are_compared() -> None:
     assert other.verdict == INCONCLUSIVE
     assert "32 of 32 greedy texts differ, and the API does not show why" in other.reasons
     assert "unknown</td>" in render_page(other)
+
+
+def test_a_server_that_does_not_sample_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers' own does where the model's generation config says do_sample=False."""
+    complete = FakeServer.complete
+
+    def greedy(self: FakeServer, prompt: Any, max_tokens: int, **options: Any) -> Completion:
+        return complete(self, prompt, max_tokens, **options | {"temperature": 0.0})
+
+    monkeypatch.setattr(FakeServer, "complete", greedy)
+    certificate = certificate_of(FakeServer(shows_ids=False), FakeServer(shows_ids=False))
+    assert [(row.name, row.found) for row in certificate.controls] == [("sampled", None)]
+    assert (certificate.verdict, certificate.num_identical) == (INCONCLUSIVE, 32)
+    assert NOT_SAMPLED in certificate.reasons
+    assert not any("not found" in reason for reason in certificate.reasons)
+    shown = certificate_of(FakeServer(), FakeServer())
+    assert (shown.verdict, shown.reasons) == (FAULTY, ["sampled ids are not drawn from the law of the reference"])
 
 
 def test_ids_are_tested_only_where_all_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
