@@ -15,6 +15,7 @@ from typing import Any
 
 import audit_peers
 import pytest
+from peers.draws import ALPHA
 from peers.show import COMPARISON, comparison_rows, is_idle
 from specdec_kernels import cpu
 
@@ -391,6 +392,20 @@ def test_the_texts_of_other_engines_are_those_of_the_results_file() -> None:
     header, *rows = [f"| {' | '.join(row)} |" for row in audit_peers.table_rows(report)]
     section = PAGES["docs/audit.md"].partition("## Other engines")[2].partition("\n## ")[0]
     assert [line for line in section.splitlines() if line.startswith("| ")] == [header, *rows]
+
+
+def test_the_draws_of_other_engines_are_those_of_the_results_file() -> None:
+    report = json.loads((RESULTS / "audit_peers-sampled.json").read_text(encoding="utf-8"))
+    header, *rows = [f"| {' | '.join(row)} |" for row in audit_peers.draw_rows(report)]
+    section = PAGES["docs/audit.md"].partition("## Sampled ids of other engines")[2].partition("\n## ")[0]
+    assert [line for line in section.splitlines() if line.startswith("| ")] == [header, *rows]
+    workload = report["workload"]
+    assert f"{workload['draws']} behind each of {workload['contexts']} contexts" in section
+    assert [result["p_value"] <= ALPHA for result in report["results"]] == [
+        result["is_control"] for result in report["results"]
+    ]
+    assert min(result["repetition_p_value"] for result in report["results"]) > ALPHA
+    assert report["results"][-1]["is_control"]
 
 
 def test_the_scores_of_lm_evaluation_harness_are_those_of_the_results_file() -> None:
