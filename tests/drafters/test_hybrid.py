@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -19,10 +20,21 @@ from specdec.drafters.resolve import resolve_drafter
 from specdec.utils import embedded
 from tests.drafters.test_model import CheckedDrafter, K, noisy, run
 from tests.helpers.families import FAMILIES, VOCAB_SIZE, family, make_model, prompts
+from tests.helpers.tokenizers import other_tokenizer
 
 
 class AtRandom(ExpectedAcceptance):
-    """Prefers either drafter at random."""
+    """Prefers either drafter at random, and counts the rows that took each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_chosen: Counter[str] = Counter()
+
+    def observe_model(self, drafted: int, accepted: int) -> None:
+        self.num_chosen["model"] += 1
+
+    def observe_suffix(self, score: float, accepted: int) -> None:
+        self.num_chosen["suffix"] += 1
 
     def of_model(self, num_ids: int) -> float:
         return num_ids and random.random()
@@ -108,6 +120,22 @@ def test_it_is_named_by_the_folder_of_its_draft_model() -> None:
             resolve_drafter(name, target)
     with pytest.raises(ValueError, match="no such folder"):
         resolve_drafter("suffix+no such folder", target)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_its_draft_model_may_have_another_tokenizer(do_sample: bool) -> None:
+    """top_k=1 samples what greedy decoding writes."""
+    model, call = family("llama"), prompts(3) | {"max_new_tokens": 24, "pad_token_id": 0}
+    plain = model.generate(**call, do_sample=False)
+    drafter = SuffixHybrid(other_tokenizer(noisy("llama", 0.03)))
+    drafter.expected = AtRandom()
+    specdec.enable(model, drafter, num_draft_tokens=4)
+    try:
+        for _ in range(3):
+            assert model.generate(**call, do_sample=do_sample, top_k=1).equal(plain)
+    finally:
+        specdec.disable(model)
+    assert drafter.expected.num_chosen["model"] > 3 < drafter.expected.num_chosen["suffix"]
 
 
 def test_a_second_answer_is_drafted_from_the_first_though_the_draft_model_is_of_no_use() -> None:
