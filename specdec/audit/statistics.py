@@ -277,7 +277,7 @@ def repetition_p_value(samples: Sequence[Sequence[Hashable]], num_permutations: 
 def _numbered(outcomes: Sequence[Hashable]) -> Tensor:
     """[N] int64: equal outcomes have equal numbers, from 0."""
     numbers: dict[Hashable, int] = {}
-    return torch.tensor([numbers.setdefault(outcome, len(numbers)) for outcome in outcomes])
+    return torch.tensor([numbers.setdefault(draw, len(numbers)) for draw in outcomes])
 
 
 def _counts(numbers: Tensor, num_outcomes: int) -> Tensor:
