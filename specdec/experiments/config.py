@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from specdec.core.sampling import VERIFICATIONS, Verification
+from specdec.core.sampling import VERIFICATIONS
 from specdec.draft_length.settings import MAX_DRAFT_TOKENS
 from specdec.drafters.resolve import AUTO, with_suffix_decoding
 from specdec.quant.config import Int4Config
@@ -130,7 +130,7 @@ class ExperimentConfig:
     num_draft_tokens: int | str = 5
     batch_size: int = 1
     compile: bool | str = AUTO
-    verification: Verification = "block"
+    verification: str = "block"
     repetitions: int = 1
     seed: int = 0
     baseline: bool = True

@@ -99,12 +99,13 @@ class Pair:
             )
         switch = SwitchableDrafter(drafter)
         compile: Any = config.compile
+        verification: Any = config.verification
         specdec.enable(
             target,
             switch,
             num_draft_tokens=config.num_draft_tokens,
             compile=compile,
-            verification=config.verification,
+            verification=verification,
             timing=True,
         )
         call = config.sampling.call() | {"pad_token_id": tokenizer.pad_token_id}
