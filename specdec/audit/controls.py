@@ -23,7 +23,6 @@ from specdec.runtime.kv_cache.window import Window
 
 Verify = Callable[[Draft, Tensor, Tensor], Verdict]
 _verify: Verify = verification.verify
-_verify_block = verification.verify_block
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,9 @@ def _replaced(owner: Any, **functions: Any) -> Iterator[None]:
             setattr(owner, name, original)
 
 
-def _verifier(verify: Verify) -> Callable[[], AbstractContextManager[None]]:
+def replace_verifier(verify: Verify) -> Callable[[], AbstractContextManager[None]]:
+    """A context manager in which sampled drafts are verified by this function, whichever way was chosen."""
+
     def verify_block(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> tuple[Verdict, Tensor]:
         return verify(draft, target_probs, uniforms), verification.overlap(draft, target_probs)
 
@@ -118,12 +119,19 @@ def bonus_from_draft(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Ve
     return Verdict(verdict.accepted, torch.where(is_bonus, bonus, verdict.next_ids))
 
 
-def block_with_residual_of_an_id(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Verdict:
-    """Block verification that draws the recovered id from max(p - q, 0), as after a single id."""
-    if draft.probs is None or draft.ids.shape[1] == 0:
+def block_without_rejected_mass(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Verdict:
+    """Block verification that keeps i ids with chance w[i], though later ids may keep them as well."""
+    num_ids = draft.ids.shape[1]
+    if draft.probs is None or num_ids == 0:
         return _verify(draft, target_probs, uniforms)
-    accepted = _verify_block(draft, target_probs, uniforms)[0].accepted
-    return _with_next_ids(draft, target_probs, uniforms, accepted)
+    ids = draft.ids[..., None]
+    p, q = (probs[:, :num_ids].gather(-1, ids)[..., 0] for probs in (target_probs, draft.probs))
+    weights = [torch.ones_like(p[:, 0])]
+    for ratio in torch.where(q > 0, p / q, 0).unbind(1):
+        weights.append((weights[-1] * ratio).clamp(max=1))
+    num_kept = torch.arange(1, num_ids + 1, device=ids.device)
+    is_kept = (uniforms[:, :num_ids] < torch.stack(weights[1:], 1)) & (num_kept <= draft.lengths[:, None])
+    return _with_next_ids(draft, target_probs, uniforms, (is_kept * num_kept).amax(1))
 
 
 def last_id_never_checked(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Verdict:
@@ -182,21 +190,21 @@ def stops_once_a_step(
 
 CONTROLS = {
     "zero_probability": Control(
-        "accepts where u <= p/q, and so ids with p = 0", _verifier(accept_zero_probability), call="grammar"
+        "accepts where u <= p/q, and so ids with p = 0", replace_verifier(accept_zero_probability), call="grammar"
     ),
-    "residual": Control("draws from a residual that is not normalized", _verifier(residual_not_normalized)),
+    "residual": Control("draws from a residual that is not normalized", replace_verifier(residual_not_normalized)),
     "draft_temperature": Control(
         "verifies with draft probabilities of another temperature",
-        _verifier(draft_probs_of_another_temperature),
+        replace_verifier(draft_probs_of_another_temperature),
         needs_probs=True,
     ),
-    "bonus": Control("draws the bonus id from the draft", _verifier(bonus_from_draft)),
-    "block_residual": Control(
-        "verifies by block and draws the recovered id as after a single id",
-        _verifier(block_with_residual_of_an_id),
+    "bonus": Control("draws the bonus id from the draft", replace_verifier(bonus_from_draft)),
+    "block_mass": Control(
+        "verifies by block and keeps too many draft ids",
+        replace_verifier(block_without_rejected_mass),
         needs_probs=True,
     ),
-    "last_id": Control("never checks the last draft id", _verifier(last_id_never_checked)),
+    "last_id": Control("never checks the last draft id", replace_verifier(last_id_never_checked)),
     "stale_slot": Control("leaves the KV entry of a rejected draft id visible", stale_slot_visible),
     "stops": Control(
         "looks for a stop id once a step",

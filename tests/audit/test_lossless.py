@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import specdec
 from specdec.audit.certificate import Certificate, certify
-from specdec.audit.controls import CONTROLS
+from specdec.audit.controls import CONTROLS, replace_verifier
 from specdec.audit.evidence import Evidence
 from specdec.audit.findings import FAULTY, INCONCLUSIVE, LOSSLESS, ROUNDING
 from specdec.audit.identity import Divergence, explain, first_difference
@@ -27,7 +27,6 @@ from specdec.audit.reference import replay
 from specdec.audit.sampling import BETTORS, CALLS, GROUPS, Sample, _Bets, _Position, _positions, _Step, draw_and_replay
 from specdec.audit.statistics import RepeatedPrefixes
 from specdec.audit.widths import combine, measure_batch
-from specdec.core import verification
 from specdec.core.steps import Draft, Verdict
 from specdec.drafters.resolve import with_suffix_decoding
 from specdec.runtime.loading import load, load_tokenizer
@@ -235,18 +234,18 @@ def test_half_of_a_broken_loops_samples_are_no_result() -> None:
     specdec.disable(audit.model)
 
 
-def test_a_broken_verifier_is_not_lossless(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_verifier_is_not_lossless() -> None:
     """The verdict of a user's broken loop, not only the controls' row."""
 
     def accept_everything(draft: Draft, target_probs: torch.Tensor, uniforms: torch.Tensor) -> Verdict:
         next_ids = target_probs[torch.arange(len(draft.lengths)), draft.lengths].argmax(-1)
         return Verdict(draft.lengths, next_ids)
 
-    monkeypatch.setattr(verification, "verify", accept_everything)
     audit = audit_of()
     evidence = audit.evidence
-    for index in range(3):
-        evidence.add(("sampled", "draft", "plain", index), 1.0, audit.sample("draft", "plain", index))
+    with replace_verifier(accept_everything)():
+        for index in range(3):
+            evidence.add(("sampled", "draft", "plain", index), 1.0, audit.sample("draft", "plain", index))
     specdec.disable(audit.model)
     certificate = certify(evidence, None, True, 0.001, 0.0, 0.0, "audit", {})
     assert certificate.verdict == FAULTY

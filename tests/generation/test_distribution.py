@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import specdec
+from specdec.audit.controls import replace_verifier
 from specdec.core import verification
 from specdec.core.interfaces import Drafter
 from specdec.core.sampling import Sampling, Verification, draw
@@ -216,14 +217,9 @@ class OtherTemperature(ModelDrafter):
 
 @pytest.mark.parametrize("drafter", ["model", "random", "always_right", "prompt_lookup", "other_tokenizer"])
 @pytest.mark.parametrize("broken", [accept_everything, recover_from_the_target])
-def test_control_a_broken_verifier_is_found(
-    drafter: str, broken: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(verification, "verify", broken)
-    monkeypatch.setattr(
-        verification, "verify_block", lambda draft, p, u: (broken(draft, p, u), verification.overlap(draft, p))
-    )
-    [p] = sampled_p_values(DRAFTERS[drafter](tiny_model(0)), "temperature")
+def test_control_a_broken_verifier_is_found(drafter: str, broken: Callable[..., Verdict]) -> None:
+    with replace_verifier(broken)():
+        [p] = sampled_p_values(DRAFTERS[drafter](tiny_model(0)), "temperature")
     assert p < SIGNIFICANCE
 
 
