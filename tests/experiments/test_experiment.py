@@ -50,6 +50,7 @@ CONF = ROOT / "conf"
 REQUIRED = {
     "target/model": ["target.path=m"],
     "drafter/model": ["drafter.path=m"],
+    "drafter/suffix_and_model": ["drafter.path=m"],
     "workload/dataset": ["workload.path=a.jsonl"],
     "workload/spec_bench": ["workload.path=a.jsonl"],
     "experiment/spec_bench": ["target.path=m", "drafter.path=m", "workload.path=a.jsonl"],
