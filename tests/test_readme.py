@@ -356,7 +356,14 @@ def test_the_certificates_are_those_of_their_files() -> None:
             ["draft_temperature"] if name == "smollm2" else []
         )
         assert not any(control["found"] is False for control in found["controls"])
-    assert set(certificates) >= {"embedded", "long", "smollm2", "transformers", "llamacpp-server", "transformers-server"}
+    assert set(certificates) >= {
+        "embedded",
+        "long",
+        "smollm2",
+        "transformers",
+        "llamacpp-server",
+        "transformers-server",
+    }
     page = " ".join(PAGES["docs/audit.md"].split())
     impossible = re.search(r"(\d+) of (\d+) ids in such calls have probability 0", page)
     assert impossible is not None
