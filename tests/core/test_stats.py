@@ -354,7 +354,7 @@ class Coins:
 
 
 def test_mean_acceptance_length_is_the_expected_number_of_ids_that_a_drafting_step_emits() -> None:
-    """A draft id is accepted and no stop with probability b, so a step emits 1 + b + b^2 + ... + b^K ids."""
+    """Token by token, a draft id is accepted and no stop with probability b, so a step emits 1 + b + b^2 + ... + b^K ids."""
     torch.manual_seed(0)
     rows = 3000
     sequences = Sequences(
@@ -362,7 +362,7 @@ def test_mean_acceptance_length_is_the_expected_number_of_ids_that_a_drafting_st
         stop_ids=torch.tensor([0]),
     )  # fmt: skip
     counter, coins = StatsCounter(rows, K), Coins()
-    for result in speculate(coins, coins, sequences, Sampling(do_sample=True), ConstantK(K)):
+    for result in speculate(coins, coins, sequences, Sampling(do_sample=True, verification="token"), ConstantK(K)):
         counter.add(result)
     stats = counter.stats()
     both = torch.minimum(coins.p, coins.q)
