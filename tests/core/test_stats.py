@@ -354,7 +354,7 @@ class Coins:
 
 
 def test_mean_acceptance_length_is_the_expected_number_of_ids_that_a_drafting_step_emits() -> None:
-    """Token by token, a draft id is accepted and no stop with probability b, so a step emits 1 + b + b^2 + ... + b^K ids."""
+    """By token, a draft id is accepted and no stop with probability b, so a step emits 1 + b + b^2 + ... + b^K ids."""
     torch.manual_seed(0)
     rows = 3000
     sequences = Sequences(
