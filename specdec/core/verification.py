@@ -89,7 +89,8 @@ def verify_block(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> tuple[
     """Block verification of a batch of drafts with probabilities; arguments as in verify().
 
     -> the verdict, and for each draft id its chance to be accepted after those before it: sum(min(p, q / w)) [B, K]
-    float32, which is overlap() where w = 1. A row's `lengths` may depend on the ids before, not on those left out.
+    float32, which is overlap() where w = 1; 0 beyond a row's draft. A row's `lengths` may depend on the ids before, not
+    on those left out.
     """
     assert draft.probs is not None
     num_ids = draft.ids.shape[1]
@@ -115,7 +116,8 @@ def verify_block(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> tuple[
     rest = torch.cat([excess[:, 1:], torch.zeros_like(excess[:, :1])], dim=1)  # after 1 … K ids
     chance = torch.where((rest == 0) & (w[:, 1:] == 1), 1, rest / (rest + 1 - w[:, 1:]))  # p == q there, so w stays 1
     chance = torch.where(is_whole, w[:, 1:], chance)
-    is_kept = (uniforms[:, :num_ids] < chance) & (num_kept <= draft.lengths[:, None])
+    is_drafted = num_kept <= draft.lengths[:, None]
+    is_kept = (uniforms[:, :num_ids] < chance) & is_drafted
     accepted = (is_kept * num_kept).amax(1)
 
     rows = torch.arange(len(accepted), device=accepted.device)
@@ -123,7 +125,7 @@ def verify_block(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> tuple[
     q_next = draft.probs[rows, accepted.clamp(max=num_ids - 1)]
     recovered_probs = residual(w[rows, accepted, None].float() * next_probs, q_next)
     next_probs = torch.where((accepted < draft.lengths)[:, None], recovered_probs, next_probs)
-    return Verdict(accepted, draw(next_probs, uniforms[:, num_ids])), shared.float()
+    return Verdict(accepted, draw(next_probs, uniforms[:, num_ids])), torch.where(is_drafted, shared, 0).float()
 
 
 def verify_greedy(draft: Draft, target_ids: Tensor) -> Verdict:

@@ -106,7 +106,8 @@ def test_steps_are_those_of_the_functions_in_core(is_sampled: bool) -> None:
         for index, (one, other) in enumerate(zip(got, want, strict=True)):
             assert one.dtype == other.dtype, f"tensor {index} of seed {seed}"
             assert one.shape == other.shape, f"tensor {index} of seed {seed}"
-            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+            tolerance = 1e-6 if is_sampled and one.dtype == torch.float32 else 0  # sums of probabilities, in any order
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
         summaries += [row for x in want if x.dtype == torch.float32 and x.shape[1] >= 6 for row in x.tolist()]
     columns = zip(*(row[:6] for row in summaries), strict=True)
     requested, drafted, accepted, emitted, ends, faults = map(set, columns)

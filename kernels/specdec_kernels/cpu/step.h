@@ -227,13 +227,15 @@ struct BlockChances {
       int64_t j = start;
       for (; j + LANES <= stop; j += LANES) {
         const Vec some = load(target + j) * weight, other = load(draft + j);
-        more += some > other ? some - other : Vec{};
-        both += some > other ? other : some;
+        const Vec difference = some - other;  // NaN passes on
+        more += difference <= 0 ? Vec{} : difference;
+        both += difference <= 0 ? some : difference > 0 ? other : difference;
       }
       for (int64_t lane = 0; lane < LANES; ++lane) excess += more[lane], shared += both[lane];
       for (; j < stop; ++j) {
-        const float some = target[j] * weight;
-        excess += std::max(some - draft[j], 0.0f), shared += std::min(some, draft[j]);
+        const float some = target[j] * weight, difference = some - draft[j];
+        excess += difference <= 0 ? 0 : difference;
+        shared += difference <= 0 ? some : difference > 0 ? draft[j] : difference;
       }
     }
     return {excess, shared};
