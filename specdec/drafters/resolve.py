@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,10 @@ NAMED_DRAFTERS: dict[str, Callable[[], Drafter]] = {
 def resolve_drafter(drafter: PreTrainedModel | Drafter | str | Path, model: PreTrainedModel) -> Drafter:
     """The Drafter for what enable() or a call is given. Raises TypeError or ValueError where it does not fit."""
     if isinstance(drafter, str | Path):
-        name = str(drafter)
-        if (path := draft_model_of(name)) is None:
-            return NAMED_DRAFTERS[name]()
-        draft = _load_draft(path, model)
-        drafter = with_suffix_decoding(draft, model) if name.startswith(SUFFIX_AND) else draft
+        return _named_drafter(str(drafter), model, partial(_load_draft, model=model))
     drafter = unwrap_peft(drafter)
     if isinstance(drafter, PreTrainedModel):
-        return model_drafter(drafter, widths(model)[0], check_pair(model, drafter))
+        return make_model_drafter(drafter, widths(model)[0], check_pair(model, drafter))
     if isinstance(drafter, type) or not isinstance(drafter, Drafter):
         raise TypeError(
             f"drafter={drafter!r} must be a transformers model, a hub id or folder, one of {sorted(NAMED_DRAFTERS)},"
@@ -66,10 +63,13 @@ def with_suffix_decoding(draft: PreTrainedModel, model: PreTrainedModel) -> Suff
 
 def load_drafter(name: str, model: PreTrainedModel, dtype: str) -> Drafter:
     """The drafter of a name for this target; its draft model, where it has one, in a dtype of load()."""
-    path = draft_model_of(name)
-    if path is None:
-        return resolve_drafter(name, model)
-    draft = load(path, dtype, str(model.device))
+    return _named_drafter(name, model, lambda path: load(path, dtype, str(model.device)))
+
+
+def _named_drafter(name: str, model: PreTrainedModel, load_draft: Callable[[str], PreTrainedModel]) -> Drafter:
+    if (path := draft_model_of(name)) is None:
+        return NAMED_DRAFTERS[name]()
+    draft = load_draft(path)
     return with_suffix_decoding(draft, model) if name.startswith(SUFFIX_AND) else resolve_drafter(draft, model)
 
 
@@ -102,7 +102,7 @@ def _load_draft(name: str, model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(f"drafter={name!r} is not one of {sorted(NAMED_DRAFTERS)}, and {error}") from error
 
 
-def model_drafter(draft: PreTrainedModel, vocab_size: int, shared: SharedVocabulary | None) -> ModelDrafter:
+def make_model_drafter(draft: PreTrainedModel, vocab_size: int, shared: SharedVocabulary | None) -> ModelDrafter:
     """The drafter of a draft model, for a target with logits of this width; shared: as check_pair returns it."""
     return ModelDrafter(draft, vocab_size) if shared is None else OtherTokenizerDrafter(draft, vocab_size, shared)
 

@@ -33,7 +33,7 @@ from specdec.drafters.resolve import (
     check_num_draft_tokens,
     check_pair,
     in_eval_mode,
-    model_drafter,
+    make_model_drafter,
     resolve_drafter,
     unwrap_peft,
 )
@@ -396,7 +396,7 @@ def _assistant_drafter(
         if state.assistant.runner.model is assistant and state.assistant.shared is checked.shared:
             return state.assistant
         state.assistant.runner.begin(0)  # drops its recorded steps
-    drafter = model_drafter(assistant, target.vocab_size, checked.shared)
+    drafter = make_model_drafter(assistant, target.vocab_size, checked.shared)
     prepare(members_of(target, drafter)[1:], state.compile, target.graphs)
     if is_own_runner:
         state.assistant = None if target.graphs is None else drafter
