@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +25,7 @@ from specdec.quant.layers import is_4bit
 from specdec.runtime.loading import check_tokenizer_files, load
 from specdec.runtime.runner import context_of, widths
 from specdec.runtime.support import unsupported
+from specdec.utils.warn import warn
 
 AUTO = "auto"
 SUFFIX = "suffix"
@@ -130,7 +130,7 @@ def check_pair(
     )
     if shared.coverage < MIN_COVERAGE:
         raise ValueError(f"{words}, too few to draft with; use a draft model whose tokenizer has more of its tokens")
-    warnings.warn(words, stacklevel=4)
+    warn(words)
     return shared
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from specdec.generation.state import CALL_TRACKER, COST_MODELS, State, members_o
 from specdec.runtime.cuda_graphs import Graphs
 from specdec.runtime.runner import ModelRunner
 from specdec.runtime.tensor_parallel import Ranks
+from specdec.utils.warn import warn
 
 MAX_PLAIN_STEPS = 16  # of one call of the target, which an interrupt waits for
 
@@ -50,7 +50,7 @@ def decode(state: State, target: ModelRunner, drafter: Drafter, request: Request
     if (runner := runner_of(drafter)) is not None:
         watch = state.acceptance_watches.setdefault(runner.model, AcceptanceWatch())
         if (message := watch.add(stats)) is not None:
-            warnings.warn(message, stacklevel=2)
+            warn(message)
     return _assemble_output(loop, scores, stats, request)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copyreg
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +56,7 @@ from specdec.runtime.identity.snapshot import Identity
 from specdec.runtime.prepare import Compile, prepare
 from specdec.runtime.runner import ModelRunner, masks_by_slot, widths
 from specdec.runtime.support import support_of
+from specdec.utils.warn import warn
 
 _STATE = "_specdec_state"  # in an enabled model's __dict__; pickles and copies leave it out
 _STOCK = "_specdec_stock"  # in a drop-in class: the class it derives from
@@ -139,7 +139,7 @@ def enable(
     enabled.__dict__[_STATE] = state
     enabled.__class__ = _drop_in_class(stock)
     if support.warning is not None:
-        warnings.warn(support.warning, stacklevel=2)
+        warn(support.warning)
     return model
 
 
@@ -218,14 +218,14 @@ def _drop_in_class(stock: Any) -> Any:
 
         if _requests_speculation(self, generation_config, generation_mode):
             if call is None:
-                _warn("it was not made through the model's own generate()", stacklevel=4)
+                _warn("it was not made through the model's own generate()")
             else:
                 request = _make_request(self, call, generation_config, generation_mode, model_kwargs)
                 reason = why_stock(request, Stage.ARGUMENTS)
                 if reason is None:
                     call.request, call.prepare_stock = request, prepare_stock
                     return
-                _warn(reason, stacklevel=5)
+                _warn(reason)
         prepare_stock(model_kwargs)
 
     def _sample(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
@@ -336,7 +336,7 @@ def _decode(model: Any, input_ids: Tensor, stock_loop: Callable[..., Any], kwarg
     reason, output = _try_to_decode(state, request, kwargs)
     if reason is None:
         return output
-    _warn(reason, stacklevel=6)
+    _warn(reason)
     call.prepare_stock(request.model_kwargs)
     return stock_loop(input_ids, **kwargs | request.model_kwargs)
 
@@ -403,5 +403,5 @@ def _assistant_drafter(
     return drafter
 
 
-def _warn(reason: str, stacklevel: int) -> None:
-    warnings.warn(f"specdec leaves this call to the stock loop: {reason}", stacklevel=stacklevel + 1)
+def _warn(reason: str) -> None:
+    warn(f"specdec leaves this call to the stock loop: {reason}")

@@ -33,7 +33,7 @@ def convert_checkpoint(
         conversion.add_quantized(name, suffixes)
     for name in others:
         conversion.add_unquantized(name, is_of_layer=name.removesuffix(".bias") in layers)
-    warn_of_full_precision(conversion.dequantized, stacklevel=4)
+    warn_of_full_precision(conversion.dequantized)
     return conversion.tensors
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from specdec.quant.experts import Int4Experts
 from specdec.quant.heads import head_name, head_to_quantize, why_not_quantized
 from specdec.quant.int4 import GROUP_SIZES
 from specdec.quant.linear import Int4Linear
+from specdec.utils.warn import warn
 
 # Classes whose forward is x W^T + b.
 LINEAR_CLASSES = ("Linear", BatchInvariantLinear.__name__, "NonDynamicallyQuantizableLinear", "FalconLinear")
@@ -128,11 +128,11 @@ def module_renamer(model: Any) -> Callable[[str], str]:
     return rename
 
 
-def warn_of_full_precision(left_out: Mapping[str, Sequence[str]], stacklevel: int) -> None:
+def warn_of_full_precision(left_out: Mapping[str, Sequence[str]]) -> None:
     """Warn once of the layers that are not in four bits, by reason; no warning where there are none."""
     if left_out:
         layers = "; ".join(f"{abbreviate(names)} ({reason})" for reason, names in left_out.items())
-        warnings.warn(f"specdec keeps in full precision: {layers}", stacklevel=stacklevel)
+        warn(f"specdec keeps in full precision: {layers}")
 
 
 def abbreviate(names: Sequence[str]) -> str:

@@ -132,7 +132,7 @@ class Int4Quantizer(HfQuantizer):
             rows, columns = shape_of(layer)
             self.shapes[f"{name}.weight"] = torch.Size([rows, columns // 2])
         self.head = head_to_quantize(model, config)
-        _record_left_out(config, left_out, stacklevel=4)
+        _record_left_out(config, left_out)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.failures:
@@ -257,7 +257,7 @@ def quantize_from(
         quantize_head(model, head, config, weight_of)
         if on_layer is not None:
             on_layer(head)
-    _record_left_out(config, left_out, stacklevel=3)
+    _record_left_out(config, left_out)
     quantizer = Int4Quantizer(config, pre_quantized=False)
     for attribute, value in (("hf_quantizer", quantizer), ("is_quantized", True), ("quantization_method", METHOD)):
         setattr(model, attribute, value)
@@ -294,9 +294,9 @@ class _CastGuard:
         return _CastGuard, (self.model(),)
 
 
-def _record_left_out(config: Int4Config, left_out: dict[str, list[str]], stacklevel: int) -> None:
+def _record_left_out(config: Int4Config, left_out: dict[str, list[str]]) -> None:
     """Warn of the layers left out, and store their full names in the config, which is saved with the model."""
-    warn_of_full_precision(left_out, stacklevel)
+    warn_of_full_precision(left_out)
     config.skip_modules = [name for names in left_out.values() for name in names]
 
 

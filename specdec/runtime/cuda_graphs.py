@@ -7,7 +7,6 @@ key and shapes, is recorded; later ones are replays. If a recording fails, parts
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from specdec.runtime.identity.hooks import find_hook
 from specdec.runtime.identity.snapshot import Identity
+from specdec.utils.warn import warn
 
 MAX_RECORDINGS = 64  # at a time; calls of one kind need a few
 
@@ -174,9 +174,7 @@ class Graphs:
             self.drop()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            warnings.warn(
-                f"specdec runs without CUDA graphs, and slower: recording one failed ({self.failure})", stacklevel=2
-            )
+            warn(f"specdec runs without CUDA graphs, and slower: recording one failed ({self.failure})")
             return None
         self._output_ids |= {id(output) for output in (outputs if isinstance(outputs, tuple) else (outputs,))}
         self._parts[cache_key] = part = _RecordedPart(recording, static, outputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -20,6 +19,7 @@ from specdec.runtime.runner import ModelRunner
 from specdec.runtime.support import TRIAL_TOLERANCE, precision_of
 from specdec.runtime.trial import TRIAL_SLOTS, RaggedBatch
 from specdec.utils.numerics import relative_error
+from specdec.utils.warn import warn
 
 Compile = Literal["auto"] | bool
 
@@ -43,12 +43,12 @@ def prepare(members: Sequence[PairMember], compile: Compile, graphs: Graphs | No
 
 def _use_compiled_forwards(members: Sequence[PairMember], compile: Compile) -> None:
     if compile is True and (failures := build_packages(members)):
-        warnings.warn(f"specdec runs without compiled forwards: {'; '.join(failures)}", stacklevel=4)
+        warn(f"specdec runs without compiled forwards: {'; '.join(failures)}")
     if not cpu.load():
         return
     for member in members:
         if why_not_compiled(member.runner) is None and (reason := _load(member)) is not None:
-            warnings.warn(f"the {member.name} runs eagerly: {reason}", stacklevel=4)
+            warn(f"the {member.name} runs eagerly: {reason}")
 
 
 def _load(member: PairMember) -> str | None:
@@ -80,9 +80,7 @@ def _record_steps(members: Sequence[PairMember], graphs: Graphs) -> None:
         if reason is not None:
             if graphs.failure is None:  # a failed recording has already warned
                 graphs.failure = reason
-                warnings.warn(
-                    f"specdec runs without CUDA graphs, and slower: of the {member.name}, {reason}", stacklevel=4
-                )
+                warn(f"specdec runs without CUDA graphs, and slower: of the {member.name}, {reason}")
             break
     if graphs.failure is not None:
         for member in members:

@@ -367,10 +367,11 @@ def test_the_ensemble_of_target_and_draft_goes_to_the_stock_loop() -> None:
     model.generation_config.assistant_ensemble_weight = 0.5
     with stock_class(model):
         want = model.generate(**prompts(1), **NEW, assistant_model=fresh_draft())
-    with pytest.warns(UserWarning, match=f"{STOCK_LOOP}assistant_ensemble_weight mixes"):
+    with pytest.warns(UserWarning, match=f"{STOCK_LOOP}assistant_ensemble_weight mixes") as caught:
         got = model.generate(**prompts(1), **NEW, assistant_model=fresh_draft())
     assert got.tolist() == want.tolist()
     assert specdec.last_stats(model) is None
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_other_inputs_than_ids_and_mask() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import json
-import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from specdec.runtime.executors import DraftInputs, PlainInputs
 from specdec.runtime.identity.snapshot import Identity
 from specdec.runtime.kv_cache.ragged import RaggedCache
 from specdec.runtime.pair import PairMember
+from specdec.utils.warn import warn
 
 BUFFER_SHAPES = "buffers"  # metadata of a package: [heads, width] of each buffer, keys and values in turn
 
@@ -69,7 +69,7 @@ class CompiledForward:
         if reason is not None:
             if reason not in self.reported:
                 self.reported.add(reason)
-                warnings.warn(f"the {self.name} runs eagerly: {reason}", stacklevel=3)
+                warn(f"the {self.name} runs eagerly: {reason}")
             return False
         placement = self.identity.placement
         if self.is_watched and placement is self.placement:
