@@ -218,10 +218,10 @@ def _build_policy(
 
     Of several ranks the first measures and chooses K; the others run the same steps.
     """
+    if isinstance(drafter, NoDrafter):
+        return ConstantK(0)  # so that steps run together
     if isinstance(request.num_draft_tokens, int):
         return ConstantK(request.num_draft_tokens)
-    if isinstance(drafter, NoDrafter):
-        return ConstantK(0)
     cost_models = _cost_models_of(state, target, drafter)
     is_compiled = [member.runner.compiled is not None for member in members_of(target, drafter)]
     key = (

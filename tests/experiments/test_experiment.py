@@ -60,7 +60,7 @@ FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CON
 
 
 @pytest.fixture(autouse=True)
-def _short_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_calibration(cpu_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Step costs of one round: most tests need none of them."""
     monkeypatch.setattr(calibration, "COST_ROUNDS", 1)
 

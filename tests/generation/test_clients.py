@@ -23,6 +23,7 @@ import specdec
 from specdec.utils import embedded
 
 DRAFTERS = ("model", "prompt_lookup")
+GRAMMARS_AND_DRAFTERS = [("regex", "model"), ("schema", "prompt_lookup")]
 KS = (1, 4, "auto")  # how many tokens a step drafts
 ONE_AND_THREE = (pytest.param(1, marks=pytest.mark.full), 3)  # batch sizes
 MAX_NEW_TOKENS = 120  # more than any text of the grammars has bytes, so that every text ends with an EOS
@@ -56,7 +57,7 @@ PROMPTS = {
 
 def cases(batch_size: int) -> list[Any]:
     """Batch sizes 1 and batch_size with each K; the `full` ones run in make test-all only."""
-    covering = {(1, 4), (batch_size, 4), (batch_size, "auto")}
+    covering = {(batch_size, 4), (batch_size, "auto")}
     return [
         pytest.param(*case, marks=() if case in covering else pytest.mark.full) for case in product((1, batch_size), KS)
     ]
@@ -171,9 +172,8 @@ def test_xgrammar_is_called_as_plain_decoding_calls_it(batch_size: int, kind: st
     check_stats(4)
 
 
-@pytest.mark.parametrize("kind", DRAFTERS)
 @pytest.mark.parametrize("batch_size", ONE_AND_THREE)
-@pytest.mark.parametrize("grammar", PROMPTS)
+@pytest.mark.parametrize(("grammar", "kind"), GRAMMARS_AND_DRAFTERS)
 def test_xgrammar_holds_for_sampled_text(grammar: str, batch_size: int, kind: str) -> None:
     enable(kind, 4)
     texts = []
@@ -200,9 +200,8 @@ def make_generator() -> Iterator[Callable[[str], Any]]:
         yield make
 
 
-@pytest.mark.parametrize("kind", DRAFTERS)
 @pytest.mark.parametrize("batch_size", ONE_AND_THREE)
-@pytest.mark.parametrize("grammar", PROMPTS)
+@pytest.mark.parametrize(("grammar", "kind"), GRAMMARS_AND_DRAFTERS)
 def test_outlines_text_is_plain(make_generator: Callable[[str], Any], grammar: str, batch_size: int, kind: str) -> None:
     prompts, call = PROMPTS[grammar][:batch_size], {"max_new_tokens": MAX_NEW_TOKENS}
     generator = make_generator(grammar)  # resets its processor for each call

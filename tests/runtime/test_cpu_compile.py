@@ -183,7 +183,7 @@ def test_plain_steps_in_one_call_are_those_of_the_loop(
     call = prompts(batch_size) | {"max_new_tokens": 40, "do_sample": False}
     stop_id = continuation("llama", batch_size)[-1][6] if has_eos else None
     want = model.generate(**call, eos_token_id=stop_id).tolist()
-    specdec.enable(model, "none", compile=True)
+    specdec.enable(model, "none", num_draft_tokens="auto" if has_eos else 1, compile=True)
     counts = counted_plain_steps(monkeypatch)
     assert model.generate(**call, eos_token_id=stop_id).tolist() == want
     in_calls = specdec.last_stats(model)

@@ -80,8 +80,7 @@ CALLS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize("drafter", ["model", "prompt_lookup", "none"])
+@pytest.mark.parametrize(("drafter", "batch_size"), [("model", 4), ("prompt_lookup", 1), ("none", 4)])
 def test_no_step_waits_for_the_device_and_the_host_reads_once(
     model: PreTrainedModel, drafter: str, batch_size: int, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,16 +150,16 @@ def test_statistics_do_not_depend_on_when_the_host_reads_a_step(
     assert num_replays()
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_buffers_grow_and_nothing_is_cut(batch_size: int) -> None:
+def test_buffers_grow_and_nothing_is_cut() -> None:
+    batch_size = 1
     model = make_model("llama", **FAMILIES["llama"] | {"max_position_embeddings": 4096})
-    call = {"max_new_tokens": 1200}
+    call = {"max_new_tokens": 600}
     want = plain_text(model, batch_size, **call)
     specdec.enable(model, copy.deepcopy(model), num_draft_tokens=8)
     text_of(model, batch_size)
     assert slots_of(model) == 256
     assert text_of(model, batch_size, **call) == want
-    assert slots_of(model) >= 1211
+    assert slots_of(model) >= 611
     before = len(CPU_RECORDINGS), slots_of(model)
     assert text_of(model, batch_size, max_new_tokens=300) == [row[:311] for row in want]
     assert (len(CPU_RECORDINGS), slots_of(model)) == before, "a shorter call reuses the buffers"

@@ -14,13 +14,13 @@ QUICK = ["--count", "3", "--new-tokens", "12", "--rounds", "1", "--batch", "3", 
 
 
 @pytest.fixture(autouse=True)
-def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
+def _eager(cpu_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_drafters, "COMPILED", False)
 
 
 def test_a_run_ends_with_tables_and_a_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "drafters.json"
-    arguments = [*QUICK, "--threads", "1", "--max-prompt-tokens", "40", "--workload", "again"]
+    arguments = [*QUICK, "--threads", "1", "--dtype", "float32", "--max-prompt-tokens", "40", "--workload", "again"]
     arguments += ["--draft", str(embedded.DRAFT)]
     assert bench_drafters.main([*arguments, "--output", str(output)]) == 0
     report = json.loads(output.read_text(encoding="utf-8"))

@@ -40,8 +40,9 @@ from peers.worker import PeerFailed, RemoteEngine, Worker
 
 import specdec
 from specdec.quant.linear import Int4Linear
-from specdec.runtime.loading import load
+from specdec.runtime.loading import load, load_tokenizer
 from specdec.utils import embedded
+from tests.helpers.families import FAMILIES, make_model
 
 QUICK = ["--rounds", "1", "--new-tokens", "6", "--prompts", "1", "--prompt-tokens", "16", "--prompt-lengths", "8"]
 QUICK += ["--num-draft-tokens", "1", "2", "--threads", "1"]
@@ -56,13 +57,28 @@ def no_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(setup, "LLAMACPP_WORKER", tmp_path / "absent" / "worker")
 
 
+@pytest.fixture
+def small_pair(tmp_path: Path) -> Path:
+    """A pair of two layers each that compiles fast, with the embedded pair's tokenizer."""
+    tokenizer = load_tokenizer(str(embedded.TARGET))
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 512}
+    for seed, role in enumerate(("target", "draft")):
+        make_model("llama", seed, **FAMILIES["llama"] | sizes).save_pretrained(tmp_path / "pair" / role)
+        tokenizer.save_pretrained(tmp_path / "pair" / role)
+    return tmp_path / "pair"
+
+
 def test_a_run_ends_with_tables_a_json_and_a_plot(
-    no_peers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    no_peers: None,
+    small_pair: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(runtimes, "DTYPES", ("bfloat16",))  # fewer models to compile
+    monkeypatch.setattr(runtimes, "DTYPES", ("float32",))  # fewer models to compile
     monkeypatch.setattr(measure, "TUNING_ROUNDS", 1)
     output = tmp_path / "results" / "peers.json"
-    assert bench_peers.main([*QUICK, "--batch", "1", "2", "--output", str(output)]) == 0
+    assert bench_peers.main([*QUICK, "--pair", str(small_pair), "--batch", "1", "2", "--output", str(output)]) == 0
     report = json.loads(output.read_text(encoding="utf-8"))
     assert report["missing"][:3] == [NOT_SET_UP.format(name) for name in ("OpenVINO", "ONNX Runtime", "llama.cpp")]
     assert report["provenance"]["torch"] == torch.__version__
