@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import torch
 import widen_pair
-from peers.engines import Engine, specdec_draft, specdec_plain, stock_assisted, stock_plain
+from peers.engines import Engine, SpecdecEngine, specdec_draft, specdec_plain, stock_assisted, stock_plain
 from peers.measure import TaskSet, Tuning, compare, tune
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -25,7 +25,8 @@ LONG_STEP = 3  # tokens a step, from which drafting should double the speed
 
 
 def run(suite: Suite) -> Row:
-    sizes, options = suite.sizes, {"device": str(suite.device), "dtype": torch.bfloat16}
+    sizes = suite.sizes
+    options = {"device": str(suite.device), "dtype": torch.bfloat16 if suite.cuda else torch.float32}
     started = time.perf_counter()
     original = load(str(widen_pair.ORIGINAL), "float32", "cpu")
     target = widen_pair.widen(original, sizes.target_shape, int4=Int4Config(GROUP_SIZE), **options)
@@ -41,6 +42,9 @@ def run(suite: Suite) -> Row:
     for batch in sizes.peer_batches:
         task_set = TaskSet(batch, False, prompts[: max(batch, 2)], sizes.new_tokens)
         engines, tuned = make_engines(target, drafts, task_set, sizes.peer_draft_lengths)
+        for engine in engines:
+            if isinstance(engine, SpecdecEngine):
+                engine.compiled = suite.cuda  # a dry run on a CPU would compile for minutes
         results += compare(engines, task_set, sizes.peer_rounds, log_progress)
         tunings += tuned
     for row in results:

@@ -160,8 +160,13 @@ def emitted(job: dict[str, Any], text: list[list[int]]) -> int:
 
 
 @pytest.mark.usefixtures("either_way")
-@pytest.mark.parametrize("num_calls", [2, 4])
-@pytest.mark.parametrize("kind", ["model", "other_tokenizer", "prompt_lookup", "suffix", "suffix+model", "none"])
+@pytest.mark.parametrize(
+    ("kind", "num_calls"),
+    [
+        ("model", 4), ("model", 2), ("other_tokenizer", 2), ("prompt_lookup", 4), ("suffix", 2), ("suffix+model", 4),
+        ("none", 2),
+    ],
+)  # fmt: skip
 def test_overlapping_calls_give_plain_text(model: PreTrainedModel, kind: str, num_calls: int) -> None:
     drafters = {
         "model": draft_model,
@@ -485,8 +490,7 @@ def caches() -> list[Tensor]:
     return [tensor for tensor in alive if tensor.ndim == 4 and tensor.shape[1::2] == (2, 8) and tensor.numel()]
 
 
-@pytest.mark.parametrize("is_recorded", [False, True])
-@pytest.mark.parametrize("kind", ["model", "assistant", "none"])
+@pytest.mark.parametrize(("kind", "is_recorded"), [("model", True), ("assistant", False), ("none", True)])
 def test_the_caches_of_idle_calls_are_freed(model: PreTrainedModel, kind: str, is_recorded: bool) -> None:
     """Except those of recorded steps: two layers' keys and values, of the model's own runners alone."""
     before = len(caches())

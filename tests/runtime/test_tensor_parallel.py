@@ -73,7 +73,7 @@ class Pair:
         return found
 
     def calls(self, **arguments: Any) -> list[dict[str, Any]]:
-        return [self.call(batch_size, **arguments) | {"plain": self.plain[batch_size]} for batch_size in (1, 4, 1, 4)]
+        return [self.call(batch_size, **arguments) | {"plain": self.plain[batch_size]} for batch_size in (1, 4, 1)]
 
 
 class PassesOnRank0(StoppingCriteria):

@@ -604,6 +604,7 @@ def test_a_peer_writes_the_requested_number_of_ids(name: str) -> None:
         runtime.close()
 
 
+@pytest.mark.usefixtures("cpu_kernels")
 def test_the_profile_names_modules_and_operators(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "profile.json"
     arguments = [
@@ -615,6 +616,8 @@ def test_the_profile_names_modules_and_operators(tmp_path: Path, capsys: pytest.
         "12",
         "--threads",
         "1",
+        "--dtype",
+        "float32",
         "--output",
         str(output),
     ]
