@@ -173,7 +173,7 @@ class AdaptiveK:
     def _observe_draft(self, planned: _PlannedStep, seconds: float, steps: Sequence[RowStep | None]) -> None:
         acceptance, step_times, k = self.cost_model.acceptance, self.step_times, planned.k
         if planned.can_stop:
-            k = max(1, *(step.requested for step in steps if step is not None))
+            k = max([1, *(step.requested for step in steps if step is not None)])
         num_emitted, num_observed, total_acceptance = self._observe_rows(planned, steps)
         tokens = num_emitted / len(self.active_rows)
         plain_s = step_times.plain_s
