@@ -34,7 +34,6 @@ class ModelDrafter:
     """
 
     shared: SharedVocabulary | None = None
-    can_stop = True  # heeds Sequences.min_chance, for which the host waits after each draft id
 
     def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
         self.runner = ModelRunner(model)

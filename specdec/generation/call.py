@@ -247,10 +247,7 @@ def _build_policy(
         return SynchronizedPolicy(ranks, None, largest_k)
     remaining_tokens = sequences.limit(sequences.max_length).tolist()
     allowed_k = None if graphs is None else [0, *profiled_draft_lengths(largest_k)]  # each K is recorded on its own
-    # it waits for the host after each draft id, and each rank would have to stop at the same one
-    can_stop = sequences.device.type == "cpu" and not state.records_steps and ranks.group is None
-    can_stop = can_stop and getattr(drafter, "can_stop", False)
-    policy = AdaptiveK(cost_models[key], remaining_tokens, sequences.longest, is_new, allowed_k, can_stop)
+    policy = AdaptiveK(cost_models[key], remaining_tokens, sequences.longest, is_new, allowed_k)
     return policy if ranks.group is None else SynchronizedPolicy(ranks, policy, largest_k)
 
 
