@@ -79,10 +79,6 @@ class DraftLengthPolicy(Protocol):
     def max_draft_tokens(self) -> int:
         """The largest K that next() returns."""
 
-    @property
-    def min_chance(self) -> float:
-        """See `Sequences.min_chance`; of the step that the last next() began."""
-
     def next(self) -> int:
         """K of the step that begins."""
 

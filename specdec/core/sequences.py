@@ -56,7 +56,6 @@ class Sequences:
         self.has_kernels = cpu.works_on(prompt.device)
 
         self.num_requested = 0  # draft ids that the step in progress may request for a row
-        self.min_chance = 0.0  # a drafter may stop where all ids of its draft are accepted with a smaller chance
         self._paddings, self._lengths = [0] * batch_size, [0] * batch_size  # as the host knows them
         self._is_live = [False] * batch_size
         self._last = [0] * batch_size  # the length from which on nothing is drafted

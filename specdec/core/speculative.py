@@ -59,7 +59,7 @@ def speculate(
     mark("prefill")
     in_flight: deque[list[StepResult]] = deque()
     while not sequences.is_done:
-        k, sequences.min_chance = policy.next(), policy.min_chance
+        k = policy.next()
         if k and not max_in_flight:
             k = min(k, sequences.remaining_tokens)
         if k == 0 and max_plain_steps > 1 and target.has_plain_steps:
@@ -94,7 +94,6 @@ def step(
     if num_draft_tokens:
         draft = drafter.propose(sequences, limit)
         check_draft(draft, drafter, sequences.batch_size, sequences.max_draft_tokens, target.vocab_size)
-        limit = draft.requested(limit)
     else:
         draft = sequences.no_draft
     if lockstep is not None:
@@ -103,6 +102,7 @@ def step(
 
     scored = run("target", partial(score_draft, target, sequences), draft.ids, draft.lengths, limit)
     mark("target")
+
     verify = partial(verify_and_commit, sequences, sampling)
     if lockstep is not None:
         verify = partial(lockstep.commit, sequences)

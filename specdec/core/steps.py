@@ -16,13 +16,11 @@ class Draft:
     probs: [B, K, V] float32, exactly the distributions that `ids` were drawn from, over the target's vocabulary; None
         where each is one-hot (greedy drafts, n-grams).
     lengths: [B] int64, how many of the K ids count for each row, at most its limit.
-    is_stopped: the drafter could have proposed more than K ids, and chose not to.
     """
 
     ids: Tensor
     probs: Tensor | None
     lengths: Tensor
-    is_stopped: bool = False
 
     @classmethod
     def empty(cls, batch_size: int, device: torch.device) -> Draft:
@@ -39,10 +37,6 @@ class Draft:
         lengths = torch.minimum(self.lengths.clamp(0, num_ids), limit)
         ids = self.ids.clamp(0, vocab_size - 1)
         return Draft(ids, self.probs, lengths), (lengths != self.lengths) | (ids != self.ids).any(1)
-
-    def requested(self, limit: Tensor) -> Tensor:
-        """How many ids were requested of each row, [B]: its limit, or K where the drafter has stopped there."""
-        return limit.clamp(max=self.ids.shape[1]) if self.is_stopped else limit
 
     def explain(self, limit: Tensor, vocab_size: int) -> str:
         """The error message for a draft that `within` had to change."""
@@ -106,7 +100,7 @@ class Verdict:
 class RowStep:
     """What one step did to one row.
 
-    requested: draft ids that the drafter was asked for: K, or fewer near the end of the row or where it chose to stop.
+    requested: draft ids that the drafter was asked for: K, or fewer near the end of the row.
     drafted, accepted, emitted: draft ids proposed and accepted, ids committed; on the row's last step up to its stop.
     overlap: the chance of acceptance, sum(min(p, q)) or verify_block()'s, at each draft position whose preceding draft
         ids were all accepted.

@@ -25,27 +25,18 @@ from specdec.draft_length.speedup import batch_acceptance_lengths, expected_acce
 class _PlannedStep(NamedTuple):
     """A step in flight.
 
-    can_stop: whether the drafter may draft fewer ids than K. lengths_by_row: the expected acceptance lengths by K of
-    each row that is active. ratio: of realized to expected draft ids. planned_at: perf_counter() of the decision.
+    expected_tokens: ids that a row emits on average, corrected by the realized ratio. expected_length: the same without
+    the correction. planned_at: perf_counter() of the decision.
     """
 
     k: int
-    can_stop: bool
-    lengths_by_row: Sequence[Sequence[float]]
-    ratio: float
+    expected_tokens: float
+    expected_length: float
     is_probe: bool
     planned_at: float
 
-    def expected_length(self, k: int) -> float:
-        """The acceptance length with K = k, as a mean over the rows."""
-        return sum(lengths[k] for lengths in self.lengths_by_row) / len(self.lengths_by_row)
 
-    def expected_tokens(self, k: int) -> float:
-        """The same, corrected by the ratio."""
-        return 1 + (self.expected_length(k) - 1) * self.ratio
-
-
-_IDLE_STEP = _PlannedStep(0, False, [[1.0]], 1.0, False, 0.0)
+_IDLE_STEP = _PlannedStep(0, 1.0, 1.0, False, 0.0)
 
 
 class AdaptiveK:
@@ -62,13 +53,11 @@ class AdaptiveK:
         unread_tokens: int,
         is_new: bool = False,
         candidates: Sequence[int] | None = None,
-        can_stop: bool = False,
     ) -> None:
         """remaining_draft_tokens: for each row, the number of ids that may be drafted before it reaches its limit.
 
         unread_tokens: ids of each row that the drafter has not read. is_new: the cost model's profile was made for this
-        call. candidates: the K to choose from, including 0; None for all up to the largest. can_stop: the drafter stops
-        where it is not confident enough, so a step that drafts may draft any number of ids up to the largest K.
+        call. candidates: the K to choose from, including 0; None for all up to the largest.
         """
         self.cost_model = cost_model
         self.step_times, self.probes = cost_model.step_times, cost_model.probes
@@ -79,7 +68,6 @@ class AdaptiveK:
         self.unread_tokens = unread_tokens
         self.is_new = is_new
         self.candidates = range(self.max_draft_tokens + 1) if candidates is None else candidates
-        self.can_stop, self.min_chance = can_stop, 0.0
         self.active_rows = list(range(len(self.limits)))
         self.row_acceptance = [DecayingMean(0.0, 0.0) for _ in self.limits]
         self.ids_to_share = settings.ADAPTIVE_K.shared_ids_per_row * len(self.limits)  # of the call, for the cost model
@@ -98,26 +86,22 @@ class AdaptiveK:
 
     def next(self) -> int:
         """K of the step that begins now: the fastest one, or another where a probe or a plain step is due."""
-        self.min_chance = 0.0
         if self.is_idle and not self.probes.is_probe_due(self.idle_steps):
             self.in_flight.append(_IDLE_STEP)
             return 0
         self._flush_idle_steps()
         lengths_by_row = [self._expected_lengths(row, self.acceptance(row)) for row in self.active_rows]
         ratio = self.cost_model.acceptance.realized_ratio
-        lengths = self._batch_lengths([[1 + (length - 1) * ratio for length in lengths] for lengths in lengths_by_row])
-        k = self._fastest_k(lengths)
+        k = self._fastest_k([[1 + (length - 1) * ratio for length in lengths] for lengths in lengths_by_row])
         self.is_drafting, self.is_idle = k > 0, k == 0
         is_probe = k == 0 and not any(step.is_probe for step in self.in_flight) and self._should_probe(lengths_by_row)
         if is_probe:
             k = 1
         elif k and self.probes.is_plain_run_due:
             k = 0
-        elif k and self.can_stop:
-            self.min_chance = self._min_chance(lengths[k] / self.step_times.step_s[k])
-            k = self.max_draft_tokens
-        can_stop = self.min_chance > 0
-        self.in_flight.append(_PlannedStep(k, can_stop, lengths_by_row, ratio, is_probe, perf_counter()))
+        expected_length = sum(lengths[k] for lengths in lengths_by_row) / len(lengths_by_row)
+        expected_tokens = 1 + (expected_length - 1) * ratio
+        self.in_flight.append(_PlannedStep(k, expected_tokens, expected_length, is_probe, perf_counter()))
         return k
 
     def extend_plain(self, limit: int) -> int:
@@ -172,20 +156,18 @@ class AdaptiveK:
 
     def _observe_draft(self, planned: _PlannedStep, seconds: float, steps: Sequence[RowStep | None]) -> None:
         acceptance, step_times, k = self.cost_model.acceptance, self.step_times, planned.k
-        if planned.can_stop:
-            k = max([1, *(step.requested for step in steps if step is not None)])
         num_emitted, num_observed, total_acceptance = self._observe_rows(planned, steps)
         tokens = num_emitted / len(self.active_rows)
         plain_s = step_times.plain_s
         expected_s = step_times.step_s[k] * step_times.slowdown
         catch_up_s = self.unread_tokens * step_times.catch_up_s.value
-        self._count(k, expected_s + catch_up_s, planned.expected_tokens(k) * plain_s, seconds, tokens * plain_s)
+        self._count(k, expected_s + catch_up_s, planned.expected_tokens * plain_s, seconds, tokens * plain_s)
 
         self.is_idle = False
         if self.ids_to_share > 0:
             self.ids_to_share -= num_observed
             acceptance.observe(total_acceptance, num_observed)
-        acceptance.observe_realized(tokens - 1, planned.expected_length(k) - 1)
+        acceptance.observe_realized(tokens - 1, planned.expected_length - 1)
         if self.unread_tokens > settings.ADAPTIVE_K.max_unread_tokens:
             step_times.observe_catch_up(seconds - expected_s, self.unread_tokens)
         else:
@@ -256,30 +238,18 @@ class AdaptiveK:
 
     def _fastest_k_at(self, acceptance: float) -> int:
         """The K that is fastest where all rows have this acceptance."""
-        return self._fastest_k(
-            self._batch_lengths([self._expected_lengths(row, acceptance) for row in self.active_rows])
-        )
+        return self._fastest_k([self._expected_lengths(row, acceptance) for row in self.active_rows])
 
-    def _batch_lengths(self, lengths_by_row: Sequence[Sequence[float]]) -> list[float]:
-        """The acceptance lengths of the batch by K, for those of each active row."""
-        rows = [max(self.remaining_draft_tokens[row], 0) + 1 for row in self.active_rows]
-        return batch_acceptance_lengths(list(zip(rows, lengths_by_row, strict=True)))
-
-    def _min_chance(self, tokens_per_s: float) -> float:
-        """The chance of acceptance that one more draft id needs, so that it adds more than its time is worth."""
-        step_s, largest = self.step_times.step_s, self.max_draft_tokens
-        id_s = (step_s[largest] - step_s[1]) / (largest - 1) if largest > 1 else 0.0
-        return settings.ADAPTIVE_K.stop_margin * max(id_s, 0.0) * tokens_per_s
-
-    def _fastest_k(self, lengths: Sequence[float]) -> int:
-        """The K that ends the call soonest, for these acceptance lengths of the batch by K.
+    def _fastest_k(self, lengths_by_row: Sequence[Sequence[float]]) -> int:
+        """The K that ends the call soonest, for these acceptance lengths by K of each active row.
 
         0 where drafting does not pay, the ids that the drafter has to read first included.
         """
         step_times, step_s = self.step_times, self.step_times.step_s
+        remaining = [max(self.remaining_draft_tokens[row], 0) + 1 for row in self.active_rows]
+        lengths = batch_acceptance_lengths(list(zip(remaining, lengths_by_row, strict=True)))
         k = fastest_k(lengths, step_s, self.candidates)
-        longest = max(max(self.remaining_draft_tokens[row], 0) + 1 for row in self.active_rows)
-        tokens = min(longest, self.cost_model.expected_length(len(self.active_rows)))
+        tokens = min(max(remaining), self.cost_model.expected_length(len(remaining)))
         catch_up_s = self.unread_tokens * step_times.catch_up_s.value / step_times.slowdown
         draft_s = tokens * step_s[k] / lengths[k] + catch_up_s
         margin = 1.0 if self.is_drafting else settings.ADAPTIVE_K.start_margin

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from specdec.core.steps import RowStep
 
@@ -14,7 +13,6 @@ class ConstantK:
     """The same K in every step. K = 0 is plain decoding."""
 
     max_draft_tokens: int
-    min_chance: ClassVar[float] = 0.0
 
     def next(self) -> int:
         return self.max_draft_tokens

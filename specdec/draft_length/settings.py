@@ -53,11 +53,6 @@ class AdaptiveKSettings:
     # 1.21 to 1.30.
     start_margin: float = 1.04
 
-    # A draft ends where its ids are all accepted with a chance below this many times the tokens that the time of one
-    # more id is worth. By replay of greedy and sampled texts of the embedded pair under five cost models, relative to
-    # the best constant K in hindsight: 1.0 gives 0.89 to 1.06, 1.75 gives 1.00 to 1.05, 2.0 gives 0.97 to 1.05.
-    stop_margin: float = 1.75
-
     first_plain_interval: int = 16  # steps that draft before a run of plain steps; doubles up to the last interval
     last_plain_interval: int = 512
     first_probe_interval: int = 8  # plain steps before a probe; doubles up to the last interval

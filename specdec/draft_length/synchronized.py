@@ -13,8 +13,6 @@ from specdec.runtime.tensor_parallel import Ranks
 class SynchronizedPolicy:
     """The first rank's K on every rank. policy: chooses it on the first rank; None on the others."""
 
-    min_chance = 0.0  # since ranks would have to stop together
-
     def __init__(self, ranks: Ranks, policy: AdaptiveK | None, max_draft_tokens: int) -> None:
         self.ranks = ranks
         self.policy = policy

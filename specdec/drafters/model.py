@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from specdec.core.sampling import Sampling, draw, greedy_ids, uniforms
 from specdec.core.sequences import Sequences
 from specdec.core.steps import Draft, StepResult
-from specdec.drafters.confidence import AcceptanceByConfidence, StopRule
 from specdec.drafters.shared_vocabulary import SharedVocabulary
 from specdec.runtime.executors import DraftInputs
 from specdec.runtime.runner import ModelRunner
@@ -30,7 +29,6 @@ class ModelDrafter:
     num_catch_up: the number of last committed ids of each row that a step feeds before it drafts, so that the KV cache
     is right up to the draft. After a step that drafted these are MIN_CATCH_UP, after any other one more than before.
     shared: what two tokenizers have in common, where the draft model has one of its own; see OtherTokenizerDrafter.
-    largest_probs: of each row's draft ids of the last step, where it could stop; see StopRule.
     """
 
     shared: SharedVocabulary | None = None
@@ -38,7 +36,6 @@ class ModelDrafter:
     def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
         self.runner = ModelRunner(model)
         self.vocab_size = self.num_text_ids = vocab_size
-        self.expected = AcceptanceByConfidence()
 
     def match_target(self, vocab_size: int, num_embeddings: int) -> None:
         """Take the current widths of the target's head and embeddings."""
@@ -54,7 +51,6 @@ class ModelDrafter:
         self.sampling = sampling
         self.has_begun = False  # the runner begins with the first draft: a call may draft nothing
         self.num_catch_up = max(sequences.longest, MIN_CATCH_UP)
-        self.largest_probs: list[list[float]] = []
 
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
         context = self.runner.context
@@ -70,38 +66,17 @@ class ModelDrafter:
         width, self.num_catch_up = self.num_catch_up, MIN_CATCH_UP
         draft = partial(self._draft, sequences, width, num_ids)
         if width > MIN_CATCH_UP or self.sampling.needs_prefix:
-            return self._draft_of(num_ids, *draft(limit))
-        return self._draft_of(num_ids, *self.runner.run((self, num_ids, self.sampling.cache_key), draft, limit))
+            return Draft(*draft(limit))
+        return Draft(*self.runner.run((self, num_ids, self.sampling.cache_key), draft, limit))
 
     def observe(self, result: StepResult) -> None:
         if result.draft.ids.shape[1] == 0:
             self.num_catch_up += 1
-        self._observe_acceptance(result)
-
-    def _observe_acceptance(self, result: StepResult) -> None:
-        """Learn how often ids were accepted, of a draft that could stop."""
-        if self.largest_probs:
-            self.expected.observe(self.largest_probs, result.steps)
-            self.largest_probs = []
-
-    def _draft_of(
-        self, num_ids: int, ids: Tensor, probs: Tensor | None, limit: Tensor, largest: Tensor | None
-    ) -> Draft:
-        """The draft of what _draft() returns for num_ids ids."""
-        if largest is not None:
-            rows = zip(largest.tolist(), limit.tolist(), strict=True)
-            self.largest_probs = [values[:count] for values, count in rows]
-        if (num_drafted := ids.shape[1]) < num_ids:
-            return Draft(ids, probs, limit.clamp(max=num_drafted), is_stopped=True)
-        return Draft(ids, probs, limit)
 
     def _draft(
         self, sequences: Sequences, width: int, num_ids: int, limit: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """Feed the last `width` committed ids, then draft up to num_ids.
-
-        -> ids, probs and lengths of a Draft, and where it could stop the largest probability at each id [B, K].
-        """
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Feed the last `width` committed ids, then draft num_ids: -> ids, probs and lengths of a Draft."""
         last = sequences.lengths - 1
         if self.runner.context is not None:
             limit = torch.minimum(limit, (self.runner.context - sequences.lengths).clamp(min=0))
@@ -110,21 +85,18 @@ class ModelDrafter:
         is_plain = not self.sampling.processors and not self._lacks_ids
         if compiled is not None and is_plain and width <= MIN_CATCH_UP:
             draws = uniforms(num_ids, len(last), 1, device=limit.device) if self.sampling.do_sample else None
-            acceptance = self.expected.acceptance if sequences.min_chance else None
             inputs = DraftInputs(
-                sequences.ids, last, limit, width, num_ids, self.runner.num_embeddings, self.vocab_size, draws,
-                acceptance, sequences.min_chance,
-            )  # fmt: skip
-            ids, probs, largest = compiled.draft(inputs, sequences.longest, self.runner.cache)
-            return ids, probs, limit, largest
+                sequences.ids, last, limit, width, num_ids, self.runner.num_embeddings, self.vocab_size, draws
+            )
+            return *compiled.draft(inputs, sequences.longest, self.runner.cache), limit
         return self._draft_behind(sequences, sequences.ids, last, width, num_ids, limit)
 
     def _draft_behind(
         self, sequences: Sequences, text: Tensor, last: Tensor, width: int, num_ids: int, limit: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """Feed the `width` ids of the draft model's text [B, L] that end at last [B], then draft up to num_ids.
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Feed the `width` ids of the draft model's text [B, L] that end at last [B], then draft num_ids.
 
-        -> as _draft().
+        -> ids, probs and lengths of a Draft.
         """
         output = self.runner.feed(self._within_vocabulary(text), last, width)
         assert output is not None  # width is at least 1
@@ -137,25 +109,20 @@ class ModelDrafter:
         positions = last[:, None] + steps * is_drafted
         ids: list[Tensor] = []
         probs: list[Tensor] = []
-        draws = uniforms(num_ids, len(last), 1, device=limit.device) if self.sampling.do_sample else None
-        stop = StopRule(self.expected, limit, sequences.min_chance) if sequences.min_chance else None
         for index in range(num_ids):
             if index:
                 at = slice(index, index + 1)
                 next_ids = torch.where(is_drafted[:, at], self._to_draft_ids(ids[-1]), last_ids)
                 next_ids = self._within_vocabulary(next_ids)
                 logits = self.runner.forward(next_ids, positions[:, at]).logits
-            next_ids, next_probs, scores = self._choose(logits, sequences, index, limit, draws)
+            next_ids, next_probs = self._choose(logits, sequences, index, limit)
             ids.append(next_ids)
             if next_probs is not None:
                 probs.append(next_probs)
             if self.sampling.needs_prefix:  # processors read the text so far, and are not called after a row's stop id
                 sequences.stage(next_ids, skip=index)
                 limit = torch.where(sequences.stops_at(next_ids[:, 0]), limit.clamp(max=index + 1), limit)
-            if stop is not None and stop.add(scores.softmax(-1) if next_probs is None else next_probs):
-                break
-        largest = None if stop is None else torch.stack(stop.largest_probs, dim=1)
-        return torch.cat(ids, dim=1), torch.cat(probs, dim=1) if probs else None, limit, largest
+        return torch.cat(ids, dim=1), torch.cat(probs, dim=1) if probs else None, limit
 
     def _within_vocabulary(self, ids: Tensor) -> Tensor:
         """Replace ids that a smaller draft vocabulary lacks by its last one: worse drafts, the same text."""
@@ -176,15 +143,13 @@ class ModelDrafter:
         """Whether the target has ids that can't be drafted."""
         return self.runner.vocab_size < self.vocab_size
 
-    def _choose(
-        self, logits: Tensor, sequences: Sequences, index: int, limit: Tensor, draws: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Of each row the next id [B, 1], its distribution [B, 1, V] (None in greedy calls) and scores [B, 1, V]."""
+    def _choose(self, logits: Tensor, sequences: Sequences, index: int, limit: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The next id of each row [B, 1] and the distribution it was drawn from [B, 1, V], None in greedy calls."""
         used = (limit - index).clamp(0, 1) if self.sampling.needs_prefix else None
         scores = self.sampling.scores(self._to_target_logits(logits), sequences, skip=index, used=used)
         if self._lacks_ids:  # where the processors exclude all of a smaller vocabulary, any id is as good a draft
             scores = scores.masked_fill(scores.amax(-1, keepdim=True) == -torch.inf, 0.0)
-        if draws is None:
-            return greedy_ids(scores), None, scores
+        if not self.sampling.do_sample:
+            return greedy_ids(scores), None
         probs = self.sampling.probs(scores)
-        return draw(probs, draws[index]), probs, scores
+        return draw(probs, uniforms(*probs.shape[:2], device=probs.device)), probs

@@ -63,7 +63,6 @@ class OtherTokenizerDrafter(ModelDrafter):
     def begin(self, sequences: Sequences, sampling: Sampling) -> None:
         self.sampling = sampling
         self.has_begun = False
-        self.largest_probs = []
         self.rows = [Row(DraftText(self.shared)) for _ in range(sequences.batch_size)]
         self.texts = sequences.ids.new_zeros(sequences.batch_size, 0)  # [B, L], the draft model's ids of each row
         self.last_draft: tuple[Tensor, list[int]] | None = None  # ids in the draft model's vocabulary, and limits
@@ -93,13 +92,12 @@ class OtherTokenizerDrafter(ModelDrafter):
         self._write_texts(last, lengths, width)
         for row, length in zip(self.rows, lengths, strict=True):
             row.fed += row.text.ids[len(row.fed) : length]
-        behind = self._draft_behind(sequences, self.texts, last, width, num_ids, limit.new_tensor(limits))
-        draft = self._draft_of(num_ids, *behind)
-        self.last_draft = self._to_draft_ids(draft.ids), draft.lengths.tolist()
+        draft = Draft(*self._draft_behind(sequences, self.texts, last, width, num_ids, limit.new_tensor(limits)))
+        self.last_draft = self._to_draft_ids(draft.ids), limits
         return draft
 
     def observe(self, result: StepResult) -> None:
-        self._observe_acceptance(result)
+        pass
 
     def _begin_runner(self, batch_size: int) -> None:
         """Begin the runner, and find the draft model's id of each id of the target, as both models are now."""

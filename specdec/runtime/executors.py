@@ -49,7 +49,6 @@ class DraftInputs(NamedTuple):
     text: [B, L] int64. last: [B] int64, the last position that is fed. limit: [B] int64, how many ids count. width: how
     many ids are fed, up to `last`. num_ids: K. num_embeddings: how many ids the model reads; larger ones are replaced
     by its last. vocab_size: V, to which wider logits are cut. uniforms: [K, B, 1] float64; None in greedy calls.
-    acceptance: where the draft may stop early, see `AcceptanceByConfidence`. min_chance: see `StopRule`.
     """
 
     text: Tensor
@@ -60,8 +59,6 @@ class DraftInputs(NamedTuple):
     num_embeddings: int
     vocab_size: int
     uniforms: Tensor | None
-    acceptance: Tensor | None
-    min_chance: float
 
 
 class PlainInputs(NamedTuple):
@@ -98,11 +95,10 @@ class OptimizedForward(Protocol):
     def __call__(self, ids: Tensor, positions: Tensor, last_only: bool, cache: RaggedCache) -> Tensor:
         """As `ModelForward.run`, after making the cache cover the positions."""
 
-    def draft(self, inputs: DraftInputs, slots: int, cache: RaggedCache) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def draft(self, inputs: DraftInputs, slots: int, cache: RaggedCache) -> tuple[Tensor, Tensor | None]:
         """Draft as one call, after making the cache hold `slots` positions a row.
 
-        Returns ids [B, K] int64, the distributions they were drawn from, [B, K, V] float32; None in greedy calls, and
-        the largest probability at each id, [B, K] float32; None without `acceptance`.
+        Returns ids [B, K] int64, and the distributions they were drawn from, [B, K, V] float32; None in greedy calls.
         """
 
     def run_plain_steps(

@@ -436,24 +436,3 @@ def test_a_draft_may_have_more_columns_than_requested_if_its_lengths_are_within_
         assert model.generate(**prompts(2), max_new_tokens=20).tolist() == want.tolist()
     finally:
         specdec.disable(model)
-
-
-def test_where_the_drafter_can_stop_it_may_draft_up_to_the_largest_k() -> None:
-    cost_model = PairCostModel(profile_of(CHEAP))
-    fixed = AdaptiveK(cost_model, [100], 0)
-    k = fixed.next()
-    assert 0 < k < MAX_DRAFT_TOKENS
-    assert fixed.min_chance == 0
-    policy = AdaptiveK(cost_model, [100], 0, can_stop=True)
-    assert policy.next() == MAX_DRAFT_TOKENS
-    tokens_per_s = expected_acceptance_lengths(policy.acceptance(0), 100, k)[k] / CHEAP[k]
-    assert policy.min_chance == pytest.approx(ADAPTIVE_K.stop_margin * tokens_per_s * 0.15)  # seconds of a draft id
-    policy.observe([RowStep(2, 2, 2, 3, [1.0, 1.0])])
-    choice = policy.end()
-    assert choice.steps_by_k[2] == sum(choice.steps_by_k) == 1
-
-
-def test_a_plain_step_and_a_probe_do_not_stop() -> None:
-    policy = AdaptiveK(PairCostModel(profile_of(EXPENSIVE)), [100], 0, can_stop=True)
-    assert policy.next() == 0
-    assert policy.min_chance == 0

@@ -30,8 +30,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 import specdec
-from specdec.draft_length.constant import ConstantK
-from specdec.drafters.confidence import AcceptanceByConfidence
 from specdec.generation.call import MAX_PLAIN_STEPS
 from specdec.runtime.attention.override import attention_override
 from specdec.runtime.cpu_compile import forward as compiled_forward
@@ -133,23 +131,20 @@ def test_a_compiled_draft_model_drafts_the_same_tokens(batch_size: int) -> None:
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize(("batch_size", "min_chance"), [(1, 0.0), (1, 0.2), (4, 0.2)])
+@pytest.mark.parametrize("batch_size", [1, 4])
 def test_a_draft_in_one_call_is_that_of_the_loop(
-    batch_size: int, do_sample: bool, min_chance: float, monkeypatch: pytest.MonkeyPatch
+    batch_size: int, do_sample: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The draft has ids that the target lacks."""
-    monkeypatch.setattr(ConstantK, "min_chance", min_chance)
-    observed: list[float] = []  # of both runs, which begin with the same expectations
-    monkeypatch.setattr(AcceptanceByConfidence, "observe", lambda self, rows, steps: observed.extend(rows[0]))
     model = pair("llama")[0]
     specdec.enable(model, wider_draft(), num_draft_tokens=4, compile=True)
     lengths: list[int] = []
     in_one_call = CompiledForward.draft
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        ids, probs, largest_probs = in_one_call(*args, **kwargs)
+        ids, probs = in_one_call(*args, **kwargs)
         lengths.append(ids.shape[1])
-        return ids, probs, largest_probs
+        return ids, probs
 
     monkeypatch.setattr(CompiledForward, "draft", counted)
 
@@ -157,16 +152,12 @@ def test_a_draft_in_one_call_is_that_of_the_loop(
         torch.manual_seed(3)
         text = model.generate(**prompts(batch_size), max_new_tokens=40, do_sample=do_sample, top_k=0)
         stats = specdec.last_stats(model)
-        probs = [round(prob, 4) for prob in observed]
-        observed.clear()
-        return text.tolist(), stats.draft_acceptance_rate, stats.num_draft_tokens, probs
+        return text.tolist(), stats.draft_acceptance_rate, stats.num_draft_tokens
 
     found = results()
     num_calls = len(lengths)
     assert num_calls > 5
     assert max(lengths) == 4
-    assert bool(found[-1]) == (min_chance > 0)
-    assert min_chance == 0 or min(lengths[:-3]) < 4  # the last ones may draft fewer in any case
     monkeypatch.setattr(ModelRunner, "compiled", property(lambda self: None))  # the forwards themselves stay compiled
     assert results() == found
     assert len(lengths) == num_calls

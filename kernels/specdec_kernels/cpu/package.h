@@ -39,16 +39,13 @@ struct Package : torch::CustomClassHolder {
   }
 
   // ModelDrafter._draft without logits processors: feeds the `width` ids of text [B, L] that end at last [B], then
-  // drafts num_ids: ids [B, K], of sampled drafts their distributions float32 [B, K, V], and with `acceptance` the
-  // largest probability at each id float32 [B, K].
+  // drafts num_ids: ids [B, K], and of sampled drafts their distributions float32 [B, K, V].
   //
   // num_embeddings: how many ids the model reads; larger ones are replaced by its last. uniforms: float64 [K, B, 1] of
-  // sampled drafts, none of greedy ones. acceptance: float64 [bins], of AcceptanceByConfidence; with it, the draft ends
-  // early as by confidence.StopRule, so K may be less than num_ids.
-  std::tuple<Tensor, std::optional<Tensor>, std::optional<Tensor>> draft(const Tensor& text, const Tensor& last,
-      const Tensor& limit, int64_t width, int64_t num_ids, int64_t num_embeddings, int64_t vocab_size,
-      const std::optional<Tensor>& uniforms, const std::optional<Tensor>& acceptance, double min_chance,
-      const std::vector<Tensor>& buffers) {
+  // sampled drafts, none of greedy ones.
+  std::tuple<Tensor, std::optional<Tensor>> draft(const Tensor& text, const Tensor& last, const Tensor& limit,
+      int64_t width, int64_t num_ids, int64_t num_embeddings, int64_t vocab_size,
+      const std::optional<Tensor>& uniforms, const std::vector<Tensor>& buffers) {
     const int64_t batch = text.size(0);
     const auto row = text.accessor<int64_t, 2>();
     const auto at = last.accessor<int64_t, 1>(), limits = limit.accessor<int64_t, 1>();
@@ -62,10 +59,8 @@ struct Package : torch::CustomClassHolder {
         id[b * width + c] = std::min(row[b][p], num_embeddings - 1);
       }
     }
-    std::vector<Tensor> probs, largest;
-    std::vector<double> chances(batch, 1.0);
-    bool is_stopped = false;
-    for (int64_t k = 0; k < num_ids && !is_stopped; ++k) {
+    std::vector<Tensor> probs;
+    for (int64_t k = 0; k < num_ids; ++k) {
       Tensor logits = forward(ids, positions, k ? column(0) : column(width - 1), buffers);
       if (logits.size(2) > vocab_size) logits = logits.narrow(2, 0, vocab_size);
       if (uniforms) probs.push_back(at::softmax(logits, -1, at::kFloat));
@@ -79,16 +74,8 @@ struct Package : torch::CustomClassHolder {
         ids.mutable_data_ptr<int64_t>()[b] = std::min(is_drafted ? chosen : row[b][at[b]], num_embeddings - 1);
         positions.mutable_data_ptr<int64_t>()[b] = at[b] + (is_drafted ? k + 1 : 0);
       }
-      if (acceptance) {
-        largest.push_back((uniforms ? probs.back() : at::softmax(logits, -1, at::kFloat)).amax(-1));
-        is_stopped = stops(largest.back(), *acceptance, min_chance, limits, k + 1, chances);
-        if (is_stopped) drafted = drafted.narrow(1, 0, k + 1).contiguous();
-      }
     }
-    const auto joined = [](const std::vector<Tensor>& parts) {
-      return parts.empty() ? std::nullopt : std::optional(at::cat(parts, 1));
-    };
-    return {drafted, joined(probs), joined(largest)};
+    return {drafted, uniforms ? std::optional(at::cat(probs, 1)) : std::nullopt};
   }
 
   // plain.plain_steps: greedy steps of one id a row, num_steps or until all rows have finished. The tensors are
@@ -113,21 +100,6 @@ struct Package : torch::CustomClassHolder {
   }
 
  private:
-  // StopRule.add: whether a draft ends after `count` ids. largest: float32 [B, 1]. chances: [B], updated.
-  static bool stops(const Tensor& largest, const Tensor& acceptance, double min_chance,
-      const at::TensorAccessor<int64_t, 1>& limits, int64_t count, std::vector<double>& chances) {
-    const double* expected = acceptance.const_data_ptr<double>();
-    const int64_t bins = acceptance.size(0);
-    double total = 0;
-    int64_t rows = 0;
-    for (size_t b = 0; b < chances.size(); ++b) {
-      const float prob = largest.const_data_ptr<float>()[b];
-      chances[b] *= expected[prob >= 0 ? std::min<int64_t>(prob * bins, bins - 1) : 0];
-      if (limits[b] > count) total += chances[b], ++rows;
-    }
-    return rows && total / rows < min_chance;
-  }
-
   static Tensor column(int64_t index) {
     Tensor columns = empty({1}, at::kLong);
     columns.mutable_data_ptr<int64_t>()[0] = index;

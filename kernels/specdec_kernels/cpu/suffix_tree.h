@@ -254,9 +254,7 @@ class SuffixTree {
   }
 
   void keep_better(Proposal& best, int32_t node, int32_t at, int64_t max_ids, float min_probability) {
-    Proposal& found = found_;
-    found.ids.clear();
-    found.score = 0;
+    Proposal found;
     float probability = 1;
     while (int64_t(found.ids.size()) < max_ids && probability >= min_probability) {
       if (at == nodes_[node].length) {
@@ -269,7 +267,7 @@ class SuffixTree {
         found.score += probability;
       }
     }
-    if (found.score > best.score) std::swap(best, found);
+    if (found.score > best.score) best = std::move(found);
   }
 
   bool has_one_child(int32_t node) const {
@@ -416,7 +414,6 @@ class SuffixTree {
   std::deque<std::vector<int32_t>> texts_;
   int32_t first_text_ = 0;  // texts that were removed
   std::vector<int32_t> ends_of_suffixes_;  // of the last text, the longest suffix first
-  Proposal found_;  // of keep_better, which allocates nothing where it finds nothing better
 };
 
 // An object in a tensor, which owns it: an operator is called in less time than a method of one of torch's classes.

@@ -95,11 +95,11 @@ class CompiledForward:
         logits: Tensor = self.package.forward(ids, positions, columns, self._buffers(cache, len(ids)))
         return logits
 
-    def draft(self, inputs: DraftInputs, slots: int, cache: RaggedCache) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def draft(self, inputs: DraftInputs, slots: int, cache: RaggedCache) -> tuple[Tensor, Tensor | None]:
         """`ModelDrafter._draft` of calls without logits processors, see `OptimizedForward.draft`."""
         cache.window.reserve(slots)
-        ids, probs, largest_probs = self.package.draft(*inputs, self._buffers(cache, len(inputs.text)))
-        return ids, probs, largest_probs
+        ids, probs = self.package.draft(*inputs, self._buffers(cache, len(inputs.text)))
+        return ids, probs
 
     def run_plain_steps(
         self, inputs: PlainInputs, slots: int, cache: RaggedCache
