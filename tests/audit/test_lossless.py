@@ -74,7 +74,8 @@ def finished(weights: str) -> Certificate:
     return audit_lossless(pair(weights)[0], settings(weights), budget_s=LARGE_BUDGET)
 
 
-def certificate_of_the_embedded_pair() -> Certificate:
+@pytest.mark.usefixtures("cpu_kernels")
+def test_the_embedded_pair_is_lossless_and_all_broken_loops_are_found() -> None:
     """A short certificate of the package's own pair, with all drafters."""
     target, draft = (load(str(folder), "float32", "cpu") for folder in (embedded.TARGET, embedded.DRAFT))
     tokenizer = load_tokenizer(str(embedded.TARGET))
@@ -82,12 +83,7 @@ def certificate_of_the_embedded_pair() -> Certificate:
     drafters = {"draft": draft, "prompt_lookup": "prompt_lookup", "suffix": "suffix"}
     drafters["suffix+draft"] = with_suffix_decoding(draft, target)
     chosen = dataclasses.replace(settings(), prompts=prompts, drafters=drafters)
-    return audit_lossless(target, chosen, budget_s=LARGE_BUDGET)
-
-
-@pytest.mark.usefixtures("cpu_kernels")
-def test_the_embedded_pair_is_lossless_and_all_broken_loops_are_found() -> None:
-    certificate = certificate_of_the_embedded_pair()
+    certificate = audit_lossless(target, chosen, budget_s=LARGE_BUDGET)
     assert certificate.reasons == []
     assert (certificate.verdict, certificate.exit_code) == (LOSSLESS, 0)
     assert certificate.num_texts == certificate.num_identical == 4 * 2 * 2 * 4

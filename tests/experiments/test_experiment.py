@@ -518,16 +518,18 @@ def test_a_run_that_was_killed_at_a_random_moment_and_resumed_is_the_same(tmp_pa
     )
     part = killed / "records-0.jsonl"
     rng = random.Random()
-    process = subprocess.Popen(
-        [*script(*overrides), f"folder={killed}"],
-        cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    while process.poll() is None and (not part.exists() or part.stat().st_size <= 3000):
-        time.sleep(0.01)
-    time.sleep(rng.uniform(0, 0.5))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert part.exists(), "the process must be killed while it runs"
+    for attempt in range(2):
+        command = [*script(*overrides), f"folder={killed}", f"resume={'true' if attempt else 'false'}"]
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        size = part.stat().st_size if part.exists() else 0
+        while process.poll() is None and (not part.exists() or part.stat().st_size <= size + 3000):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert part.exists(), "the process must be killed while it runs"
     with part.open("a") as stream:
         stream.write('{"kind": "record", "prompt_id": "torn')
     command = [*script(*overrides), f"folder={killed}", "resume=true"]

@@ -142,18 +142,18 @@ def test_the_plan_is_the_measured_peak(
 
 @pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize(
-    ("path", "dtype"),
+    ("path", "dtype", "call"),
     [
-        pytest.param(embedded.TARGET, torch.bfloat16, id="int4-bfloat16"),
-        pytest.param(embedded.TARGET, torch.float32, id="int4-float32"),
-        pytest.param(PLAIN, torch.bfloat16, id="dense-bfloat16"),
-        pytest.param(PLAIN, torch.float32, id="dense-float32", marks=pytest.mark.full),
+        pytest.param(embedded.TARGET, torch.bfloat16, CALLS[2], id="int4-bfloat16"),
+        pytest.param(embedded.TARGET, torch.float32, CALLS[4], id="int4-float32"),
+        pytest.param(PLAIN, torch.bfloat16, CALLS[4], id="dense-bfloat16"),
+        pytest.param(PLAIN, torch.float32, CALLS[2], id="dense-float32", marks=pytest.mark.full),
     ],
 )
-@pytest.mark.parametrize(("batch", "prompt", "new", "num_draft_tokens"), [CALLS[2]])
 def test_the_plan_is_the_measured_peak_where_the_cpu_has_kernels(
-    batch: int, prompt: int, new: int, num_draft_tokens: int, path: Path, dtype: torch.dtype
+    path: Path, dtype: torch.dtype, call: tuple[int, int, int, int]
 ) -> None:
+    batch, prompt, new, num_draft_tokens = call
     assert ratio(path, batch, prompt, new, num_draft_tokens, GREEDY, dtype=dtype) == pytest.approx(1, abs=0.04)
 
 
