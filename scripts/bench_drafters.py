@@ -5,10 +5,13 @@
     python scripts/bench_drafters.py --draft build/pairs/smollm2/target --workload prompts
 
 Target and draft model in 4 bits, compiled; interleaved rounds of whole calls, prompts included. Ratios are taken
-within a round. Workloads: "prompts", the embedded ones or those of a file; "edits", code that is to be written again
-with a change; "json", records as JSON; "again", the prompts asked twice, of which the second time counts. In all others
-a drafter begins each round without earlier answers. With a chat template, prompts are turns of a user. --draft: of a
-draft model of another tokenizer, the report has the fraction of the target's ids that it can draft.
+within a round; "step" is what a step takes in plain steps: tokens a step over that ratio. Automatic K is also compared
+with the fastest constant K of the same drafter, or with plain decoding where that is faster.
+
+Workloads: "prompts", the embedded ones or those of a file; "edits", code that is to be written again with a change;
+"json", records as JSON; "again", the prompts asked twice, of which the second time counts. In all others a drafter
+begins each round without earlier answers. With a chat template, prompts are turns of a user. --draft: of a draft model
+of another tokenizer, the report has the fraction of the target's ids that it can draft.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +46,9 @@ from transformers.utils import logging
 import specdec
 from specdec.core.interfaces import Drafter
 from specdec.core.sampling import Verification
-from specdec.drafters.resolve import check_pair, with_suffix_decoding
+from specdec.drafters.hybrid import SuffixHybrid
+from specdec.drafters.resolve import check_pair, resolve_drafter, with_suffix_decoding
+from specdec.drafters.suffix import FinishedTexts, SuffixDecoding
 from specdec.experiments.workloads import Dataset, Stdlib, encode
 from specdec.runtime.loading import load_tokenizer
 from specdec.utils.provenance import provenance
@@ -56,12 +61,12 @@ PEOPLE = ("Ada Byron", "Alan Turing", "Grace Hopper", "Edsger Dijkstra", "Barbar
 CITIES = ("London", "Paris", "New York", "Rotterdam", "Los Angeles", "Milwaukee")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
-    """A drafter with its K, as a function that makes it; K is None for plain decoding."""
+    """A drafter with its K, which is None for plain decoding."""
 
     name: str
-    make: Callable[[], PreTrainedModel | Drafter | str]
+    drafter: PreTrainedModel | Drafter | str
     num_draft_tokens: int | str | None
     verification: Verification = "block"
 
@@ -115,7 +120,7 @@ class Bench:
         ):
             specdec.enable(
                 self.target,
-                candidate.make(),
+                without_answers(candidate.drafter),
                 num_draft_tokens=k,
                 compile=COMPILED,
                 verification=candidate.verification,
@@ -151,6 +156,14 @@ class Bench:
         return Pass(ids, seconds, steps, drafted, accepted)
 
 
+def without_answers(drafter: PreTrainedModel | Drafter | str) -> PreTrainedModel | Drafter | str:
+    """The same drafter, whose cost model goes on, once suffix decoding has forgotten all earlier answers."""
+    suffix = drafter.suffix if isinstance(drafter, SuffixHybrid) else drafter
+    if isinstance(suffix, SuffixDecoding):
+        suffix.finished_texts = FinishedTexts(suffix.depth, suffix.finished_texts.max_ids)
+    return drafter
+
+
 @contextmanager
 def warned_as_errors() -> Iterator[None]:
     """Figures of forwards that run eagerly would be another's."""
@@ -184,6 +197,9 @@ def measure(
     for candidate, made in passes.items():
         tokens = sum(bench.new_tokens * len(one.ids) for one in made)
         drafted = sum(one.drafted for one in made)
+        tokens_per_step = tokens / sum(one.steps for one in made)
+        to_plain = ratios(rates[candidate], rates[plain])
+        best = fastest_constant(candidate, rates)
         pairs = zip(made, passes[plain], strict=True)
         same = [a == b for one, other in pairs for a, b in zip(one.ids, other.ids, strict=True)]
         rows.append(
@@ -193,14 +209,25 @@ def measure(
                 "drafter": candidate.name,
                 "num_draft_tokens": candidate.num_draft_tokens,
                 "tokens_per_second": round(statistics.median(rates[candidate]), 1),
-                "ratio_to_plain": ratios(rates[candidate], rates[plain]),
-                "tokens_per_step": round(tokens / sum(one.steps for one in made), 3),
+                "ratio_to_plain": to_plain,
+                "ratio_to_best": None if best is None else ratios(rates[candidate], rates[best]),
+                "best": None if best is None else best.num_draft_tokens or 0,
+                "tokens_per_step": round(tokens_per_step, 3),
+                "step_in_plain_steps": round(tokens_per_step / to_plain["median"], 3),
                 "acceptance": round(sum(one.accepted for one in made) / drafted, 3) if drafted else None,
                 "identical_rows": None if sampled else sum(same),
                 "rows": len(same),
             }
         )
     return rows
+
+
+def fastest_constant(auto: Candidate, rates: dict[Candidate, list[float]]) -> Candidate | None:
+    """Of a candidate with automatic K: the same drafter with the fastest constant K, or plain decoding; else None."""
+    if auto.num_draft_tokens != "auto":
+        return None
+    others = [c for c in rates if c.num_draft_tokens is None or (c.name == auto.name and c is not auto)]
+    return max(others, key=lambda candidate: statistics.median(rates[candidate]))
 
 
 def show(report: dict[str, Any]) -> None:
@@ -210,15 +237,18 @@ def show(report: dict[str, Any]) -> None:
         table = Table(title=f"{report['pair']}, {workload}", title_justify="left")
         for column in ("batch", "", "drafter", "K"):
             table.add_column(column)
-        for column in ("tokens/s", "over plain", "low … high", "tokens a step", "accepted", "plain texts"):
+        for column in ("tokens/s", "over plain", "low … high", "over best K", "tokens a step", "step", "accepted"):
             table.add_column(column, justify="right")
+        table.add_column("plain texts", justify="right")
         for row in rows:
             ratio, acceptance = row["ratio_to_plain"], row["acceptance"]
             spread = f"{ratio['low']:.2f} … {ratio['high']:.2f}"
+            best = "" if row["best"] is None else f"{row['ratio_to_best']['median']:.2f} (K={row['best']})"
             table.add_row(
                 str(row["batch"]), row["sampling"], row["drafter"], str(row["num_draft_tokens"] or "–"),
-                f"{row['tokens_per_second']:.0f}", f"{ratio['median']:.2f}", spread,
-                f"{row['tokens_per_step']:.2f}", "–" if acceptance is None else f"{acceptance:.0%}",
+                f"{row['tokens_per_second']:.0f}", f"{ratio['median']:.2f}", spread, best,
+                f"{row['tokens_per_step']:.2f}", f"{row['step_in_plain_steps']:.2f}",
+                "–" if acceptance is None else f"{acceptance:.0%}",
                 "–" if row["identical_rows"] is None else f"{row['identical_rows']}/{row['rows']}",
             )  # fmt: skip
         console.print(table)
@@ -257,16 +287,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ]
             for name in args.workload
         }
-        makers: dict[str, Callable[[], PreTrainedModel | Drafter | str]] = {}
+        drafters: dict[str, PreTrainedModel | Drafter | str] = {}
         if pair.draft is not None:
             draft = pair.load_draft(args.dtype, int4=True)
-            makers |= dict.fromkeys(("draft model", BY_TOKEN), lambda: draft)
-            makers["suffix + draft model"] = lambda: with_suffix_decoding(draft, target)
-        makers |= {"prompt lookup": lambda: "prompt_lookup", "suffix": lambda: "suffix"}
+            drafters |= dict.fromkeys(("draft model", BY_TOKEN), draft)
+            drafters["suffix + draft model"] = with_suffix_decoding(draft, target)
+        drafters |= {"prompt lookup": resolve_drafter("prompt_lookup", target), "suffix": SuffixDecoding()}
         coverage = None
         if args.draft is not None:
             further = load_int4(args.draft, args.dtype)
-            makers["further draft"] = lambda: further
+            drafters["further draft"] = further
             with warned_as_errors():
                 shared = check_pair(target, further)
             coverage = 1.0 if shared is None else round(shared.coverage, 4)
@@ -274,10 +304,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"bench_drafters: {error}", style="red")
         return 1
     lengths = [int(k) if k.isdecimal() else k for k in args.num_draft_tokens]
-    candidates = [Candidate("plain", lambda: "none", None)]
+    candidates = [Candidate("plain", "none", None)]
     candidates += [
-        Candidate(name, make, k, "token" if name == BY_TOKEN else "block")
-        for name, make in makers.items()
+        Candidate(name, drafter, k, "token" if name == BY_TOKEN else "block")
+        for name, drafter in drafters.items()
         for k in lengths
     ]
     before = CpuTimes.now()

@@ -94,6 +94,7 @@ def step(
     if num_draft_tokens:
         draft = drafter.propose(sequences, limit)
         check_draft(draft, drafter, sequences.batch_size, sequences.max_draft_tokens, target.vocab_size)
+        draft = draft.trimmed()
     else:
         draft = sequences.no_draft
     if lockstep is not None:
@@ -102,7 +103,6 @@ def step(
 
     scored = run("target", partial(score_draft, target, sequences), draft.ids, draft.lengths, limit)
     mark("target")
-
     verify = partial(verify_and_commit, sequences, sampling)
     if lockstep is not None:
         verify = partial(lockstep.commit, sequences)

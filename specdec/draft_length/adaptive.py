@@ -1,9 +1,10 @@
 """AdaptiveK: each step drafts the number of ids that is expected to give the most tokens a second.
 
-    tokens a second at K = acceptance length(K) / (T_draft(K) + T_target(K + 1) + T_rest)
+    tokens a second at K = acceptance length(K) / expected seconds of a step(K)
 
-of the row that ends last, since a batch is done when it is. Step times and acceptance come from the pair's cost model
-(cost_model.py), acceptance also from each row of the call. K = 0 is plain decoding: the drafter then shows no
+of the row that ends last, since a batch is done when it is. Acceptance, step times by the number of draft ids, and how
+many ids the drafter proposes of those asked for come from the pair's cost model (cost_model.py), acceptance also from
+each row of the call. K = 0 is plain decoding: the drafter then shows no
 acceptance, so it is probed from time to time (probes.py). K depends on earlier steps alone, so sampled text keeps its
 distribution.
 """
@@ -18,25 +19,25 @@ from typing import NamedTuple
 from specdec.core.stats import Choice
 from specdec.core.steps import RowStep
 from specdec.draft_length import settings
-from specdec.draft_length.cost_model import DecayingMean, PairCostModel
+from specdec.draft_length.cost_model import PLAIN, DecayingMean, PairCostModel
 from specdec.draft_length.speedup import batch_acceptance_lengths, expected_acceptance_lengths, fastest_k
 
 
 class _PlannedStep(NamedTuple):
     """A step in flight.
 
-    expected_tokens: ids that a row emits on average, corrected by the realized ratio. expected_length: the same without
-    the correction. planned_at: perf_counter() of the decision.
+    expected_tokens: ids that a row emits on average. is_idle: a plain step since drafting does not pay. planned_at:
+    perf_counter() of the decision.
     """
 
     k: int
     expected_tokens: float
-    expected_length: float
     is_probe: bool
+    is_idle: bool
     planned_at: float
 
 
-_IDLE_STEP = _PlannedStep(0, 1.0, 1.0, False, 0.0)
+_IDLE_STEP = _PlannedStep(0, 1.0, False, True, 0.0)
 
 
 class AdaptiveK:
@@ -62,7 +63,7 @@ class AdaptiveK:
         self.cost_model = cost_model
         self.step_times, self.probes = cost_model.step_times, cost_model.probes
         self.step_times.start_run()
-        self.max_draft_tokens = len(self.step_times.step_s) - 1
+        self.max_draft_tokens = len(self.step_times.draft_step_s) - 1
         self.limits = tuple(remaining_draft_tokens)
         self.remaining_draft_tokens = list(remaining_draft_tokens)
         self.unread_tokens = unread_tokens
@@ -91,24 +92,30 @@ class AdaptiveK:
             return 0
         self._flush_idle_steps()
         lengths_by_row = [self._expected_lengths(row, self.acceptance(row)) for row in self.active_rows]
-        ratio = self.cost_model.acceptance.realized_ratio
-        k = self._fastest_k([[1 + (length - 1) * ratio for length in lengths] for lengths in lengths_by_row])
+        k = self._fastest_k(lengths_by_row)
         self.is_drafting, self.is_idle = k > 0, k == 0
         is_probe = k == 0 and not any(step.is_probe for step in self.in_flight) and self._should_probe(lengths_by_row)
+        is_idle = self.is_idle and not is_probe
         if is_probe:
             k = 1
         elif k and self.probes.is_plain_run_due:
             k = 0
-        expected_length = sum(lengths[k] for lengths in lengths_by_row) / len(lengths_by_row)
-        expected_tokens = 1 + (expected_length - 1) * ratio
-        self.in_flight.append(_PlannedStep(k, expected_tokens, expected_length, is_probe, perf_counter()))
+        expected_tokens = sum(lengths[k] for lengths in lengths_by_row) / len(lengths_by_row)
+        self.in_flight.append(_PlannedStep(k, expected_tokens, is_probe, is_idle, perf_counter()))
         return k
 
     def extend_plain(self, limit: int) -> int:
-        """While the policy is idle, all steps up to the next probe run together."""
-        if self.in_flight[-1] is not _IDLE_STEP or not self.step_times.is_plain_run_measured:
-            return 1
-        return min(limit, self.probes.steps_until_probe(self.idle_steps))
+        """How many of the plain steps that follow run together: up to the next probe, while drafting does not pay.
+
+        First those that are not measured, then at least as many that are, since few steps take longer together.
+        """
+        num_steps = settings.ADAPTIVE_K.plain_run_steps
+        unmeasured = self.step_times.num_unmeasured_plain_steps - 1
+        if unmeasured > 0:
+            num_steps = unmeasured
+        elif self.in_flight[-1].is_idle:
+            num_steps = max(num_steps, self.probes.steps_until_probe(self.idle_steps))
+        return min(limit, num_steps)
 
     def observe(self, steps: Sequence[RowStep | None], num_together: int = 1) -> None:
         """Update the estimates from the oldest step in flight; None for a row that had finished before it."""
@@ -125,7 +132,7 @@ class AdaptiveK:
         if None in steps:
             active_rows = [row for row in active_rows if steps[row] is not None]
         has_ended_rows = len(active_rows) < len(self.active_rows)
-        if planned is _IDLE_STEP and not has_ended_rows and self.step_times.is_plain_run_measured:
+        if planned.is_idle and not has_ended_rows and self.step_times.is_plain_run_measured:
             # the cost model receives many idle steps at once, since each update takes time from plain decoding
             self.idle_steps += 1
             self.idle_s += seconds
@@ -155,23 +162,25 @@ class AdaptiveK:
         )
 
     def _observe_draft(self, planned: _PlannedStep, seconds: float, steps: Sequence[RowStep | None]) -> None:
-        acceptance, step_times, k = self.cost_model.acceptance, self.step_times, planned.k
+        acceptance, step_times = self.cost_model.acceptance, self.step_times
+        rows = [step for step in steps if step is not None]
+        requested, drafted = max(step.requested for step in rows), max(step.drafted for step in rows)
         num_emitted, num_observed, total_acceptance = self._observe_rows(planned, steps)
         tokens = num_emitted / len(self.active_rows)
         plain_s = step_times.plain_s
-        expected_s = step_times.step_s[k] * step_times.slowdown
+        expected_s = step_times.of(drafted) * step_times.slowdown
         catch_up_s = self.unread_tokens * step_times.catch_up_s.value
-        self._count(k, expected_s + catch_up_s, planned.expected_tokens * plain_s, seconds, tokens * plain_s)
+        self._count(planned.k, expected_s + catch_up_s, planned.expected_tokens * plain_s, seconds, tokens * plain_s)
 
         self.is_idle = False
         if self.ids_to_share > 0:
             self.ids_to_share -= num_observed
             acceptance.observe(total_acceptance, num_observed)
-        acceptance.observe_realized(tokens - 1, planned.expected_length - 1)
+        self.cost_model.draft_sizes.observe(requested, drafted)
         if self.unread_tokens > settings.ADAPTIVE_K.max_unread_tokens:
             step_times.observe_catch_up(seconds - expected_s, self.unread_tokens)
         else:
-            step_times.observe(k, seconds - catch_up_s)
+            step_times.observe(drafted, seconds - catch_up_s)
         self.unread_tokens = 0
         if planned.is_probe:
             pays = self._fastest_k_at(total_acceptance / num_observed if num_observed else 0.0) > 0
@@ -193,6 +202,7 @@ class AdaptiveK:
             self.remaining_draft_tokens[row] -= step.emitted
             num_emitted += step.emitted
             acceptance = [chance for chance in step.chances() if chance is not None]
+            self.cost_model.acceptance.observe_realized(acceptance, self.acceptance(row))
             total = sum(acceptance)
             decay = constants.probe_decay if planned.is_probe else constants.row_decay ** len(acceptance)
             self.row_acceptance[row].add(total, len(acceptance), decay)
@@ -208,7 +218,7 @@ class AdaptiveK:
         for row in self.active_rows:
             self.remaining_draft_tokens[row] -= num_steps
         self.unread_tokens += num_steps
-        step_times.observe(0, seconds / num_steps, num_steps)
+        step_times.observe(PLAIN, seconds / num_steps, num_steps)
         self.probes.observe_plain(num_steps, step_times.is_plain_run_measured)
 
     def _flush_idle_steps(self) -> None:
@@ -234,7 +244,8 @@ class AdaptiveK:
 
     def _expected_lengths(self, row: int, acceptance: float) -> list[float]:
         """The expected acceptance length of a row's next step, by K."""
-        return expected_acceptance_lengths(acceptance, self.remaining_draft_tokens[row], self.max_draft_tokens)
+        by_position = self.cost_model.acceptance.by_position(acceptance)
+        return expected_acceptance_lengths(by_position, self.remaining_draft_tokens[row])
 
     def _fastest_k_at(self, acceptance: float) -> int:
         """The K that is fastest where all rows have this acceptance."""
@@ -245,7 +256,7 @@ class AdaptiveK:
 
         0 where drafting does not pay, the ids that the drafter has to read first included.
         """
-        step_times, step_s = self.step_times, self.step_times.step_s
+        step_times, step_s = self.step_times, self.cost_model.draft_sizes.expected_step_s(self.step_times)
         remaining = [max(self.remaining_draft_tokens[row], 0) + 1 for row in self.active_rows]
         lengths = batch_acceptance_lengths(list(zip(remaining, lengths_by_row, strict=True)))
         k = fastest_k(lengths, step_s, self.candidates)
@@ -261,7 +272,8 @@ class AdaptiveK:
         if not probes.is_probe_due():
             return False
         tokens = sum(lengths[1] for lengths in lengths_by_row) / len(lengths_by_row)
-        steps_s = (step_times.step_s[1] - tokens * step_times.step_s[0]) * step_times.slowdown
+        step_s = self.cost_model.draft_sizes.expected_step_s(step_times)
+        steps_s = (step_s[1] - tokens * step_s[0]) * step_times.slowdown
         if probes.affords(steps_s + self.unread_tokens * step_times.catch_up_s.value) and self._fastest_k_at(1.0):
             probes.begin_probe()
             return True

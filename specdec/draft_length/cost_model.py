@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from specdec.core.timing import StepTimes
 from specdec.draft_length import settings
 from specdec.draft_length.probes import ProbeScheduler
 
+PLAIN = -1  # in place of a number of draft ids: a step with K = 0, which asks the drafter for nothing
+
 
 @dataclass(frozen=True, slots=True)
 class Profile:
     """The cost of a pair's steps and the acceptance of its drafts, measured before its first call.
 
-    times: by K = 0 … the largest K. catch_up_s: seconds for each id of a row that the drafter has not read yet.
-    acceptance: sum(min(p, q)) at each position that was drafted meanwhile. duration_s: of the profile itself.
+    times: by the number of draft ids of the row that has most, 0 … the largest K; 0 is a plain step. empty_s: of a step
+    in which the drafter was asked and proposed nothing; None where that did not happen. catch_up_s: seconds for each id
+    of a row that the drafter has not read yet. num_drafted: of each step that drafted, the ids that were requested and
+    proposed for the row that has most. acceptance: sum(min(p, q)) at each position that was drafted meanwhile.
+    duration_s: of the profile itself.
     """
 
     times: StepTimes
+    empty_s: float | None
     catch_up_s: float
+    num_drafted: list[tuple[int, int]]
     acceptance: list[float]
     duration_s: float
 
@@ -46,7 +54,8 @@ class PairCostModel:
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
         self.step_times = StepTimeEstimator(profile)
-        self.acceptance = AcceptanceEstimator(profile.acceptance)
+        self.draft_sizes = DraftSizeEstimator(profile)
+        self.acceptance = AcceptanceEstimator(profile.acceptance, len(profile.times.step_s) - 1)
         self.probes = ProbeScheduler()
         # generated ids of all texts, over the number of texts that ended before their limit
         self.text_lengths = DecayingMean(0.0, 0.0)
@@ -68,88 +77,133 @@ class PairCostModel:
 
 
 class StepTimeEstimator:
-    """Seconds of a step by K: from the profile at first, then from the steps that run.
+    """Seconds of a step by what it drafts: from the profile at first, then from the steps that run.
 
-    step_s: seconds by K at the speed of the profile, at least those of a plain step. slowdown: the factor on all of
-    them at the current speed. catch_up_s: seconds that a step takes longer for each id that the drafter has not read.
+    plain_step_s: of a step with K = 0. draft_step_s: of a step with K > 0, by the number of draft ids of the row that
+    has most; 0 where the drafter proposed nothing. Both at the speed of the profile; a step that drafts takes at least
+    as long as a plain one. slowdown: the factor on all of them at the current speed. catch_up_s: seconds that a step
+    takes longer for each id that the drafter has not read.
     """
 
     def __init__(self, profile: Profile) -> None:
-        plain_s = profile.times.step_s[0]
-        self.step_s = [max(seconds, plain_s) for seconds in profile.times.step_s]
+        self.plain_step_s, *draft_step_s = profile.times.step_s
+        empty_s = draft_step_s[0] if profile.empty_s is None else profile.empty_s
+        self.draft_step_s = [max(seconds, self.plain_step_s) for seconds in (empty_s, *draft_step_s)]
         self.slowdown = 1.0
         self.catch_up_s = DecayingMean(profile.catch_up_s, settings.ADAPTIVE_K.catch_up_weight)
         self.is_draft_run, self.run_steps = False, 0  # whether the latest steps drafted, and how many there were
-        self.last_k: int | None = None  # K of the last step that was measured
+        self.last_drafted: int | None = None  # draft ids of the last step that was measured; PLAIN for K = 0
 
     @property
     def plain_s(self) -> float:
         """Seconds of a step without a draft, now."""
-        return self.step_s[0] * self.slowdown
+        return self.plain_step_s * self.slowdown
 
     @property
     def is_plain_run_measured(self) -> bool:
         """Whether the latest steps were plain, and enough of them for the time of the next one to count."""
-        return not self.is_draft_run and self.run_steps >= settings.ADAPTIVE_K.plain_run_steps
+        return self.num_unmeasured_plain_steps <= 0
+
+    @property
+    def num_unmeasured_plain_steps(self) -> int:
+        """How many more plain steps must run before the time of one counts."""
+        return settings.ADAPTIVE_K.plain_run_steps - (0 if self.is_draft_run else self.run_steps)
 
     def start_run(self) -> None:
         """The next step is the first of a run, not compared with earlier ones: it finds other data in the caches."""
-        self.run_steps, self.last_k = 0, None
+        self.run_steps, self.last_drafted = 0, None
 
-    def observe(self, k: int, seconds: float, num_steps: int = 1) -> None:
-        """num_steps steps of this K took `seconds` each, once what catching up takes is subtracted.
+    def of(self, num_drafted: int) -> float:
+        """Seconds of a step with so many draft ids, or PLAIN, at the speed of the profile."""
+        return self.plain_step_s if num_drafted == PLAIN else self.draft_step_s[num_drafted]
 
-        A deviation changes `slowdown`, since the machine's speed changes for all K alike. It changes how the K compare
-        only where a step of one K follows a step of another.
+    def observe(self, num_drafted: int, seconds: float, num_steps: int = 1) -> None:
+        """num_steps steps with so many draft ids, or PLAIN, took `seconds` each, without what catching up takes.
+
+        A deviation changes `slowdown`, since the machine's speed changes for all steps alike. It changes how steps
+        compare only where one with so many draft ids follows one with another number.
         """
         constants = settings.ADAPTIVE_K
-        if self.is_draft_run != (k > 0):
-            self.is_draft_run, self.run_steps = k > 0, 0
+        if self.is_draft_run != (num_drafted != PLAIN):
+            self.is_draft_run, self.run_steps = num_drafted != PLAIN, 0
         self.run_steps += num_steps
-        if self.run_steps < (constants.draft_run_steps if k else constants.plain_run_steps):
+        if self.run_steps < (constants.draft_run_steps if self.is_draft_run else constants.plain_run_steps):
             return
         limit = constants.max_step_deviation
-        deviation = min(max(seconds / (self.step_s[k] * self.slowdown) - 1, -limit), limit)
+        deviation = min(max(seconds / (self.of(num_drafted) * self.slowdown) - 1, -limit), limit)
         self.slowdown *= 1 + constants.slowdown_rate * deviation
-        last_k, self.last_k = self.last_k, k
-        if last_k is None or last_k == k:
+        last_drafted, self.last_drafted = self.last_drafted, num_drafted
+        if last_drafted is None or last_drafted == num_drafted:
             return
-        if last_k and k:
-            self._compare_drafting(last_k, k, deviation)
+        if PLAIN in (last_drafted, num_drafted):
+            self._compare_with_plain(max(last_drafted, num_drafted), -deviation if num_drafted == PLAIN else deviation)
         else:
-            self._compare_with_plain(last_k or k, deviation if k else -deviation)
+            self._compare_drafting(last_drafted, num_drafted, deviation)
 
     def observe_catch_up(self, seconds: float, num_unread: int) -> None:
         """A step took so much longer than expected, with num_unread ids that the drafter had to read."""
         self.catch_up_s.add(max(seconds, 0.0), num_unread, settings.ADAPTIVE_K.catch_up_decay)
         self.start_run()
 
-    def _compare_drafting(self, last_k: int, k: int, deviation: float) -> None:
-        """Two K > 0: half of the change goes to each, so their mean relative to plain steps stays.
+    def _compare_drafting(self, last_drafted: int, num_drafted: int, deviation: float) -> None:
+        """Two steps that draft: half of the change goes to each, so their mean relative to plain steps stays.
 
         Where both moved relative to plain steps, those appeared to take 3 times as long within 60 calls, since the
         first step after another K is always slow (benchmarks/LOG.md).
         """
         factor = 1 + settings.ADAPTIVE_K.step_rate / 2 * deviation
-        self.step_s[k] = max(self.step_s[k] * factor, self.step_s[0])
-        self.step_s[last_k] = max(self.step_s[last_k] / factor, self.step_s[0])
+        self._change(num_drafted, self.draft_step_s[num_drafted] * factor)
+        self._change(last_drafted, self.draft_step_s[last_drafted] / factor)
 
-    def _compare_with_plain(self, draft_k: int, deviation: float) -> None:
-        """K > 0 and plain: the change goes to draft_k, and in part to all other K > 0."""
-        change_s = settings.ADAPTIVE_K.step_rate * deviation * self.step_s[draft_k]
-        for k in range(1, len(self.step_s)):
-            share = 1.0 if k == draft_k else settings.ADAPTIVE_K.other_k_share * k / draft_k
-            self.step_s[k] = max(self.step_s[k] + share * change_s, self.step_s[0])
+    def _compare_with_plain(self, num_drafted: int, deviation: float) -> None:
+        """One that drafts and a plain one: the change goes to the former, and in part to others that draft."""
+        change_s = settings.ADAPTIVE_K.step_rate * deviation * self.draft_step_s[num_drafted]
+        for other in range(len(self.draft_step_s)):
+            share = other / num_drafted if num_drafted else 0.0
+            share = 1.0 if other == num_drafted else settings.ADAPTIVE_K.other_k_share * share
+            self._change(other, self.draft_step_s[other] + share * change_s)
+
+    def _change(self, num_drafted: int, seconds: float) -> None:
+        self.draft_step_s[num_drafted] = max(seconds, self.plain_step_s)
+
+
+class DraftSizeEstimator:
+    """How many draft ids a step has, of those that it asks for: prompt lookup and others often propose fewer.
+
+    continued[i]: the fraction of steps with i - 1 draft ids that have another one where they ask for it; those of the
+    row that has most.
+    """
+
+    def __init__(self, profile: Profile) -> None:
+        self.continued = [DecayingMean(1.0, 1.0) for _ in profile.times.step_s]
+        for requested, drafted in profile.num_drafted:
+            self.observe(requested, drafted)
+
+    def observe(self, requested: int, drafted: int) -> None:
+        """A step asked for `requested` ids and has `drafted`."""
+        for num_ids in range(1, min(requested, drafted + 1) + 1):
+            self.continued[num_ids].add(num_ids <= drafted, 1.0, settings.ADAPTIVE_K.shared_decay)
+
+    def expected_step_s(self, times: StepTimeEstimator) -> list[float]:
+        """Seconds of a step by K, at the speed of the profile; 0 is a plain step."""
+        step_s, expected_s, reached = times.draft_step_s, times.draft_step_s[0], 1.0
+        by_k = [times.plain_step_s]
+        for k in range(1, len(step_s)):
+            reached *= self.continued[k].value
+            expected_s += reached * (step_s[k] - step_s[k - 1])
+            by_k.append(max(expected_s, times.plain_step_s))
+        return by_k
 
 
 class AcceptanceEstimator:
-    """Acceptance of a drafter's ids over all rows and calls, and the ratio of realized to expected accepted ids."""
+    """Acceptance of a drafter's ids over all rows and calls, and how it changes with the position in a draft."""
 
-    def __init__(self, profiled: list[float]) -> None:
+    def __init__(self, profiled: list[float], max_draft_tokens: int) -> None:
         """profiled: sum(min(p, q)) at the positions that the profile drafted."""
         self.mean = DecayingMean(settings.ADAPTIVE_K.prior_acceptance, settings.ADAPTIVE_K.prior_weight)
         self.mean.add(sum(profiled), len(profiled), 1.0)
-        self._realized = DecayingMean(1.0, settings.ADAPTIVE_K.realized_weight)
+        # by position: the sum of the acceptance that was realized, over that of what was expected of the row
+        self._realized = [DecayingMean(0.0, 0.0) for _ in range(max_draft_tokens)]
 
     @property
     def optimistic_acceptance(self) -> float:
@@ -169,16 +223,26 @@ class AcceptanceEstimator:
         weight = settings.ADAPTIVE_K.shared_weight
         return (weight * self.optimistic_acceptance + observed.total) / (weight + observed.weight)
 
-    @property
-    def realized_ratio(self) -> float:
-        """Accepted over expected draft ids. It is below 1 where acceptance varies along a text."""
-        limit = settings.ADAPTIVE_K.max_realized_deviation
-        return min(max(self._realized.value, 1 - limit), 1 + limit)
+    def by_position(self, acceptance: float) -> list[float]:
+        """The acceptance of a row's draft ids by position, after those before were accepted; `acceptance`: over all.
+
+        An id after accepted ones is accepted more often where easy parts of a text follow hard ones, and where a
+        drafter mostly proposes nothing or many ids. Each position from the second on starts as the one before it.
+        """
+        constants, ratio = settings.ADAPTIVE_K, 1.0
+        by_position = []
+        for index, realized in enumerate(self._realized):
+            prior = ratio if index > 1 else 1.0
+            total, weight = constants.realized_weight * prior + realized.total, constants.realized_weight
+            ratio = total / (weight + realized.weight)
+            by_position.append(min(acceptance * ratio, 1.0))
+        return by_position
 
     def observe(self, total: float, num_ids: int) -> None:
         """total: sum of the acceptance at num_ids draft ids."""
         self.mean.add(total, num_ids, settings.ADAPTIVE_K.shared_decay)
 
-    def observe_realized(self, accepted: float, expected: float) -> None:
-        """accepted, expected: draft ids of one step, as means over its rows."""
-        self._realized.add(accepted, expected, settings.ADAPTIVE_K.shared_decay)
+    def observe_realized(self, chances: Sequence[float], expected: float) -> None:
+        """chances: the acceptance at the positions of a row's draft; expected: for this row, over all positions."""
+        for realized, chance in zip(self._realized, chances, strict=False):
+            realized.add(chance, expected, settings.ADAPTIVE_K.shared_decay)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from specdec.core.interfaces import Drafter, Target, run_eager
 from specdec.core.plain import plain_steps
 from specdec.core.sampling import Sampling
 from specdec.core.sequences import Sequences
 from specdec.core.speculative import step
+from specdec.core.steps import Draft, StepResult
 from specdec.core.timing import StepTimer, StepTimes, StepTiming
 from specdec.draft_length import settings
 from specdec.draft_length.cost_model import Profile
@@ -52,16 +55,19 @@ def profile(
         num_warm_up = 1 if graphs is None else 3  # with graphs a part runs eagerly, is recorded, is replayed
         draft_lengths = _warm_up(steps, max_draft_tokens, num_warm_up, agree)
         _run_rounds(steps, draft_lengths, max_draft_tokens, agree)
+        _fill_in(steps, draft_lengths)
         first_draft_s, num_unread = steps.run_first_draft()
-    times = _step_times(steps.timings)
+    times = _step_times(steps.timings, max_draft_tokens)
+    empty_s = min(map(_total_s, steps.timings_of_empty), default=None)
     catch_up_s = max(first_draft_s - times.draft_s[1], 0.0) / num_unread
-    return Profile(times, catch_up_s, steps.acceptance, time.perf_counter() - started)
+    return Profile(times, empty_s, catch_up_s, steps.num_drafted, steps.acceptance, time.perf_counter() - started)
 
 
 class _TimedSteps:
     """Steps of a target and a drafter on the last columns of a call's prompts.
 
-    timings: by K, of the steps that were timed. acceptance: sum(min(p, q)) at all positions that were drafted.
+    timings: of the steps that were timed, by the number of draft ids of the row that has most, 0 for K = 0.
+    timings_of_empty: where the drafter proposed nothing. num_drafted, acceptance: see Profile.
     """
 
     def __init__(
@@ -82,6 +88,8 @@ class _TimedSteps:
         self.sampling = Sampling(pointwise, do_sample=sampling.do_sample, verification=sampling.verification)
         self.run_part = run_eager if graphs is None else graphs.run
         self.timings: dict[int, list[StepTiming]] = {}
+        self.timings_of_empty: list[StepTiming] = []
+        self.num_drafted: list[tuple[int, int]] = []
         self.acceptance: list[float] = []
 
     def begin(self) -> None:
@@ -92,39 +100,64 @@ class _TimedSteps:
     def run(self, k: int, count: int = 1, is_timed: bool = True) -> None:
         """Run `count` steps of this K, plain ones together where the call does."""
         run_together = k == 0 and self.max_plain_steps > 1 and self.target.has_plain_steps
-        timings: list[StepTiming] = []
-        while len(timings) < count:
-            if run_together:
-                timings += self._run_plain_steps(min(count - len(timings), self.max_plain_steps))
-            else:
-                timings.append(self._run_step(k))
-        if is_timed:
-            self.timings.setdefault(k, []).extend(timings)
+        while count > 0:
+            num_steps = min(count, self.max_plain_steps) if run_together else 1
+            timing, requested, drafted = self._run_plain_steps(num_steps) if run_together else self._run_step(k)
+            if is_timed and (requested or k == 0):  # at the end of the context nothing can be requested
+                is_empty = requested > 0 and drafted == 0
+                (self.timings_of_empty if is_empty else self.timings.setdefault(drafted, [])).append(timing)
+            count -= num_steps
 
     def run_first_draft(self) -> tuple[float, int]:
         """Begin the drafter again and draft one id: -> seconds of the draft, number of ids that the drafter read."""
         self.drafter.begin(self.sequences, self.sampling)
         num_unread = self.sequences.longest
-        return self._run_step(1).draft_s, num_unread
+        return self._run_step(1)[0].draft_s, num_unread
 
     def can_draft(self, num_ids: int) -> bool:
         """Whether each row can still draft this many ids."""
         return bool((self.sequences.limit(num_ids) == num_ids).all())
 
-    def _run_plain_steps(self, count: int) -> list[StepTiming]:
+    def _run_plain_steps(self, count: int) -> tuple[StepTiming, int, int]:
+        """-> the timing of one of the steps, and no draft ids, as of _run_step()."""
         started = time.perf_counter()
         self.sequences.retire(*plain_steps(self.target, self.drafter, self.sequences, count))
-        return [StepTiming(0.0, (time.perf_counter() - started) / count, 0.0, 0.0)] * count
+        return StepTiming(0.0, (time.perf_counter() - started) / count, 0.0, 0.0), 0, 0
 
-    def _run_step(self, k: int) -> StepTiming:
+    def run_other_ids(self, k: int, draft_s: float) -> None:
+        """Time a step with k draft ids that are not the drafter's; draft_s: the time that those would take."""
+        timing, *_ = self._run_step(k, RepeatLastId())
+        self.timings.setdefault(k, []).append(replace(timing, draft_s=draft_s))
+
+    def _run_step(self, k: int, other: Drafter | None = None) -> tuple[StepTiming, int, int]:
+        """-> the step's timing, and how many draft ids the row that has most requested and had."""
         timer = StepTimer(self.sequences.device)
-        result = step(self.target, self.drafter, self.sequences, self.sampling, k, self.run_part, timer.mark)
+        drafter = self.drafter if other is None else other
+        result = step(self.target, drafter, self.sequences, self.sampling, k, self.run_part, timer.mark)
         self.sequences.retire(result)
-        for row in result.steps:
-            self.acceptance += [chance for chance in (row.chances() if row and k else ()) if chance is not None]
+        rows = [row for row in result.steps if row is not None]
+        requested = max((row.requested for row in rows), default=0)
+        drafted = max((row.drafted for row in rows), default=0)
+        if k and other is None:
+            self.num_drafted.append((requested, drafted))
+            self.acceptance += [chance for row in rows for chance in row.chances() if chance is not None]
         timer.mark("other")
         (timing,) = timer.timing().steps
-        return timing
+        return timing, requested, drafted
+
+
+class RepeatLastId:
+    """Drafts the last id of each row again and again, to time how long it takes to verify so many ids."""
+
+    def begin(self, sequences: Sequences, sampling: Sampling) -> None:
+        pass
+
+    def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
+        last_ids = sequences.ids.gather(1, (sequences.lengths - 1)[:, None])
+        return Draft(last_ids.repeat(1, sequences.num_requested), None, limit)
+
+    def observe(self, result: StepResult) -> None:
+        pass
 
 
 def _last_columns(sequences: Sequences, max_draft_tokens: int) -> Sequences:
@@ -157,7 +190,7 @@ def _warm_up(steps: _TimedSteps, max_draft_tokens: int, num_steps: int, agree: C
     for k in (0, max_draft_tokens):
         steps.run(k, num_steps, is_timed=False)
         steps.run(k)
-    slowest_s = _total_s(steps.timings[max_draft_tokens][0])
+    slowest_s = max(_total_s(timing) for timings in steps.timings.values() for timing in timings)
     if not agree(2 * slowest_s * len(draft_lengths) < settings.ADAPTIVE_K.profile_s):
         return [max_draft_tokens]
     for k in num_steps * draft_lengths[:-1]:
@@ -178,15 +211,27 @@ def _run_rounds(
                 steps.run(k, constants.draft_run_steps if k else constants.plain_run_steps)
 
 
-def _step_times(timings: dict[int, list[StepTiming]]) -> StepTimes:
-    """The least seconds of each part by K, interpolated between the K that were timed.
+def _fill_in(steps: _TimedSteps, draft_lengths: list[int]) -> None:
+    """Time steps with so many draft ids where the drafter never proposed as many, while the length suffices."""
+    missing = [k for k in draft_lengths if k not in steps.timings]
+    drafting = [timing for num_drafted, timings in steps.timings.items() if num_drafted for timing in timings]
+    draft_s = min((timing.draft_s for timing in drafting + steps.timings_of_empty), default=0.0)
+    for k in 2 * missing:
+        if steps.can_draft(k):
+            steps.run_other_ids(k, draft_s)
+
+
+def _step_times(timings: dict[int, list[StepTiming]], max_draft_tokens: int) -> StepTimes:
+    """The least seconds of each part by the number of draft ids, interpolated between those that were timed.
 
     The least, since other work on the machine only adds: by the median a plain step was 1.3 times too slow on a busy
     machine, and K=7 was chosen at 0.80 of plain (benchmarks/LOG.md).
     """
 
     def least_s(part: str) -> list[float]:
-        return interpolate({k: min(getattr(step, part) for step in steps) for k, steps in timings.items()})
+        least = {num_drafted: min(getattr(step, part) for step in steps) for num_drafted, steps in timings.items()}
+        least.setdefault(max_draft_tokens, least[max(least)])
+        return interpolate(least)
 
     return StepTimes(
         draft_s=[0.0, *least_s("draft_s")[1:]],

