@@ -230,8 +230,33 @@ def fastest_constant(auto: Candidate, rates: dict[Candidate, list[float]]) -> Ca
     return max(others, key=lambda candidate: statistics.median(rates[candidate]))
 
 
+def fastest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a workload's rows the fastest for each batch size and way of sampling; plain decoding where nothing pays."""
+    calls = dict.fromkeys((row["batch"], row["sampling"]) for row in rows)
+    return [
+        max(
+            (row for row in rows if (row["batch"], row["sampling"]) == call),
+            key=lambda row: float(row["ratio_to_plain"]["median"]),
+        )
+        for call in calls
+    ]
+
+
+def describe(row: dict[str, Any]) -> str:
+    """The drafter and K of a row, and what holds it back, in one line."""
+    call = f"batch {row['batch']}, {row['sampling']}"
+    k, step = row["num_draft_tokens"], row["step_in_plain_steps"]
+    if k is None:
+        return f"{call}: plain decoding is fastest"
+    words = (
+        f"{call}: {row['drafter']} K={k} is fastest, {row['ratio_to_plain']['median']:.2f} times plain;"
+        f" {row['tokens_per_step']:.2f} tokens a step that takes {step:.2f} plain ones"
+    )
+    return words if k == "auto" else f"{words}, so {(k + 1) / step:.2f} times if all K were proposed and accepted"
+
+
 def show(report: dict[str, Any]) -> None:
-    """One table for each workload."""
+    """One table for each workload, with the fastest drafters below."""
     console = Console(width=max(120, Console().width))
     for workload, rows in report["workloads"].items():
         table = Table(title=f"{report['pair']}, {workload}", title_justify="left")
@@ -252,6 +277,8 @@ def show(report: dict[str, Any]) -> None:
                 "–" if row["identical_rows"] is None else f"{row['identical_rows']}/{row['rows']}",
             )  # fmt: skip
         console.print(table)
+        for row in fastest(rows):
+            console.print(describe(row), highlight=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -89,6 +89,7 @@ class StepTimeEstimator:
         self.plain_step_s, *draft_step_s = profile.times.step_s
         empty_s = draft_step_s[0] if profile.empty_s is None else profile.empty_s
         self.draft_step_s = [max(seconds, self.plain_step_s) for seconds in (empty_s, *draft_step_s)]
+        self.draft_counts = [0.0] * len(self.draft_step_s)  # of late steps, by number of draft ids
         self.slowdown = 1.0
         self.catch_up_s = DecayingMean(profile.catch_up_s, settings.ADAPTIVE_K.catch_up_weight)
         self.is_draft_run, self.run_steps = False, 0  # whether the latest steps drafted, and how many there were
@@ -120,8 +121,9 @@ class StepTimeEstimator:
     def observe(self, num_drafted: int, seconds: float, num_steps: int = 1) -> None:
         """num_steps steps with so many draft ids, or PLAIN, took `seconds` each, without what catching up takes.
 
-        A deviation changes `slowdown`, since the machine's speed changes for all steps alike. It changes how steps
-        compare only where one with so many draft ids follows one with another number.
+        A deviation changes `slowdown`, since the machine's speed changes for all steps alike. What is left of it on
+        average, where the number of draft ids varies, changes how long steps with so many take compared with others.
+        How drafting compares with plain steps changes only where one follows the other.
         """
         constants = settings.ADAPTIVE_K
         if self.is_draft_run != (num_drafted != PLAIN):
@@ -132,28 +134,30 @@ class StepTimeEstimator:
         limit = constants.max_step_deviation
         deviation = min(max(seconds / (self.of(num_drafted) * self.slowdown) - 1, -limit), limit)
         self.slowdown *= 1 + constants.slowdown_rate * deviation
+        if num_drafted != PLAIN:
+            self._compare_drafting(num_drafted, deviation)
         last_drafted, self.last_drafted = self.last_drafted, num_drafted
-        if last_drafted is None or last_drafted == num_drafted:
-            return
-        if PLAIN in (last_drafted, num_drafted):
+        if last_drafted is not None and (last_drafted == PLAIN) != (num_drafted == PLAIN):
             self._compare_with_plain(max(last_drafted, num_drafted), -deviation if num_drafted == PLAIN else deviation)
-        else:
-            self._compare_drafting(last_drafted, num_drafted, deviation)
 
     def observe_catch_up(self, seconds: float, num_unread: int) -> None:
         """A step took so much longer than expected, with num_unread ids that the drafter had to read."""
         self.catch_up_s.add(max(seconds, 0.0), num_unread, settings.ADAPTIVE_K.catch_up_decay)
         self.start_run()
 
-    def _compare_drafting(self, last_drafted: int, num_drafted: int, deviation: float) -> None:
-        """Two steps that draft: half of the change goes to each, so their mean relative to plain steps stays.
+    def _compare_drafting(self, num_drafted: int, deviation: float) -> None:
+        """A step against late ones that drafted, whose mean stays, weighted by how often they draft so many ids.
 
-        Where both moved relative to plain steps, those appeared to take 3 times as long within 60 calls, since the
-        first step after another K is always slow (benchmarks/LOG.md).
+        Where each changed by itself, plain steps appeared to take 3 times as long within 60 calls, since the first step
+        of a run is always slow (benchmarks/LOG.md).
         """
-        factor = 1 + settings.ADAPTIVE_K.step_rate / 2 * deviation
-        self._change(num_drafted, self.draft_step_s[num_drafted] * factor)
-        self._change(last_drafted, self.draft_step_s[last_drafted] / factor)
+        self.draft_counts = [settings.ADAPTIVE_K.shared_decay * count for count in self.draft_counts]
+        self.draft_counts[num_drafted] += 1
+        factor = 1 + settings.ADAPTIVE_K.draft_rate * deviation
+        share = self.draft_counts[num_drafted] / sum(self.draft_counts)
+        for other, seconds in enumerate(self.draft_step_s):
+            exponent = 1 - share if other == num_drafted else -share * min(self.draft_counts[other], 1.0)
+            self._change(other, seconds * factor**exponent)
 
     def _compare_with_plain(self, num_drafted: int, deviation: float) -> None:
         """One that drafts and a plain one: the change goes to the former, and in part to others that draft."""

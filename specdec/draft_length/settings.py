@@ -39,7 +39,10 @@ class AdaptiveKSettings:
     draft_run_steps: int = 4
     max_step_deviation: float = 0.25  # a step deviates from its estimate by at most this fraction of it
     slowdown_rate: float = 0.3  # fraction of a step's deviation by which the times of all K change
-    step_rate: float = 0.3  # fraction of a step's deviation by which its K changes relative to other K
+    step_rate: float = 0.3  # fraction of a deviation by which drafting changes relative to plain steps that it follows
+    # Fraction of a deviation by which steps with so many draft ids change relative to others. As a comparison of each
+    # step with the one before, short drafts would seem slow and long ones fast, since what follows a long one is slow.
+    draft_rate: float = 0.05
     other_k_share: float = 0.75  # fraction of that change for a K of as many draft ids, in proportion for others
     catch_up_weight: float = 128.0  # of the profile's catch-up time, in ids that the drafter has not read
     catch_up_decay: float = 0.9  # of catch-up times, per step that measures one

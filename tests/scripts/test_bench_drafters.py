@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import bench_drafters
 import pytest
 
+from specdec.drafters.hybrid import SuffixHybrid
+from specdec.drafters.model import ModelDrafter
+from specdec.drafters.suffix import SuffixDecoding
 from specdec.utils import embedded
 
 QUICK = ["--count", "3", "--new-tokens", "12", "--rounds", "1", "--batch", "3", "--num-draft-tokens", "4"]
@@ -46,6 +50,47 @@ def test_a_run_ends_with_tables_and_a_json(tmp_path: Path, capsys: pytest.Captur
     out = capsys.readouterr().out
     assert "embedded, again" in out
     assert max(map(len, out.splitlines()[:-1])) <= 120
+
+
+def test_the_fastest_drafter_of_each_kind_of_call_is_named() -> None:
+    def row(batch: int, drafter: str, k: int | str | None, ratio: float) -> dict[str, Any]:
+        return {
+            "batch": batch, "sampling": "greedy", "drafter": drafter, "num_draft_tokens": k, "tokens_per_step": 2.4,
+            "ratio_to_plain": {"median": ratio}, "step_in_plain_steps": 2.0,
+        }  # fmt: skip
+
+    rows = [row(1, "plain", None, 1.0), row(1, "suffix", 3, 1.2), row(1, "suffix", "auto", 1.1)]
+    rows += [row(8, "plain", None, 1.0), row(8, "suffix", 3, 0.9)]
+    first, second = bench_drafters.fastest(rows)
+    assert (first, second) == (rows[1], rows[3])
+    assert bench_drafters.describe(first) == (
+        "batch 1, greedy: suffix K=3 is fastest, 1.20 times plain; 2.40 tokens a step that takes 2.00 plain ones, so"
+        " 2.00 times if all K were proposed and accepted"
+    )
+    assert bench_drafters.describe(rows[2]).endswith("takes 2.00 plain ones")
+    assert bench_drafters.describe(second) == "batch 8, greedy: plain decoding is fastest"
+
+
+def test_automatic_k_is_compared_with_the_fastest_constant_k_of_its_drafter() -> None:
+    plain, other = bench_drafters.Candidate("plain", "none", None), bench_drafters.Candidate("suffix", "suffix", 6)
+    two, three, auto = (bench_drafters.Candidate("draft model", "", k) for k in (2, 3, "auto"))
+    rates = {plain: [1.0, 3.0], other: [9.0, 9.0], two: [2.0, 2.0], three: [3.0, 5.0], auto: [4.0, 4.0]}
+    assert bench_drafters.fastest_constant(auto, rates) is three
+    assert bench_drafters.fastest_constant(three, rates) is None
+    rates[plain] = [5.0, 5.0]
+    assert bench_drafters.fastest_constant(auto, rates) is plain
+
+
+def test_a_drafter_forgets_earlier_answers_between_rounds() -> None:
+    suffix = SuffixDecoding(max_ids=50)
+    suffix.finished_texts.add([1, 2, 3])
+    assert bench_drafters.without_answers(suffix) is suffix
+    assert (suffix.finished_texts.num_ids, suffix.finished_texts.max_ids) == (0, 50)
+    hybrid = SuffixHybrid(cast("ModelDrafter", None), SuffixDecoding())
+    hybrid.suffix.finished_texts.add([1])
+    assert bench_drafters.without_answers(hybrid) is hybrid
+    assert hybrid.suffix.finished_texts.num_ids == 0
+    assert bench_drafters.without_answers("none") == "none"
 
 
 def test_workloads_are_so_many_different_prompts() -> None:
