@@ -231,11 +231,15 @@ def fastest_constant(auto: Candidate, rates: dict[Candidate, list[float]]) -> Ca
 
 
 def fastest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of a workload's rows the fastest for each batch size and way of sampling; plain decoding where nothing pays."""
+    """Of a workload's rows the fastest K for each batch size and way of sampling; plain decoding where none pays.
+
+    Without automatic K, which may be plain decoding too.
+    """
     calls = dict.fromkeys((row["batch"], row["sampling"]) for row in rows)
+    constant = [row for row in rows if row["num_draft_tokens"] != "auto"]
     return [
         max(
-            (row for row in rows if (row["batch"], row["sampling"]) == call),
+            (row for row in constant if (row["batch"], row["sampling"]) == call),
             key=lambda row: float(row["ratio_to_plain"]["median"]),
         )
         for call in calls
@@ -248,11 +252,11 @@ def describe(row: dict[str, Any]) -> str:
     k, step = row["num_draft_tokens"], row["step_in_plain_steps"]
     if k is None:
         return f"{call}: plain decoding is fastest"
-    words = (
+    return (
         f"{call}: {row['drafter']} K={k} is fastest, {row['ratio_to_plain']['median']:.2f} times plain;"
-        f" {row['tokens_per_step']:.2f} tokens a step that takes {step:.2f} plain ones"
+        f" {row['tokens_per_step']:.2f} tokens a step that takes {step:.2f} plain ones, so {(k + 1) / step:.2f} times"
+        " if all K were proposed and accepted"
     )
-    return words if k == "auto" else f"{words}, so {(k + 1) / step:.2f} times if all K were proposed and accepted"
 
 
 def show(report: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from dataclasses import fields
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import audit_peers
+import bench_drafters
 import pytest
 from peers.draws import ALPHA
 from peers.show import COMPARISON, comparison_rows, is_idle
@@ -193,20 +195,45 @@ def test_the_gains_are_those_of_the_results_file() -> None:
     assert [row[1:] for row in rows] == [list(row) for row in zip(rates, gains, strict=True)]
 
 
-def test_who_should_use_it_is_what_was_measured() -> None:
-    def gains(batch: int, engine: str) -> list[float]:
-        return [
-            round(r["ratio_to_own_plain"]["median"], 2)
-            for run in COMPARED
-            for r in peers_report(run)["results"]
-            if (r["runtime"], r["batch"], r["sampling"]) == ("specdec", batch, "greedy") and r["engine"] == engine
-        ]
+DRAFTED = ("embedded", "200m", "smollm2", "smollm2-repetitive")  # runs of bench_drafters that the pages show
+REPETITIVE = ("edits", "json", "again")
 
-    drafted = gains(1, "draft model")
-    said = f"{min(drafted)} to {max(drafted)} times as fast as specdec's own plain decoding, by pair and K"
-    assert said in README
-    looked_up = gains(1, "prompt lookup")
-    assert f"prompt lookup needs no draft model: {min(looked_up)} to {max(looked_up)} times" in README
+
+def drafter_rows(run: str) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a run of bench_drafters, by workload."""
+    report = json.loads((RESULTS / f"bench_drafters-{run}.json").read_text(encoding="utf-8"))
+    workloads: dict[str, list[dict[str, Any]]] = report["workloads"]
+    return workloads
+
+
+def gain(row: dict[str, Any]) -> float:
+    return float(row["ratio_to_plain"]["median"])
+
+
+def gains(name: str, batch: int = 1, workloads: tuple[str, ...] = ("prompts",), runs: tuple[str, ...] = DRAFTED) -> str:
+    """From the least to the largest gain of a drafter over plain decoding, greedy, by run and K."""
+    found = [
+        gain(row)
+        for run in runs
+        for workload, rows in drafter_rows(run).items()
+        for row in rows
+        if workload in workloads and (row["drafter"], row["batch"], row["sampling"]) == (name, batch, "greedy")
+    ]
+    return f"{min(found):.2f} to {max(found):.2f} times"
+
+
+def test_who_should_use_it_is_what_was_measured() -> None:
+    section = README.partition("## Who should use it")[2].partition("\n## ")[0]
+    assert f"{gains('draft model', runs=('200m',))} as fast as specdec's own plain decoding, by pair and K" in section
+    assert f"suffix decoding needs no draft model: {gains('suffix', workloads=REPETITIVE, runs=DRAFTED[2:])}" in section
+    automatic = [
+        gain(row)
+        for run in DRAFTED
+        for rows in drafter_rows(run).values()
+        for row in rows
+        if row["batch"] == 8 and row["num_draft_tokens"] == "auto"
+    ]
+    assert f"automatic K decodes plainly there: {statistics.median(automatic):.2f} times in the median" in section
     without_avx512 = [
         round(r["ratio_to_own_plain"]["median"], 2)
         for run in WITHOUT_AVX512
@@ -214,9 +241,46 @@ def test_who_should_use_it_is_what_was_measured() -> None:
         if r["runtime"] == "specdec" and r["num_draft_tokens"] is not None
     ]
     said = f"drafting gains less: {min(without_avx512)} to {max(without_avx512)} times, by model, batch, threads"
-    assert f"{said} and drafter" in README
-    batched = gains(8, "draft model") + gains(8, "prompt lookup")
-    assert f"{min(batched)} to {max(batched)} times, by pair and K" in README
+    assert f"{said} and drafter" in section
+
+
+def test_what_pays_is_what_was_measured() -> None:
+    lines = []
+    for run in DRAFTED:
+        for workload, rows in drafter_rows(run).items():
+            for best in bench_drafters.fastest(rows):
+                call = best["batch"], best["sampling"]
+                alike = [row for row in rows if (row["batch"], row["sampling"]) == call]
+                auto = max((row for row in alike if row["num_draft_tokens"] == "auto"), key=gain)
+                k = best["num_draft_tokens"]
+                name = "plain decoding" if k is None else f"{best['drafter']}, K={k}"
+                lines.append(
+                    f"| {run.partition('-')[0]} | {workload} | {call[0]} | {call[1]} | {name} | {gain(best):.2f} |"
+                    f" {best['tokens_per_step']:.2f} | {best['step_in_plain_steps']:.2f} | {auto['drafter']} |"
+                    f" {gain(auto):.2f} |"
+                )
+    section = PAGES["docs/performance.md"].partition("## Which drafter pays")[2].partition("\n## ")[0]
+    assert [line for line in section.splitlines() if line.startswith("| ")][1:] == lines
+    automatic = [
+        row["ratio_to_best"]["median"]
+        for run in DRAFTED
+        for rows in drafter_rows(run).values()
+        for row in rows
+        if row["num_draft_tokens"] == "auto"
+    ]
+    said = (
+        f"{statistics.median(automatic):.2f} times in the median, at least 0.97 times in"
+        f" {sum(value >= 0.97 for value in automatic)} of {len(automatic)} cases, and {min(automatic):.2f} to"
+        f" {max(automatic):.2f} times over all"
+    )
+    text = " ".join(section.split())
+    assert said in text
+    (step,) = [
+        row["step_in_plain_steps"]
+        for row in drafter_rows("embedded")["prompts"]
+        if (row["drafter"], row["num_draft_tokens"], row["batch"], row["sampling"]) == ("draft model", 3, 1, "greedy")
+    ]
+    assert f"a step with K=3 takes {step:.1f} plain ones" in text
 
 
 def test_the_4_bit_layer_is_that_of_the_results_file() -> None:
@@ -380,19 +444,21 @@ def test_the_certificates_are_those_of_their_files() -> None:
 
 
 def test_tokens_a_step_of_drafters_are_those_of_the_results_file() -> None:
-    report = json.loads((RESULTS / "bench_drafters-embedded.json").read_text(encoding="utf-8"))
+    workloads = drafter_rows("embedded")
     for name, label in {
         "draft model": "the draft model",
         "prompt lookup": "prompt lookup",
         "suffix": "suffix decoding",
+        "suffix + draft model": "both",
     }.items():
         found = [
-            row["tokens_per_step"]
+            f"{row['tokens_per_step']:.2f}"
             for workload in ("prompts", "again")
-            for row in report["workloads"][workload]
-            if (row["drafter"], row["num_draft_tokens"], row["batch"]) == (name, 6, 1)
+            for sampling in ("greedy", "sampled")
+            for row in workloads[workload]
+            if (row["drafter"], row["num_draft_tokens"], row["batch"], row["sampling"]) == (name, 6, 1, sampling)
         ]
-        assert f"| {label} | {found[0]:.2f} | {found[1]:.2f} |" in PAGES["docs/drafters.md"]
+        assert f"| {label} | {' | '.join(found)} |" in PAGES["docs/drafters.md"]
 
 
 def test_the_texts_of_other_engines_are_those_of_the_results_file() -> None:

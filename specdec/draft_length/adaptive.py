@@ -4,9 +4,8 @@
 
 of the row that ends last, since a batch is done when it is. Acceptance, step times by the number of draft ids, and how
 many ids the drafter proposes of those asked for come from the pair's cost model (cost_model.py), acceptance also from
-each row of the call. K = 0 is plain decoding: the drafter then shows no
-acceptance, so it is probed from time to time (probes.py). K depends on earlier steps alone, so sampled text keeps its
-distribution.
+each row of the call. K = 0 is plain decoding: the drafter then shows no acceptance, so it is probed from time to time
+(probes.py). K depends on earlier steps alone, so sampled text keeps its distribution.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def test_the_fastest_drafter_of_each_kind_of_call_is_named() -> None:
             "ratio_to_plain": {"median": ratio}, "step_in_plain_steps": 2.0,
         }  # fmt: skip
 
-    rows = [row(1, "plain", None, 1.0), row(1, "suffix", 3, 1.2), row(1, "suffix", "auto", 1.1)]
+    rows = [row(1, "plain", None, 1.0), row(1, "suffix", 3, 1.2), row(1, "suffix", "auto", 1.3)]
     rows += [row(8, "plain", None, 1.0), row(8, "suffix", 3, 0.9)]
     first, second = bench_drafters.fastest(rows)
     assert (first, second) == (rows[1], rows[3])
@@ -67,7 +67,6 @@ def test_the_fastest_drafter_of_each_kind_of_call_is_named() -> None:
         "batch 1, greedy: suffix K=3 is fastest, 1.20 times plain; 2.40 tokens a step that takes 2.00 plain ones, so"
         " 2.00 times if all K were proposed and accepted"
     )
-    assert bench_drafters.describe(rows[2]).endswith("takes 2.00 plain ones")
     assert bench_drafters.describe(second) == "batch 8, greedy: plain decoding is fastest"
 
 
