@@ -94,7 +94,7 @@ def step(
     if num_draft_tokens:
         draft = drafter.propose(sequences, limit)
         check_draft(draft, drafter, sequences.batch_size, sequences.max_draft_tokens, target.vocab_size)
-        draft = draft.trimmed()
+        draft = draft.trimmed() if run is run_eager else draft  # recorded steps wait for nothing
     else:
         draft = sequences.no_draft
     if lockstep is not None:
