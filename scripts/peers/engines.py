@@ -215,7 +215,7 @@ class SpecdecEngine(TransformersEngine):
         stats = specdec.last_stats(self.target)
         assert stats is not None
         assert stats.timing is not None
-        timed = stats.timing.steps[1:]
+        timed = stats.timing.steps[1:] or stats.timing.steps  # plain steps that run together may be a single one here
         parts = ("draft_s", "target_s", "verification_s", "other_s")
         means = [1000 * sum(getattr(step, part) for step in timed) / len(timed) for part in parts]
         assert stats.tokens_per_step is not None
