@@ -371,7 +371,7 @@ def test_transformers_own_loop_takes_what_it_can_do(values: dict[str, Any]) -> N
 
 
 def test_the_badge_is_a_line_of_markdown() -> None:
-    certificate = finished("int4_kernel")
+    certificate = finished("float32")  # in 4 bits its widths, no multiples of 32, are not batch-invariant with AVX-512
     num_ids, num_texts = f"{certificate.sampled.num_ids:,}", certificate.num_texts
     assert certificate.badge == (
         f"![specdec audit: lossless, {num_texts} of {num_texts} texts, {num_ids} ids](https://img.shields.io/badge/specdec%20audit-"
