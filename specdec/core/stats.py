@@ -15,7 +15,7 @@ class Choice:
     """How a call with num_draft_tokens="auto" chose K.
 
     steps_by_k[k]: steps of the batch that requested k draft ids.
-    times: seconds of a step's parts by K, as profiled before the first call.
+    times: seconds of a step's parts by its number of draft ids, as profiled before the first call.
     acceptance: mean estimate of the acceptance rate over the rows that finished last.
     predicted_speedup, measured_speedup: tokens per row and second, over those of plain steps.
     profile_s: seconds that profiling took; None where an earlier call did it.
