@@ -9,8 +9,8 @@ Row b has n[b] committed ids; the target's KV cache covers the first n-1 of them
     4. commit    the kept ids are appended to each row, up to its first stop
 
 The KV cache is never rolled back: the entry for position i lies in slot i, so entries of rejected ids are overwritten
-before any query sees them. Plain decoding is this loop with a drafter that proposes nothing. A step never waits for the
-device. Calls whose callbacks must see one position at a time verify and commit by lockstep.py instead.
+before any query sees them. Plain decoding is this loop with a drafter that proposes nothing. Calls whose callbacks must
+see one position at a time verify and commit by lockstep.py.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def speculate(
             num_steps = policy.extend_plain(min(max_plain_steps, sequences.remaining_tokens + 1))
             in_flight.append(plain_steps(target, drafter, sequences, num_steps))
         else:
-            in_flight.append([step(target, drafter, sequences, sampling, k, run, mark, lockstep)])
+            in_flight.append([step(target, drafter, sequences, sampling, k, run, mark, lockstep, not max_in_flight)])
         if max_in_flight:
             in_flight[-1][0].send()
         if len(in_flight) > max_in_flight:
@@ -86,26 +86,26 @@ def step(
     run: Run = run_eager,
     mark: Mark = no_mark,
     lockstep: Lockstep | None = None,
+    trims_draft: bool = True,
 ) -> StepResult:
-    """One target forward for every row; commits up to num_draft_tokens draft ids and one id of the target's own."""
+    """One target forward for every row; commits up to num_draft_tokens draft ids and one id of the target's own.
+
+    trims_draft: on a CPU, leave out the columns that no row drafted; the target then verifies fewer.
+    """
     mark("other")
     limit = sequences.begin_step(num_draft_tokens)
     target.reserve(sequences.longest)
+    draft = sequences.no_draft
     if num_draft_tokens:
         draft = drafter.propose(sequences, limit)
         check_draft(draft, drafter, sequences.batch_size, sequences.max_draft_tokens, target.vocab_size)
-        draft = draft.trimmed() if run is run_eager else draft  # recorded steps wait for nothing
-    else:
-        draft = sequences.no_draft
-    if lockstep is not None:
-        draft = lockstep.extend(draft)
+        draft = draft.trimmed() if trims_draft else draft
+    draft = draft if lockstep is None else lockstep.extend(draft)
     mark("draft")
 
     scored = run("target", partial(score_draft, target, sequences), draft.ids, draft.lengths, limit)
     mark("target")
-    verify = partial(verify_and_commit, sequences, sampling)
-    if lockstep is not None:
-        verify = partial(lockstep.commit, sequences)
+    verify = partial(lockstep.commit, sequences) if lockstep else partial(verify_and_commit, sequences, sampling)
     if lockstep is not None or sampling.needs_prefix or sequences.stop is not None:  # runs Python on the host
         run = run_eager
     key = "verification", sampling.cache_key, sequences.stop_ids is None
