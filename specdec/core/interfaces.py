@@ -41,7 +41,7 @@ class Target(Protocol):
         """Allocate `slots` positions a row, the longest that a row can be after the step that begins."""
 
     def forward(self, ids: Tensor, positions: Tensor) -> TargetOutput:
-        """Run ids [B, W] int64 at positions [B, W] int64 over the KV cache: -> logits [B, W, V] float32, features."""
+        """Run ids [B, W] int64 at positions [B, W] int64 over the KV cache: -> logits [B, W, V] float32."""
 
     @property
     def has_plain_steps(self) -> bool:

@@ -84,14 +84,9 @@ def check_draft(draft: object, drafter: object, batch_size: int, max_draft_token
 
 @dataclass(frozen=True, slots=True)
 class TargetOutput:
-    """What a target's forward returns for a window of W positions.
-
-    logits: [B, W, V] float32.
-    features: hidden states of the layers that the drafter reads, each [B, W, H]; None where it reads none.
-    """
+    """What a target's forward returns for a window of W positions: logits [B, W, V] float32."""
 
     logits: Tensor
-    features: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,7 +113,7 @@ class SuffixHybrid:
                     continue
                 if self.takes_model[row]:
                     self.expected.observe_model(step.drafted, step.accepted)
-                    self.num_read[row] += min(step.accepted, step.drafted - 1)  # the last draft id was never fed
+                    self.num_read[row] += self.model_drafter.num_kept(step.drafted, step.accepted)
                 else:
                     self.expected.observe_suffix(self.scores[row], step.accepted)
         self._drop_proposal()

@@ -15,6 +15,7 @@ from specdec.core.sampling import Sampling, draw, greedy_ids, uniforms
 from specdec.core.sequences import Sequences
 from specdec.core.steps import Draft, StepResult
 from specdec.drafters.shared_vocabulary import SharedVocabulary
+from specdec.quant.batch_invariant import MAX_WINDOW
 from specdec.runtime.executors import DraftInputs
 from specdec.runtime.runner import ModelRunner
 
@@ -27,7 +28,7 @@ class ModelDrafter:
     vocab_size: V, the width of the target's logits; the draft model's logits are cut to it, or padded with -inf.
     num_text_ids: the number of different ids that a text may hold.
     num_catch_up: the number of last committed ids of each row that a step feeds before it drafts, so that the KV cache
-    is right up to the draft. After a step that drafted these are MIN_CATCH_UP, after any other one more than before.
+    is right up to the draft. After a step that drafted these are num_after_draft, after any other one more than before.
     shared: what two tokenizers have in common, where the draft model has one of its own; see OtherTokenizerDrafter.
     """
 
@@ -37,9 +38,9 @@ class ModelDrafter:
         self.runner = ModelRunner(model)
         self.vocab_size = self.num_text_ids = vocab_size
 
-    def match_target(self, vocab_size: int, num_embeddings: int) -> None:
-        """Take the current widths of the target's head and embeddings."""
-        self.vocab_size, self.num_text_ids = vocab_size, max(vocab_size, num_embeddings)
+    def match_target(self, target: ModelRunner) -> None:
+        """Take the target of the call that begins, whose head and embeddings may have changed."""
+        self.vocab_size, self.num_text_ids = target.vocab_size, max(target.vocab_size, target.num_embeddings)
 
     def spare(self) -> Self:
         """Another drafter of the same model, with a cache of its own, for a call at the same time."""
@@ -50,7 +51,7 @@ class ModelDrafter:
     def begin(self, sequences: Sequences, sampling: Sampling) -> None:
         self.sampling = sampling
         self.has_begun = False  # the runner begins with the first draft: a call may draft nothing
-        self.num_catch_up = max(sequences.longest, MIN_CATCH_UP)
+        self.num_catch_up, self.num_after_draft = max(sequences.longest, MIN_CATCH_UP), 0
 
     def propose(self, sequences: Sequences, limit: Tensor) -> Draft:
         context = self.runner.context
@@ -63,33 +64,44 @@ class ModelDrafter:
             self.runner.begin(sequences.batch_size, sequences.length_limit)
             self.has_begun = True
         self.runner.reserve(sequences.longest)
-        width, self.num_catch_up = self.num_catch_up, MIN_CATCH_UP
+        width, is_usual = self.num_catch_up, self.num_catch_up == self.num_after_draft
+        self.num_catch_up = self.num_after_draft = self._catch_up_after(num_ids)
         draft = partial(self._draft, sequences, width, num_ids)
-        if width > MIN_CATCH_UP or self.sampling.needs_prefix:
+        if not is_usual or self.sampling.needs_prefix:
             return Draft(*draft(limit))
-        return Draft(*self.runner.run((self, num_ids, self.sampling.cache_key), draft, limit))
+        return Draft(*self.runner.run((self, width, num_ids, self.sampling.cache_key), draft, limit))
 
     def observe(self, result: StepResult) -> None:
         if result.draft.ids.shape[1] == 0:
             self.num_catch_up += 1
 
+    def num_kept(self, drafted: int, accepted: int) -> int:
+        """How many accepted draft ids of a step the KV cache covers: the last draft id was never fed."""
+        return min(accepted, drafted - 1)
+
+    def _catch_up_after(self, num_ids: int) -> int:
+        """How many committed ids are fed after a step that drafted num_ids."""
+        return MIN_CATCH_UP
+
+    def _read_text(self, sequences: Sequences, width: int, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> the text that is fed, [B, L]; its last position in each row [B], of which `width` are fed; the limit."""
+        return sequences.ids, sequences.lengths - 1, limit
+
     def _draft(
         self, sequences: Sequences, width: int, num_ids: int, limit: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Feed the last `width` committed ids, then draft num_ids: -> ids, probs and lengths of a Draft."""
-        last = sequences.lengths - 1
+        text, last, limit = self._read_text(sequences, width, limit)
         if self.runner.context is not None:
-            limit = torch.minimum(limit, (self.runner.context - sequences.lengths).clamp(min=0))
+            limit = torch.minimum(limit, (self.runner.context - 1 - last).clamp(min=0))
             last = last.clamp(max=self.runner.context - 1)
         compiled = self.runner.compiled
-        is_plain = not self.sampling.processors and not self._lacks_ids
-        if compiled is not None and is_plain and width <= MIN_CATCH_UP:
+        is_plain = not self.sampling.processors and self.runner.vocab_size >= self.vocab_size
+        if compiled is not None and is_plain and width <= MAX_WINDOW:
             draws = uniforms(num_ids, len(last), 1, device=limit.device) if self.sampling.do_sample else None
-            inputs = DraftInputs(
-                sequences.ids, last, limit, width, num_ids, self.runner.num_embeddings, self.vocab_size, draws
-            )
+            inputs = DraftInputs(text, last, limit, width, num_ids, self.runner.num_embeddings, self.vocab_size, draws)
             return *compiled.draft(inputs, sequences.longest, self.runner.cache), limit
-        return self._draft_behind(sequences, sequences.ids, last, width, num_ids, limit)
+        return self._draft_behind(sequences, text, last, width, num_ids, limit)
 
     def _draft_behind(
         self, sequences: Sequences, text: Tensor, last: Tensor, width: int, num_ids: int, limit: Tensor

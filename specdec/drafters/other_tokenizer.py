@@ -19,6 +19,7 @@ from specdec.core.sequences import Sequences
 from specdec.core.steps import Draft, StepResult
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.shared_vocabulary import DraftText, SharedVocabulary
+from specdec.runtime.runner import ModelRunner
 
 
 @dataclass
@@ -57,8 +58,8 @@ class OtherTokenizerDrafter(ModelDrafter):
         self.shared: SharedVocabulary = shared
         self.num_text_ids = shared.num_draft_ids
 
-    def match_target(self, vocab_size: int, num_embeddings: int) -> None:
-        self.vocab_size = vocab_size
+    def match_target(self, target: ModelRunner) -> None:
+        self.vocab_size = target.vocab_size
 
     def begin(self, sequences: Sequences, sampling: Sampling) -> None:
         self.sampling = sampling

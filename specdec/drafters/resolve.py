@@ -8,10 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.core.interfaces import Drafter
+from specdec.drafters.eagle3 import Eagle3Drafter, Eagle3Head
+from specdec.drafters.head_checkpoint import load_head
 from specdec.drafters.hybrid import SuffixHybrid
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
@@ -20,7 +23,7 @@ from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.shared_vocabulary import SharedVocabulary
 from specdec.drafters.suffix import SuffixDecoding
 from specdec.quant.batch_invariant import MAX_WINDOW
-from specdec.quant.checkpoints import load_checkpoint
+from specdec.quant.checkpoints import load_checkpoint, named_errors
 from specdec.quant.layers import is_4bit
 from specdec.runtime.loading import check_tokenizer_files, load
 from specdec.runtime.runner import context_of, widths
@@ -69,8 +72,26 @@ def load_drafter(name: str, model: PreTrainedModel, dtype: str) -> Drafter:
 def _named_drafter(name: str, model: PreTrainedModel, load_draft: Callable[[str], PreTrainedModel]) -> Drafter:
     if (path := draft_model_of(name)) is None:
         return NAMED_DRAFTERS[name]()
-    draft = load_draft(path)
-    return with_suffix_decoding(draft, model) if name.startswith(SUFFIX_AND) else resolve_drafter(draft, model)
+    with named_errors(f"drafter={path!r} cannot be used"):
+        head = load_head(path, model)
+    drafter = resolve_drafter(load_draft(path), model) if head is None else make_head_drafter(head, model)
+    assert isinstance(drafter, ModelDrafter)
+    return SuffixHybrid(drafter) if name.startswith(SUFFIX_AND) else drafter
+
+
+def make_head_drafter(head: Eagle3Head, model: PreTrainedModel) -> Eagle3Drafter:
+    """The drafter of a draft head. Raises ValueError where the target's forward does not return its hidden states."""
+    layers = head.settings.feature_layers
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    with in_eval_mode(model), torch.no_grad():
+        states = getattr(model(input_ids=ids, output_hidden_states=True, use_cache=False), "hidden_states", None)
+    widths_of = None if states is None or max(layers) >= len(states) else {states[i].shape[-1] for i in layers}
+    if widths_of != {head.settings.target_hidden_size}:
+        raise ValueError(
+            f"{type(model).__name__} does not return the hidden states {list(layers)} of width"
+            f" {head.settings.target_hidden_size} that the draft head reads"
+        )
+    return Eagle3Drafter(head, widths(model)[0])
 
 
 def has_suffix_decoding(name: str) -> bool:

@@ -54,7 +54,7 @@ from specdec.generation.trials import Trial, TrialCache, user_hook
 from specdec.runtime.cuda_graphs import RECORDINGS, Graphs
 from specdec.runtime.identity.snapshot import Identity
 from specdec.runtime.prepare import Compile, prepare
-from specdec.runtime.runner import ModelRunner, masks_by_slot, widths
+from specdec.runtime.runner import ModelRunner, masks_by_slot
 from specdec.runtime.support import support_of
 from specdec.utils.warn import warn
 
@@ -377,7 +377,7 @@ def _acquire_drafter(state: State, target: ModelRunner, request: Request, assist
             return
     request.acquired_drafter = acquire_drafter(drafter, target)
     if (model_drafter := model_drafter_of(request.acquired_drafter)) is not None:
-        model_drafter.match_target(*widths(request.model))
+        model_drafter.match_target(target)
 
 
 def _assistant_drafter(

@@ -112,7 +112,7 @@ def plain_cache(target: ModelRunner, sequences: Sequences, text: Tensor) -> Dyna
     cache = DynamicCache(config=target.config)
     columns = (torch.arange(width, device=text.device) - padding[:, None]).clamp(min=0)
     buffers = target.cache.buffers()
-    for index, (keys, values) in enumerate(zip(buffers[::2], buffers[1::2], strict=True)):
+    for index, (keys, values) in enumerate(zip(buffers[0::2], buffers[1::2], strict=False)):  # without features
         cache.update(_gather_slots(keys, columns), _gather_slots(values, columns), index)
         layer: Any = cache.layers[index]
         if layer.is_sliding:  # it holds a view of its last columns, which keeps all columns in memory

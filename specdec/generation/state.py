@@ -21,6 +21,7 @@ from specdec.core.sampling import Verification
 from specdec.core.stats import Stats
 from specdec.core.steps import StepResult
 from specdec.draft_length.cost_model import PairCostModel
+from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.hybrid import SuffixHybrid
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
@@ -39,7 +40,13 @@ from specdec.runtime.runner import ModelRunner
 
 # A subclass may have state of its own, so these are compared with a drafter's very type.
 STATELESS_DRAFTERS = (NoDrafter, PromptLookup)  # any number of calls may share one
-SPARE_DRAFTERS = (ModelDrafter, OtherTokenizerDrafter, SuffixDecoding, SuffixHybrid)  # which make spare ones
+SPARE_DRAFTERS = (
+    ModelDrafter,
+    OtherTokenizerDrafter,
+    Eagle3Drafter,
+    SuffixDecoding,
+    SuffixHybrid,
+)  # which make spare ones
 
 # Step times and acceptance, by target, drafter and kind of call. They are kept after disable().
 COST_MODELS: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], PairCostModel]]]
@@ -93,6 +100,12 @@ def model_drafter_of(drafter: Drafter | None) -> ModelDrafter | None:
     """The part of a drafter that drafts with a model; None where there is none."""
     drafter = drafter.model_drafter if isinstance(drafter, SuffixHybrid) else drafter
     return drafter if isinstance(drafter, ModelDrafter) else None
+
+
+def feature_layers_of(drafter: Drafter | None) -> tuple[int, ...]:
+    """The hidden states of the target that a drafter reads; () where it reads none."""
+    drafter = model_drafter_of(drafter)
+    return drafter.feature_layers if isinstance(drafter, Eagle3Drafter) else ()
 
 
 def members_of(target: ModelRunner, drafter: Drafter | None) -> list[PairMember]:
@@ -164,7 +177,7 @@ class State:
         self.verification = verification
         self.timing = timing
         self.observer: Callable[[StepResult], None] | None = None
-        self.target = ModelRunner(model)
+        self.target = ModelRunner(model, feature_layers_of(drafter))
         self.is_target_in_use = False
         self.assistant: ModelDrafter | None = None
         self.local_cost_models: dict[tuple[Any, ...], PairCostModel] = {}

@@ -85,12 +85,12 @@ def load_checkpoint(
             raise ValueError(f"it is quantized already, by {method}; leave config out, or load the original")
         if settings is not None and method != METHOD:
             trust_remote_code = kwargs.get("trust_remote_code")
-            checkpoint = _folder(path, hub, HUB_FILES)
+            checkpoint = checkpoint_folder(path, hub, HUB_FILES)
             model, info = _load_format(checkpoint, model_config, settings, dtype, trust_remote_code, rest)
         else:
             is_local = Path(path).is_dir()
             if is_local and (settings is not None or any(folder.glob("*.safetensors*"))):
-                _tensor_files(folder)
+                tensor_files(folder)
             if settings is None and (config or default):
                 kwargs["quantization_config"] = config or default
             source, location = (folder, {}) if is_local else (str(path), hub)
@@ -111,7 +111,7 @@ def _load_format(
 ) -> tuple[Any, Any]:
     """-> the model of a checkpoint in another library's format, and transformers' loading info."""
     scheme = scheme_of(settings)
-    files = _tensor_files(folder)
+    files = tensor_files(folder)
     with torch.device("meta"):
         skeleton: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     dtype = _dtype(dtype, config, files)
@@ -153,7 +153,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def config_folder(path: str | Path, hub: Mapping[str, Any] | None = None) -> Path:
     """The folder with a checkpoint's config. hub: `subfolder`, and from_pretrained's arguments for a hub id."""
-    return _folder(path, hub or {}, HUB_CONFIGS)
+    return checkpoint_folder(path, hub or {}, HUB_CONFIGS)
 
 
 def read_config(folder: Path, **kwargs: Any) -> tuple[Any, dict[str, Any] | None, dict[str, Any]]:
@@ -192,7 +192,7 @@ def _settings_file(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _folder(path: str | Path, hub: Mapping[str, Any], files: list[str]) -> Path:
+def checkpoint_folder(path: str | Path, hub: Mapping[str, Any], files: list[str]) -> Path:
     """The folder with a checkpoint's files; those of a hub id are downloaded or in the cache."""
     subfolder = hub.get("subfolder") or ""
     if Path(path).is_dir():
@@ -235,7 +235,7 @@ def _check_complete(info: Mapping[str, Any]) -> None:
         raise ValueError(f"the checkpoint {'; it '.join(problems)}; {DOWNLOAD_AGAIN if is_damaged else advice}")
 
 
-def _tensor_files(folder: Path) -> dict[str, Any]:
+def tensor_files(folder: Path) -> dict[str, Any]:
     """The open safetensors file of each tensor.
 
     Raises ValueError where there are none, one cannot be read, or one lacks tensors that the index lists.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any
 
@@ -26,11 +26,14 @@ class ModelForward:
     config: the model's text config.
     parameters: names of the arguments that its forward takes. cache_argument: the name of the KV cache among them.
     right_aligned, key_block: of its caches, see `Window`.
+    feature_layers: which hidden states each forward writes to the cache's features, as transformers counts them: 0 are
+        the embeddings, i what layer i - 1 returns, the number of layers what the last norm returns.
     """
 
-    def __init__(self, model: PreTrainedModel, right_aligned: bool) -> None:
+    def __init__(self, model: PreTrainedModel, right_aligned: bool, feature_layers: Sequence[int] = ()) -> None:
         self.model = model
         self.right_aligned = right_aligned
+        self.feature_layers = tuple(feature_layers)
         self.config = model.config.get_text_config(decoder=True)
         self.kinds = attention_kinds(self.config)
         self.refresh()
@@ -80,7 +83,13 @@ class ModelForward:
         selects_columns = "logits_to_keep" in self.parameters
         if selects_columns:
             inputs["logits_to_keep"] = columns
-        logits: Tensor = self.model(**inputs).logits
+        if self.feature_layers:
+            inputs["output_hidden_states"] = list(self.feature_layers)
+        output = self.model(**inputs)
+        if self.feature_layers:
+            states = [output.hidden_states[layer] for layer in self.feature_layers]
+            cache.features.write(window.positions, torch.stack([state.to(ids.device) for state in states], dim=2))
+        logits: Tensor = output.logits
         if selects_columns:
             return logits
         return logits[:, columns] if isinstance(columns, Tensor) else logits[:, -columns:]

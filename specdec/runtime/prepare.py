@@ -100,7 +100,7 @@ def _try_recorded_steps(runner: ModelRunner, graphs: Graphs) -> str | None:
         runner.begin(2, TRIAL_SLOTS)
         batch.prefill(runner)
         runner.reserve(TRIAL_SLOTS)
-        eager = ModelRunner(runner.model)
+        eager = ModelRunner(runner.model, runner.feature_layers)
         batch.prefill(eager)
         for offset in range(4):  # run eagerly, recorded, replayed, replayed
             ids, positions = batch.window(2, offset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,15 +30,16 @@ class ModelRunner:
     model_forward: the model's own forward.
     unchanged: the identity that the model was found to have before the current call; None where it was not compared.
     prefill_chunk: positions of a prompt that are fed at a time; None: all, or PREFILL_CHUNK of a long one.
+    feature_layers: which hidden states `read_features` returns, see `ModelForward`.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, feature_layers: Sequence[int] = ()) -> None:
         self.model = model
         self.context = context_of(model)
         self.masks_by_slot = masks_by_slot(model)
         self.unchanged: Identity | None = None
         self.prefill_chunk: int | None = None
-        self.model_forward = ModelForward(model, self.masks_by_slot)
+        self.model_forward = ModelForward(model, self.masks_by_slot, feature_layers)
         self._executor = EagerExecutor(self.model_forward)
         self.refresh()
 
@@ -60,6 +62,15 @@ class ModelRunner:
     def cache(self) -> RaggedCache:
         """The KV cache of the current call."""
         return self._executor.cache
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """The hidden states that forwards keep for a drafter."""
+        return self.model_forward.feature_layers
+
+    def read_features(self, positions: Tensor) -> Tensor:
+        """The hidden states of feature_layers at positions [B, W] that were fed: [B, W, n, H] in the model's dtype."""
+        return self.cache.features.read(positions)
 
     @property
     def run(self) -> Run:
@@ -111,7 +122,7 @@ class ModelRunner:
 
     def spare(self) -> ModelRunner:
         """Another runner of the same model, with its own cache and without recordings."""
-        runner = ModelRunner(self.model)
+        runner = ModelRunner(self.model, self.feature_layers)
         if isinstance(self._executor, CompiledExecutor):
             runner.compiled = self._executor.compiled
         runner.unchanged = self.unchanged

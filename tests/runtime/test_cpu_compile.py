@@ -266,7 +266,7 @@ def wider_draft() -> PreTrainedModel:
     return draft
 
 
-@pytest.mark.parametrize("drafter", ["model", "prompt_lookup", "random", "none"])
+@pytest.mark.parametrize("drafter", ["model", "prompt_lookup", "eagle3", "random", "none"])
 def test_sampled_texts_have_the_targets_distribution(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     enable = specdec.enable
 

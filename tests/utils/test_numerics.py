@@ -16,6 +16,10 @@ def test_the_error_is_relative_to_how_much_the_reference_varies() -> None:
     assert relative_error(got, want) == pytest.approx(1 / math.sqrt(50))
     assert relative_error(got + 1000, want + 1000) == pytest.approx(1 / math.sqrt(50), rel=1e-3)
     assert relative_error(want, want) == 0
+    excluded = want.clone()
+    excluded[0, 1] = -torch.inf
+    assert relative_error(excluded, excluded) == 0
+    assert relative_error(want, excluded) == relative_error(excluded, want) == math.inf
 
 
 def test_nan_is_an_infinite_error() -> None:

@@ -77,8 +77,8 @@ void silu_product(T* gate, const T* up, int64_t rows, int64_t depth) {
 void check_block(const Tensor& x, const Tensor& residual, at::TensorList weights, at::TensorList scales,
     at::IntArrayRef columns, size_t count) {
   TORCH_CHECK(x.is_contiguous() && residual.is_contiguous() && x.scalar_type() == residual.scalar_type() &&
-                  x.numel() == residual.numel() && weights.size() == count && columns.size() == count &&
-                  (scales.empty() || scales.size() == count),
+                  rows_of(x) == rows_of(residual) && weights.size() == count && columns.size() == count &&
+                  columns.back() == residual.size(-1) && (scales.empty() || scales.size() == count),
       "blocks: contiguous inputs of one kind, and lists of ", count);
   for (const Tensor& weight : weights)
     TORCH_CHECK(weight.is_contiguous() && (!scales.empty() || weight.scalar_type() == x.scalar_type()),

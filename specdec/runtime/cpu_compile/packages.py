@@ -36,6 +36,7 @@ from specdec.utils.numerics import relative_error
 PACKAGE = Path(__file__).parents[2]  # specdec
 TRACED = (
     *("runtime/cpu_compile", "runtime/kv_cache", "runtime/attention", "runtime/model_forward.py"),
+    "drafters/eagle3.py",
     *("quant/batch_invariant.py", "quant/cpu.py", "quant/experts.py", "quant/fused_linear.py"),
     *("quant/heads.py", "quant/int4.py", "quant/int8.py", "quant/linear.py"),
 )
@@ -61,8 +62,8 @@ def _source_text() -> str:
 
 def package_path(member: PairMember, identity: Identity) -> Path:
     """Where a member's package is, compiled or not. OSError without a cache folder."""
-    versions = cpu.built_at().name, transformers.__version__
-    fingerprint = cpu.fingerprint(*versions, _source_text(), identity.digest, str(member.exact))
+    versions, features = (cpu.built_at().name, transformers.__version__), member.runner.feature_layers
+    fingerprint = cpu.fingerprint(*versions, _source_text(), identity.digest, str(member.exact), str(features))
     return cpu.cache_folder() / f"forward-{fingerprint}.pt2"
 
 
@@ -165,12 +166,17 @@ def _try_package(member: PairMember, package: Path, identity: Identity) -> None:
         runner.begin(len(lengths))
         batch.prefill(runner)
         eager = runner.forward(ids, positions).logits
+        features = runner.read_features(positions) if runner.feature_layers else None
+        runner.begin(len(lengths))
+        batch.prefill(runner)
         if not compiled.renew():
             raise RuntimeError("the model changed while it was compiled")
         runner.compiled = compiled
         got = runner.forward(ids, positions).logits
         runner.compiled = None
         error = relative_error(got, eager)
+        if features is not None:
+            error = max(error, relative_error(runner.read_features(positions), features))
         if not error <= tolerance:
             raise RuntimeError(f"the compiled forward gives other logits (relative error {error:.1e})")
 

@@ -50,8 +50,9 @@ class RaggedLayer(CacheLayerMixin):
         """Grow the buffers to the window's key length: -> the buffers, keys and values."""
         assert self.keys is not None
         assert self.values is not None
-        self.keys = _grown(self.keys, self.window)  # before the values: only one old buffer is alive at a time
-        self.values = _grown(self.values, self.window)
+        needed, max_slots = self.window.key_length, self.window.max_slots
+        self.keys = grown(self.keys, needed, max_slots)  # before the values: only one old buffer is alive at a time
+        self.values = grown(self.values, needed, max_slots)
         return [self.keys, self.values]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -79,10 +80,13 @@ def static_capacity(max_slots: int, context: int | None) -> int:
     return rounded if context is None else max(max_slots, min(rounded, context))
 
 
-def _grown(buffer: Tensor, window: Window) -> Tensor:
-    """The buffer, or a longer one with its content. New slots are zeros: 0 times a masked NaN would still be NaN."""
+def grown(buffer: Tensor, needed: int, max_slots: int) -> Tensor:
+    """A buffer [B, H, S, D], or a longer one with its content where `needed` slots are to be filled.
+
+    New slots are zeros: 0 times a masked NaN would still be NaN.
+    """
     capacity = buffer.shape[2]
-    slots = grown_capacity(capacity, window.key_length, window.max_slots)
+    slots = grown_capacity(capacity, needed, max_slots)
     if slots == capacity:
         return buffer
     larger = buffer.new_zeros(*buffer.shape[:2], slots, buffer.shape[3])

@@ -4,8 +4,8 @@ The KV entry for position i of row b lies in slot i of row b, and a query at pos
 rejected draft leaves stale slots after the committed length, which are overwritten before any query sees them:
 rollback, uneven acceptance and finished rows cost nothing.
 
-window.py holds the positions of the current forward, layers.py stores the entries, masks.py computes which slots each
-query sees.
+window.py holds the positions of the current forward, layers.py stores the entries, features.py hidden states by
+position, masks.py computes which slots each query sees.
 """
 
 from __future__ import annotations
@@ -17,18 +17,23 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from specdec.runtime.kv_cache.features import Features
 from specdec.runtime.kv_cache.layers import RaggedLayer, grown_capacity
 from specdec.runtime.kv_cache.window import Window
 
 
 class RaggedCache(Cache):
-    """A transformers KV cache of rows that advance independently. Call `window.move(positions)` before each forward."""
+    """A transformers KV cache of rows that advance independently. Call `window.move(positions)` before each forward.
+
+    features: hidden states by position, of a target that a drafter reads or of a draft head; else without a buffer.
+    """
 
     def __init__(self, key_block: int = 1, max_slots: int | None = None, right_aligned: bool = False) -> None:
         """Arguments as in `Window`."""
         window = Window(key_block, max_slots, right_aligned)
         super().__init__(layer_class_to_replicate=lambda: RaggedLayer(window))  # type: ignore[arg-type]
         self.window = window
+        self.features = Features(window)
         self._buffers: list[Tensor] = []
 
     @classmethod
@@ -37,6 +42,8 @@ class RaggedCache(Cache):
         cache = cls()
         cache.window.move_static(positions, key_length=buffers[0].shape[2])
         cache._use(buffers)
+        if len(buffers) % 2:
+            cache.features = Features(cache.window, buffers[-1])
         return cache
 
     def fill(self, shapes: Sequence[Sequence[int]], batch_size: int, dtype: torch.dtype) -> None:
@@ -47,10 +54,13 @@ class RaggedCache(Cache):
         device = self.window.positions.device
         slots = grown_capacity(0, self.window.key_length, self.window.max_slots)
         self._use([torch.zeros(batch_size, heads, slots, width, dtype=dtype, device=device) for heads, width in shapes])
+        if len(shapes) % 2:
+            count, width = shapes[-1]
+            self.features.allocate(torch.zeros(batch_size, 0, count, width, dtype=dtype, device=device))
 
-    def _use(self, buffers: list[Tensor]) -> None:
-        """Append layers that use these buffers, keys and values of each layer in turn."""
-        for keys, values in zip(buffers[::2], buffers[1::2], strict=True):
+    def _use(self, buffers: Sequence[Tensor]) -> None:
+        """Append layers that use these buffers, keys and values of each layer in turn; an odd one is the features'."""
+        for keys, values in zip(buffers[0::2], buffers[1::2], strict=False):
             self.layers.append(RaggedLayer.over(self.window, keys, values))
 
     def reserve(self, slots: int) -> list[Tensor]:
@@ -59,14 +69,16 @@ class RaggedCache(Cache):
         return self.buffers()
 
     def buffers(self) -> list[Tensor]:
-        """Keys and values of each layer in turn, [B, H, S, D] each; S is at least the window's key length.
+        """Keys and values of each layer in turn, [B, H, S, D] each, then that of the features, if there are any.
 
-        Empty before the first forward. The same list object as long as the buffers are the same.
+        S is at least the window's key length. Empty before the first forward. The same list object as long as the
+        buffers are the same.
         """
-        layers = cast("list[RaggedLayer]", self.layers)
+        layers, features = cast("list[RaggedLayer]", self.layers), self.features
         buffers = self._buffers
-        if not buffers or buffers[0] is not layers[0].keys or buffers[0].shape[2] < self.window.key_length:
-            self._buffers = [buffer for layer in layers for buffer in layer.reserve()]
+        is_same = buffers and buffers[0] is layers[0].keys and buffers[0].shape[2] >= self.window.key_length
+        if not is_same or (features.buffer is not None and buffers[-1] is not features.buffer):
+            self._buffers = [buffer for layer in layers for buffer in layer.reserve()] + features.reserve()
         return self._buffers
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

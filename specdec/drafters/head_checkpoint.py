@@ -1,0 +1,183 @@
+"""Reading of draft heads: EAGLE-3 in the layout of the speculators library and in that of SafeAILab.
+
+https://github.com/vllm-project/speculators, https://github.com/SafeAILab/EAGLE
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from specdec.drafters.eagle3 import LAYERS, Eagle3Head, Eagle3Settings
+from specdec.quant.checkpoints import HUB_FILES, checkpoint_folder, config_folder, read_json, tensor_files
+from specdec.quant.layers import abbreviate
+from specdec.utils.warn import warn
+
+EAGLE3 = "eagle3"
+KINDS = {  # of draft heads, in words
+    EAGLE3: "an EAGLE-3 head",
+    "peagle": "a P-EAGLE head",
+    "dflash": "a DFlash head",
+    "dflash2": "a DFlash head",
+    "dspark": "a DSpark head",
+    "eagle": "an EAGLE head of the first two versions",
+    "mtp": "an MTP head",
+}
+NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+PICKLE = "pytorch_model.bin"  # SafeAILab's heads; read without running code of it
+OPTIONAL = {"t2d"}  # which d2t decides as well
+OWN_PREFIX, FIRST_LAYER = "midlayer.", "layers.0."  # of the first layer: SafeAILab's, speculators'
+
+
+def kind_of(config: Mapping[str, Any]) -> str | None:
+    """The kind of draft head that a config.json describes, a key of KINDS; None for a language model.
+
+    Raises ValueError for a kind of the speculators library that is not known here.
+    """
+    kind = config.get("speculators_model_type")
+    if kind is None:
+        names = [str(name).lower() for name in config.get("architectures") or []]
+        found = [kind for kind in KINDS for name in names if kind in name]
+        kind = max(found, key=len, default=None)
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"it is a draft head of the kind {kind!r}, which specdec does not know")
+    return kind
+
+
+def load_head(path: str, target: PreTrainedModel) -> Eagle3Head | None:
+    """The draft head in a folder or under a hub id, in the target's dtype; None where there is a language model.
+
+    Raises ValueError where specdec does not run its kind, tensors are missing, not used or of another shape, or it was
+    made for another target.
+    """
+    try:
+        content = read_json(config_folder(path) / "config.json")
+    except (ValueError, OSError):  # load_checkpoint says why
+        return None
+    kind = kind_of(content)
+    if kind is None:
+        return None
+    if kind != EAGLE3:
+        raise ValueError(f"it is {KINDS[kind]}; of draft heads specdec runs those of EAGLE-3")
+    tensors = {
+        FIRST_LAYER + name.removeprefix(OWN_PREFIX) if name.startswith(OWN_PREFIX) else name: tensor
+        for name, tensor in _read_tensors(checkpoint_folder(path, {}, [*HUB_FILES, PICKLE])).items()
+    }
+    config, settings = _read_config(content, tensors, target)
+    return _build(config, settings, tensors, target)
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    if (pickle := folder / PICKLE).is_file() and not any(folder.glob("*.safetensors")):
+        tensors: dict[str, Tensor] = torch.load(pickle, map_location="cpu", weights_only=True)
+        return tensors
+    return {name: file.get_tensor(name) for name, file in tensor_files(folder).items()}
+
+
+def _read_config(
+    content: Mapping[str, Any], tensors: Mapping[str, Tensor], target: PreTrainedModel
+) -> tuple[PreTrainedConfig, Eagle3Settings]:
+    """The config of the head's layers, and its settings."""
+    is_speculators = "speculators_model_type" in content
+    layers = dict(content.get("transformer_layer_config", {}) if is_speculators else content)
+    own = content if is_speculators else {**content, **(content.get("eagle_config") or {})}
+    model_type = layers.pop("model_type", "qwen3" if is_speculators else "llama")
+    if model_type not in LAYERS:
+        raise ValueError(f"its layers are of the type {model_type!r}; specdec runs {', '.join(LAYERS)}")
+    text = target.config.get_text_config(decoder=True)
+    for name in ("architectures", "quantization_config", "auto_map"):
+        layers.pop(name, None)
+    config = AutoConfig.for_model(model_type, **layers)
+    positions = [getattr(one, "max_position_embeddings", None) or 0 for one in (config, text)]
+    config.max_position_embeddings = max(positions)  # rotary embeddings go on; checkpoints name the training length
+    num_layers = text.num_hidden_layers
+    feature_layers = own.get("eagle_aux_hidden_state_layer_ids") or [2, num_layers // 2, num_layers - 3]
+    outside = [layer for layer in feature_layers if not 0 <= layer < num_layers]
+    if outside:
+        raise ValueError(
+            f"it reads the hidden states {list(feature_layers)}, but those of a target with {num_layers} layers are"
+            f" 0 … {num_layers - 1}"
+        )
+    if is_speculators and "norm_before_residual" not in content:
+        warn(
+            "the EAGLE-3 head does not say norm_before_residual; specdec takes it for false, as the speculators library"
+            " does (vLLM takes it for true): if few drafts are accepted, set it in the head's config.json"
+        )
+    settings = Eagle3Settings(
+        tuple(feature_layers),
+        int(own.get("draft_vocab_size") or config.vocab_size),
+        int(own.get("target_hidden_size") or text.hidden_size),
+        **{name: bool(own.get(name, False)) for name in NORMS},
+    )
+    if settings.norm_before_fc and settings.fc_norm:
+        raise ValueError("its config.json sets norm_before_fc and fc_norm, which exclude each other")
+    if settings.target_hidden_size != text.hidden_size:
+        raise ValueError(
+            f"it reads hidden states of width {settings.target_hidden_size}, and the target's have {text.hidden_size}"
+        )
+    if config.hidden_size != text.hidden_size and "embed_tokens.weight" not in tensors:
+        raise ValueError(
+            f"it has no embedding of its own, and its width is {config.hidden_size}, the target's {text.hidden_size}"
+        )
+    return config, settings
+
+
+def _build(
+    config: PreTrainedConfig, settings: Eagle3Settings, tensors: dict[str, Tensor], target: PreTrainedModel
+) -> Eagle3Head:
+    """The head with these weights; with the target's embedding where it has none of its own."""
+    with torch.device("meta"):
+        head = Eagle3Head(config, settings, None if "embed_tokens.weight" in tensors else target.get_input_embeddings())
+    if not head.is_reduced:
+        tensors.setdefault("d2t", torch.zeros(settings.draft_vocab_size, dtype=torch.int64))
+    expected = {
+        name: tensor
+        for name, tensor in head.state_dict().items()
+        if "embed_tokens.weight" in tensors or not name.startswith("embed_tokens.")
+    }
+    wrong = {
+        "lacks": expected.keys() - tensors.keys(),
+        "has, for its config.json, too many tensors:": tensors.keys() - expected.keys() - OPTIONAL,
+        "has tensors of another shape than its config.json says:": {
+            f"{name} {list(tensors[name].shape)}, not {list(expected[name].shape)}"
+            for name in expected.keys() & tensors.keys()
+            if tensors[name].shape != expected[name].shape
+        },
+    }
+    for what, names in wrong.items():
+        if names:
+            raise ValueError(f"it {what} {abbreviate(sorted(names))}")
+    _check_ids(tensors, config.vocab_size, target)
+    weights = {
+        name: tensors[name].to(device=target.device, dtype=target.dtype if expected[name].is_floating_point() else None)
+        for name in expected
+    }
+    head.load_state_dict(weights, strict=False, assign=True)
+    head.rotary_emb = LAYERS[config.model_type][2](config).to(target.device)  # whose frequencies are computed
+    head.train(False)
+    head.requires_grad_(False)
+    return head
+
+
+def _check_ids(tensors: Mapping[str, Tensor], vocab_size: int, target: PreTrainedModel) -> None:
+    """Raise ValueError where the head drafts ids that are no ids of the target."""
+    ids = torch.arange(len(tensors["d2t"])) + tensors["d2t"]
+    if vocab_size != (of_target := target.config.get_text_config(decoder=True).vocab_size):
+        raise ValueError(f"it is for a target of {vocab_size} ids, and this one has {of_target}")
+    if ids.min() < 0 or ids.max() >= vocab_size or len(torch.unique(ids)) < len(ids):
+        raise ValueError(
+            "its d2t, added to 0, 1, …, does not give different ids of the target: d2t holds offsets (target's id -"
+            " draft's id)"
+        )
+    t2d = tensors.get("t2d")
+    if t2d is not None and _is_other(t2d, ids):
+        raise ValueError("its t2d and d2t name different ids")
+
+
+def _is_other(t2d: Tensor, ids: Iterable[int] | Tensor) -> bool:
+    return set(t2d.nonzero().flatten().tolist()) != set(torch.as_tensor(ids).tolist())

@@ -1,0 +1,147 @@
+"""Random EAGLE-3 heads for a target, and their folders in the layouts of the libraries that train them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.drafters.eagle3 import Eagle3Drafter
+from specdec.drafters.resolve import resolve_drafter
+from specdec.runtime.runner import widths
+
+SETTINGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+
+
+def layer_config(target: PreTrainedModel, model_type: str = "llama", num_layers: int = 1) -> dict[str, Any]:
+    """The config of the head's layers: half as many heads as width 32 gives by 8."""
+    return {
+        "model_type": model_type,
+        "vocab_size": widths(target)[0],
+        "hidden_size": target.config.get_text_config(decoder=True).hidden_size,
+        "intermediate_size": 48,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+    }
+
+
+def random_tensors(config: dict[str, Any], draft_ids: list[int], num_taps: int, **settings: bool) -> dict[str, Tensor]:
+    """A head's tensors under the names of the speculators library; draft_ids: the target's ids that it drafts."""
+    width, inner, vocab_size = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    heads, kv_heads = (config[name] * config["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
+    generator = torch.Generator().manual_seed(5)
+
+    def weight(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) * shape[-1] ** -0.5
+
+    def norm(size: int) -> Tensor:
+        return 1 + 0.2 * torch.randn(size, generator=generator)
+
+    tensors = {
+        "embed_tokens.weight": weight(vocab_size, width),
+        "fc.weight": weight(width, num_taps * width),
+        "norm.weight": norm(width),
+        "lm_head.weight": 3 * weight(len(draft_ids), width),
+    }
+    for index in range(config["num_hidden_layers"]):
+        layer, read = f"layers.{index}.", 2 * width if index == 0 else width
+        tensors |= {layer + f"{name}.weight": norm(width) for name in ("input_layernorm", "post_attention_layernorm")}
+        if index == 0:
+            tensors[layer + "hidden_norm.weight"] = norm(width)
+        sizes = {
+            "q_proj": (heads, read),
+            "k_proj": (kv_heads, read),
+            "v_proj": (kv_heads, read),
+            "o_proj": (width, heads),
+        }
+        tensors |= {f"{layer}self_attn.{name}.weight": weight(*shape) for name, shape in sizes.items()}
+        if config["model_type"] == "qwen3":
+            tensors |= {f"{layer}self_attn.{name}.weight": norm(config["head_dim"]) for name in ("q_norm", "k_norm")}
+        sizes = {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
+        tensors |= {f"{layer}mlp.{name}.weight": weight(*shape) for name, shape in sizes.items()}
+    if settings.get("norm_before_fc"):
+        tensors["input_norm.weight"] = norm(num_taps * width)
+    if settings.get("fc_norm"):
+        tensors |= {f"fc_norm.{index}.weight": norm(width) for index in range(num_taps)}
+    if len(draft_ids) < vocab_size:
+        tensors["d2t"] = torch.tensor(draft_ids) - torch.arange(len(draft_ids))
+        tensors["t2d"] = torch.zeros(vocab_size, dtype=torch.bool)
+        tensors["t2d"][draft_ids] = True
+    return tensors
+
+
+def write_speculators(
+    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], feature_layers: list[int], **settings: bool
+) -> Path:
+    """A folder as the speculators library saves a head."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "architectures": ["Eagle3DraftModel"],
+        "draft_vocab_size": len(tensors["lm_head.weight"]),
+        "eagle_aux_hidden_state_layer_ids": feature_layers,
+        "norm_before_residual": False,
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3}],
+            "verifier": {"architectures": ["LlamaForCausalLM"], "name_or_path": "target"},
+        },
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.9.0",
+        "tie_word_embeddings": False,
+        "transformer_layer_config": config,
+    }
+    (folder / "config.json").write_text(json.dumps(content | settings))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def write_safeailab(
+    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], feature_layers: list[int] | None
+) -> Path:
+    """A folder as SafeAILab's EAGLE saves a head: a pickle, and the target's embedding is not in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = config | {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "draft_vocab_size": len(tensors["lm_head.weight"]),
+        "tie_word_embeddings": False,
+    }
+    if feature_layers is not None:
+        content["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": feature_layers, "use_aux_hidden_state": True}
+    (folder / "config.json").write_text(json.dumps(content))
+    names = {name: name.replace("layers.0.", "midlayer.") for name in tensors if name != "embed_tokens.weight"}
+    torch.save({name: tensors[old] for old, name in names.items()}, folder / "pytorch_model.bin")
+    return folder
+
+
+def random_head(
+    target: PreTrainedModel,
+    folder: Path | None = None,
+    draft_ids: list[int] | None = None,
+    model_type: str = "llama",
+    num_layers: int = 1,
+    **settings: bool,
+) -> Eagle3Drafter:
+    """The drafter of a random head that is read from a folder; it reads two of the hidden states."""
+    if folder is None:
+        with TemporaryDirectory() as name:
+            return random_head(target, Path(name), draft_ids, model_type, num_layers, **settings)
+    config = layer_config(target, model_type, num_layers)
+    ids = list(range(config["vocab_size"])) if draft_ids is None else draft_ids
+    layers = [0, target.config.get_text_config(decoder=True).num_hidden_layers - 1]
+    tensors = random_tensors(config, ids, len(layers), **settings)
+    drafter = resolve_drafter(write_speculators(folder, config, tensors, layers, **settings), target)
+    assert isinstance(drafter, Eagle3Drafter)
+    return drafter
