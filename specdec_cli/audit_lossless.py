@@ -21,6 +21,7 @@ from specdec.audit.lossless import Settings, audit_lossless
 from specdec.audit.page import render_page
 from specdec.audit.server import ServerCertificate, ServerSettings, audit_server
 from specdec.audit.work import OnProgress
+from specdec.drafters.head_checkpoint import is_head
 from specdec.drafters.resolve import draft_model_of, load_drafter
 from specdec.experiments.workloads import Dataset, Stdlib, Workload, encode, uses_chat_template
 from specdec.pages import require_jinja2
@@ -163,7 +164,7 @@ def prompt_ids(workload: Workload, tokenizer: Any, max_prompt_tokens: int = MAX_
 
 def _load_drafter(name: str, model: PreTrainedModel, dtype: str) -> Any:
     """A draft model as it is, which transformers' loop takes too, or a drafter."""
-    is_model = draft_model_of(name) == name
+    is_model = draft_model_of(name) == name and not is_head(name)
     return load(name, dtype, str(model.device)) if is_model else load_drafter(name, model, dtype)
 
 

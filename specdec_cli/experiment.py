@@ -21,7 +21,7 @@ from rich.console import Console
 
 import specdec
 from specdec.audit.lossless import Settings
-from specdec.experiments.config import AuditConfig, DraftModel, ExperimentConfig
+from specdec.experiments.config import AuditConfig, DraftHead, DraftModel, ExperimentConfig
 from specdec.experiments.records import Run
 from specdec.experiments.report.exports import summary_table
 from specdec.experiments.report.labels import read_runs
@@ -125,7 +125,7 @@ def _audit(config: AuditConfig) -> None:
     settings = Settings(
         prompts[: config.max_prompts],
         {
-            name: drafter.load(model) if isinstance(drafter, DraftModel) else drafter
+            name: drafter.load(model) if isinstance(drafter, DraftModel | DraftHead) else drafter
             for name, drafter in config.drafters.items()
         },
         num_draft_tokens=tuple(config.num_draft_tokens),

@@ -80,19 +80,21 @@ class Eagle3Head(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     The hidden state that it reads at a position is in its cache's features, where `reduce` of the target's states was
     written; it writes its own output behind. Ids that it cannot draft have the logit -inf.
-    d2t: [Vd] int64, what is added to a drafted id to get the target's. embed_tokens: may be the target's.
+    d2t: [Vd] int64, what is added to a drafted id to get the target's. owns_embedding: otherwise embed_tokens is the
+    target's.
     """
 
     _supports_sdpa = _supports_attention_backend = True
     d2t: Tensor
     is_reduced: bool
 
-    def __init__(self, config: PreTrainedConfig, settings: Eagle3Settings, embed_tokens: nn.Module | None) -> None:
+    def __init__(self, config: PreTrainedConfig, settings: Eagle3Settings, owns_embedding: bool = True) -> None:
         super().__init__(config)
         decoder_layer, norm, rotary_embedding = LAYERS[config.model_type]
         width, eps, num_taps = config.hidden_size, config.rms_norm_eps, len(settings.feature_layers)
         self.settings = settings
-        self.embed_tokens = nn.Embedding(config.vocab_size, width) if embed_tokens is None else embed_tokens
+        self.owns_embedding = owns_embedding
+        self.embed_tokens = nn.Embedding(config.vocab_size, width) if owns_embedding else nn.Module()
         self.fc = nn.Linear(num_taps * settings.target_hidden_size, width, bias=False)
         self.input_norm = norm(num_taps * settings.target_hidden_size, eps=eps) if settings.norm_before_fc else None
         norms = [norm(settings.target_hidden_size, eps=eps) for _ in range(num_taps)] if settings.fc_norm else None

@@ -5,7 +5,8 @@ https://github.com/vllm-project/speculators, https://github.com/SafeAILab/EAGLE
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ KINDS = {  # of draft heads, in words
 NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 PICKLE = "pytorch_model.bin"  # SafeAILab's heads; read without running code of it
 OPTIONAL = {"t2d"}  # which d2t decides as well
-OWN_PREFIX, FIRST_LAYER = "midlayer.", "layers.0."  # of the first layer: SafeAILab's, speculators'
+OWN_PREFIX, FIRST_LAYER = r"^midlayer\.", "layers.0."  # of the first layer: SafeAILab's, speculators'
+EMBEDDING = "embed_tokens.weight"
 
 
 def kind_of(config: Mapping[str, Any]) -> str | None:
@@ -41,55 +43,84 @@ def kind_of(config: Mapping[str, Any]) -> str | None:
     """
     kind = config.get("speculators_model_type")
     if kind is None:
-        names = [str(name).lower() for name in config.get("architectures") or []]
-        found = [kind for kind in KINDS for name in names if kind in name]
-        kind = max(found, key=len, default=None)
+        names = " ".join(map(str, config.get("architectures") or [])).lower()
+        kind = next((kind for kind in (EAGLE3, "dflash", "dspark") if kind in names), None)
     if kind is not None and kind not in KINDS:
         raise ValueError(f"it is a draft head of the kind {kind!r}, which specdec does not know")
     return kind
 
 
-def load_head(path: str, target: PreTrainedModel) -> Eagle3Head | None:
-    """The draft head in a folder or under a hub id, in the target's dtype; None where there is a language model.
+def is_head(path: str) -> bool:
+    """Whether a folder or hub id holds a draft head, not a language model. ValueError where its kind is not known."""
+    try:
+        content = read_json(config_folder(path) / "config.json")
+    except (ValueError, OSError):  # whoever loads it as a language model says why
+        return False
+    return kind_of(content) is not None
+
+
+def load_head(path: str, target: PreTrainedModel) -> Eagle3Head:
+    """The draft head in a folder or under a hub id, in the target's dtype and on its device.
 
     Raises ValueError where specdec does not run its kind, tensors are missing, not used or of another shape, or it was
     made for another target.
     """
-    try:
-        content = read_json(config_folder(path) / "config.json")
-    except (ValueError, OSError):  # load_checkpoint says why
-        return None
-    kind = kind_of(content)
-    if kind is None:
-        return None
-    if kind != EAGLE3:
-        raise ValueError(f"it is {KINDS[kind]}; of draft heads specdec runs those of EAGLE-3")
-    tensors = {
-        FIRST_LAYER + name.removeprefix(OWN_PREFIX) if name.startswith(OWN_PREFIX) else name: tensor
-        for name, tensor in _read_tensors(checkpoint_folder(path, {}, [*HUB_FILES, PICKLE])).items()
+    head = make_head(path, target.config)
+    if not head.owns_embedding:
+        head.embed_tokens = target.get_input_embeddings()
+    folder = checkpoint_folder(path, {}, [*HUB_FILES, PICKLE])
+    weights = {
+        name: tensor.to(device=target.device, dtype=target.dtype if tensor.is_floating_point() else None)
+        for name, tensor in _read_tensors(folder).items()
+        if name not in OPTIONAL
     }
-    config, settings = _read_config(content, tensors, target)
-    return _build(config, settings, tensors, target)
+    if not head.is_reduced:
+        weights.setdefault("d2t", torch.zeros(head.settings.draft_vocab_size, dtype=torch.int64, device=target.device))
+    head.load_state_dict(weights, strict=False, assign=True)
+    head.rotary_emb = LAYERS[head.config.model_type][2](head.config).to(target.device)  # frequencies are computed
+    head.train(False)
+    head.requires_grad_(False)
+    return head
+
+
+def make_head(path: str, target: PreTrainedConfig) -> Eagle3Head:
+    """The draft head of a folder or hub id on the meta device, checked as `load_head` says.
+
+    target: the config of its target. A head that has no embedding of its own has none yet.
+    """
+    folder = checkpoint_folder(path, {}, [*HUB_FILES, PICKLE])
+    content = read_json(folder / "config.json")
+    kind = kind_of(content)
+    if kind != EAGLE3:
+        raise ValueError(f"it is {KINDS.get(str(kind), 'no draft head')}; of draft heads specdec runs those of EAGLE-3")
+    tensors = _read_tensors(folder)
+    config, settings = _read_config(content, tensors.keys(), target.get_text_config(decoder=True))
+    with torch.device("meta"):
+        head = Eagle3Head(config, settings, owns_embedding=EMBEDDING in tensors)
+    _check_tensors(head, tensors)
+    _check_ids(head, tensors)
+    return head
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder under the names of the speculators library."""
     if (pickle := folder / PICKLE).is_file() and not any(folder.glob("*.safetensors")):
         tensors: dict[str, Tensor] = torch.load(pickle, map_location="cpu", weights_only=True)
-        return tensors
-    return {name: file.get_tensor(name) for name, file in tensor_files(folder).items()}
+    else:
+        tensors = {name: file.get_tensor(name) for name, file in tensor_files(folder).items()}
+    return {re.sub(OWN_PREFIX, FIRST_LAYER, name): tensor for name, tensor in tensors.items()}
 
 
 def _read_config(
-    content: Mapping[str, Any], tensors: Mapping[str, Tensor], target: PreTrainedModel
+    content: Mapping[str, Any], names: Container[str], text: PreTrainedConfig
 ) -> tuple[PreTrainedConfig, Eagle3Settings]:
-    """The config of the head's layers, and its settings."""
+    """The config of the head's layers, and its settings. names: of its tensors. text: the target's config."""
     is_speculators = "speculators_model_type" in content
     layers = dict(content.get("transformer_layer_config", {}) if is_speculators else content)
     own = content if is_speculators else {**content, **(content.get("eagle_config") or {})}
     model_type = layers.pop("model_type", "qwen3" if is_speculators else "llama")
     if model_type not in LAYERS:
         raise ValueError(f"its layers are of the type {model_type!r}; specdec runs {', '.join(LAYERS)}")
-    text = target.config.get_text_config(decoder=True)
     for name in ("architectures", "quantization_config", "auto_map"):
         layers.pop(name, None)
     config = AutoConfig.for_model(model_type, **layers)
@@ -120,29 +151,22 @@ def _read_config(
         raise ValueError(
             f"it reads hidden states of width {settings.target_hidden_size}, and the target's have {text.hidden_size}"
         )
-    if config.hidden_size != text.hidden_size and "embed_tokens.weight" not in tensors:
+    if config.vocab_size != text.vocab_size:
+        raise ValueError(f"it is for a target of {config.vocab_size} ids, and this one has {text.vocab_size}")
+    if config.hidden_size != text.hidden_size and EMBEDDING not in names:
         raise ValueError(
             f"it has no embedding of its own, and its width is {config.hidden_size}, the target's {text.hidden_size}"
         )
     return config, settings
 
 
-def _build(
-    config: PreTrainedConfig, settings: Eagle3Settings, tensors: dict[str, Tensor], target: PreTrainedModel
-) -> Eagle3Head:
-    """The head with these weights; with the target's embedding where it has none of its own."""
-    with torch.device("meta"):
-        head = Eagle3Head(config, settings, None if "embed_tokens.weight" in tensors else target.get_input_embeddings())
-    if not head.is_reduced:
-        tensors.setdefault("d2t", torch.zeros(settings.draft_vocab_size, dtype=torch.int64))
-    expected = {
-        name: tensor
-        for name, tensor in head.state_dict().items()
-        if "embed_tokens.weight" in tensors or not name.startswith("embed_tokens.")
-    }
+def _check_tensors(head: Eagle3Head, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where tensors are missing, not used, or of another shape than the head's."""
+    expected = dict(head.state_dict())
+    optional = OPTIONAL if head.is_reduced else {*OPTIONAL, "d2t"}
     wrong = {
-        "lacks": expected.keys() - tensors.keys(),
-        "has, for its config.json, too many tensors:": tensors.keys() - expected.keys() - OPTIONAL,
+        "lacks": expected.keys() - tensors.keys() - optional,
+        "has, for its config.json, too many tensors:": tensors.keys() - expected.keys() - optional,
         "has tensors of another shape than its config.json says:": {
             f"{name} {list(tensors[name].shape)}, not {list(expected[name].shape)}"
             for name in expected.keys() & tensors.keys()
@@ -152,32 +176,17 @@ def _build(
     for what, names in wrong.items():
         if names:
             raise ValueError(f"it {what} {abbreviate(sorted(names))}")
-    _check_ids(tensors, config.vocab_size, target)
-    weights = {
-        name: tensors[name].to(device=target.device, dtype=target.dtype if expected[name].is_floating_point() else None)
-        for name in expected
-    }
-    head.load_state_dict(weights, strict=False, assign=True)
-    head.rotary_emb = LAYERS[config.model_type][2](config).to(target.device)  # whose frequencies are computed
-    head.train(False)
-    head.requires_grad_(False)
-    return head
 
 
-def _check_ids(tensors: Mapping[str, Tensor], vocab_size: int, target: PreTrainedModel) -> None:
+def _check_ids(head: Eagle3Head, tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError where the head drafts ids that are no ids of the target."""
-    ids = torch.arange(len(tensors["d2t"])) + tensors["d2t"]
-    if vocab_size != (of_target := target.config.get_text_config(decoder=True).vocab_size):
-        raise ValueError(f"it is for a target of {vocab_size} ids, and this one has {of_target}")
-    if ids.min() < 0 or ids.max() >= vocab_size or len(torch.unique(ids)) < len(ids):
+    if (d2t := tensors.get("d2t")) is None:
+        return
+    ids = torch.arange(len(d2t)) + d2t
+    if ids.min() < 0 or ids.max() >= head.config.vocab_size or len(torch.unique(ids)) < len(ids):
         raise ValueError(
             "its d2t, added to 0, 1, …, does not give different ids of the target: d2t holds offsets (target's id -"
             " draft's id)"
         )
-    t2d = tensors.get("t2d")
-    if t2d is not None and _is_other(t2d, ids):
+    if (t2d := tensors.get("t2d")) is not None and not t2d.nonzero().flatten().equal(ids.sort().values):
         raise ValueError("its t2d and d2t name different ids")
-
-
-def _is_other(t2d: Tensor, ids: Iterable[int] | Tensor) -> bool:
-    return set(t2d.nonzero().flatten().tolist()) != set(torch.as_tensor(ids).tolist())

@@ -71,6 +71,15 @@ class SuffixHybrid:
         """The draft model's."""
         return self.model_drafter.runner
 
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """What a draft head reads of the target."""
+        return self.model_drafter.feature_layers
+
+    def match_target(self, target: ModelRunner) -> None:
+        """Take the target of the call that begins."""
+        self.model_drafter.match_target(target)
+
     def spare(self) -> SuffixHybrid:
         """Another one with the same settings, model, finished answers and expectations, for a call at the same time."""
         other = SuffixHybrid(self.model_drafter.spare(), self.suffix.spare())

@@ -30,9 +30,11 @@ class ModelDrafter:
     num_catch_up: the number of last committed ids of each row that a step feeds before it drafts, so that the KV cache
     is right up to the draft. After a step that drafted these are num_after_draft, after any other one more than before.
     shared: what two tokenizers have in common, where the draft model has one of its own; see OtherTokenizerDrafter.
+    feature_layers: the hidden states of the target that it reads, see ModelForward.
     """
 
     shared: SharedVocabulary | None = None
+    feature_layers: tuple[int, ...] = ()
 
     def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
         self.runner = ModelRunner(model)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.core.interfaces import Drafter
 from specdec.drafters.eagle3 import Eagle3Drafter, Eagle3Head
-from specdec.drafters.head_checkpoint import load_head
+from specdec.drafters.head_checkpoint import is_head, load_head
 from specdec.drafters.hybrid import SuffixHybrid
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
@@ -72,14 +72,16 @@ def load_drafter(name: str, model: PreTrainedModel, dtype: str) -> Drafter:
 def _named_drafter(name: str, model: PreTrainedModel, load_draft: Callable[[str], PreTrainedModel]) -> Drafter:
     if (path := draft_model_of(name)) is None:
         return NAMED_DRAFTERS[name]()
+    drafter: Drafter | None = None
     with named_errors(f"drafter={path!r} cannot be used"):
-        head = load_head(path, model)
-    drafter = resolve_drafter(load_draft(path), model) if head is None else make_head_drafter(head, model)
+        if is_head(path):
+            drafter = _make_head_drafter(load_head(path, model), model)
+    drafter = drafter or resolve_drafter(load_draft(path), model)
     assert isinstance(drafter, ModelDrafter)
     return SuffixHybrid(drafter) if name.startswith(SUFFIX_AND) else drafter
 
 
-def make_head_drafter(head: Eagle3Head, model: PreTrainedModel) -> Eagle3Drafter:
+def _make_head_drafter(head: Eagle3Head, model: PreTrainedModel) -> Eagle3Drafter:
     """The drafter of a draft head. Raises ValueError where the target's forward does not return its hidden states."""
     layers = head.settings.feature_layers
     ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)

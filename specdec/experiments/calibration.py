@@ -8,14 +8,18 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from specdec.core.stats import Stats
 from specdec.core.timing import STEP_PARTS, StepTiming
+from specdec.drafters.eagle3 import Eagle3Head
 from specdec.drafters.none import NoDrafter
 from specdec.experiments.config import ExperimentConfig
 from specdec.experiments.pair import Likeliest, Pair
 from specdec.experiments.records import SPECULATIVE, Costs, Memory, RecordFile, Run, Sample, SampleToken
 from specdec.experiments.workloads import Prompt
-from specdec.planning.footprint import measure_footprint
+from specdec.planning.footprint import footprint_of_head, measure_footprint
+from specdec.planning.formulas import ModelFootprint
 from specdec.planning.memory import MemoryPlan, plan_memory
 from specdec.planning.peak_memory import PeakMemory
 from specdec.quant.layers import is_4bit
@@ -73,7 +77,7 @@ def _memory(config: ExperimentConfig, pair: Pair, prompts: list[list[int]]) -> M
 def _plan(config: ExperimentConfig, pair: Pair, prompt_length: int, batch_size: int) -> MemoryPlan:
     target, *drafts = pair.models
     return plan_memory(
-        *(measure_footprint(model.config, dtype=model.dtype, device=model.device.type) for model in pair.models),
+        *map(_footprint, pair.models),
         context=prompt_length + pair.call["max_new_tokens"],
         batch=batch_size,
         num_draft_tokens=config.max_draft_tokens,
@@ -82,6 +86,12 @@ def _plan(config: ExperimentConfig, pair: Pair, prompt_length: int, batch_size: 
         target_int4=is_4bit(target),
         draft_int4=any(map(is_4bit, drafts)),
     )
+
+
+def _footprint(model: PreTrainedModel) -> ModelFootprint:
+    if isinstance(model, Eagle3Head):
+        return footprint_of_head(model, "draft head", model.dtype, model.device.type)
+    return measure_footprint(model.config, dtype=model.dtype, device=model.device.type)
 
 
 def _sample(pair: Pair, prompt: Prompt, ids: list[int]) -> Sample:

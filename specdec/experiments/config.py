@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from specdec.core.sampling import VERIFICATIONS
 from specdec.draft_length.settings import MAX_DRAFT_TOKENS
-from specdec.drafters.resolve import AUTO, with_suffix_decoding
+from specdec.drafters.resolve import AUTO, resolve_drafter, with_suffix_decoding
 from specdec.quant.config import Int4Config
 from specdec.runtime.loading import DTYPES, load
 
@@ -70,6 +70,17 @@ class DraftModel:
         """Load the model on the target's device."""
         dtype = str(target.dtype).removeprefix("torch.") if self.dtype == "auto" else self.dtype
         return load(self.path, dtype, str(target.device), Int4Config(self.group_size) if self.int4 else None)
+
+
+@dataclass
+class DraftHead:
+    """A draft head that was trained for the target, as EAGLE-3's; in the target's dtype. path: a folder or hub id."""
+
+    path: str
+
+    def load(self, target: Any) -> Any:
+        """Load the head on the target's device: -> the drafter."""
+        return resolve_drafter(self.path, target)
 
 
 @dataclass

@@ -18,12 +18,12 @@ from specdec.core.stats import Stats
 from specdec.core.steps import Draft, StepResult
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.resolve import AUTO, resolve_drafter
-from specdec.experiments.config import DraftModel, ExperimentConfig
+from specdec.experiments.config import DraftHead, DraftModel, ExperimentConfig
 from specdec.experiments.records import PLAIN, SPECULATIVE
 from specdec.experiments.workloads import encode, uses_chat_template
-from specdec.generation.state import model_drafter_of
+from specdec.generation.state import feature_layers_of, model_drafter_of
 from specdec.runtime.loading import load_tokenizer
-from specdec.runtime.runner import context_of
+from specdec.runtime.runner import ModelRunner, context_of
 
 NUM_LIKELIEST = 5  # tokens that are recorded for each position
 
@@ -46,6 +46,16 @@ class SwitchableDrafter:
     def runner(self) -> Any:
         """The current drafter's runner, so that its model is compiled too; None where it has none."""
         return getattr(self.drafter, "runner", None)
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """The hidden states of the target that the current drafter reads."""
+        return feature_layers_of(self.drafter)
+
+    def match_target(self, target: ModelRunner) -> None:
+        """Pass on the target of the call that begins."""
+        if (match_target := getattr(self.drafter, "match_target", None)) is not None:
+            match_target(target)
 
     def begin(self, sequences: Sequences, sampling: Sampling) -> None:
         self.recorded = []
@@ -87,7 +97,7 @@ class Pair:
         """Load the models that the config names; raises ValueError where they do not work together."""
         target = config.target.load(device, config.quant)
         tokenizer = load_tokenizer(config.target.path)
-        drafter = config.drafter.load(target) if isinstance(config.drafter, DraftModel) else config.drafter
+        drafter = config.drafter.load(target) if isinstance(config.drafter, DraftModel | DraftHead) else config.drafter
         drafter = resolve_drafter(drafter, target)
         engines: dict[str, Drafter] = {PLAIN: NoDrafter()} if config.baseline else {}
         if not isinstance(drafter, NoDrafter):

@@ -376,8 +376,8 @@ def _acquire_drafter(state: State, target: ModelRunner, request: Request, assist
         if request.draft_trial.support.reason is not None:
             return
     request.acquired_drafter = acquire_drafter(drafter, target)
-    if (model_drafter := model_drafter_of(request.acquired_drafter)) is not None:
-        model_drafter.match_target(target)
+    if (match_target := getattr(request.acquired_drafter, "match_target", None)) is not None:
+        match_target(target)
 
 
 def _assistant_drafter(

@@ -104,8 +104,8 @@ def model_drafter_of(drafter: Drafter | None) -> ModelDrafter | None:
 
 def feature_layers_of(drafter: Drafter | None) -> tuple[int, ...]:
     """The hidden states of the target that a drafter reads; () where it reads none."""
-    drafter = model_drafter_of(drafter)
-    return drafter.feature_layers if isinstance(drafter, Eagle3Drafter) else ()
+    layers: tuple[int, ...] = getattr(drafter, "feature_layers", ())
+    return layers
 
 
 def members_of(target: ModelRunner, drafter: Drafter | None) -> list[PairMember]:

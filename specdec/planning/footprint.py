@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from specdec.drafters.eagle3 import Eagle3Head
+from specdec.drafters.head_checkpoint import make_head
 from specdec.planning.formulas import ModelFootprint
 from specdec.planning.peak_memory import LiveStorages
 from specdec.quant.checkpoints import config_folder, named_errors, read_config, take_settings
@@ -65,6 +67,41 @@ def measure_footprint(
     config, settings, name = _read_config(model)
     with named_errors(f"no memory can be planned for {name}"):
         return _measure(config, settings, name, dtype, device, group_size)
+
+
+def measure_head_footprint(
+    path: str, target: str | Path | PreTrainedConfig, *, dtype: torch.dtype = torch.bfloat16, device: str = "cuda"
+) -> ModelFootprint:
+    """Measure a draft head on meta, from a folder or hub id, for the target of this config; see measure_footprint."""
+    target_config, _, _ = _read_config(target)
+    with named_errors(f"no memory can be planned for {path}"):
+        return footprint_of_head(make_head(path, target_config), path, dtype, device)
+
+
+def footprint_of_head(head: Eagle3Head, name: str, dtype: torch.dtype, device: str) -> ModelFootprint:
+    """Measure a draft head on meta. An embedding that it shares with the target is not counted."""
+    settings, config = head.settings, copy.deepcopy(head.config)  # measuring replaces its attention
+    with torch.device("meta"):
+        skeleton: Any = Eagle3Head(config, settings)
+    skeleton.to(dtype)
+    own = [tensor for name, tensor in skeleton.named_parameters() if head.owns_embedding or "embed" not in name]
+    return ModelFootprint(
+        name=name,
+        dtype=dtype,
+        device=device,
+        plain_bytes=sum(tensor.nbytes for tensor in own),
+        int4_bytes=None,
+        checkpoint_method=None,
+        vocab_size=int(config.vocab_size),
+        context=context_of(skeleton),
+        has_kernels=(dtype in cpu.DTYPES and cpu.load()) if device == "cpu" else dtype in DTYPES,
+        num_masks=1,
+        tile_weights=0,
+        head_tile_weights=0,
+        keeps_last_logits=True,
+        feature_width=len(settings.feature_layers) * settings.target_hidden_size + config.hidden_size,
+        **_measured_forward(skeleton, config, attention_kinds(config)),
+    )
 
 
 def _measure(

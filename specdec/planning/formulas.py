@@ -37,7 +37,8 @@ class ModelFootprint:
     kernel; None where no layer can be. checkpoint_method: the quantization of its checkpoint, None where it has none.
     context: positions that the model supports, None where its config names no limit.
     layers: (heads, key width, value width) of each layer's cache. slot == position, so sliding layers keep all
-    positions too.
+    positions too. feature_width: values of hidden states that a draft head adds for each position, in the target's
+    cache and in its own.
     heads, kv_heads, key_width, value_width: of the attention call; a latent cache (MLA) is expanded before it.
     position_bytes, slot_bytes: the peak of a forward outside of attention, by position of its window and by slot of the
     cache.
@@ -74,11 +75,13 @@ class ModelFootprint:
     tile_weights: int
     head_tile_weights: int
     keeps_last_logits: bool
+    feature_width: int = 0
 
     @property
     def token_bytes(self) -> int:
         """Of the cache, for one position of one row."""
-        return sum(heads * (key + value) for heads, key, value in self.layers) * self.dtype.itemsize
+        values = sum(heads * (key + value) for heads, key, value in self.layers) + self.feature_width
+        return values * self.dtype.itemsize
 
     def weights_bytes(self, int4: bool) -> int:
         if not int4:

@@ -21,6 +21,7 @@ from specdec.drafters.resolve import resolve_drafter
 from specdec.generation.enable import decoding_of, state_of
 from specdec.runtime.runner import ModelRunner
 from specdec.utils.numerics import relative_error
+from tests.generation.test_concurrency import in_threads
 from tests.helpers.eagle3_oracle import CONFIGURATIONS, FOLDER, LENGTH, WIDTH
 from tests.helpers.eagle3_oracle import VOCAB_SIZE as ORACLE_VOCABULARY
 from tests.helpers.families import FAMILIES, VOCAB_SIZE, make_model, prompts
@@ -61,7 +62,6 @@ def expected_draft(drafter: Eagle3Drafter, target: PreTrainedModel, text: list[i
 def test_its_logits_are_those_of_the_speculators_library(name: str) -> None:
     values = FAMILIES["llama"] | {"vocab_size": ORACLE_VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 4}
     head = load_head(str(FOLDER / name), make_model("llama", **values))
-    assert head is not None
     expected = load_file(FOLDER / name / "logits.safetensors")
     ids, states = expected["ids"], head.reduce(expected["states"])
     drafted = torch.arange(head.settings.draft_vocab_size) + head.d2t
@@ -261,3 +261,11 @@ def test_a_target_that_nothing_reads_keeps_no_hidden_states(target: PreTrainedMo
     runner.prefill(torch.tensor([[1, 2, 3]]), torch.tensor([2]))
     assert runner.cache.features.buffer is None
     assert len(runner.cache.buffers()) == 4
+
+
+def test_calls_at_the_same_time_have_caches_of_their_own(target: PreTrainedModel, tmp_path: Path) -> None:
+    batches = [prompts(2, seed=seed) for seed in range(3)]
+    call: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    expected = [target.generate(**batch, **call).tolist() for batch in batches]
+    specdec.enable(target, random_head(target, tmp_path), num_draft_tokens=3)
+    assert in_threads(*(lambda batch=batch: target.generate(**batch, **call).tolist() for batch in batches)) == expected

@@ -21,6 +21,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from specdec.experiments import calibration
 from specdec.experiments.config import (
@@ -43,6 +44,7 @@ from specdec.runtime.loading import load_tokenizer
 from specdec.utils import embedded
 from specdec_cli.experiment import build, conf_dir
 from specdec_cli.main import main
+from tests.helpers.heads import layer_config, random_tensors, write_speculators
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
@@ -51,6 +53,7 @@ REQUIRED = {
     "target/model": ["target.path=m"],
     "drafter/model": ["drafter.path=m"],
     "drafter/suffix_and_model": ["drafter.path=m"],
+    "drafter/head": ["drafter.path=m"],
     "workload/dataset": ["workload.path=a.jsonl"],
     "workload/spec_bench": ["workload.path=a.jsonl"],
     "experiment/spec_bench": ["target.path=m", "drafter.path=m", "workload.path=a.jsonl"],
@@ -453,9 +456,13 @@ def test_turns_go_through_the_tokenizer_s_chat_template(tmp_path: Path) -> None:
         Pair.load(small(tmp_path, workload=workload), "cpu")
 
 
-@pytest.mark.parametrize("name", ["prompt_lookup", "suffix", "suffix_and_model", "none"])
+@pytest.mark.parametrize("name", ["prompt_lookup", "suffix", "suffix_and_model", "head", "none"])
 def test_other_drafters(tmp_path: Path, name: str) -> None:
     model = [f"drafter.path={embedded.DRAFT}"] if name == "suffix_and_model" else []
+    if name == "head":
+        target = AutoModelForCausalLM.from_pretrained(embedded.TARGET)
+        tensors = random_tensors(layer_config(target), list(range(0, 4096, 8)), 2)
+        model = [f"drafter.path={write_speculators(tmp_path / name, layer_config(target), tensors, [2, 9])}"]
     config = composed(f"drafter={name}", *model, "workload.limit=2", "sampling.max_new_tokens=12", f"folder={tmp_path}")
     finished = execute(config)
     for record in finished.records:

@@ -9,7 +9,7 @@ from statistics import median_low
 
 from specdec.core.stats import chance_acceptance
 from specdec.drafters.resolve import AUTO
-from specdec.experiments.config import SuffixAndModel
+from specdec.experiments.config import DraftHead, SuffixAndModel
 from specdec.experiments.records import PLAIN, SPECULATIVE, Record, Run
 from specdec.experiments.report.compare import compare_runs
 from specdec.experiments.report.figures import count_identical
@@ -27,7 +27,7 @@ from specdec.experiments.report.labels import (
 from specdec.experiments.report.what_if import best_prediction
 from specdec.generation.dead_draft import AcceptanceWatch
 
-DRAFT_MODEL = "a draft model"
+DRAFT_MODEL, DRAFT_HEAD = "a draft model", "a draft head"
 SLOW_FACTOR = 3  # a call that takes more than this times the expected seconds is reported
 
 
@@ -111,7 +111,7 @@ def caveats(report: RunReport) -> list[str]:
             f"{plural(slow, 'call')} took more than {SLOW_FACTOR} times the usual time for its length. Other programs"
             " probably used the machine, so the times are not reliable."
         )
-    if drafter_name(report) == DRAFT_MODEL and (warning := _dead_draft(run.of(SPECULATIVE))):
+    if drafter_name(report) in (DRAFT_MODEL, DRAFT_HEAD) and (warning := _dead_draft(run.of(SPECULATIVE))):
         caveats.append(f"{capitalize(warning)}.")
     if run.failures:
         caveats.append(
@@ -223,8 +223,9 @@ def drafter_name(report: RunReport) -> str:
     drafter = report.config["drafter"]
     if not isinstance(drafter, dict) or "path" not in drafter:
         return display_name(drafter)
-    is_hybrid = str(drafter.get("_target_")).endswith(SuffixAndModel.__name__)
-    return f"suffix decoding and {DRAFT_MODEL}" if is_hybrid else DRAFT_MODEL
+    names = {DraftHead: DRAFT_HEAD, SuffixAndModel: f"suffix decoding and {DRAFT_MODEL}"}
+    target = str(drafter.get("_target_"))
+    return next((name for cls, name in names.items() if target.endswith(cls.__name__)), DRAFT_MODEL)
 
 
 def join_words(words: Sequence[str]) -> str:
