@@ -29,7 +29,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"specdec {_version()}")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=command.summary, add_help=name != "experiment")
+        subparser = subparsers.add_parser(name, help=command.summary, add_help=command.add_arguments is not add_hydra)
         subparser.set_defaults(module=command.module)
         if name in arguments[:1]:  # those of the others are not needed, and some take imports
             command.add_arguments(subparser)
@@ -38,7 +38,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help=f"{MODEL_HELP}; default: the embedded target")
-    parser.add_argument("--draft", help=f"{DRAFT_HELP}; default: the embedded draft model")
+    parser.add_argument(
+        "--draft", help=f"{DRAFT_HELP}; eagle3, the embedded target's head. Default: the embedded draft model"
+    )
     parser.add_argument("--prompt", help="the text to complete (one of the embedded pair's)")
     _add_generation(parser)
 
@@ -56,7 +58,7 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     _add_quantization(parser)
 
 
-def add_experiment(parser: argparse.ArgumentParser) -> None:
+def add_hydra(parser: argparse.ArgumentParser) -> None:
     """None: hydra parses them."""
 
 
@@ -199,7 +201,7 @@ def _version() -> str:
 
 MODEL_HELP = "the target: a folder or a hub id, in full precision or in 4 bits (GPTQ, AWQ, MXFP4, … or specdec's own)"
 DRAFT_HELP = (
-    "the drafter: a folder or a hub id of a smaller model with the same tokenizer, prompt_lookup, suffix,"
+    "the drafter: a folder or a hub id of a smaller model or of an EAGLE-3 head, prompt_lookup, suffix,"
     " suffix+FOLDER_OR_HUB_ID, or none"
 )
 COMMANDS = {
@@ -207,7 +209,10 @@ COMMANDS = {
     "generate": Command("demo", "the same with a model and a prompt of your own", add_generate),
     "quantize": Command("quantize", "write a model in 4 bits", add_quantize),
     "experiment": Command(
-        "experiment", "run a hydra config: records, figures, one page (--help lists groups)", add_experiment
+        "experiment", "run a hydra config: records, figures, one page (--help lists groups)", add_hydra
+    ),
+    "train-drafter": Command(
+        "experiment", "train an EAGLE-3 head on what a target answers (--help lists settings)", add_hydra
     ),
     "report": Command(
         "report", "a page from the records of one run or several; compare them, gate on them", add_report

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import specdec
 from specdec.core.stats import Stats
+from specdec.drafters.head_checkpoint import EAGLE3
 from specdec.drafters.resolve import load_drafter
 from specdec.runtime.loading import load, load_tokenizer
 from specdec.utils import embedded
@@ -48,6 +49,8 @@ class Measurement:
 
 def run(options: argparse.Namespace) -> int:
     """Complete one prompt with three engines, in interleaved rounds, and compare them; 1 where greedy texts differ."""
+    if options.model is None and options.draft == EAGLE3:
+        options.draft = str(embedded.EAGLE3)
     options.model, options.draft = options.model or str(embedded.TARGET), options.draft or str(embedded.DRAFT)
     if options.prompt is None:
         options.prompt = next(prompt["prompt"] for prompt in embedded.prompts() if prompt["id"] == DEMO_PROMPT)

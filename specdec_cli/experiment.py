@@ -28,6 +28,8 @@ from specdec.experiments.report.labels import read_runs
 from specdec.experiments.report.page import render_page
 from specdec.experiments.run import device_of, processes, run
 from specdec.runtime.loading import load_tokenizer
+from specdec.training.config import TrainConfig
+from specdec.training.train import show, train
 from specdec.utils import embedded
 from specdec_cli.audit_lossless import audit, prompt_ids
 from specdec_cli.report import write
@@ -54,7 +56,7 @@ def conf_dir() -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / "conf"
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], config_name: str = "config") -> int:
     """Run hydra on overrides and flags (`-m`, `--cfg job`, …): 0, 1 where prompts failed, 2 for bad input.
 
     With `--config-name audit` the exit code of `specdec audit lossless`.
@@ -62,7 +64,7 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors are raised here, not printed with a trace
     sys.argv = [sys.argv[0], *arguments]
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_task)()
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(_task)()
     except KeyboardInterrupt:
         return 130
     except PromptsFailed as error:
@@ -76,10 +78,10 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def build(config: DictConfig) -> ExperimentConfig | AuditConfig:
+def build(config: DictConfig) -> ExperimentConfig | AuditConfig | TrainConfig:
     """The run of a composed config; its values must fit the dataclasses that its `_target_`s name."""
     _check(config)
-    built: ExperimentConfig | AuditConfig = instantiate(config, _convert_="object")
+    built: ExperimentConfig | AuditConfig | TrainConfig = instantiate(config, _convert_="object")
     return built
 
 
@@ -107,7 +109,13 @@ def _task(config: DictConfig) -> None:
     if isinstance(experiment, AuditConfig):
         _audit(experiment)
         return
-    finished = run(experiment, values, Console(stderr=True, quiet=not is_main, markup=False, highlight=False))
+    progress = Console(stderr=True, quiet=not is_main, markup=False, highlight=False)
+    if isinstance(experiment, TrainConfig):
+        curve = train(experiment, values, progress)
+        if is_main:
+            show(curve, experiment.folder, Console())
+        return
+    finished = run(experiment, values, progress)
     if not is_main:  # with an error here the launcher would end the main process before its report is written
         return
     if finished.records:

@@ -1,4 +1,4 @@
-"""The command line: `specdec demo | generate | quantize | audit | experiment | report | plan`."""
+"""The command line: `specdec demo | generate | quantize | audit | experiment | train-drafter | report | plan`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from specdec_cli.arguments import parse
 
+HYDRA_CONFIGS = {"experiment": "config", "train-drafter": "train"}
 EXPERIMENT_MODULES = {"accelerate", "datasets", "hydra", "jinja2", "matplotlib", "omegaconf"}
 
 
@@ -18,8 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if arguments[:1] == ["experiment"]:  # hydra parses the rest
-            code: int = _command("experiment").main(arguments[1:])
+        if arguments[:1] in (["experiment"], ["train-drafter"]):  # hydra parses the rest
+            code: int = _command("experiment").main(arguments[1:], HYDRA_CONFIGS[arguments[0]])
         else:
             options = parse(arguments)
             code = _command(options.module).run(options)

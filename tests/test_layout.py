@@ -27,7 +27,8 @@ LAYERS = {
     "audit": 7,
     "planning": 7,
     "experiments": 8,
-    "specdec_cli": 9,
+    "training": 9,
+    "specdec_cli": 10,
 }
 # packages of the extra "experiments"
 NEEDS_EXTRAS = {"hydra", "omegaconf", "datasets", "accelerate", "jinja2", "matplotlib", "numpy"}

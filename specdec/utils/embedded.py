@@ -1,4 +1,4 @@
-"""The embedded pair: a small target, a draft model and held-out prompts, so that everything runs without a download."""
+"""The embedded pair: a small target, a draft model, an EAGLE-3 head and held-out prompts; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 ASSETS = Path(__file__).parents[1] / "assets"
 TARGET = ASSETS / "target"
 DRAFT = ASSETS / "draft"
+EAGLE3 = ASSETS / "eagle3"
 
 
 def prompts() -> list[dict[str, str]]:

@@ -1,0 +1,200 @@
+"""Training of an EAGLE-3 head: its losses against drafting, its texts, and runs that are stopped and go on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import specdec
+from specdec.drafters.eagle3 import Eagle3Drafter
+from specdec.drafters.head_checkpoint import load_head
+from specdec.experiments.config import QuantConfig, SamplingConfig, TargetConfig
+from specdec.experiments.workloads import Dataset
+from specdec.runtime.runner import ModelRunner
+from specdec.training import train as training
+from specdec.training.config import TrainConfig
+from specdec.training.eagle3 import Batch, TrainingTimeTest
+from specdec.training.texts import Text, write_texts
+from specdec.utils import embedded
+from specdec.utils.numerics import relative_error
+from specdec_cli.main import main
+from tests.helpers.families import FAMILIES, VOCAB_SIZE, make_model, prompts
+from tests.helpers.heads import random_head
+
+STEPS = 3
+
+
+@pytest.fixture
+def target() -> PreTrainedModel:
+    return make_model("llama", seed=3, **FAMILIES["llama"])
+
+
+@torch.no_grad()
+def batch_of(target: PreTrainedModel, drafter: Eagle3Drafter, ids: Tensor, num_prompt_ids: int) -> Batch:
+    output = target(input_ids=ids, output_hidden_states=True)
+    features = torch.stack([output.hidden_states[layer] for layer in drafter.feature_layers], dim=2)
+    is_answer = (torch.arange(ids.shape[1]) >= num_prompt_ids).expand(ids.shape)
+    return Batch(ids, is_answer, features, output.logits.float())
+
+
+@pytest.mark.parametrize("settings", [{}, {"fc_norm": True, "norm_output": True}], ids=["plain", "norms"])
+def test_a_step_of_training_reads_what_a_step_of_drafting_reads(
+    target: PreTrainedModel, settings: dict[str, bool]
+) -> None:
+    drafter = random_head(target, draft_ids=list(range(1, VOCAB_SIZE, 2)), **settings)
+    head = drafter.head
+    ids = prompts(1)["input_ids"]
+    batch = batch_of(target, drafter, ids, 0)
+    with torch.no_grad():
+        found = TrainingTimeTest(head, STEPS, 1.0).logits(ids, batch.features)
+    drafted = torch.arange(len(head.d2t)) + head.d2t
+    length = ids.shape[1]
+    for position in range(length - 1 - STEPS):
+        runner = ModelRunner(head)
+        runner.begin(1)
+        runner.cache.window.reserve(length)
+        with torch.inference_mode():
+            states = head.reduce(batch.features[:, : position + 1])
+            runner.cache.features.write(torch.arange(position + 1)[None], states[:, :, None])
+        output = runner.prefill(ids[:, 1:], torch.tensor([position]))
+        assert output is not None
+        logits = output.logits
+        for step in range(STEPS):
+            if step:
+                at = position + step
+                logits = runner.forward(ids[:, at + 1 : at + 2], torch.tensor([[at]])).logits
+            assert relative_error(found[step][0, position], logits[0, 0, drafted]) < 1e-5
+
+
+def test_ids_are_counted_as_drafting_would_accept_them(target: PreTrainedModel) -> None:
+    """The head drafts greedily along greedy texts; its drafts end at the first id that is not the target's."""
+    drafter = random_head(target, draft_ids=list(range(1, VOCAB_SIZE, 2)))
+    ids = target.generate(prompts(1)["input_ids"], max_new_tokens=30, do_sample=False)
+    batch = batch_of(target, drafter, ids, 11)
+    module = TrainingTimeTest(drafter.head, STEPS, 1.0)
+    with torch.no_grad():
+        wanted = [[0, 0] for _ in range(STEPS)]
+        logits = module.logits(batch.ids, batch.features)
+        best = [one.argmax(-1) + drafter.head.d2t[one.argmax(-1)] for one in logits]
+        for position in range(ids.shape[1] - 1):
+            for step in range(STEPS):
+                at = position + 2 + step
+                if not 11 <= at < ids.shape[1]:
+                    break
+                wanted[step][0] += 1
+                if best[step][0, position] != ids[0, at]:
+                    break
+                wanted[step][1] += 1
+        _, counts = module(batch)
+    assert counts.tolist() == wanted
+    assert wanted[0][0] == 30
+
+
+def test_texts_go_on_where_they_ended(target: PreTrainedModel, tmp_path: Path) -> None:
+    rows = [row[mask.bool()].tolist() for row, mask in zip(*prompts(4).values(), strict=True)]
+    call = {"max_new_tokens": 5, "do_sample": True, "temperature": 1.0}
+
+    def write(file: str, prompts: list[list[int]] = rows) -> list[Text]:
+        return write_texts(target, prompts, call, 2, 0, tmp_path / file, lambda count: None)
+
+    whole = write("a.jsonl")
+    assert [text.ids[: text.num_prompt_ids] for text in whole] == rows
+    assert all(len(text.ids) == text.num_prompt_ids + 5 for text in whole)
+    lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "b.jsonl").write_text("".join(lines[:2]) + lines[2][:9])
+    assert write("b.jsonl") == whole
+    with pytest.raises(ValueError, match="holds answers to other prompts"):
+        write("a.jsonl", rows[:3])
+    assert not hasattr(target, "_specdec_state")
+
+
+def config_of(folder: Path, **changes: Any) -> TrainConfig:
+    file = folder.parent / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in embedded.prompts()[:6]))
+    values: dict[str, Any] = {
+        "target": TargetConfig(path=str(embedded.TARGET), dtype="float32", device="cpu"),
+        "quant": QuantConfig(),
+        "workload": Dataset(str(file)),
+        "sampling": SamplingConfig(max_new_tokens=8),
+        "folder": folder,
+        "answer_batch": 4,
+        "max_prompt_tokens": 24,
+        "held_out": 0.2,
+        "feature_layers": None,
+        "draft_vocab_size": 256,
+        "intermediate_size": 64,
+        "norm_output": True,
+        "fc_norm": True,
+        "ttt_steps": 2,
+        "step_decay": 0.8,
+        "epochs": 2,
+        "batch_size": 2,
+        "learning_rate": 1e-3,
+        "warmup": 0.1,
+        "seed": 0,
+    }
+    return TrainConfig(**values | changes)
+
+
+def test_a_training_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(quiet=True)
+    whole = training.train(config_of(tmp_path / "a"), {"seed": 0}, console)
+    assert [len(epoch["acceptance"]) for epoch in whole["epochs"]] == [2, 2]
+    assert whole["epochs"][1]["loss"] < whole["epochs"][0]["loss"]
+
+    batches = training._batches
+
+    def stops(config: Any, target: Any, texts: Any, accelerator: Any, epoch: int | None) -> Any:
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return batches(config, target, texts, accelerator, epoch)
+
+    monkeypatch.setattr(training, "_batches", stops)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(config_of(tmp_path / "b"), {"seed": 0}, console)
+    monkeypatch.setattr(training, "_batches", batches)
+    assert training.train(config_of(tmp_path / "b"), {"seed": 0}, console)["epochs"] == whole["epochs"]
+    heads = [load_file(tmp_path / name / "head" / "model.safetensors") for name in ("a", "b")]
+    assert heads[0].keys() == heads[1].keys()
+    assert all(heads[0][name].equal(heads[1][name]) for name in heads[0])
+    with pytest.raises(ValueError, match="holds a training with other settings"):
+        training.train(config_of(tmp_path / "a"), {"seed": 1}, console)
+
+
+def test_the_command_writes_a_head_that_drafts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_of(tmp_path / "head")
+    settings = ["draft_vocab_size", "intermediate_size", "max_prompt_tokens", "ttt_steps", "held_out", "batch_size"]
+    overrides = [f"{name}={getattr(config, name)}" for name in settings]
+    overrides += [f"workload.path={config.workload.path}", f"folder={tmp_path / 'head'}", "epochs=1"]
+    assert main(["train-drafter", *overrides, "sampling.max_new_tokens=8", "target.dtype=float32"]) == 0
+    printed = capsys.readouterr().out
+    assert "held-out acceptance by position of the draft" in printed
+    assert "tokens a step" in printed
+    target = TargetConfig(path=str(embedded.TARGET), dtype="float32", device="cpu").load("cpu", QuantConfig())
+    head = load_head(str(tmp_path / "head" / "head"), target)
+    assert head.embed_tokens is target.get_input_embeddings()
+    ids = torch.arange(3, 20)[None]
+    expected = target.generate(ids, max_new_tokens=12, do_sample=False)
+    specdec.enable(target, tmp_path / "head" / "head", num_draft_tokens=3)
+    assert target.generate(ids, max_new_tokens=12, do_sample=False).equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "epochs=0 must be 1 or more"),
+        ({"held_out": 0.0}, r"held_out=0\.0 must be more than 0"),
+        ({"learning_rate": 0.0}, "must be positive"),
+    ],
+)
+def test_settings_are_checked(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_of(tmp_path / "head", **changes)
