@@ -3,6 +3,7 @@
     python scripts/bench_drafters.py --pair embedded --output benchmarks/results/bench_drafters-embedded.json
     python scripts/bench_drafters.py --pair smollm2 --prompts FILE --workload prompts edits json again
     python scripts/bench_drafters.py --draft build/pairs/smollm2/target --workload prompts
+    python scripts/bench_drafters.py --draft specdec/assets/eagle3
 
 Target and draft model in 4 bits, compiled; interleaved rounds of whole calls, prompts included. Ratios are taken
 within a round; "step" is what a step takes in plain steps: tokens a step over that ratio. Automatic K is also compared
@@ -46,6 +47,7 @@ from transformers.utils import logging
 import specdec
 from specdec.core.interfaces import Drafter
 from specdec.core.sampling import Verification
+from specdec.drafters.head_checkpoint import is_head
 from specdec.drafters.hybrid import SuffixHybrid
 from specdec.drafters.resolve import check_pair, resolve_drafter, with_suffix_decoding
 from specdec.drafters.suffix import FinishedTexts, SuffixDecoding
@@ -288,7 +290,7 @@ def show(report: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", default="embedded", help=f"{', '.join(NAMES)}, or a folder with target/ and draft/")
-    parser.add_argument("--draft", type=Path, metavar="FOLDER", help="a further draft model")
+    parser.add_argument("--draft", type=Path, metavar="FOLDER", help="a further draft model, or an EAGLE-3 head")
     parser.add_argument(
         "--prompts", help="a json or jsonl file, or a dataset on the hub; default: the embedded prompts"
     )
@@ -325,7 +327,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             drafters["suffix + draft model"] = with_suffix_decoding(draft, target)
         drafters |= {"prompt lookup": resolve_drafter("prompt_lookup", target), "suffix": SuffixDecoding()}
         coverage = None
-        if args.draft is not None:
+        if args.draft is not None and is_head(str(args.draft)):
+            drafters["EAGLE-3 head"] = resolve_drafter(args.draft, target)
+        elif args.draft is not None:
             further = load_int4(args.draft, args.dtype)
             drafters["further draft"] = further
             with warned_as_errors():

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -73,7 +74,7 @@ def train(config: TrainConfig, values: dict[str, Any], console: Console) -> dict
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(config, steps_per_epoch * config.epochs))
         module, optimizer, schedule = accelerator.prepare(module, optimizer, schedule)
         if curve["epochs"]:
-            accelerator.load_state(str(config.folder / CHECKPOINT))
+            accelerator.load_state(str(_checkpoint(config, len(curve["epochs"]))))
         task = progress.add_task("training", total=steps_per_epoch * config.epochs)
         progress.update(task, completed=steps_per_epoch * len(curve["epochs"]))
         for epoch in range(len(curve["epochs"]), config.epochs):
@@ -90,10 +91,11 @@ def train(config: TrainConfig, values: dict[str, Any], console: Console) -> dict
                 progress.update(task, advance=1, description=f"epoch {epoch + 1}, loss {last_loss:.2f}")
             acceptance = _held_out_acceptance(config, target, module, held_out, accelerator)
             curve["epochs"].append({"loss": round(loss / steps_per_epoch, 4), "acceptance": acceptance})
-            accelerator.save_state(str(config.folder / CHECKPOINT))
+            accelerator.save_state(str(_checkpoint(config, epoch + 1)))
             if accelerator.is_main_process:
                 save_head(head, target, config, config.folder / HEAD)
-                (config.folder / CURVE).write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
+                _write_json(config.folder / CURVE, curve)
+                shutil.rmtree(_checkpoint(config, epoch), ignore_errors=True)
                 by_position = ", ".join(f"{value:.1%}" for value in acceptance)
                 progress.console.print(f"epoch {epoch + 1}: loss {loss / steps_per_epoch:.2f}, accepted {by_position}")
     return curve
@@ -119,8 +121,8 @@ def show(curve: dict[str, Any], folder: Path, console: Console) -> None:
 def new_head(config: TrainConfig, target: PreTrainedModel, texts: Sequence[Text]) -> Eagle3Head:
     """A head in float32 that reads the target's embedding and drafts the most frequent ids of the texts.
 
-    Its output layer begins as the target's embedding of these ids, which in models with tied weights is their output
-    layer too; the rest is random.
+    Its output layer begins as the target's, for these ids; as the target's embedding where that is in 8 or 4 bits. The
+    rest is random.
     """
     text = target.config.get_text_config(decoder=True)
     vocab_size = int(text.vocab_size)
@@ -152,8 +154,12 @@ def new_head(config: TrainConfig, target: PreTrainedModel, texts: Sequence[Text]
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.02)
     embed = target.get_input_embeddings()
+    output: Any = getattr(getattr(target, "lm_head", None), "weight", None)
+    shape = vocab_size, text.hidden_size
+    is_dense = isinstance(output, Tensor) and output.is_floating_point() and tuple(output.shape) == shape
     with torch.no_grad():
-        head.lm_head.weight.copy_(embed(ids.to(target.device)).float())
+        rows = output[ids.to(target.device)] if is_dense else embed(ids.to(target.device))
+        head.lm_head.weight.copy_(rows.float())
     module: nn.Module = head
     module.to(target.device)
     head.embed_tokens = embed
@@ -196,6 +202,18 @@ def save_head(head: Eagle3Head, target: PreTrainedModel, config: TrainConfig, fo
     tensors["t2d"] = torch.zeros(head.config.vocab_size, dtype=torch.bool)
     tensors["t2d"][ids] = True
     save_file(tensors, folder / "model.safetensors")
+
+
+def _checkpoint(config: TrainConfig, epoch: int) -> Path:
+    """Where the state after so many epochs is; there is one that training.json names, and maybe a later one."""
+    return config.folder / f"{CHECKPOINT}-{epoch}"
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write it whole or not at all."""
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(file)
 
 
 def _started(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
