@@ -20,6 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMS
 
 from specdec.core.sequences import Sequences
 from specdec.drafters.model import ModelDrafter
+from specdec.quant.heads import TiedEmbedding
 from specdec.runtime.kv_cache.ragged import RaggedCache
 from specdec.runtime.model_forward import cache_argument
 from specdec.runtime.runner import PREFILL_CHUNK, ModelRunner
@@ -108,6 +109,12 @@ class Eagle3Head(PreTrainedModel):  # type: ignore[no-untyped-call]
         self.is_reduced = settings.draft_vocab_size != config.vocab_size
         self.register_buffer("d2t", torch.zeros(settings.draft_vocab_size, dtype=torch.int64))
         self.cache_name = cache_argument(inspect.signature(first.self_attn.forward).parameters)
+
+    def share_embedding(self, embedding: nn.Module) -> None:
+        """Read the target's embedding. All tensors of a forward are registered, since a compiled one is given them."""
+        self.embed_tokens = embedding
+        if isinstance(embedding, TiedEmbedding):
+            self.embedding_rows = embedding.head
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens

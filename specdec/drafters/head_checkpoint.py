@@ -67,7 +67,7 @@ def load_head(path: str, target: PreTrainedModel) -> Eagle3Head:
     """
     head = make_head(path, target.config)
     if not head.owns_embedding:
-        head.embed_tokens = target.get_input_embeddings()
+        head.share_embedding(target.get_input_embeddings())
     folder = checkpoint_folder(path, {}, [*HUB_FILES, PICKLE])
     weights = {
         name: tensor.to(device=target.device, dtype=target.dtype if tensor.is_floating_point() else None)

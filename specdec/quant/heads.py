@@ -32,11 +32,16 @@ class TiedEmbedding(nn.Module):
         self._head = [head]  # in a list: the head's tensors are the head's alone
         self.like = nn.Parameter(torch.empty(0, dtype=dtype, device=head.weight.device), requires_grad=False)
 
+    @property
+    def head(self) -> QuantizedHead:
+        """The output head whose rows it reads."""
+        return self._head[0]
+
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self._head[0].embed(ids, self.like.dtype)
+        return self.head.embed(ids, self.like.dtype)
 
 
 def head_name(model: Any) -> str | None:

@@ -33,6 +33,7 @@ from specdec.training.texts import Text, write_texts
 from specdec.utils.provenance import provenance
 
 MAX_DRAFT_IDS = 32_000
+SHARED = ("embed_tokens.", "embedding_rows.")  # tensors of a head that are its target's
 MIN_LEARNING_RATE = 0.1  # of the largest, at the end
 MAX_GRADIENT = 0.5
 SPECULATORS_VERSION = "0.9.0"  # whose layout a head is saved in
@@ -162,7 +163,7 @@ def new_head(config: TrainConfig, target: PreTrainedModel, texts: Sequence[Text]
         head.lm_head.weight.copy_(rows.float())
     module: nn.Module = head
     module.to(target.device)
-    head.embed_tokens = embed
+    head.share_embedding(embed)
     embed.requires_grad_(False)
     head.train(True)
     return head
@@ -196,7 +197,7 @@ def save_head(head: Eagle3Head, target: PreTrainedModel, config: TrainConfig, fo
     tensors = {
         name: tensor.detach().to("cpu", torch.bfloat16 if tensor.is_floating_point() else None).contiguous()
         for name, tensor in head.state_dict().items()
-        if not name.startswith("embed_tokens.")
+        if not name.startswith(SHARED)
     }
     ids = torch.arange(len(tensors["d2t"])) + tensors["d2t"]
     tensors["t2d"] = torch.zeros(head.config.vocab_size, dtype=torch.bool)
