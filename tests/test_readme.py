@@ -196,6 +196,7 @@ def test_the_gains_are_those_of_the_results_file() -> None:
 
 
 DRAFTED = ("embedded", "200m", "1b", "smollm2", "smollm2-repetitive")  # runs of bench_drafters that the pages show
+KEYS = ("tokens_per_step", "step_in_plain_steps")
 REPETITIVE = ("edits", "json", "again")
 
 
@@ -285,6 +286,26 @@ def test_what_pays_is_what_was_measured() -> None:
     ]
     assert f"a step with K=3 takes {small:.1f} plain ones" in text
     assert f"on the widened pair it takes {widened:.1f}, so that {4 / widened:.2f} times would be reached" in text
+
+
+def test_what_the_embedded_head_reaches_is_what_was_measured() -> None:
+    report = json.loads((RESULTS / "bench_drafters-embedded-eagle3.json").read_text(encoding="utf-8"))
+    head, draft = (
+        [
+            row
+            for row in report["workloads"]["prompts"]
+            if (row["drafter"], row["num_draft_tokens"], row["batch"]) == (name, 3, 1)
+        ]
+        for name in ("EAGLE-3 head", "draft model")
+    )
+    tokens, steps = ([[row[name] for row in rows] for rows in (head, draft)] for name in KEYS)
+    said = (
+        f"gives {tokens[0][0]:.2f} tokens a step, sampled {tokens[0][1]:.2f}, where the draft model of the pair gives"
+        f" {tokens[1][0]:.2f} and {tokens[1][1]:.2f}"
+    )
+    text = " ".join(PAGES["docs/drafters.md"].split())
+    assert said in text
+    assert f"a step with the head takes {steps[0][0]:.1f} plain steps, with the draft model {steps[1][0]:.1f}," in text
 
 
 def test_what_a_draft_model_of_another_tokenizer_reaches_is_what_was_measured() -> None:

@@ -16,6 +16,7 @@ import specdec
 from specdec.core.stats import RowStep, Stats, chance_acceptance
 from specdec.generation.dead_draft import MIN_TRIED, AcceptanceWatch
 from specdec.utils import embedded
+from tests.helpers.heads import random_head
 
 ROWS, NEW_TOKENS = 12, 40
 
@@ -134,3 +135,12 @@ def test_chance_is_that_two_ids_of_the_answers_are_equal() -> None:
     assert chance_acceptance([[1, 2], [1, 3]]) == pytest.approx(2 / 12)
     assert chance_acceptance([[7, 7, 7]]) == 1.0
     assert chance_acceptance([[7], []]) is None
+
+
+def test_a_draft_head_that_was_not_trained_is_named_and_a_trained_one_is_not(target: PreTrainedModel) -> None:
+    for drafter, is_dead in ((str(embedded.EAGLE3), False), (random_head(target), True)):
+        specdec.enable(target, drafter, num_draft_tokens=3, compile=False)
+        messages, stats = generate(target)
+        assert len(messages) == is_dead
+        assert (stats.draft_acceptance_rate > 0.2) != is_dead
+        assert not is_dead or "of a draft head, that it was trained for this target" in messages[0]
