@@ -13,17 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from specdec.core.sequences import Sequences
-from specdec.drafters.model import ModelDrafter
-from specdec.quant.heads import TiedEmbedding
+from specdec.drafters.heads import DraftHead, HeadDrafter, HeadSettings
 from specdec.runtime.kv_cache.ragged import RaggedCache
 from specdec.runtime.model_forward import cache_argument
-from specdec.runtime.runner import PREFILL_CHUNK, ModelRunner
 
 LAYERS: dict[str, tuple[Any, Any, Any]] = {
     "llama": (LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding),
@@ -32,19 +30,14 @@ LAYERS: dict[str, tuple[Any, Any, Any]] = {
 
 
 @dataclass(frozen=True)
-class Eagle3Settings:
+class Eagle3Settings(HeadSettings):
     """What an EAGLE-3 checkpoint says about its head; names as in the speculators library's config.
 
-    feature_layers: the target's hidden states that it reads, as transformers counts them (0: the embeddings).
-    draft_vocab_size: Vd, the ids that it can draft. target_hidden_size: width of the target's hidden states.
     norm_before_residual: whether the residual of the first layer is the state behind hidden_norm. norm_before_fc,
     fc_norm: one norm of the concatenated states, or one of each, before they are reduced. norm_output: whether the
     head's own states go on behind its last norm.
     """
 
-    feature_layers: tuple[int, ...]
-    draft_vocab_size: int
-    target_hidden_size: int
     norm_before_residual: bool = False
     norm_before_fc: bool = False
     fc_norm: bool = False
@@ -76,26 +69,17 @@ class FirstLayer(nn.Module):
         return output
 
 
-class Eagle3Head(PreTrainedModel):  # type: ignore[no-untyped-call]
-    """The head as a causal language model over the target's vocabulary: ids [B, W], positions -> logits [B, W, V].
+class Eagle3Head(DraftHead):  # type: ignore[no-untyped-call]
+    """The head; the state that it reads at a position is in its cache's features, its own output goes behind."""
 
-    The hidden state that it reads at a position is in its cache's features, where `reduce` of the target's states was
-    written; it writes its own output behind. Ids that it cannot draft have the logit -inf.
-    d2t: [Vd] int64, what is added to a drafted id to get the target's. owns_embedding: otherwise embed_tokens is the
-    target's.
-    """
+    settings: Eagle3Settings
 
-    _supports_sdpa = _supports_attention_backend = True
-    d2t: Tensor
-    is_reduced: bool
-
-    def __init__(self, config: PreTrainedConfig, settings: Eagle3Settings, owns_embedding: bool = True) -> None:
-        super().__init__(config)
+    def __init__(
+        self, config: PreTrainedConfig, settings: Eagle3Settings, owns_embedding: bool = True, owns_output: bool = True
+    ) -> None:
+        super().__init__(config, settings, owns_embedding, owns_output)
         decoder_layer, norm, rotary_embedding = LAYERS[config.model_type]
         width, eps, num_taps = config.hidden_size, config.rms_norm_eps, len(settings.feature_layers)
-        self.settings = settings
-        self.owns_embedding = owns_embedding
-        self.embed_tokens = nn.Embedding(config.vocab_size, width) if owns_embedding else nn.Module()
         self.fc = nn.Linear(num_taps * settings.target_hidden_size, width, bias=False)
         self.input_norm = norm(num_taps * settings.target_hidden_size, eps=eps) if settings.norm_before_fc else None
         norms = [norm(settings.target_hidden_size, eps=eps) for _ in range(num_taps)] if settings.fc_norm else None
@@ -105,26 +89,9 @@ class Eagle3Head(PreTrainedModel):  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList([first, *further])
         self.norm = norm(width, eps=eps)
         self.rotary_emb = rotary_embedding(config)
-        self.lm_head = nn.Linear(width, settings.draft_vocab_size, bias=False)
-        self.is_reduced = settings.draft_vocab_size != config.vocab_size
-        self.register_buffer("d2t", torch.zeros(settings.draft_vocab_size, dtype=torch.int64))
         self.cache_name = cache_argument(inspect.signature(first.self_attn.forward).parameters)
 
-    def share_embedding(self, embedding: nn.Module) -> None:
-        """Read the target's embedding. All tensors of a forward are registered, since a compiled one is given them."""
-        self.embed_tokens = embedding
-        if isinstance(embedding, TiedEmbedding):
-            self.embedding_rows = embedding.head
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def get_output_embeddings(self) -> None:
-        """None: the head's own output layer may have fewer ids than its logits."""
-        return
-
     def reduce(self, states: Tensor) -> Tensor:
-        """The target's hidden states [B, W, n, H'] as one state [B, W, H]."""
         if self.fc_norm is not None:
             states = torch.stack([norm(states[:, :, index]) for index, norm in enumerate(self.fc_norm)], dim=2)
         states = states.flatten(2)
@@ -152,51 +119,17 @@ class Eagle3Head(PreTrainedModel):  # type: ignore[no-untyped-call]
             states = layer(*inputs, attention_mask=mask, position_ids=position_ids, **attention)
         normed = self.norm(states)
         cache.features.write(position_ids + 1, (normed if self.settings.norm_output else states)[:, :, None])
-        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(normed[:, columns])
-        if self.is_reduced:
-            ids = torch.arange(len(self.d2t), device=logits.device) + self.d2t
-            full = logits.new_full((*logits.shape[:2], config.vocab_size), -torch.inf)
-            logits = full.index_copy(-1, ids, logits)
-        return CausalLMOutput(logits=logits)
+        return CausalLMOutput(logits=self.logits_of(normed, logits_to_keep))
 
 
-class Eagle3Drafter(ModelDrafter):
-    """Drafts with an EAGLE-3 head, whose position i stands for the id at i + 1 of the text.
-
-    After a step it reads again what followed the last ids that it had read, since it went on with its own states there:
-    one id more than it drafted.
-    """
-
-    target: ModelRunner
-
-    def __init__(self, head: Eagle3Head, vocab_size: int) -> None:
-        super().__init__(head, vocab_size)
-        self.head = head
-        self.feature_layers = head.settings.feature_layers
-
-    def match_target(self, target: ModelRunner) -> None:
-        super().match_target(target)
-        self.target = target
-
-    def num_kept(self, drafted: int, accepted: int) -> int:
-        return 0
-
-    def _catch_up_after(self, num_ids: int) -> int:
-        return num_ids + 1
+class Eagle3Drafter(HeadDrafter):
+    """Drafts with an EAGLE-3 head, whose position i stands for the id at i + 1 of the text."""
 
     def _read_text(self, sequences: Sequences, width: int, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The text from its second id on; the target's states at its positions are written to the head's cache."""
-        last = sequences.lengths - 2
-        limit, last = limit.where(last >= 0, 0), last.clamp(min=0)  # before a text of one id there is no state
-        positions = (last[:, None] - torch.arange(width - 1, -1, -1, device=last.device)).clamp(min=0)
-        features = self.runner.cache.features
-        features.window.reserve(sequences.longest)
-        with torch.inference_mode():
-            for chunk in torch.split(positions, PREFILL_CHUNK, dim=1):
-                features.write(chunk, self.head.reduce(self.target.read_features(chunk))[:, :, None])
-        return sequences.ids[:, 1:], last, limit
+        self.runner.cache.window.reserve(sequences.longest)
+        self._feed_states(sequences, width)
+        last = sequences.lengths - 2  # a text of one id has no state before it, and nothing is drafted
+        return sequences.ids[:, 1:], last.clamp(min=0), limit.where(last >= 0, 0)
 
-    @property
-    def _lacks_ids(self) -> bool:
-        return self.head.is_reduced
+    def _write_states(self, states: Tensor, positions: Tensor) -> None:
+        self.runner.cache.features.write(positions, states[:, :, None])

@@ -1,12 +1,12 @@
-"""Reading of draft heads: EAGLE-3 in the layout of the speculators library and in that of SafeAILab.
+"""Reading of draft heads, in the layouts of the speculators library and of those that introduced them.
 
-https://github.com/vllm-project/speculators, https://github.com/SafeAILab/EAGLE
+https://github.com/vllm-project/speculators; https://github.com/SafeAILab/EAGLE (EAGLE-3), https://github.com/z-lab/dflash
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,20 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from specdec.drafters.dflash import DFlashHead, DFlashSettings
 from specdec.drafters.eagle3 import LAYERS, Eagle3Head, Eagle3Settings
+from specdec.drafters.heads import DraftHead, HeadSettings
 from specdec.quant.checkpoints import HUB_FILES, checkpoint_folder, config_folder, read_json, tensor_files
 from specdec.quant.layers import abbreviate
+from specdec.runtime.kv_cache.masks import attention_kinds
 from specdec.utils.warn import warn
 
-EAGLE3 = "eagle3"
+EAGLE3, DFLASH = "eagle3", "dflash"
 KINDS = {  # of draft heads, in words
     EAGLE3: "an EAGLE-3 head",
     "peagle": "a P-EAGLE head",
-    "dflash": "a DFlash head",
-    "dflash2": "a DFlash head",
+    DFLASH: "a DFlash head",
+    "dflash2": "a head of DFlash's second version",
     "dspark": "a DSpark head",
     "eagle": "an EAGLE head of the first two versions",
     "mtp": "an MTP head",
@@ -33,7 +36,7 @@ NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 PICKLE = "pytorch_model.bin"  # SafeAILab's heads; read without running code of it
 OPTIONAL = {"t2d"}  # which d2t decides as well
 OWN_PREFIX, FIRST_LAYER = r"^midlayer\.", "layers.0."  # of the first layer: SafeAILab's, speculators'
-EMBEDDING = "embed_tokens.weight"
+EMBEDDING, OUTPUT = "embed_tokens.weight", "lm_head.weight"
 
 
 def kind_of(config: Mapping[str, Any]) -> str | None:
@@ -44,7 +47,7 @@ def kind_of(config: Mapping[str, Any]) -> str | None:
     kind = config.get("speculators_model_type")
     if kind is None:
         names = " ".join(map(str, config.get("architectures") or [])).lower()
-        kind = next((kind for kind in (EAGLE3, "dflash", "dspark") if kind in names), None)
+        kind = next((kind for kind in (EAGLE3, DFLASH, "dspark") if kind in names), None)
     if kind is not None and kind not in KINDS:
         raise ValueError(f"it is a draft head of the kind {kind!r}, which specdec does not know")
     return kind
@@ -59,15 +62,14 @@ def is_head(path: str) -> bool:
     return kind_of(content) is not None
 
 
-def load_head(path: str, target: PreTrainedModel) -> Eagle3Head:
+def load_head(path: str, target: PreTrainedModel) -> DraftHead:
     """The draft head in a folder or under a hub id, in the target's dtype and on its device.
 
     Raises ValueError where specdec does not run its kind, tensors are missing, not used or of another shape, or it was
     made for another target.
     """
     head = make_head(path, target.config)
-    if not head.owns_embedding:
-        head.share_embedding(target.get_input_embeddings())
+    head.share(target)
     folder = checkpoint_folder(path, {}, [*HUB_FILES, PICKLE])
     weights = {
         name: tensor.to(device=target.device, dtype=target.dtype if tensor.is_floating_point() else None)
@@ -75,28 +77,34 @@ def load_head(path: str, target: PreTrainedModel) -> Eagle3Head:
         if name not in OPTIONAL
     }
     if not head.is_reduced:
-        weights.setdefault("d2t", torch.zeros(head.settings.draft_vocab_size, dtype=torch.int64, device=target.device))
+        weights["d2t"] = torch.zeros(head.settings.draft_vocab_size, dtype=torch.int64, device=target.device)
     head.load_state_dict(weights, strict=False, assign=True)
-    head.rotary_emb = LAYERS[head.config.model_type][2](head.config).to(target.device)  # frequencies are computed
+    rotary: Any = head.rotary_emb
+    head.rotary_emb = type(rotary)(head.config).to(target.device)  # whose frequencies are computed
     head.train(False)
     head.requires_grad_(False)
     return head
 
 
-def make_head(path: str, target: PreTrainedConfig) -> Eagle3Head:
+def make_head(path: str, target: PreTrainedConfig) -> DraftHead:
     """The draft head of a folder or hub id on the meta device, checked as `load_head` says.
 
-    target: the config of its target. A head that has no embedding of its own has none yet.
+    target: the config of its target, whose embedding and output layer it has not yet where it shares them.
     """
     folder = checkpoint_folder(path, {}, [*HUB_FILES, PICKLE])
     content = read_json(folder / "config.json")
     kind = kind_of(content)
-    if kind != EAGLE3:
-        raise ValueError(f"it is {KINDS.get(str(kind), 'no draft head')}; of draft heads specdec runs those of EAGLE-3")
+    if kind not in HEADS:
+        what = KINDS.get(str(kind), "no draft head")
+        raise ValueError(f"it is {what}; of draft heads specdec runs those of EAGLE-3 and DFlash")
     tensors = _read_tensors(folder)
-    config, settings = _read_config(content, tensors.keys(), target.get_text_config(decoder=True))
+    head_class, read = HEADS[str(kind)]
+    text = target.get_text_config(decoder=True)
+    config, settings = read(content, text)
+    _check_target(config, settings, text, tensors)
+    is_full = settings.draft_vocab_size == config.vocab_size
     with torch.device("meta"):
-        head = Eagle3Head(config, settings, owns_embedding=EMBEDDING in tensors)
+        head: DraftHead = head_class(config, settings, EMBEDDING in tensors, OUTPUT in tensors or not is_full)
     _check_tensors(head, tensors)
     _check_ids(head, tensors)
     return head
@@ -111,42 +119,77 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return {re.sub(OWN_PREFIX, FIRST_LAYER, name): tensor for name, tensor in tensors.items()}
 
 
-def _read_config(
-    content: Mapping[str, Any], names: Container[str], text: PreTrainedConfig
-) -> tuple[PreTrainedConfig, Eagle3Settings]:
-    """The config of the head's layers, and its settings. names: of its tensors. text: the target's config."""
+def _layer_config(content: Mapping[str, Any], model_types: Collection[str], text: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the head's layers, in a section of its own or at the top."""
     is_speculators = "speculators_model_type" in content
     layers = dict(content.get("transformer_layer_config", {}) if is_speculators else content)
-    own = content if is_speculators else {**content, **(content.get("eagle_config") or {})}
     model_type = layers.pop("model_type", "qwen3" if is_speculators else "llama")
-    if model_type not in LAYERS:
-        raise ValueError(f"its layers are of the type {model_type!r}; specdec runs {', '.join(LAYERS)}")
+    if model_type not in model_types:
+        raise ValueError(f"its layers are of the type {model_type!r}; specdec runs {', '.join(model_types)}")
     for name in ("architectures", "quantization_config", "auto_map"):
         layers.pop(name, None)
     config = AutoConfig.for_model(model_type, **layers)
     positions = [getattr(one, "max_position_embeddings", None) or 0 for one in (config, text)]
     config.max_position_embeddings = max(positions)  # rotary embeddings go on; checkpoints name the training length
+    return config
+
+
+def _read_eagle3(content: Mapping[str, Any], text: PreTrainedConfig) -> tuple[PreTrainedConfig, Eagle3Settings]:
+    """The config of the layers of an EAGLE-3 head, and its settings. text: the target's config."""
+    is_speculators = "speculators_model_type" in content
+    own = content if is_speculators else {**content, **(content.get("eagle_config") or {})}
+    config = _layer_config(content, LAYERS, text)
     num_layers = text.num_hidden_layers
-    feature_layers = own.get("eagle_aux_hidden_state_layer_ids") or [2, num_layers // 2, num_layers - 3]
-    outside = [layer for layer in feature_layers if not 0 <= layer < num_layers]
-    if outside:
-        raise ValueError(
-            f"it reads the hidden states {list(feature_layers)}, but those of a target with {num_layers} layers are"
-            f" 0 … {num_layers - 1}"
-        )
     if is_speculators and "norm_before_residual" not in content:
         warn(
             "the EAGLE-3 head does not say norm_before_residual; specdec takes it for false, as the speculators library"
             " does (vLLM takes it for true): if few drafts are accepted, set it in the head's config.json"
         )
     settings = Eagle3Settings(
-        tuple(feature_layers),
+        tuple(own.get("eagle_aux_hidden_state_layer_ids") or [2, num_layers // 2, num_layers - 3]),
         int(own.get("draft_vocab_size") or config.vocab_size),
         int(own.get("target_hidden_size") or text.hidden_size),
         **{name: bool(own.get(name, False)) for name in NORMS},
     )
     if settings.norm_before_fc and settings.fc_norm:
         raise ValueError("its config.json sets norm_before_fc and fc_norm, which exclude each other")
+    return config, settings
+
+
+def _read_dflash(content: Mapping[str, Any], text: PreTrainedConfig) -> tuple[PreTrainedConfig, DFlashSettings]:
+    """The config of the layers of a DFlash head, and its settings; z-lab counts layers from the first one's output."""
+    is_speculators = "speculators_model_type" in content
+    own = content if is_speculators else {**content, **(content.get("dflash_config") or {})}
+    config = _layer_config(content, ["qwen3"], text)
+    if kinds := attention_kinds(config) - {"full_attention"}:
+        raise ValueError(f"its layers have {', '.join(sorted(kinds))}; of DFlash heads specdec runs full attention")
+    layers = own.get("aux_hidden_state_layer_ids" if is_speculators else "target_layer_ids")
+    for name, value in {"mask_token_id": own.get("mask_token_id"), "block_size": own.get("block_size")}.items():
+        if not isinstance(value, int):
+            raise ValueError(f"its config.json has no {name}")
+    if not layers:
+        raise ValueError("its config.json does not name the target's layers that it reads")
+    settings = DFlashSettings(
+        tuple(layers if is_speculators else [layer + 1 for layer in layers]),
+        int(own.get("draft_vocab_size") or config.vocab_size),
+        int(own.get("target_hidden_size") or text.hidden_size),
+        int(own["block_size"]),
+        int(own["mask_token_id"]),
+        bool(own.get("sample_from_anchor", False)),
+    )
+    return config, settings
+
+
+def _check_target(
+    config: PreTrainedConfig, settings: HeadSettings, text: PreTrainedConfig, names: Container[str]
+) -> None:
+    """Raise ValueError where a head was made for another target than that of the config `text`."""
+    num_layers = text.num_hidden_layers
+    if any(not 0 <= layer < num_layers for layer in settings.feature_layers):
+        raise ValueError(
+            f"it reads the hidden states {list(settings.feature_layers)}, but those of a target with {num_layers}"
+            f" layers are 0 … {num_layers - 1}"
+        )
     if settings.target_hidden_size != text.hidden_size:
         raise ValueError(
             f"it reads hidden states of width {settings.target_hidden_size}, and the target's have {text.hidden_size}"
@@ -157,10 +200,12 @@ def _read_config(
         raise ValueError(
             f"it has no embedding of its own, and its width is {config.hidden_size}, the target's {text.hidden_size}"
         )
-    return config, settings
 
 
-def _check_tensors(head: Eagle3Head, tensors: Mapping[str, Tensor]) -> None:
+HEADS: dict[str, tuple[Any, Any]] = {EAGLE3: (Eagle3Head, _read_eagle3), DFLASH: (DFlashHead, _read_dflash)}
+
+
+def _check_tensors(head: DraftHead, tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError where tensors are missing, not used, or of another shape than the head's."""
     expected = dict(head.state_dict())
     optional = OPTIONAL if head.is_reduced else {*OPTIONAL, "d2t"}
@@ -178,7 +223,7 @@ def _check_tensors(head: Eagle3Head, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"it {what} {abbreviate(sorted(names))}")
 
 
-def _check_ids(head: Eagle3Head, tensors: Mapping[str, Tensor]) -> None:
+def _check_ids(head: DraftHead, tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError where the head drafts ids that are no ids of the target."""
     if (d2t := tensors.get("d2t")) is None:
         return

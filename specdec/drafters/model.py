@@ -30,11 +30,13 @@ class ModelDrafter:
     num_catch_up: the number of last committed ids of each row that a step feeds before it drafts, so that the KV cache
     is right up to the draft. After a step that drafted these are num_after_draft, after any other one more than before.
     shared: what two tokenizers have in common, where the draft model has one of its own; see OtherTokenizerDrafter.
-    feature_layers: the hidden states of the target that it reads, see ModelForward.
+    feature_layers: the hidden states of the target that it reads, see ModelForward. num_extra_slots: positions that a
+    step may feed behind those that it drafts.
     """
 
     shared: SharedVocabulary | None = None
     feature_layers: tuple[int, ...] = ()
+    num_extra_slots = 0
 
     def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
         self.runner = ModelRunner(model)
@@ -63,9 +65,9 @@ class ModelDrafter:
         if num_ids <= 0:
             return sequences.no_draft
         if not self.has_begun:
-            self.runner.begin(sequences.batch_size, sequences.length_limit)
+            self.runner.begin(sequences.batch_size, sequences.length_limit + self.num_extra_slots)
             self.has_begun = True
-        self.runner.reserve(sequences.longest)
+        self.runner.reserve(sequences.longest + self.num_extra_slots)
         width, is_usual = self.num_catch_up, self.num_catch_up == self.num_after_draft
         self.num_catch_up = self.num_after_draft = self._catch_up_after(num_ids)
         draft = partial(self._draft, sequences, width, num_ids)
@@ -129,14 +131,21 @@ class ModelDrafter:
                 next_ids = torch.where(is_drafted[:, at], self._to_draft_ids(ids[-1]), last_ids)
                 next_ids = self._within_vocabulary(next_ids)
                 logits = self.runner.forward(next_ids, positions[:, at]).logits
-            next_ids, next_probs = self._choose(logits, sequences, index, limit)
-            ids.append(next_ids)
-            if next_probs is not None:
-                probs.append(next_probs)
-            if self.sampling.needs_prefix:  # processors read the text so far, and are not called after a row's stop id
-                sequences.stage(next_ids, skip=index)
-                limit = torch.where(sequences.stops_at(next_ids[:, 0]), limit.clamp(max=index + 1), limit)
+            limit = self._choose_next(logits, sequences, index, limit, ids, probs)
         return torch.cat(ids, dim=1), torch.cat(probs, dim=1) if probs else None, limit
+
+    def _choose_next(
+        self, logits: Tensor, sequences: Sequences, index: int, limit: Tensor, ids: list[Tensor], probs: list[Tensor]
+    ) -> Tensor:
+        """Append the ids of column `index`, and the distribution they were drawn from: -> the limits after it."""
+        next_ids, next_probs = self._choose(logits, sequences, index, limit)
+        ids.append(next_ids)
+        if next_probs is not None:
+            probs.append(next_probs)
+        if not self.sampling.needs_prefix:
+            return limit
+        sequences.stage(next_ids, skip=index)  # processors read the text so far, and are not called after a stop id
+        return torch.where(sequences.stops_at(next_ids[:, 0]), limit.clamp(max=index + 1), limit)
 
     def _within_vocabulary(self, ids: Tensor) -> Tensor:
         """Replace ids that a smaller draft vocabulary lacks by its last one: worse drafts, the same text."""

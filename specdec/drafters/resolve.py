@@ -13,8 +13,10 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.core.interfaces import Drafter
-from specdec.drafters.eagle3 import Eagle3Drafter, Eagle3Head
+from specdec.drafters.dflash import DFlashDrafter, DFlashHead
+from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.head_checkpoint import is_head, load_head
+from specdec.drafters.heads import DraftHead, HeadDrafter
 from specdec.drafters.hybrid import SuffixHybrid
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
@@ -81,7 +83,7 @@ def _named_drafter(name: str, model: PreTrainedModel, load_draft: Callable[[str]
     return SuffixHybrid(drafter) if name.startswith(SUFFIX_AND) else drafter
 
 
-def _make_head_drafter(head: Eagle3Head, model: PreTrainedModel) -> Eagle3Drafter:
+def _make_head_drafter(head: DraftHead, model: PreTrainedModel) -> HeadDrafter:
     """The drafter of a draft head. Raises ValueError where the target's forward does not return its hidden states."""
     layers = head.settings.feature_layers
     ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
@@ -93,7 +95,8 @@ def _make_head_drafter(head: Eagle3Head, model: PreTrainedModel) -> Eagle3Drafte
             f"{type(model).__name__} does not return the hidden states {list(layers)} of width"
             f" {head.settings.target_hidden_size} that the draft head reads"
         )
-    return Eagle3Drafter(head, widths(model)[0])
+    vocab_size = widths(model)[0]
+    return DFlashDrafter(head, vocab_size) if isinstance(head, DFlashHead) else Eagle3Drafter(head, vocab_size)
 
 
 def has_suffix_decoding(name: str) -> bool:

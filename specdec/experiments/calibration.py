@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from specdec.core.stats import Stats
 from specdec.core.timing import STEP_PARTS, StepTiming
-from specdec.drafters.eagle3 import Eagle3Head
+from specdec.drafters.heads import DraftHead
 from specdec.drafters.none import NoDrafter
 from specdec.experiments.config import ExperimentConfig
 from specdec.experiments.pair import Likeliest, Pair
@@ -89,7 +89,7 @@ def _plan(config: ExperimentConfig, pair: Pair, prompt_length: int, batch_size: 
 
 
 def _footprint(model: PreTrainedModel) -> ModelFootprint:
-    if isinstance(model, Eagle3Head):
+    if isinstance(model, DraftHead):
         return footprint_of_head(model, "draft head", model.dtype, model.device.type)
     return measure_footprint(model.config, dtype=model.dtype, device=model.device.type)
 

@@ -74,7 +74,7 @@ class DraftModel:
 
 @dataclass
 class DraftHead:
-    """A draft head that was trained for the target, as EAGLE-3's; in the target's dtype. path: a folder or hub id."""
+    """A draft head that was trained for the target (EAGLE-3, DFlash), in its dtype. path: a folder or hub id."""
 
     path: str
 

@@ -21,6 +21,7 @@ from specdec.core.sampling import Verification
 from specdec.core.stats import Stats
 from specdec.core.steps import StepResult
 from specdec.draft_length.cost_model import PairCostModel
+from specdec.drafters.dflash import DFlashDrafter
 from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.hybrid import SuffixHybrid
 from specdec.drafters.model import ModelDrafter
@@ -40,13 +41,11 @@ from specdec.runtime.runner import ModelRunner
 
 # A subclass may have state of its own, so these are compared with a drafter's very type.
 STATELESS_DRAFTERS = (NoDrafter, PromptLookup)  # any number of calls may share one
+# which make spare ones
 SPARE_DRAFTERS = (
-    ModelDrafter,
-    OtherTokenizerDrafter,
-    Eagle3Drafter,
-    SuffixDecoding,
-    SuffixHybrid,
-)  # which make spare ones
+    *(ModelDrafter, OtherTokenizerDrafter, Eagle3Drafter, DFlashDrafter),
+    *(SuffixDecoding, SuffixHybrid),
+)
 
 # Step times and acceptance, by target, drafter and kind of call. They are kept after disable().
 COST_MODELS: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], PairCostModel]]]

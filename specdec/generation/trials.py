@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers import PreTrainedModel
 
-from specdec.drafters.eagle3 import Eagle3Head
+from specdec.drafters.heads import DraftHead
 from specdec.runtime.attention.override import implementation_of
 from specdec.runtime.identity.snapshot import Identity
 from specdec.runtime.runner import ModelRunner
@@ -78,7 +78,7 @@ def try_draft_model(model: PreTrainedModel) -> Trial:
     _check_dropout(
         model, "the draft model is in training mode, so dropout would change its drafts; call .eval() on it first"
     )
-    return Trial(Support(None if isinstance(model, Eagle3Head) else unsupported(model)))
+    return Trial(Support(None if isinstance(model, DraftHead) else unsupported(model)))
 
 
 def user_hook(model: nn.Module) -> str | None:

@@ -24,6 +24,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from specdec.drafters.eagle3 import Eagle3Head
 from specdec.drafters.head_checkpoint import make_head
+from specdec.drafters.heads import DraftHead
 from specdec.planning.formulas import ModelFootprint
 from specdec.planning.peak_memory import LiveStorages
 from specdec.quant.checkpoints import config_folder, named_errors, read_config, take_settings
@@ -78,13 +79,15 @@ def measure_head_footprint(
         return footprint_of_head(make_head(path, target_config), path, dtype, device)
 
 
-def footprint_of_head(head: Eagle3Head, name: str, dtype: torch.dtype, device: str) -> ModelFootprint:
-    """Measure a draft head on meta. An embedding that it shares with the target is not counted."""
+def footprint_of_head(head: DraftHead, name: str, dtype: torch.dtype, device: str) -> ModelFootprint:
+    """Measure a draft head on meta. What it shares with the target is not counted."""
     settings, config = head.settings, copy.deepcopy(head.config)  # measuring replaces its attention
     with torch.device("meta"):
-        skeleton: Any = Eagle3Head(config, settings)
+        skeleton: Any = type(head)(config, settings)
     skeleton.to(dtype)
-    own = [tensor for name, tensor in skeleton.named_parameters() if head.owns_embedding or "embed" not in name]
+    shared = {"embed_tokens": not head.owns_embedding, "lm_head": not head.owns_output}
+    own = [tensor for name, tensor in skeleton.named_parameters() if not shared.get(name.partition(".")[0], False)]
+    own_states = config.hidden_size if isinstance(head, Eagle3Head) else 0
     return ModelFootprint(
         name=name,
         dtype=dtype,
@@ -99,7 +102,7 @@ def footprint_of_head(head: Eagle3Head, name: str, dtype: torch.dtype, device: s
         tile_weights=0,
         head_tile_weights=0,
         keeps_last_logits=True,
-        feature_width=len(settings.feature_layers) * settings.target_hidden_size + config.hidden_size,
+        feature_width=len(settings.feature_layers) * settings.target_hidden_size + own_states,
         **_measured_forward(skeleton, config, attention_kinds(config)),
     )
 

@@ -37,10 +37,14 @@ class EagerExecutor:
     def reserve(self, slots: int) -> None:
         """Prepare for a step after which no row has more than `slots` positions."""
 
+    def cache_at(self, positions: Tensor, last_only: bool = False) -> RaggedCache:
+        """The cache with its window at positions [B, W]."""
+        self.cache.window.move(positions, last_only)
+        return self.cache
+
     def forward(self, ids: Tensor, positions: Tensor, last_only: bool) -> Tensor:
         """Run ids [B, W] at positions [B, W]: -> logits [B, W, V] float32, or [B, 1, V] of the last column."""
-        self.cache.window.move(positions, last_only)
-        return self.model_forward.run(ids, positions, last_only, self.cache)
+        return self.model_forward.run(ids, positions, last_only, self.cache_at(positions, last_only))
 
 
 class DraftInputs(NamedTuple):
@@ -166,11 +170,10 @@ class RecordedExecutor(EagerExecutor):
             self.drop_recordings()
             self.recorded_buffers = buffers
 
-    def forward(self, ids: Tensor, positions: Tensor, last_only: bool) -> Tensor:
+    def cache_at(self, positions: Tensor, last_only: bool = False) -> RaggedCache:
         if positions.shape[1] > MAX_WINDOW or not self.cache.layers:
-            return super().forward(ids, positions, last_only)
-        cache = RaggedCache.over(self.cache.buffers(), positions)
-        return self.model_forward.run(ids, positions, last_only, cache)
+            return super().cache_at(positions, last_only)
+        return RaggedCache.over(self.cache.buffers(), positions)
 
     def drop_recordings(self) -> None:
         """Drop recordings that use the cache's buffers, which are about to be replaced."""

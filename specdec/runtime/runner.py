@@ -72,6 +72,10 @@ class ModelRunner:
         """The hidden states of feature_layers at positions [B, W] that were fed: [B, W, n, H] in the model's dtype."""
         return self.cache.features.read(positions)
 
+    def cache_at(self, positions: Tensor) -> RaggedCache:
+        """The KV cache of the current call with its window at positions [B, W], to be written without a forward."""
+        return self._executor.cache_at(positions)
+
     @property
     def run(self) -> Run:
         """Runs a part of a step on this model, as `Graphs.run` does."""

@@ -42,7 +42,8 @@ def write_texts(
     on_texts(len(texts))
     if len(texts) == len(prompts):
         return texts
-    specdec.enable(target, "suffix")
+    # sampled texts plainly: drafts gain little there, and a resumed file holds what one of a single run does
+    specdec.enable(target, "none" if call["do_sample"] else "suffix")
     try:
         with file.open("a", encoding="utf-8") as output:
             if not texts:

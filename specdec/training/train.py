@@ -163,7 +163,7 @@ def new_head(config: TrainConfig, target: PreTrainedModel, texts: Sequence[Text]
         head.lm_head.weight.copy_(rows.float())
     module: nn.Module = head
     module.to(target.device)
-    head.share_embedding(embed)
+    head.share(target)
     embed.requires_grad_(False)
     head.train(True)
     return head

@@ -12,9 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.drafters.dflash import DFlashDrafter
 from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.resolve import resolve_drafter
 from specdec.runtime.runner import widths
+from tests.helpers import dflash_oracle
 
 SETTINGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
@@ -144,4 +146,33 @@ def random_head(
     tensors = random_tensors(config, ids, len(layers), **settings)
     drafter = resolve_drafter(write_speculators(folder, config, tensors, layers, **settings), target)
     assert isinstance(drafter, Eagle3Drafter)
+    return drafter
+
+
+def random_dflash(
+    target: PreTrainedModel,
+    folder: Path | None = None,
+    draft_ids: list[int] | None = None,
+    block_size: int = 6,
+    **settings: bool,
+) -> DFlashDrafter:
+    """The drafter of a random DFlash head with two layers that is read from a folder; with all ids it is z-lab's."""
+    if folder is None:
+        with TemporaryDirectory() as name:
+            return random_dflash(target, Path(name), draft_ids, block_size, **settings)
+    config = layer_config(target, "qwen3", num_layers=2)
+    last = target.config.get_text_config(decoder=True).num_hidden_layers - 1
+    ids = list(range(config["vocab_size"])) if draft_ids is None else draft_ids
+    content = dflash_oracle.config_of(config, len(ids), [last, last], **settings) | {"block_size": block_size}
+    if draft_ids is None:
+        content = config | {
+            "architectures": ["DFlashDraftModel"],
+            "block_size": block_size,
+            "dflash_config": {"mask_token_id": 3, "target_layer_ids": [last - 1, last - 1]},
+            "num_target_layers": last + 1,
+        }
+    (folder / "config.json").write_text(json.dumps(content))
+    save_file(dflash_oracle.random_tensors(config, ids, 2), folder / "model.safetensors")
+    drafter = resolve_drafter(folder, target)
+    assert isinstance(drafter, DFlashDrafter)
     return drafter

@@ -1,0 +1,131 @@
+"""What draft heads have in common: they read hidden states of the target and draft some of its ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from specdec.core.sequences import Sequences
+from specdec.drafters.model import ModelDrafter
+from specdec.quant.heads import TiedEmbedding
+from specdec.runtime.runner import PREFILL_CHUNK, ModelRunner
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """What a checkpoint says about its head apart from its layers.
+
+    feature_layers: the target's hidden states that it reads, as transformers counts them (0: the embeddings).
+    draft_vocab_size: Vd, the ids that it can draft. target_hidden_size: width of the target's hidden states.
+    """
+
+    feature_layers: tuple[int, ...]
+    draft_vocab_size: int
+    target_hidden_size: int
+
+
+class DraftHead(PreTrainedModel):  # type: ignore[no-untyped-call]
+    """A head as a causal language model over the target's vocabulary: ids [B, W], positions -> logits [B, W, V].
+
+    Ids that it cannot draft have the logit -inf. owns_embedding, owns_output: otherwise embed_tokens and lm_head are
+    the target's. d2t: [Vd] int64, what is added to a drafted id to get the target's.
+    """
+
+    _supports_sdpa = _supports_attention_backend = True
+    settings: HeadSettings
+    d2t: Tensor
+    is_reduced: bool
+
+    def __init__(
+        self, config: PreTrainedConfig, settings: HeadSettings, owns_embedding: bool = True, owns_output: bool = True
+    ) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.settings, self.owns_embedding, self.owns_output = settings, owns_embedding, owns_output
+        self.embed_tokens = nn.Embedding(config.vocab_size, width) if owns_embedding else nn.Module()
+        self.lm_head = nn.Linear(width, settings.draft_vocab_size, bias=False) if owns_output else nn.Module()
+        self.is_reduced = settings.draft_vocab_size != config.vocab_size
+        self.register_buffer("d2t", torch.zeros(settings.draft_vocab_size, dtype=torch.int64))
+
+    def share(self, target: PreTrainedModel) -> None:
+        """Read the target's embedding and output layer where the head has none of its own.
+
+        All tensors of a forward are registered, since a compiled one is given them.
+        """
+        model: PreTrainedModel = target
+        if not self.owns_embedding:
+            self.embed_tokens = model.get_input_embeddings()
+            if isinstance(self.embed_tokens, TiedEmbedding):
+                self.embedding_rows = self.embed_tokens.head
+        if not self.owns_output:
+            self.lm_head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> None:
+        """None: the head's own output layer may have fewer ids than its logits."""
+        return
+
+    def reduce(self, states: Tensor) -> Tensor:
+        """The target's hidden states [B, W, n, H'] as one state [B, W, H]."""
+        raise NotImplementedError
+
+    def logits_of(self, states: Tensor, columns: int | Tensor) -> Tensor:
+        """Logits [B, C, V] of normed states [B, W, H]. columns: the last so many, 0 for all; or their indices."""
+        chosen = columns if isinstance(columns, Tensor) else slice(-columns, None)
+        logits: Tensor = self.lm_head(states[:, chosen])
+        if not self.is_reduced:
+            return logits
+        ids = torch.arange(len(self.d2t), device=logits.device) + self.d2t
+        full = logits.new_full((*logits.shape[:2], self.config.vocab_size), -torch.inf)
+        return full.index_copy(-1, ids, logits)
+
+
+class HeadDrafter(ModelDrafter):
+    """Drafts with a head, which reads what the target computed for committed ids.
+
+    After a step it reads again what followed the last ids that it had read, since it drafted on without the target: one
+    id more than it drafted.
+    """
+
+    target: ModelRunner
+
+    def __init__(self, head: DraftHead, vocab_size: int) -> None:
+        super().__init__(head, vocab_size)
+        self.feature_layers = head.settings.feature_layers
+
+    @property
+    def head(self) -> DraftHead:
+        head = self.runner.model
+        assert isinstance(head, DraftHead)
+        return head
+
+    def match_target(self, target: ModelRunner) -> None:
+        super().match_target(target)
+        self.target = target
+
+    def num_kept(self, drafted: int, accepted: int) -> int:
+        return 0
+
+    def _catch_up_after(self, num_ids: int) -> int:
+        return num_ids + 1
+
+    def _feed_states(self, sequences: Sequences, width: int) -> None:
+        """Give the head the target's states at the `width` positions of each row before the last committed id."""
+        last = (sequences.lengths - 2).clamp(min=0)
+        positions = (last[:, None] - torch.arange(width - 1, -1, -1, device=last.device)).clamp(min=0)
+        with torch.inference_mode():
+            for chunk in torch.split(positions, PREFILL_CHUNK, dim=1):
+                self._write_states(self.head.reduce(self.target.read_features(chunk)), chunk)
+
+    def _write_states(self, states: Tensor, positions: Tensor) -> None:
+        """Keep states [B, W, H] at positions [B, W] for the head's forwards."""
+        raise NotImplementedError
+
+    @property
+    def _lacks_ids(self) -> bool:
+        return self.head.is_reduced
