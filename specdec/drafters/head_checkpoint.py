@@ -17,15 +17,16 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from specdec.drafters.dflash import DFlashHead, DFlashSettings
 from specdec.drafters.eagle3 import LAYERS, Eagle3Head, Eagle3Settings
 from specdec.drafters.heads import DraftHead, HeadSettings
+from specdec.drafters.peagle import PEagleHead, PEagleSettings
 from specdec.quant.checkpoints import HUB_FILES, checkpoint_folder, config_folder, read_json, tensor_files
 from specdec.quant.layers import abbreviate
 from specdec.runtime.kv_cache.masks import attention_kinds
 from specdec.utils.warn import warn
 
-EAGLE3, DFLASH = "eagle3", "dflash"
+EAGLE3, PEAGLE, DFLASH = "eagle3", "peagle", "dflash"
 KINDS = {  # of draft heads, in words
     EAGLE3: "an EAGLE-3 head",
-    "peagle": "a P-EAGLE head",
+    PEAGLE: "a P-EAGLE head",
     DFLASH: "a DFlash head",
     "dflash2": "a head of DFlash's second version",
     "dspark": "a DSpark head",
@@ -36,6 +37,7 @@ NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 PICKLE = "pytorch_model.bin"  # SafeAILab's heads; read without running code of it
 OPTIONAL = {"t2d"}  # which d2t decides as well
 OWN_PREFIX, FIRST_LAYER = r"^midlayer\.", "layers.0."  # of the first layer: SafeAILab's, speculators'
+MASK_STATE = "mask_hidden"
 EMBEDDING, OUTPUT = "embed_tokens.weight", "lm_head.weight"
 
 
@@ -96,7 +98,7 @@ def make_head(path: str, target: PreTrainedConfig) -> DraftHead:
     kind = kind_of(content)
     if kind not in HEADS:
         what = KINDS.get(str(kind), "no draft head")
-        raise ValueError(f"it is {what}; of draft heads specdec runs those of EAGLE-3 and DFlash")
+        raise ValueError(f"it is {what}; of draft heads specdec runs those of EAGLE-3, P-EAGLE and DFlash")
     tensors = _read_tensors(folder)
     head_class, read = HEADS[str(kind)]
     text = target.get_text_config(decoder=True)
@@ -116,7 +118,10 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = torch.load(pickle, map_location="cpu", weights_only=True)
     else:
         tensors = {name: file.get_tensor(name) for name, file in tensor_files(folder).items()}
-    return {re.sub(OWN_PREFIX, FIRST_LAYER, name): tensor for name, tensor in tensors.items()}
+    tensors = {re.sub(OWN_PREFIX, FIRST_LAYER, name): tensor for name, tensor in tensors.items()}
+    if MASK_STATE in tensors:
+        tensors[MASK_STATE] = tensors[MASK_STATE].flatten()  # written with dimensions of size 1
+    return tensors
 
 
 def _layer_config(content: Mapping[str, Any], model_types: Collection[str], text: PreTrainedConfig) -> PreTrainedConfig:
@@ -156,6 +161,19 @@ def _read_eagle3(content: Mapping[str, Any], text: PreTrainedConfig) -> tuple[Pr
     return config, settings
 
 
+def _read_peagle(content: Mapping[str, Any], text: PreTrainedConfig) -> tuple[PreTrainedConfig, PEagleSettings]:
+    """The config of the layers of a P-EAGLE head, and its settings."""
+    config, settings = _read_eagle3(content, text)
+    return config, PEagleSettings(**vars(settings), mask_token_id=_number(content, "mask_token_id"))
+
+
+def _number(content: Mapping[str, Any], name: str) -> int:
+    value = content.get(name)
+    if not isinstance(value, int):
+        raise ValueError(f"its config.json has no {name}")
+    return value
+
+
 def _read_dflash(content: Mapping[str, Any], text: PreTrainedConfig) -> tuple[PreTrainedConfig, DFlashSettings]:
     """The config of the layers of a DFlash head, and its settings; z-lab counts layers from the first one's output."""
     is_speculators = "speculators_model_type" in content
@@ -164,17 +182,14 @@ def _read_dflash(content: Mapping[str, Any], text: PreTrainedConfig) -> tuple[Pr
     if kinds := attention_kinds(config) - {"full_attention"}:
         raise ValueError(f"its layers have {', '.join(sorted(kinds))}; of DFlash heads specdec runs full attention")
     layers = own.get("aux_hidden_state_layer_ids" if is_speculators else "target_layer_ids")
-    for name, value in {"mask_token_id": own.get("mask_token_id"), "block_size": own.get("block_size")}.items():
-        if not isinstance(value, int):
-            raise ValueError(f"its config.json has no {name}")
     if not layers:
         raise ValueError("its config.json does not name the target's layers that it reads")
     settings = DFlashSettings(
         tuple(layers if is_speculators else [layer + 1 for layer in layers]),
         int(own.get("draft_vocab_size") or config.vocab_size),
         int(own.get("target_hidden_size") or text.hidden_size),
-        int(own["block_size"]),
-        int(own["mask_token_id"]),
+        _number(own, "block_size"),
+        _number(own, "mask_token_id"),
         bool(own.get("sample_from_anchor", False)),
     )
     return config, settings
@@ -202,7 +217,11 @@ def _check_target(
         )
 
 
-HEADS: dict[str, tuple[Any, Any]] = {EAGLE3: (Eagle3Head, _read_eagle3), DFLASH: (DFlashHead, _read_dflash)}
+HEADS: dict[str, tuple[Any, Any]] = {
+    EAGLE3: (Eagle3Head, _read_eagle3),
+    PEAGLE: (PEagleHead, _read_peagle),
+    DFLASH: (DFlashHead, _read_dflash),
+}
 
 
 def _check_tensors(head: DraftHead, tensors: Mapping[str, Tensor]) -> None:

@@ -14,13 +14,14 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.core.interfaces import Drafter
 from specdec.drafters.dflash import DFlashDrafter, DFlashHead
-from specdec.drafters.eagle3 import Eagle3Drafter
+from specdec.drafters.eagle3 import Eagle3Drafter, Eagle3Head
 from specdec.drafters.head_checkpoint import is_head, load_head
 from specdec.drafters.heads import DraftHead, HeadDrafter
 from specdec.drafters.hybrid import SuffixHybrid
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.other_tokenizer import OtherTokenizerDrafter
+from specdec.drafters.peagle import PEagleDrafter, PEagleHead
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.shared_vocabulary import SharedVocabulary
 from specdec.drafters.suffix import SuffixDecoding
@@ -37,6 +38,11 @@ SUFFIX = "suffix"
 SUFFIX_AND = f"{SUFFIX}+"  # before the folder or hub id of a draft model
 MIN_COVERAGE = 0.01  # of the target's ids that a draft model of another tokenizer can draft
 Tokenizers = tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None]
+HEAD_DRAFTERS: dict[type[DraftHead], Callable[..., HeadDrafter]] = {
+    Eagle3Head: Eagle3Drafter,
+    PEagleHead: PEagleDrafter,
+    DFlashHead: DFlashDrafter,
+}
 NAMED_DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "none": NoDrafter,
     "prompt_lookup": PromptLookup,
@@ -96,7 +102,7 @@ def _make_head_drafter(head: DraftHead, model: PreTrainedModel) -> HeadDrafter:
             f" {head.settings.target_hidden_size} that the draft head reads"
         )
     vocab_size = widths(model)[0]
-    return DFlashDrafter(head, vocab_size) if isinstance(head, DFlashHead) else Eagle3Drafter(head, vocab_size)
+    return HEAD_DRAFTERS[type(head)](head, vocab_size)
 
 
 def has_suffix_decoding(name: str) -> bool:

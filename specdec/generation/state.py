@@ -27,6 +27,7 @@ from specdec.drafters.hybrid import SuffixHybrid
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.other_tokenizer import OtherTokenizerDrafter
+from specdec.drafters.peagle import PEagleDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.resolve import Tokenizers
 from specdec.drafters.shared_vocabulary import SharedVocabulary
@@ -43,7 +44,7 @@ from specdec.runtime.runner import ModelRunner
 STATELESS_DRAFTERS = (NoDrafter, PromptLookup)  # any number of calls may share one
 # which make spare ones
 SPARE_DRAFTERS = (
-    *(ModelDrafter, OtherTokenizerDrafter, Eagle3Drafter, DFlashDrafter),
+    *(ModelDrafter, OtherTokenizerDrafter, Eagle3Drafter, PEagleDrafter, DFlashDrafter),
     *(SuffixDecoding, SuffixHybrid),
 )
 

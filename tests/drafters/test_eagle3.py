@@ -204,7 +204,7 @@ def reads_too_many_layers(tensors: dict[str, Tensor], config: dict[str, Any]) ->
 
 
 def is_of_another_kind(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    config["speculators_model_type"] = "peagle"
+    config["speculators_model_type"] = "dspark"
 
 
 def is_for_another_vocabulary(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -225,7 +225,7 @@ def has_another_width(tensors: dict[str, Tensor], config: dict[str, Any]) -> Non
         (has_absolute_ids, "d2t holds offsets"),
         (names_other_ids, "t2d and d2t name different ids"),
         (reads_too_many_layers, r"reads the hidden states \[0, 7\], but those of a target with 2 layers are 0 … 1"),
-        (is_of_another_kind, "it is a P-EAGLE head; of draft heads specdec runs those of EAGLE-3 and DFlash"),
+        (is_of_another_kind, "it is a DSpark head; of draft heads specdec runs those of EAGLE-3, P-EAGLE and DFlash"),
         (is_for_another_vocabulary, "for a target of 109 ids, and this one has 101"),
         (has_another_width, "of width 48, and the target's have 32"),
     ],

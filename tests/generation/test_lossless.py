@@ -21,7 +21,7 @@ from specdec.drafters.model import ModelDrafter
 from tests.helpers.draft_length import erratic_k
 from tests.helpers.drafters import AlwaysRight, AlwaysWrong, Empty, Random, Uneven
 from tests.helpers.families import FAMILIES, REFUSED, VOCAB_SIZE, WEIGHTS, family, make_model, prompts
-from tests.helpers.heads import random_dflash, random_head
+from tests.helpers.heads import random_dflash, random_head, random_peagle
 from tests.helpers.recording import recorded
 from tests.helpers.tokenizers import other_tokenizer
 
@@ -63,6 +63,7 @@ DRAFTERS: dict[str, Callable[[Case], Any]] = {
     "suffix": lambda case: "suffix",
     "suffix+model": lambda case: SuffixHybrid(ModelDrafter(perturbed(case.family), VOCAB_SIZE)),
     "eagle3": lambda case: random_head(family(case.family, case.weights), draft_ids=list(range(3, VOCAB_SIZE, 2))),
+    "peagle": lambda case: random_peagle(family(case.family, case.weights)),
     "dflash": lambda case: random_dflash(family(case.family, case.weights)),
     "other_tokenizer": lambda case: other_tokenizer(perturbed(case.family)),
     "always_right": lambda case: AlwaysRight(family(case.family, case.weights)),

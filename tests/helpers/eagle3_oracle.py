@@ -87,5 +87,51 @@ def main() -> None:
         )
 
 
+def main_peagle() -> None:
+    """The same of a P-EAGLE head: of each anchor the logits at depths 0, 1 and 2."""
+    from speculators.models.peagle import PEagleDraftModel, PEagleSpeculatorConfig, core
+    from transformers import AutoConfig
+
+    from tests.helpers.heads import random_tensors
+
+    config = layers("llama", 1)
+    tensors = random_tensors(config, DRAFT_IDS, NUM_TAPS, fc_norm=True)
+    generator = torch.Generator().manual_seed(4)
+    tensors["mask_hidden"] = torch.randn(1, 1, NUM_TAPS * WIDTH, generator=generator)
+    layer_config = AutoConfig.for_model(**config)
+    layer_config._attn_implementation = "eager"
+    settings = {"mask_token_id": 2, "fc_norm": True}
+    model = PEagleDraftModel(
+        PEagleSpeculatorConfig(
+            transformer_layer_config=layer_config,
+            draft_vocab_size=len(DRAFT_IDS),
+            eagle_aux_hidden_state_layer_ids=[0, 1, 2],
+            **settings,
+        )
+    ).eval()
+    _, unexpected = model.load_state_dict(tensors, strict=False)
+    assert not unexpected
+    ids = torch.randint(VOCAB_SIZE, (1, LENGTH), generator=generator)
+    states = torch.randn(1, LENGTH, NUM_TAPS, WIDTH, generator=generator)
+    pairs = [(anchor, depth) for depth in range(3) for anchor in range(LENGTH - depth)]
+    anchors, depths = (torch.tensor(values) for values in zip(*pairs, strict=True))
+    logits: list[torch.Tensor] = []
+    model.lm_head.register_forward_hook(partial(keep, logits))
+    core.generate_cod_sample_indices = lambda **_: (anchors, depths)
+    core.compute_metrics = lambda **_: (None, None)
+    with torch.no_grad():
+        model(states.flatten(2), ids, torch.zeros_like(ids), verifier_last_hidden_states=torch.zeros(1, LENGTH, WIDTH))
+    folder = FOLDER.parent / "peagle"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({
+        "speculators_model_type": "peagle", "draft_vocab_size": len(DRAFT_IDS), "norm_before_residual": False,
+        "eagle_aux_hidden_state_layer_ids": [0, 1, 2], "transformer_layer_config": config,
+    } | settings, indent=1) + "\n")  # fmt: skip
+    save_file(tensors, folder / "model.safetensors")
+    results = {"ids": ids, "states": states, "logits": logits[0], "anchors": anchors, "depths": depths}
+    save_file(results, folder / "logits.safetensors")
+
+
 if __name__ == "__main__":
     main()
+    main_peagle()

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from specdec.drafters.dflash import DFlashDrafter
 from specdec.drafters.eagle3 import Eagle3Drafter
+from specdec.drafters.peagle import PEagleDrafter
 from specdec.drafters.resolve import resolve_drafter
 from specdec.runtime.runner import widths
 from tests.helpers import dflash_oracle
@@ -146,6 +147,26 @@ def random_head(
     tensors = random_tensors(config, ids, len(layers), **settings)
     drafter = resolve_drafter(write_speculators(folder, config, tensors, layers, **settings), target)
     assert isinstance(drafter, Eagle3Drafter)
+    return drafter
+
+
+def random_peagle(
+    target: PreTrainedModel, folder: Path | None = None, draft_ids: list[int] | None = None
+) -> PEagleDrafter:
+    """The drafter of a random P-EAGLE head that is read from a folder."""
+    if folder is None:
+        with TemporaryDirectory() as name:
+            return random_peagle(target, Path(name), draft_ids)
+    config = layer_config(target)
+    ids = list(range(config["vocab_size"])) if draft_ids is None else draft_ids
+    last = target.config.get_text_config(decoder=True).num_hidden_layers - 1
+    tensors = random_tensors(config, ids, 2)
+    mask = {"mask_hidden": torch.randn(1, 1, 2 * config["hidden_size"], generator=torch.Generator().manual_seed(8))}
+    write_speculators(folder, config, tensors | mask, [0, last])
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"speculators_model_type": "peagle", "mask_token_id": 3}))
+    drafter = resolve_drafter(folder, target)
+    assert isinstance(drafter, PEagleDrafter)
     return drafter
 
 

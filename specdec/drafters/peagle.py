@@ -1,0 +1,67 @@
+"""P-EAGLE: an EAGLE-3 head that drafts all ids behind the first in one forward.
+
+P-EAGLE: Parallel-Drafting EAGLE with Scalable Training, https://github.com/vllm-project/speculators. Behind the last
+committed id the head reads, at each further position, a mask id and a learned state in place of its own output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from specdec.core.sequences import Sequences
+from specdec.drafters.eagle3 import Eagle3Drafter, Eagle3Head, Eagle3Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class PEagleSettings(Eagle3Settings):
+    """Those of an EAGLE-3 head, and the id that it reads at the positions that it drafts."""
+
+    mask_token_id: int
+
+
+class PEagleHead(Eagle3Head):  # type: ignore[no-untyped-call]
+    """The head. mask_hidden: [n * H'], in place of the target's hidden states."""
+
+    settings: PEagleSettings
+
+    def __init__(
+        self, config: PreTrainedConfig, settings: PEagleSettings, owns_embedding: bool = True, owns_output: bool = True
+    ) -> None:
+        super().__init__(config, settings, owns_embedding, owns_output)
+        self.mask_hidden = nn.Parameter(torch.empty(len(settings.feature_layers) * settings.target_hidden_size))
+
+    def mask_state(self) -> Tensor:
+        """What `reduce` makes of mask_hidden: [1, 1, H]."""
+        return self.reduce(self.mask_hidden.view(1, 1, len(self.settings.feature_layers), -1))
+
+
+class PEagleDrafter(Eagle3Drafter):
+    """Drafts the first id as it reads committed ones, and all others in one forward.
+
+    In sampled calls they are drawn independently of each other.
+    """
+
+    def _draft(
+        self, sequences: Sequences, width: int, num_ids: int, limit: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        head = self.head
+        assert isinstance(head, PEagleHead)
+        text, last, limit = self._read_text(sequences, width, limit)
+        output = self.runner.feed(self._within_vocabulary(text), last, width)
+        assert output is not None  # width is at least 1
+        logits = output.logits
+        if num_ids > 1:
+            positions = last[:, None] + torch.arange(1, num_ids, device=last.device)
+            with torch.inference_mode():
+                self._write_states(head.mask_state().expand(*positions.shape, -1), positions)
+            masks = torch.full_like(positions, head.settings.mask_token_id)
+            logits = torch.cat([logits, self.runner.forward(masks, positions).logits], dim=1)
+        ids: list[Tensor] = []
+        probs: list[Tensor] = []
+        for index in range(num_ids):
+            limit = self._choose_next(logits[:, index : index + 1], sequences, index, limit, ids, probs)
+        return torch.cat(ids, dim=1), torch.cat(probs, dim=1) if probs else None, limit
