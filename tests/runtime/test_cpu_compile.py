@@ -621,13 +621,18 @@ def test_the_assistant_model_of_a_call_is_compiled(monkeypatch: pytest.MonkeyPat
     want = text_of(model)
     specdec.enable(model, compile=True)
     ran = []
-    call = CompiledForward.__call__
 
-    def watched(self: Any, *args: Any) -> Tensor:
-        ran.append(self.model())
-        return call(self, *args)
+    def watch(name: str) -> None:
+        call = getattr(CompiledForward, name)
 
-    monkeypatch.setattr(CompiledForward, "__call__", watched)
+        def watched(self: Any, *args: Any) -> Any:
+            ran.append(self.model())
+            return call(self, *args)
+
+        monkeypatch.setattr(CompiledForward, name, watched)
+
+    watch("__call__")
+    watch("draft")
     got = model.generate(**prompts(4), max_new_tokens=9, do_sample=False, assistant_model=draft, num_assistant_tokens=3)
     specdec.disable(model)
     assert got.tolist() == want
