@@ -70,12 +70,11 @@ def load_head(path: str, target: PreTrainedModel) -> DraftHead:
     Raises ValueError where specdec does not run its kind, tensors are missing, not used or of another shape, or it was
     made for another target.
     """
-    head = make_head(path, target.config)
+    head, tensors = _read_head(path, target.config)
     head.share(target)
-    folder = checkpoint_folder(path, {}, [*HUB_FILES, PICKLE])
     weights = {
         name: tensor.to(device=target.device, dtype=target.dtype if tensor.is_floating_point() else None)
-        for name, tensor in _read_tensors(folder).items()
+        for name, tensor in tensors.items()
         if name not in OPTIONAL
     }
     if not head.is_reduced:
@@ -93,6 +92,11 @@ def make_head(path: str, target: PreTrainedConfig) -> DraftHead:
 
     target: the config of its target, whose embedding and output layer it has not yet where it shares them.
     """
+    return _read_head(path, target)[0]
+
+
+def _read_head(path: str, target: PreTrainedConfig) -> tuple[DraftHead, dict[str, Tensor]]:
+    """-> the head on the meta device, checked, and its tensors."""
     folder = checkpoint_folder(path, {}, [*HUB_FILES, PICKLE])
     content = read_json(folder / "config.json")
     kind = kind_of(content)
@@ -109,7 +113,7 @@ def make_head(path: str, target: PreTrainedConfig) -> DraftHead:
         head: DraftHead = head_class(config, settings, EMBEDDING in tensors, OUTPUT in tensors or not is_full)
     _check_tensors(head, tensors)
     _check_ids(head, tensors)
-    return head
+    return head, tensors
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
