@@ -119,7 +119,12 @@ def _read_head(path: str, target: PreTrainedConfig) -> tuple[DraftHead, dict[str
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of a folder under the names of the speculators library."""
     if (pickle := folder / PICKLE).is_file() and not any(folder.glob("*.safetensors")):
-        tensors: dict[str, Tensor] = torch.load(pickle, map_location="cpu", weights_only=True)
+        try:
+            tensors: dict[str, Tensor] = torch.load(pickle, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch's message advises to run the file's code
+            raise ValueError(f"{pickle} is damaged, or holds more than tensors; it is not read") from error
+        if not isinstance(tensors, dict):
+            raise ValueError(f"{pickle} holds no tensors by name")
     else:
         tensors = {name: file.get_tensor(name) for name, file in tensor_files(folder).items()}
     tensors = {re.sub(OWN_PREFIX, FIRST_LAYER, name): tensor for name, tensor in tensors.items()}
@@ -131,7 +136,10 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 def _layer_config(content: Mapping[str, Any], model_types: Collection[str], text: PreTrainedConfig) -> PreTrainedConfig:
     """The config of the head's layers, in a section of its own or at the top."""
     is_speculators = "speculators_model_type" in content
-    layers = dict(content.get("transformer_layer_config", {}) if is_speculators else content)
+    section = content.get("transformer_layer_config") if is_speculators else content
+    if not isinstance(section, Mapping):
+        raise ValueError("its config.json has no transformer_layer_config, the config of its layers")
+    layers = dict(section)
     model_type = layers.pop("model_type", "qwen3" if is_speculators else "llama")
     if model_type not in model_types:
         raise ValueError(f"its layers are of the type {model_type!r}; specdec runs {', '.join(model_types)}")
@@ -168,13 +176,20 @@ def _read_eagle3(content: Mapping[str, Any], text: PreTrainedConfig) -> tuple[Pr
 def _read_peagle(content: Mapping[str, Any], text: PreTrainedConfig) -> tuple[PreTrainedConfig, PEagleSettings]:
     """The config of the layers of a P-EAGLE head, and its settings."""
     config, settings = _read_eagle3(content, text)
-    return config, PEagleSettings(**vars(settings), mask_token_id=_number(content, "mask_token_id"))
+    return config, PEagleSettings(**vars(settings), mask_token_id=_mask_id(content, config.vocab_size))
 
 
 def _number(content: Mapping[str, Any], name: str) -> int:
     value = content.get(name)
-    if not isinstance(value, int):
-        raise ValueError(f"its config.json has no {name}")
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"its config.json has {name}={value!r}, where a whole number is needed")
+    return value
+
+
+def _mask_id(content: Mapping[str, Any], vocab_size: int) -> int:
+    value = _number(content, "mask_token_id")
+    if not 0 <= value < vocab_size:
+        raise ValueError(f"its mask_token_id={value} is none of the target's ids, 0 … {vocab_size - 1}")
     return value
 
 
@@ -193,9 +208,11 @@ def _read_dflash(content: Mapping[str, Any], text: PreTrainedConfig) -> tuple[Pr
         int(own.get("draft_vocab_size") or config.vocab_size),
         int(own.get("target_hidden_size") or text.hidden_size),
         _number(own, "block_size"),
-        _number(own, "mask_token_id"),
+        _mask_id(own, config.vocab_size),
         bool(own.get("sample_from_anchor", False)),
     )
+    if settings.max_draft_tokens < 1:
+        raise ValueError(f"its block_size={settings.block_size} leaves nothing to draft")
     return config, settings
 
 
@@ -204,7 +221,7 @@ def _check_target(
 ) -> None:
     """Raise ValueError where a head was made for another target than that of the config `text`."""
     num_layers = text.num_hidden_layers
-    if any(not 0 <= layer < num_layers for layer in settings.feature_layers):
+    if any(not isinstance(layer, int) or not 0 <= layer < num_layers for layer in settings.feature_layers):
         raise ValueError(
             f"it reads the hidden states {list(settings.feature_layers)}, but those of a target with {num_layers}"
             f" layers are 0 … {num_layers - 1}"
@@ -250,11 +267,16 @@ def _check_ids(head: DraftHead, tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError where the head drafts ids that are no ids of the target."""
     if (d2t := tensors.get("d2t")) is None:
         return
+    if d2t.is_floating_point() or (not head.is_reduced and d2t.any()):
+        raise ValueError("its d2t must hold whole numbers, and zeros alone where it drafts all ids of the target")
     ids = torch.arange(len(d2t)) + d2t
     if ids.min() < 0 or ids.max() >= head.config.vocab_size or len(torch.unique(ids)) < len(ids):
         raise ValueError(
             "its d2t, added to 0, 1, …, does not give different ids of the target: d2t holds offsets (target's id -"
             " draft's id)"
         )
-    if (t2d := tensors.get("t2d")) is not None and not t2d.nonzero().flatten().equal(ids.sort().values):
+    t2d = tensors.get("t2d")
+    if t2d is not None and len(t2d) != head.config.vocab_size:
+        raise ValueError(f"its t2d has {len(t2d)} entries, and the target {head.config.vocab_size} ids")
+    if t2d is not None and not t2d.nonzero().flatten().equal(ids.sort().values):
         raise ValueError("its t2d and d2t name different ids")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,8 @@ class DraftHead(PreTrainedModel):  # type: ignore[no-untyped-call]
     settings: HeadSettings
     d2t: Tensor
     is_reduced: bool
+    fc: nn.Linear
+    rotary_emb: Any
 
     def __init__(
         self, config: PreTrainedConfig, settings: HeadSettings, owns_embedding: bool = True, owns_output: bool = True
@@ -62,6 +65,13 @@ class DraftHead(PreTrainedModel):  # type: ignore[no-untyped-call]
                 self.embedding_rows = self.embed_tokens.head
         if not self.owns_output:
             self.lm_head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+
+    def follow(self, target: PreTrainedModel) -> None:
+        """Move to the device and the dtype of a target that was moved."""
+        own: Any = self.fc.weight
+        if (own.device, own.dtype) != (target.device, target.dtype):
+            nn.Module.to(self, device=target.device, dtype=target.dtype)
+            self.rotary_emb = type(self.rotary_emb)(self.config).to(target.device)  # its frequencies stay in float32
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
@@ -107,6 +117,7 @@ class HeadDrafter(ModelDrafter):
     def match_target(self, target: ModelRunner) -> None:
         super().match_target(target)
         self.target = target
+        self.head.follow(target.model)
 
     def num_kept(self, drafted: int, accepted: int) -> int:
         return 0

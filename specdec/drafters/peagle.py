@@ -55,10 +55,17 @@ class PEagleDrafter(Eagle3Drafter):
         assert output is not None  # width is at least 1
         logits = output.logits
         if num_ids > 1:
-            positions = last[:, None] + torch.arange(1, num_ids, device=last.device)
+            # a row that drafts fewer ids repeats its last one: the same entry in the same slot
+            steps = torch.arange(1, num_ids, device=last.device)
+            is_drafted = steps < limit[:, None]
+            positions = last[:, None] + steps * is_drafted
+            features = self.runner.cache.features
+            features.window.reserve(sequences.longest)
             with torch.inference_mode():
-                self._write_states(head.mask_state().expand(*positions.shape, -1), positions)
-            masks = torch.full_like(positions, head.settings.mask_token_id)
+                own = features.read(last[:, None])[:, :, 0]
+                self._write_states(torch.where(is_drafted[..., None], head.mask_state(), own), positions)
+            last_ids = self._within_vocabulary(text.gather(1, last[:, None]))
+            masks = torch.where(is_drafted, head.settings.mask_token_id, last_ids)
             logits = torch.cat([logits, self.runner.forward(masks, positions).logits], dim=1)
         ids: list[Tensor] = []
         probs: list[Tensor] = []

@@ -54,5 +54,12 @@ class TrainConfig:
         for name in ("held_out", "step_decay", "warmup"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be more than 0 and at most 1")
+        for name in ("draft_vocab_size", "intermediate_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more, or null")
+        if self.feature_layers is not None and not self.feature_layers:
+            raise ValueError(
+                "feature_layers=[] names no hidden state; leave it out for an early, a middle and a late one"
+            )
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive")

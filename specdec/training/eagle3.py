@@ -72,13 +72,13 @@ class TrainingTimeTest(nn.Module):
         attention, config = layer.self_attn, head.config
         num_positions = ids.shape[1] - 1
         positions = torch.arange(num_positions, device=ids.device)[None]
-        states = head.reduce(features[:, :-1])
+        states, padded = head.reduce(features[:, :-1]), F.pad(ids, (0, self.num_steps))
         later = torch.ones(num_positions, num_positions, dtype=torch.bool, device=ids.device).triu(1)
         keys: list[Tensor] = []
         values: list[Tensor] = []
         found = []
         for step in range(self.num_steps):
-            read = F.pad(ids[:, 1 + step :], (0, step))
+            read = padded[:, 1 + step :][:, :num_positions]
             normed = layer.hidden_norm(states)
             residual = normed if layer.norm_before_residual else states
             x = torch.cat([layer.input_layernorm(head.embed_tokens(read)), normed], dim=-1)

@@ -46,7 +46,7 @@ def write_texts(
     specdec.enable(target, "none" if call["do_sample"] else "suffix")
     try:
         with file.open("a", encoding="utf-8") as output:
-            if not texts:
+            if output.tell() == 0:
                 output.write(json.dumps(origin) + "\n")
             for at in range(len(texts), len(prompts), batch_size):
                 torch.manual_seed(seed + at)

@@ -51,6 +51,12 @@ def train(config: TrainConfig, values: dict[str, Any], console: Console) -> dict
     config.folder.mkdir(parents=True, exist_ok=True)
     curve = _started(config.folder, values)
     target = config.target.load(device_of(config.target), config.quant)
+    num_layers = target.config.get_text_config(decoder=True).num_hidden_layers
+    if any(not 0 <= layer < num_layers for layer in config.feature_layers or ()):
+        raise ValueError(
+            f"feature_layers={list(config.feature_layers or ())}: the hidden states of this target are 0 …"
+            f" {num_layers - 1}"
+        )
     tokenizer = load_tokenizer(config.target.path)
     as_chat = uses_chat_template(config.workload, tokenizer)
     prompts = [
@@ -65,7 +71,7 @@ def train(config: TrainConfig, values: dict[str, Any], console: Console) -> dict
         texts = _texts(config, target, prompts, accelerator, progress)
         num_held_out = max(1, round(config.held_out * len(texts)))
         if num_held_out >= len(texts):
-            raise ValueError(f"{len(texts)} prompts are too few: {num_held_out} would be held out; give more of them")
+            raise ValueError(f"prompts: {len(texts)}, of which {num_held_out} would be held out; give more of them")
         held_out, texts = texts[:num_held_out], texts[num_held_out:]
         head = new_head(config, target, texts)
         module = TrainingTimeTest(head, config.ttt_steps, config.step_decay)
@@ -131,7 +137,7 @@ def new_head(config: TrainConfig, target: PreTrainedModel, texts: Sequence[Text]
     layer = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=text.hidden_size,
-        intermediate_size=config.intermediate_size or text.intermediate_size,
+        intermediate_size=config.intermediate_size or getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         num_hidden_layers=1,
         num_attention_heads=heads,
         num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,

@@ -133,10 +133,12 @@ def test_with_suffix_decoding_texts_are_the_plain_ones(target: PreTrainedModel, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mask_token_id": None}, "has no mask_token_id"),
+        ({"mask_token_id": None}, "has mask_token_id=None, where a whole number is needed"),
+        ({"mask_token_id": 101}, "mask_token_id=101 is none of the target's ids"),
         ({"aux_hidden_state_layer_ids": []}, "does not name the target's layers"),
         ({"aux_hidden_state_layer_ids": [1, 2]}, r"reads the hidden states \[1, 2\]"),
-        ({"block_size": "8"}, "has no block_size"),
+        ({"block_size": "8"}, "has block_size='8', where a whole number is needed"),
+        ({"block_size": 0}, "leaves nothing to draft"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_refused(

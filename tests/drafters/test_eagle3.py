@@ -25,7 +25,15 @@ from tests.generation.test_concurrency import in_threads
 from tests.helpers.eagle3_oracle import CONFIGURATIONS, FOLDER, LENGTH, WIDTH
 from tests.helpers.eagle3_oracle import VOCAB_SIZE as ORACLE_VOCABULARY
 from tests.helpers.families import FAMILIES, VOCAB_SIZE, make_model, prompts
-from tests.helpers.heads import layer_config, random_head, random_tensors, write_safeailab, write_speculators
+from tests.helpers.heads import (
+    layer_config,
+    random_dflash,
+    random_head,
+    random_peagle,
+    random_tensors,
+    write_safeailab,
+    write_speculators,
+)
 
 REDUCED = list(range(1, VOCAB_SIZE, 2))
 
@@ -199,6 +207,18 @@ def names_other_ids(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     tensors["t2d"] = ~tensors["t2d"]
 
 
+def has_fractions(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    tensors["d2t"] = tensors["d2t"].float()
+
+
+def names_too_few_ids(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    tensors["t2d"] = tensors["t2d"][:9].clone()
+
+
+def has_no_layers(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    del config["transformer_layer_config"]
+
+
 def reads_too_many_layers(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     config["eagle_aux_hidden_state_layer_ids"] = [0, 7]
 
@@ -224,6 +244,9 @@ def has_another_width(tensors: dict[str, Tensor], config: dict[str, Any]) -> Non
         (has_other_shape, r"fc.weight \[64, 32\], not \[32, 64\]"),
         (has_absolute_ids, "d2t holds offsets"),
         (names_other_ids, "t2d and d2t name different ids"),
+        (has_fractions, "d2t must hold whole numbers"),
+        (names_too_few_ids, "t2d has 9 entries, and the target 101 ids"),
+        (has_no_layers, "has no transformer_layer_config"),
         (reads_too_many_layers, r"reads the hidden states \[0, 7\], but those of a target with 2 layers are 0 … 1"),
         (is_of_another_kind, "it is a DSpark head; of draft heads specdec runs those of EAGLE-3, P-EAGLE and DFlash"),
         (is_for_another_vocabulary, "for a target of 109 ids, and this one has 101"),
@@ -269,3 +292,25 @@ def test_calls_at_the_same_time_have_caches_of_their_own(target: PreTrainedModel
     expected = [target.generate(**batch, **call).tolist() for batch in batches]
     specdec.enable(target, random_head(target, tmp_path), num_draft_tokens=3)
     assert in_threads(*(lambda batch=batch: target.generate(**batch, **call).tolist() for batch in batches)) == expected
+
+
+@pytest.mark.parametrize("make", [random_head, random_peagle, random_dflash])
+def test_a_head_follows_its_target_to_another_dtype(target: PreTrainedModel, make: Any) -> None:
+    specdec.enable(target, make(target), num_draft_tokens=3, compile=False)
+    call: dict[str, Any] = prompts(2) | {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    before = target.generate(**call).tolist()
+    target.to(torch.float64)
+    assert target.generate(**call).shape == (2, 19)
+    target.to(torch.float32)
+    assert target.generate(**call).tolist() == before
+    stats = specdec.last_stats(target)
+    assert stats is not None
+    assert stats.num_draft_tokens > 0
+
+
+def test_a_file_that_holds_more_than_tensors_is_not_read(target: PreTrainedModel, tmp_path: Path) -> None:
+    config = layer_config(target)
+    folder = write_safeailab(tmp_path, config, random_tensors(config, REDUCED, 2), [0, 1])
+    torch.save({"fc.weight": Path()}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is damaged, or holds more than tensors; it is not read"):
+        specdec.enable(target, folder)

@@ -104,5 +104,14 @@ def test_a_head_without_a_mask_id_is_refused(target: PreTrainedModel, tmp_path: 
     content = json.loads((tmp_path / "config.json").read_text())
     del content["mask_token_id"]
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="has no mask_token_id"):
+    with pytest.raises(ValueError, match="has mask_token_id=None, where a whole number is needed"):
         specdec.enable(target, tmp_path)
+
+
+def test_rows_of_different_lengths_end_within_their_buffers(target: PreTrainedModel) -> None:
+    """Rows that are further on than others draft fewer ids than the step's K."""
+    specdec.enable(target, random_peagle(target), num_draft_tokens=6, compile=False)
+    call = {"max_new_tokens": 12, "do_sample": True, "temperature": 3.0, "eos_token_id": None}
+    for seed in range(12):
+        torch.manual_seed(seed)
+        assert target.generate(**prompts(2), **call).shape == (2, 23)

@@ -111,6 +111,9 @@ def test_texts_go_on_where_they_ended(target: PreTrainedModel, tmp_path: Path) -
     lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "b.jsonl").write_text("".join(lines[:2]) + lines[2][:9])
     assert write("b.jsonl") == whole
+    (tmp_path / "c.jsonl").write_text(lines[0])
+    assert write("c.jsonl") == whole
+    assert (tmp_path / "c.jsonl").read_text() == "".join(lines)
     with pytest.raises(ValueError, match="holds answers to other prompts"):
         write("a.jsonl", rows[:3])
     assert not hasattr(target, "_specdec_state")
@@ -193,8 +196,34 @@ def test_the_command_writes_a_head_that_drafts(tmp_path: Path, capsys: pytest.Ca
         ({"epochs": 0}, "epochs=0 must be 1 or more"),
         ({"held_out": 0.0}, r"held_out=0\.0 must be more than 0"),
         ({"learning_rate": 0.0}, "must be positive"),
+        ({"draft_vocab_size": 0}, "draft_vocab_size=0 must be 1 or more, or null"),
+        ({"feature_layers": []}, "names no hidden state"),
     ],
 )
 def test_settings_are_checked(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_of(tmp_path / "head", **changes)
+
+
+def test_layers_that_the_target_lacks_are_named_before_it_answers(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"feature_layers=\[12\]: the hidden states of this target are 0 … 11"):
+        training.train(config_of(tmp_path / "head", feature_layers=[12]), {}, Console(quiet=True))
+    assert not (tmp_path / "head" / "texts.jsonl").exists()
+
+
+def test_texts_may_be_shorter_than_the_steps(target: PreTrainedModel) -> None:
+    drafter = random_head(target)
+    batch = batch_of(target, drafter, prompts(1)["input_ids"], 2)
+    loss, counts = TrainingTimeTest(drafter.head, 20, 0.5)(batch)
+    assert loss.isfinite()
+    assert counts[8:].sum() == 0
+    assert counts[0, 0] == 9
+
+
+def test_a_target_of_another_kind_is_drafted_for(tmp_path: Path) -> None:
+    """GPT-2 names no width of its MLP, and has other names for the rest."""
+    target = make_model("gpt2", **FAMILIES["gpt2"])
+    head = training.new_head(config_of(tmp_path / "head", intermediate_size=None, draft_vocab_size=None), target, [])
+    assert head.config.intermediate_size == 4 * 32
+    assert head.settings.draft_vocab_size == VOCAB_SIZE
+    assert head.lm_head.weight.equal(target.get_input_embeddings().weight)
