@@ -43,6 +43,23 @@ def target() -> PreTrainedModel:
     return make_model("llama", seed=3, **FAMILIES["llama"])
 
 
+@torch.no_grad()
+def expected_keys(drafter: Eagle3Drafter, target: PreTrainedModel, text: list[int]) -> Tensor:
+    """The keys [H, L - 1, D] that the head writes for a text of L ids."""
+    ids = torch.tensor([text])
+    hidden = target(input_ids=ids, output_hidden_states=True).hidden_states
+    states = drafter.head.reduce(torch.stack([hidden[layer] for layer in drafter.feature_layers], dim=2))[:, :-1]
+    positions = torch.arange(len(text) - 1)[None]
+    runner = ModelRunner(drafter.head)
+    runner.begin(1)
+    runner.cache.window.reserve(len(text))
+    with torch.inference_mode():
+        runner.cache.features.write(positions, states[:, :, None])
+    runner.forward(ids[:, 1:], positions)
+    keys: Any = runner.cache.layers[0].keys
+    return keys[0, :, : len(text) - 1]
+
+
 def expected_draft(drafter: Eagle3Drafter, target: PreTrainedModel, text: list[int], num_ids: int) -> list[int]:
     """What the head drafts greedily behind a text, from forwards over all of it without anything kept."""
     head = drafter.head
@@ -124,11 +141,28 @@ def test_it_drafts_what_a_forward_over_the_whole_text_gives(
 
 
 def test_sampled_drafts_are_accepted_and_the_head_goes_on_from_them(target: PreTrainedModel, tmp_path: Path) -> None:
-    """A flat target and a flat head agree often, so that rows advance by different numbers."""
+    """A flat target and a flat head agree often, so that rows advance by different numbers, up to K + 1.
+
+    Before each draft the head's cache holds what a forward over the whole text would write.
+    """
     drafter = random_head(target, tmp_path)
     specdec.enable(target, drafter, num_draft_tokens=3, compile=False)
+    batch = prompts(4)
+    texts = [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+
+    def observe(result: StepResult) -> None:
+        keys: Any = drafter.runner.cache.layers[0].keys
+        for row, step in enumerate(result.steps):
+            if step is None:
+                continue
+            if step.drafted:
+                expected = expected_keys(drafter, target, texts[row])
+                assert relative_error(keys[row, :, : expected.shape[1]], expected) < 1e-4
+            texts[row] += [*result.draft.ids[row, : step.accepted].tolist(), int(result.verdict.next_ids[row])]
+
+    state_of(target).observer = observe
     torch.manual_seed(0)
-    target.generate(**prompts(4), max_new_tokens=24, do_sample=True, temperature=30.0, top_k=0, eos_token_id=None)
+    target.generate(**batch, max_new_tokens=24, do_sample=True, temperature=30.0, top_k=0, eos_token_id=None)
     stats = specdec.last_stats(target)
     assert stats is not None
     assert stats.draft_acceptance_rate > 0.5
