@@ -159,8 +159,8 @@ def _read_eagle3(content: Mapping[str, Any], text: PreTrainedConfig) -> tuple[Pr
     num_layers = text.num_hidden_layers
     if is_speculators and "norm_before_residual" not in content:
         warn(
-            "the EAGLE-3 head does not say norm_before_residual; specdec takes it for false, as the speculators library"
-            " does (vLLM takes it for true): if few drafts are accepted, set it in the head's config.json"
+            "the config.json of the EAGLE-3 head lacks norm_before_residual; specdec assumes false, the default of the"
+            " speculators library (vLLM assumes true): if few drafts are accepted, add it"
         )
     settings = Eagle3Settings(
         tuple(own.get("eagle_aux_hidden_state_layer_ids") or [2, num_layers // 2, num_layers - 3]),

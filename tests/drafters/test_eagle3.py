@@ -307,7 +307,7 @@ def test_a_setting_on_which_readers_disagree_is_named(target: PreTrainedModel, t
     content = json.loads((folder / "config.json").read_text())
     del content["norm_before_residual"]
     (folder / "config.json").write_text(json.dumps(content))
-    with pytest.warns(UserWarning, match="does not say norm_before_residual; specdec takes it for false"):
+    with pytest.warns(UserWarning, match="lacks norm_before_residual; specdec assumes false"):
         specdec.enable(target, folder)
 
 

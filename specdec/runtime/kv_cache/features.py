@@ -1,4 +1,4 @@
-"""Hidden states by position: beside keys and values, what a drafter reads of a target, or a draft head of itself.
+"""Hidden states by position, of a target that a drafter reads, or a draft head's own.
 
 As in the layers, slot == position: states of rejected ids are overwritten before they are read.
 """
