@@ -125,12 +125,7 @@ class DFlashDrafter(HeadDrafter):
         block[:, :1] = self._within_vocabulary(sequences.ids.gather(1, last))
         logits = self.runner.forward(block, last + torch.arange(settings.block_size, device=last.device)).logits
         first = 0 if settings.sample_from_anchor else 1
-        limit = limit.clamp(max=num_ids)
-        ids: list[Tensor] = []
-        probs: list[Tensor] = []
-        for index in range(num_ids):
-            limit = self._choose_next(logits[:, first + index :][:, :1], sequences, index, limit, ids, probs)
-        return torch.cat(ids, dim=1), torch.cat(probs, dim=1) if probs else None, limit
+        return self._choose_each(logits[:, first : first + num_ids], sequences, limit.clamp(max=num_ids))
 
     def _write_states(self, states: Tensor, positions: Tensor) -> None:
         head = self.head

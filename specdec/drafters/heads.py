@@ -58,13 +58,12 @@ class DraftHead(PreTrainedModel):  # type: ignore[no-untyped-call]
 
         All tensors of a forward are registered, since a compiled one is given them.
         """
-        model: PreTrainedModel = target
         if not self.owns_embedding:
-            self.embed_tokens = model.get_input_embeddings()
+            self.embed_tokens = target.get_input_embeddings()
             if isinstance(self.embed_tokens, TiedEmbedding):
                 self.embedding_rows = self.embed_tokens.head
         if not self.owns_output:
-            self.lm_head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+            self.lm_head = target.get_output_embeddings()  # type: ignore[no-untyped-call]
 
     def follow(self, target: PreTrainedModel) -> None:
         """Move to the device and the dtype of a target that was moved."""
@@ -136,6 +135,14 @@ class HeadDrafter(ModelDrafter):
     def _write_states(self, states: Tensor, positions: Tensor) -> None:
         """Keep states [B, W, H] at positions [B, W] for the head's forwards."""
         raise NotImplementedError
+
+    def _choose_each(self, logits: Tensor, sequences: Sequences, limit: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The ids of all columns of logits [B, K, V], in order: -> ids, probs and lengths of a Draft."""
+        ids: list[Tensor] = []
+        probs: list[Tensor] = []
+        for index in range(logits.shape[1]):
+            limit = self._choose_next(logits[:, index : index + 1], sequences, index, limit, ids, probs)
+        return torch.cat(ids, dim=1), torch.cat(probs, dim=1) if probs else None, limit
 
     @property
     def _lacks_ids(self) -> bool:

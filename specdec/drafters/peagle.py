@@ -67,8 +67,4 @@ class PEagleDrafter(Eagle3Drafter):
             last_ids = self._within_vocabulary(text.gather(1, last[:, None]))
             masks = torch.where(is_drafted, head.settings.mask_token_id, last_ids)
             logits = torch.cat([logits, self.runner.forward(masks, positions).logits], dim=1)
-        ids: list[Tensor] = []
-        probs: list[Tensor] = []
-        for index in range(num_ids):
-            limit = self._choose_next(logits[:, index : index + 1], sequences, index, limit, ids, probs)
-        return torch.cat(ids, dim=1), torch.cat(probs, dim=1) if probs else None, limit
+        return self._choose_each(logits, sequences, limit)

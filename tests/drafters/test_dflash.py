@@ -13,17 +13,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import specdec
-from specdec.core.steps import StepResult
 from specdec.drafters.dflash import DFlashDrafter, DFlashHead
 from specdec.drafters.head_checkpoint import load_head
-from specdec.generation.enable import decoding_of, state_of
+from specdec.generation.enable import decoding_of
 from specdec.runtime.runner import ModelRunner
 from specdec.utils.numerics import relative_error
 from tests.helpers.dflash_oracle import BLOCK_SIZE, CONFIGURATIONS, FOLDER, MASK_ID
 from tests.helpers.eagle3_oracle import LENGTH, WIDTH
 from tests.helpers.eagle3_oracle import VOCAB_SIZE as ORACLE_VOCABULARY
 from tests.helpers.families import FAMILIES, VOCAB_SIZE, make_model, prompts
-from tests.helpers.heads import random_dflash
+from tests.helpers.heads import drafts_of_greedy_call, random_dflash
 
 REDUCED = list(range(1, VOCAB_SIZE, 2))
 
@@ -87,22 +86,7 @@ def test_it_drafts_what_a_forward_over_the_whole_text_gives(
     drafter = random_dflash(target, tmp_path, draft_ids, **settings)
     specdec.enable(target, drafter, num_draft_tokens=4, compile=compile)
     assert decoding_of(target) == ("compiled" if compile else "eager")
-    drafts: list[tuple[list[int], list[int]]] = []
-
-    def observe(result: StepResult) -> None:
-        for row, step in enumerate(result.steps):
-            if step is None:
-                continue
-            if step.drafted:
-                drafts.append((texts[row][:], result.draft.ids[row, : step.drafted].tolist()))
-            texts[row] += [*result.draft.ids[row, : step.accepted].tolist(), int(result.verdict.next_ids[row])]
-
-    batch = prompts(4)
-    texts = [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    state_of(target).observer = observe
-    target.generate(**batch, max_new_tokens=13, do_sample=False, eos_token_id=None)
-    assert len(drafts) > 12
-    for text, draft in drafts:
+    for text, draft in drafts_of_greedy_call(target):
         assert draft == expected_draft(drafter, target, text, len(draft)), f"behind {len(text)} ids"
 
 

@@ -26,6 +26,7 @@ from tests.helpers.eagle3_oracle import CONFIGURATIONS, FOLDER, LENGTH, WIDTH
 from tests.helpers.eagle3_oracle import VOCAB_SIZE as ORACLE_VOCABULARY
 from tests.helpers.families import FAMILIES, VOCAB_SIZE, make_model, prompts
 from tests.helpers.heads import (
+    drafts_of_greedy_call,
     layer_config,
     random_dflash,
     random_head,
@@ -118,25 +119,7 @@ def test_it_drafts_what_a_forward_over_the_whole_text_gives(
     drafter = random_head(target, tmp_path, draft_ids, num_layers=2)
     specdec.enable(target, drafter, num_draft_tokens=num_draft_tokens, compile=compile)
     assert decoding_of(target) == ("compiled" if compile else "eager")
-    drafts: list[tuple[list[int], list[int]]] = []
-    accepted = 0
-
-    def observe(result: StepResult) -> None:
-        nonlocal accepted
-        accepted += int(result.accepted.sum())
-        for row, step in enumerate(result.steps):
-            if step is not None and step.drafted:
-                drafts.append((texts[row][:], result.draft.ids[row, : step.drafted].tolist()))
-                texts[row] += [*result.draft.ids[row, : step.accepted].tolist(), int(result.verdict.next_ids[row])]
-            elif step is not None:
-                texts[row].append(int(result.verdict.next_ids[row]))
-
-    batch = prompts(4)
-    texts = [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    state_of(target).observer = observe
-    target.generate(**batch, max_new_tokens=13, do_sample=False, eos_token_id=None)
-    assert len(drafts) > 12
-    for text, draft in drafts:
+    for text, draft in drafts_of_greedy_call(target):
         assert draft == expected_draft(drafter, target, text, len(draft)), f"behind {len(text)} ids"
 
 

@@ -11,15 +11,13 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import specdec
-from specdec.core.steps import StepResult
 from specdec.drafters.head_checkpoint import load_head
 from specdec.drafters.peagle import PEagleDrafter, PEagleHead
-from specdec.generation.enable import state_of
 from specdec.runtime.runner import ModelRunner
 from specdec.utils.numerics import relative_error
 from tests.helpers.eagle3_oracle import FOLDER, VOCAB_SIZE, WIDTH
 from tests.helpers.families import FAMILIES, make_model, prompts
-from tests.helpers.heads import random_peagle
+from tests.helpers.heads import drafts_of_greedy_call, random_peagle
 
 
 @pytest.fixture
@@ -60,22 +58,7 @@ def test_its_logits_are_those_of_the_speculators_library() -> None:
 def test_it_drafts_what_a_forward_over_the_whole_text_gives(target: PreTrainedModel, num_draft_tokens: int) -> None:
     drafter = random_peagle(target)
     specdec.enable(target, drafter, num_draft_tokens=num_draft_tokens, compile=False)
-    drafts: list[tuple[list[int], list[int]]] = []
-
-    def observe(result: StepResult) -> None:
-        for row, step in enumerate(result.steps):
-            if step is None:
-                continue
-            if step.drafted:
-                drafts.append((texts[row][:], result.draft.ids[row, : step.drafted].tolist()))
-            texts[row] += [*result.draft.ids[row, : step.accepted].tolist(), int(result.verdict.next_ids[row])]
-
-    batch = prompts(4)
-    texts = [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    state_of(target).observer = observe
-    target.generate(**batch, max_new_tokens=13, do_sample=False, eos_token_id=None)
-    assert len(drafts) > 12
-    for text, draft in drafts:
+    for text, draft in drafts_of_greedy_call(target):
         assert draft == expected_draft(drafter, target, text, len(draft)), f"behind {len(text)} ids"
 
 

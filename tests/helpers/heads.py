@@ -12,14 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.core.steps import StepResult
 from specdec.drafters.dflash import DFlashDrafter
 from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.peagle import PEagleDrafter
 from specdec.drafters.resolve import resolve_drafter
+from specdec.generation.enable import state_of
 from specdec.runtime.runner import widths
 from tests.helpers import dflash_oracle
-
-SETTINGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+from tests.helpers.families import prompts
 
 
 def layer_config(target: PreTrainedModel, model_type: str = "llama", num_layers: int = 1) -> dict[str, Any]:
@@ -38,6 +39,26 @@ def layer_config(target: PreTrainedModel, model_type: str = "llama", num_layers:
         "rope_theta": 10000.0,
         "attention_bias": False,
     }
+
+
+def drafts_of_greedy_call(target: PreTrainedModel) -> list[tuple[list[int], list[int]]]:
+    """Generate for a batch of uneven rows: -> of each draft of a row, the row's text and the ids drafted behind it."""
+    drafts: list[tuple[list[int], list[int]]] = []
+    batch = prompts(4)
+    texts = [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+
+    def observe(result: StepResult) -> None:
+        for row, step in enumerate(result.steps):
+            if step is None:
+                continue
+            if step.drafted:
+                drafts.append((texts[row][:], result.draft.ids[row, : step.drafted].tolist()))
+            texts[row] += [*result.draft.ids[row, : step.accepted].tolist(), int(result.verdict.next_ids[row])]
+
+    state_of(target).observer = observe
+    target.generate(**batch, max_new_tokens=13, do_sample=False, eos_token_id=None)
+    assert len(drafts) > 12
+    return drafts
 
 
 def random_tensors(config: dict[str, Any], draft_ids: list[int], num_taps: int, **settings: bool) -> dict[str, Tensor]:
