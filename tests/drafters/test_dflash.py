@@ -105,6 +105,41 @@ def test_sampled_drafts_are_accepted_and_a_block_ends_a_draft(
         assert max(step.drafted for row in stats.per_row for step in row.steps) == min(int(num_draft_tokens), 5)
 
 
+def test_the_cache_holds_the_targets_states_where_whole_drafts_are_accepted(target: PreTrainedModel) -> None:
+    """A flat target and a flat head agree often: before a draft, up to K + 1 positions are new."""
+    drafter = random_dflash(target)
+    head = drafter.head
+    assert isinstance(head, DFlashHead)
+    specdec.enable(target, drafter, num_draft_tokens=3, compile=False)
+    batch = prompts(4)
+    texts = [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    num_accepted = set()
+
+    def observe(result: StepResult) -> None:
+        keys: Any = drafter.runner.cache.layers[1].keys
+        for row, step in enumerate(result.steps):
+            if step is None:
+                continue
+            length = len(texts[row]) - 1
+            if step.drafted and length:
+                with torch.no_grad():
+                    hidden = target(input_ids=torch.tensor([texts[row]]), output_hidden_states=True).hidden_states
+                taps = torch.stack([hidden[layer] for layer in drafter.feature_layers], dim=2)[:, :length]
+                runner, positions = ModelRunner(head), torch.arange(length)[None]
+                runner.begin(1)
+                with torch.inference_mode():
+                    head.write_context(head.reduce(taps), positions, runner.cache_at(positions))
+                expected: Any = runner.cache.layers[1].keys
+                assert relative_error(keys[row, :, :length], expected[0, :, :length]) < 1e-4
+            num_accepted.add(step.accepted)
+            texts[row] += [*result.draft.ids[row, : step.accepted].tolist(), int(result.verdict.next_ids[row])]
+
+    state_of(target).observer = observe
+    torch.manual_seed(0)
+    target.generate(**batch, max_new_tokens=24, do_sample=True, temperature=30.0, top_k=0, eos_token_id=None)
+    assert num_accepted >= {0, 3}
+
+
 def test_with_suffix_decoding_texts_are_the_plain_ones(target: PreTrainedModel, tmp_path: Path) -> None:
     batch = prompts(4)
     expected = target.generate(**batch, max_new_tokens=30, do_sample=False, eos_token_id=None)
