@@ -13,9 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import specdec
+from specdec.core.steps import StepResult
 from specdec.drafters.dflash import DFlashDrafter, DFlashHead
 from specdec.drafters.head_checkpoint import load_head
-from specdec.generation.enable import decoding_of
+from specdec.generation.enable import decoding_of, state_of
 from specdec.runtime.runner import ModelRunner
 from specdec.utils.numerics import relative_error
 from tests.helpers.dflash_oracle import BLOCK_SIZE, CONFIGURATIONS, FOLDER, MASK_ID
