@@ -327,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             drafters["suffix + draft model"] = with_suffix_decoding(draft, target)
         drafters |= {"prompt lookup": resolve_drafter("prompt_lookup", target), "suffix": SuffixDecoding()}
         coverage = None
-        if args.draft is not None and is_head(str(args.draft)):
+        if args.draft is not None and is_head(str(args.draft), target.config):
             drafters["EAGLE-3 head"] = resolve_drafter(args.draft, target)
         elif args.draft is not None:
             further = load_int4(args.draft, args.dtype)

@@ -164,7 +164,7 @@ def prompt_ids(workload: Workload, tokenizer: Any, max_prompt_tokens: int = MAX_
 
 def _load_drafter(name: str, model: PreTrainedModel, dtype: str) -> Any:
     """A draft model as it is, which transformers' loop takes too, or a drafter."""
-    is_model = draft_model_of(name) == name and not is_head(name)
+    is_model = draft_model_of(name) == name and not is_head(name, model.config)
     return load(name, dtype, str(model.device)) if is_model else load_drafter(name, model, dtype)
 
 

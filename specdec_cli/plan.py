@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec.draft_length.settings import MAX_DRAFT_TOKENS
-from specdec.drafters.head_checkpoint import is_head
 from specdec.drafters.resolve import draft_model_of, has_suffix_decoding
 from specdec.drafters.suffix import BYTES_PER_ID, MAX_IDS
 from specdec.planning.devices import (
@@ -25,7 +24,7 @@ from specdec.planning.devices import (
     smallest_card,
     usable_bytes,
 )
-from specdec.planning.footprint import measure_footprint, measure_head_footprint
+from specdec.planning.footprint import measure_draft_footprint, measure_footprint
 from specdec.planning.formulas import ModelFootprint
 from specdec.planning.memory import MemoryPlan, largest_batch, largest_context, plan_memory
 
@@ -85,11 +84,7 @@ class Planner:
         settings: dict[str, Any] = {"dtype": getattr(torch, options.dtype), "group_size": options.group_size}
         target = measure_footprint(options.target, **settings)
         draft_model = draft_model_of(options.draft) if options.draft else None
-        draft = None
-        if draft_model is not None and is_head(draft_model):
-            draft = measure_head_footprint(draft_model, options.target, dtype=settings["dtype"])
-        elif draft_model is not None:
-            draft = measure_footprint(draft_model, **settings)
+        draft = None if draft_model is None else measure_draft_footprint(draft_model, options.target, **settings)
         keeps_answers = options.draft is not None and has_suffix_decoding(options.draft)
         host_bytes = MAX_IDS * BYTES_PER_ID if keeps_answers else 0
         context = (

@@ -44,12 +44,18 @@ class DFlashSettings(HeadSettings):
     @property
     def max_draft_tokens(self) -> int:
         """How many ids a block drafts."""
-        return self.block_size if self.sample_from_anchor else self.block_size - 1
+        return self.block_size - self.first_drafting
+
+    @property
+    def first_drafting(self) -> int:
+        """The first position of a block that drafts an id."""
+        return 0 if self.sample_from_anchor else 1
 
 
 class DFlashHead(DraftHead):  # type: ignore[no-untyped-call]
     """The head; `write_context` has written the keys and values of committed positions to its cache."""
 
+    kind = "a DFlash head"
     settings: DFlashSettings
 
     def __init__(
@@ -101,7 +107,12 @@ class DFlashHead(DraftHead):  # type: ignore[no-untyped-call]
         }
         for layer in self.layers:
             states = layer(states, **inputs)
-        return CausalLMOutput(logits=self.logits_of(self.norm(states), logits_to_keep))
+        states = self.norm(states)
+        self.keep_states(states, position_ids, past_key_values)
+        return CausalLMOutput(logits=self.logits_of(states, logits_to_keep))
+
+    def keep_states(self, states: Tensor, positions: Tensor, cache: RaggedCache) -> None:
+        """Keep the normed states [B, W, H] of a block, for a drafter that needs more than its logits."""
 
 
 class DFlashDrafter(HeadDrafter):
@@ -123,9 +134,16 @@ class DFlashDrafter(HeadDrafter):
             (len(last), settings.block_size), settings.mask_token_id, dtype=torch.int64, device=last.device
         )
         block[:, :1] = self._within_vocabulary(sequences.ids.gather(1, last))
-        logits = self.runner.forward(block, last + torch.arange(settings.block_size, device=last.device)).logits
-        first = 0 if settings.sample_from_anchor else 1
-        return self._choose_each(logits[:, first : first + num_ids], sequences, limit.clamp(max=num_ids))
+        positions = last + torch.arange(settings.block_size, device=last.device)
+        logits = self.runner.forward(block, positions).logits
+        return self._choose_block(logits, block, positions, sequences, num_ids, limit.clamp(max=num_ids))
+
+    def _choose_block(
+        self, logits: Tensor, block: Tensor, positions: Tensor, sequences: Sequences, num_ids: int, limit: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Choose num_ids ids from the logits [B, block, V] of a block at positions: -> ids, probs and lengths."""
+        first = self.settings.first_drafting
+        return self._choose_each(logits[:, first : first + num_ids], sequences, limit)
 
     def _write_states(self, states: Tensor, positions: Tensor) -> None:
         head = self.head

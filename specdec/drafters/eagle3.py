@@ -72,6 +72,8 @@ class FirstLayer(nn.Module):
 class Eagle3Head(DraftHead):  # type: ignore[no-untyped-call]
     """The head; the state that it reads at a position is in its cache's features, its own output goes behind."""
 
+    kind = "an EAGLE-3 head"
+    keeps_states = True
     settings: Eagle3Settings
 
     def __init__(

@@ -12,26 +12,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from specdec.drafters.dflash import DFlashHead, DFlashSettings
+from specdec.drafters.dspark import MARKOV_HEADS, DSparkHead, DSparkSettings
 from specdec.drafters.eagle3 import LAYERS, Eagle3Head, Eagle3Settings
 from specdec.drafters.heads import DraftHead, HeadSettings
+from specdec.drafters.mtp import DECODER, MtpHead, MtpSettings, mtp_config
+from specdec.drafters.mtp_checkpoint import has_mtp, read_mtp_tensors
 from specdec.drafters.peagle import PEagleHead, PEagleSettings
 from specdec.quant.checkpoints import HUB_FILES, checkpoint_folder, config_folder, read_json, tensor_files
 from specdec.quant.layers import abbreviate
 from specdec.runtime.kv_cache.masks import attention_kinds
 from specdec.utils.warn import warn
 
-EAGLE3, PEAGLE, DFLASH = "eagle3", "peagle", "dflash"
-KINDS = {  # of draft heads, in words
-    EAGLE3: "an EAGLE-3 head",
-    PEAGLE: "a P-EAGLE head",
-    DFLASH: "a DFlash head",
+EAGLE3, PEAGLE, DFLASH, DSPARK, MTP = "eagle3", "peagle", "dflash", "dspark", "mtp"
+OTHER_KINDS = {  # of draft heads that specdec does not run, in words
     "dflash2": "a head of DFlash's second version",
-    "dspark": "a DSpark head",
     "eagle": "an EAGLE head of the first two versions",
-    "mtp": "an MTP head",
+    MTP: "an MTP head of the speculators library",
 }
 NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 PICKLE = "pytorch_model.bin"  # SafeAILab's heads; read without running code of it
@@ -42,35 +41,48 @@ EMBEDDING, OUTPUT = "embed_tokens.weight", "lm_head.weight"
 
 
 def kind_of(config: Mapping[str, Any]) -> str | None:
-    """The kind of draft head that a config.json describes, a key of KINDS; None for a language model.
+    """The kind of draft head that a config.json describes, a key of HEADS or OTHER_KINDS; None for a language model.
 
     Raises ValueError for a kind of the speculators library that is not known here.
     """
     kind = config.get("speculators_model_type")
     if kind is None:
         names = " ".join(map(str, config.get("architectures") or [])).lower()
-        kind = next((kind for kind in (EAGLE3, DFLASH, "dspark") if kind in names), None)
-    if kind is not None and kind not in KINDS:
+        kind = next((kind for kind in (EAGLE3, DFLASH, DSPARK) if kind in names), None)
+    if kind is not None and kind not in HEADS and kind not in OTHER_KINDS:
         raise ValueError(f"it is a draft head of the kind {kind!r}, which specdec does not know")
     return kind
 
 
-def is_head(path: str) -> bool:
-    """Whether a folder or hub id holds a draft head, not a language model. ValueError where its kind is not known."""
+def is_head(path: str, target: PreTrainedConfig) -> bool:
+    """Whether a folder or hub id holds a draft head for a target, not a language model; MTP layers are one.
+
+    "mtp" stands for the target's own checkpoint. Raises ValueError where the kind of a head is not known.
+    """
+    if path == MTP:
+        return True
     try:
-        content = read_json(config_folder(path) / "config.json")
+        folder = config_folder(path)
+        content = read_json(folder / "config.json")
     except (ValueError, OSError):  # whoever loads it as a language model says why
         return False
-    return kind_of(content) is not None
+    return kind_of(content) is not None or has_mtp(folder, content, target.get_text_config(decoder=True))
 
 
 def load_head(path: str, target: PreTrainedModel) -> DraftHead:
-    """The draft head in a folder or under a hub id, in the target's dtype and on its device.
+    """The draft head in a folder or under a hub id, "mtp" for the target's own, in its dtype and on its device.
 
     Raises ValueError where specdec does not run its kind, tensors are missing, not used or of another shape, or it was
     made for another target.
     """
-    head, tensors = _read_head(path, target.config)
+    if path == MTP and not target.name_or_path:
+        raise ValueError("the target was not loaded from a checkpoint that may have MTP layers; name the checkpoint")
+    model: Any = target
+    source = str(target.name_or_path) if path == MTP else path
+    head, tensors = _read_head(source, target.config, type(model.get_decoder()))
+    if isinstance(head, MtpHead):
+        names = [name for name in tensors if name.startswith(DECODER)]
+        head.load_decoder({name.removeprefix(DECODER): tensors.pop(name) for name in names}, target)
     head.share(target)
     weights = {
         name: tensor.to(device=target.device, dtype=target.dtype if tensor.is_floating_point() else None)
@@ -80,8 +92,7 @@ def load_head(path: str, target: PreTrainedModel) -> DraftHead:
     if not head.is_reduced:
         weights["d2t"] = torch.zeros(head.settings.draft_vocab_size, dtype=torch.int64, device=target.device)
     head.load_state_dict(weights, strict=False, assign=True)
-    rotary: Any = head.rotary_emb
-    head.rotary_emb = type(rotary)(head.config).to(target.device)  # whose frequencies are computed
+    head.reset_rotary()
     head.train(False)
     head.requires_grad_(False)
     return head
@@ -90,30 +101,57 @@ def load_head(path: str, target: PreTrainedModel) -> DraftHead:
 def make_head(path: str, target: PreTrainedConfig) -> DraftHead:
     """The draft head of a folder or hub id on the meta device, checked as `load_head` says.
 
-    target: the config of its target, whose embedding and output layer it has not yet where it shares them.
+    target: the config of its target, whose embedding and output layer it has not yet where it shares them. Of an MTP
+    layer, which is large, no tensor is read.
     """
-    return _read_head(path, target)[0]
+    content = {} if path == MTP else read_json(config_folder(path) / "config.json")
+    with torch.device("meta"):
+        text = target.get_text_config(decoder=True)
+        decoder_class = type(AutoModel.from_config(text))  # type: ignore[no-untyped-call]
+        if kind_of(content) is None:
+            return MtpHead(*_of_mtp_layer(target, decoder_class))
+    return _read_head(path, target, decoder_class)[0]
 
 
-def _read_head(path: str, target: PreTrainedConfig) -> tuple[DraftHead, dict[str, Tensor]]:
-    """-> the head on the meta device, checked, and its tensors."""
+def _read_head(
+    path: str, target: PreTrainedConfig, decoder_class: type[PreTrainedModel]
+) -> tuple[DraftHead, dict[str, Tensor]]:
+    """-> the head on the meta device, checked, and its tensors. decoder_class: the target's class without its head."""
     folder = checkpoint_folder(path, {}, [*HUB_FILES, PICKLE])
     content = read_json(folder / "config.json")
     kind = kind_of(content)
-    if kind not in HEADS:
-        what = KINDS.get(str(kind), "no draft head")
-        raise ValueError(f"it is {what}; of draft heads specdec runs those of EAGLE-3, P-EAGLE and DFlash")
-    tensors = _read_tensors(folder)
-    head_class, read = HEADS[str(kind)]
     text = target.get_text_config(decoder=True)
+    if kind is None:
+        tensors, hidden_first = read_mtp_tensors(folder, text.num_hidden_layers)
+        with torch.device("meta"):
+            head: DraftHead = MtpHead(*_of_mtp_layer(target, decoder_class, hidden_first))
+        _check_tensors(head, tensors)
+        return head, tensors
+    if kind not in HEADS:
+        raise ValueError(
+            f"it is {OTHER_KINDS[kind]}; specdec runs EAGLE-3, P-EAGLE, DFlash and DSpark heads and the MTP layer in a"
+            " target's own checkpoint"
+        )
+    tensors = _read_tensors(folder)
+    head_class, read = HEADS[kind]
     config, settings = read(content, text)
     _check_target(config, settings, text, tensors)
     is_full = settings.draft_vocab_size == config.vocab_size
     with torch.device("meta"):
-        head: DraftHead = head_class(config, settings, EMBEDDING in tensors, OUTPUT in tensors or not is_full)
+        head = head_class(config, settings, EMBEDDING in tensors, OUTPUT in tensors or not is_full)
     _check_tensors(head, tensors)
     _check_ids(head, tensors)
     return head, tensors
+
+
+def _of_mtp_layer(
+    target: PreTrainedConfig, decoder_class: type[PreTrainedModel], hidden_first: bool = False
+) -> tuple[PreTrainedConfig, MtpSettings]:
+    """The config of the target's MTP layer, and its settings."""
+    text = target.get_text_config(decoder=True)
+    layers, vocab_size, width = (text.num_hidden_layers,), int(text.vocab_size), int(text.hidden_size)
+    settings = MtpSettings(layers, vocab_size, width, decoder_class=decoder_class, hidden_first=hidden_first)
+    return mtp_config(text), settings
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -194,12 +232,45 @@ def _mask_id(content: Mapping[str, Any], vocab_size: int) -> int:
 
 
 def _read_dflash(content: Mapping[str, Any], text: PreTrainedConfig) -> tuple[PreTrainedConfig, DFlashSettings]:
-    """The config of the layers of a DFlash head, and its settings; z-lab counts layers from the first one's output."""
-    is_speculators = "speculators_model_type" in content
-    own = content if is_speculators else {**content, **(content.get("dflash_config") or {})}
+    """The config of the layers of a DFlash head, and its settings."""
+    own = _sections(content, "dflash_config")
     config = _layer_config(content, ["qwen3"], text)
+    return config, _block_settings(own, config, text, sample_from_anchor=False)
+
+
+def _read_dspark(content: Mapping[str, Any], text: PreTrainedConfig) -> tuple[PreTrainedConfig, DSparkSettings]:
+    """The config of the layers of a DSpark head, and its settings."""
+    own = _sections(content, "dspark_config", "dflash_config")
+    config = _layer_config(content, ["qwen3"], text)
+    settings = DSparkSettings(
+        **vars(_block_settings(own, config, text, sample_from_anchor=True)),
+        markov_rank=_number({"markov_rank": 256, **own}, "markov_rank"),
+        markov_head_type=str(own.get("markov_head_type", MARKOV_HEADS[0])),
+        enable_confidence_head=bool(own.get("enable_confidence_head", True)),
+        confidence_head_with_markov=bool(own.get("confidence_head_with_markov", True)),
+    )
+    if settings.markov_rank and settings.markov_head_type not in MARKOV_HEADS:
+        raise ValueError(
+            f"its Markov head is of the type {settings.markov_head_type!r}; specdec runs {', '.join(MARKOV_HEADS)}"
+        )
+    if settings.enable_confidence_head and settings.confidence_head_with_markov and not settings.markov_rank:
+        raise ValueError("its config.json has a confidence head that reads a Markov head, but markov_rank=0")
+    return config, settings
+
+
+def _sections(content: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    """The settings of a head, those in sections of their own included, in another layout than speculators'."""
+    sections = [] if "speculators_model_type" in content else [content.get(name) or {} for name in names]
+    return {**content, **{name: value for section in sections for name, value in section.items()}}
+
+
+def _block_settings(
+    own: Mapping[str, Any], config: PreTrainedConfig, text: PreTrainedConfig, sample_from_anchor: bool
+) -> DFlashSettings:
+    """The settings of a DFlash block. Layouts other than speculators' count layers from the first one's output."""
     if kinds := attention_kinds(config) - {"full_attention"}:
-        raise ValueError(f"its layers have {', '.join(sorted(kinds))}; of DFlash heads specdec runs full attention")
+        raise ValueError(f"its layers have {', '.join(sorted(kinds))}; of such heads specdec runs full attention")
+    is_speculators = "speculators_model_type" in own
     layers = own.get("aux_hidden_state_layer_ids" if is_speculators else "target_layer_ids")
     if not layers:
         raise ValueError("its config.json does not name the target's layers that it reads")
@@ -209,11 +280,11 @@ def _read_dflash(content: Mapping[str, Any], text: PreTrainedConfig) -> tuple[Pr
         int(own.get("target_hidden_size") or text.hidden_size),
         _number(own, "block_size"),
         _mask_id(own, config.vocab_size),
-        bool(own.get("sample_from_anchor", False)),
+        bool(own.get("sample_from_anchor", sample_from_anchor)),
     )
     if settings.max_draft_tokens < 1:
         raise ValueError(f"its block_size={settings.block_size} leaves nothing to draft")
-    return config, settings
+    return settings
 
 
 def _check_target(
@@ -242,12 +313,14 @@ HEADS: dict[str, tuple[Any, Any]] = {
     EAGLE3: (Eagle3Head, _read_eagle3),
     PEAGLE: (PEagleHead, _read_peagle),
     DFLASH: (DFlashHead, _read_dflash),
+    DSPARK: (DSparkHead, _read_dspark),
 }
 
 
 def _check_tensors(head: DraftHead, tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError where tensors are missing, not used, or of another shape than the head's."""
-    expected = dict(head.state_dict())
+    expected = {name: value for name, value in head.state_dict().items() if not name.startswith(DECODER)}
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(DECODER)}
     optional = OPTIONAL if head.is_reduced else {*OPTIONAL, "d2t"}
     wrong = {
         "lacks": expected.keys() - tensors.keys() - optional,

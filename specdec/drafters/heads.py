@@ -32,9 +32,12 @@ class DraftHead(PreTrainedModel):  # type: ignore[no-untyped-call]
     """A head as a causal language model over the target's vocabulary: ids [B, W], positions -> logits [B, W, V].
 
     Ids that it cannot draft have the logit -inf. owns_embedding, owns_output: otherwise embed_tokens and lm_head are
-    the target's. d2t: [Vd] int64, what is added to a drafted id to get the target's.
+    the target's. d2t: [Vd] int64, what is added to a drafted id to get the target's. keeps_states: whether its forwards
+    write states of its own to its cache's features.
     """
 
+    kind = "a draft head"  # in words
+    keeps_states = False
     _supports_sdpa = _supports_attention_backend = True
     settings: HeadSettings
     d2t: Tensor
@@ -53,6 +56,16 @@ class DraftHead(PreTrainedModel):  # type: ignore[no-untyped-call]
         self.is_reduced = settings.draft_vocab_size != config.vocab_size
         self.register_buffer("d2t", torch.zeros(settings.draft_vocab_size, dtype=torch.int64))
 
+    def description(self) -> str:
+        """What it is, in a few words for a person."""
+        settings, vocab_size = self.settings, self.config.vocab_size
+        layers, count = ", ".join(map(str, settings.feature_layers)), self.config.num_hidden_layers
+        drafted = f"{settings.draft_vocab_size:,} of the target's {vocab_size:,}" if self.is_reduced else "all"
+        return (
+            f"{self.kind} with {count} layer{'s' * (count > 1)}, which reads the target's hidden states {layers} and"
+            f" drafts {drafted} ids"
+        )
+
     def share(self, target: PreTrainedModel) -> None:
         """Read the target's embedding and output layer where the head has none of its own.
 
@@ -70,7 +83,11 @@ class DraftHead(PreTrainedModel):  # type: ignore[no-untyped-call]
         own: Any = self.fc.weight
         if (own.device, own.dtype) != (target.device, target.dtype):
             nn.Module.to(self, device=target.device, dtype=target.dtype)
-            self.rotary_emb = type(self.rotary_emb)(self.config).to(target.device)  # its frequencies stay in float32
+            self.reset_rotary()
+
+    def reset_rotary(self) -> None:
+        """Compute the frequencies of the rotary embedding anew, which no checkpoint holds and which stay in float32."""
+        self.rotary_emb = type(self.rotary_emb)(self.config).to(self.fc.weight.device)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
@@ -86,12 +103,15 @@ class DraftHead(PreTrainedModel):  # type: ignore[no-untyped-call]
     def logits_of(self, states: Tensor, columns: int | Tensor) -> Tensor:
         """Logits [B, C, V] of normed states [B, W, H]. columns: the last so many, 0 for all; or their indices."""
         chosen = columns if isinstance(columns, Tensor) else slice(-columns, None)
-        logits: Tensor = self.lm_head(states[:, chosen])
+        return self.over_vocabulary(self.lm_head(states[:, chosen]), -torch.inf)
+
+    def over_vocabulary(self, values: Tensor, others: float) -> Tensor:
+        """Values [B, C, Vd] of the ids that it can draft as those of all ids, [B, C, V]: `others` for the rest."""
         if not self.is_reduced:
-            return logits
-        ids = torch.arange(len(self.d2t), device=logits.device) + self.d2t
-        full = logits.new_full((*logits.shape[:2], self.config.vocab_size), -torch.inf)
-        return full.index_copy(-1, ids, logits)
+            return values
+        ids = torch.arange(self.d2t.shape[0], device=values.device) + self.d2t
+        full = values.new_full((*values.shape[:2], self.config.vocab_size), others)
+        return full.index_copy(-1, ids, values)
 
 
 class HeadDrafter(ModelDrafter):

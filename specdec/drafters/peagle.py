@@ -26,6 +26,7 @@ class PEagleSettings(Eagle3Settings):
 class PEagleHead(Eagle3Head):  # type: ignore[no-untyped-call]
     """The head. mask_hidden: [n * H'], in place of the target's hidden states."""
 
+    kind = "a P-EAGLE head"
     settings: PEagleSettings
 
     def __init__(

@@ -14,11 +14,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.core.interfaces import Drafter
 from specdec.drafters.dflash import DFlashDrafter, DFlashHead
+from specdec.drafters.dspark import DSparkDrafter, DSparkHead
 from specdec.drafters.eagle3 import Eagle3Drafter, Eagle3Head
 from specdec.drafters.head_checkpoint import is_head, load_head
 from specdec.drafters.heads import DraftHead, HeadDrafter
 from specdec.drafters.hybrid import SuffixHybrid
 from specdec.drafters.model import ModelDrafter
+from specdec.drafters.mtp import MtpHead
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.other_tokenizer import OtherTokenizerDrafter
 from specdec.drafters.peagle import PEagleDrafter, PEagleHead
@@ -42,6 +44,8 @@ HEAD_DRAFTERS: dict[type[DraftHead], Callable[..., HeadDrafter]] = {
     Eagle3Head: Eagle3Drafter,
     PEagleHead: PEagleDrafter,
     DFlashHead: DFlashDrafter,
+    DSparkHead: DSparkDrafter,
+    MtpHead: Eagle3Drafter,
 }
 NAMED_DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "none": NoDrafter,
@@ -82,7 +86,7 @@ def _named_drafter(name: str, model: PreTrainedModel, load_draft: Callable[[str]
         return NAMED_DRAFTERS[name]()
     drafter: Drafter | None = None
     with named_errors(f"drafter={path!r} cannot be used"):
-        if is_head(path):
+        if is_head(path, model.config):
             drafter = _make_head_drafter(load_head(path, model), model)
     drafter = drafter or resolve_drafter(load_draft(path), model)
     assert isinstance(drafter, ModelDrafter)
@@ -103,6 +107,15 @@ def _make_head_drafter(head: DraftHead, model: PreTrainedModel) -> HeadDrafter:
         )
     vocab_size = widths(model)[0]
     return HEAD_DRAFTERS[type(head)](head, vocab_size)
+
+
+def description(drafter: Any) -> str:
+    """What the model of a drafter is, which has one, in a few words for a person."""
+    runner = drafter.runner
+    if isinstance(runner.model, DraftHead):
+        return runner.model.description()
+    config = runner.config
+    return f"a draft model, {type(runner.model).__name__} with {config.num_hidden_layers} layers"
 
 
 def has_suffix_decoding(name: str) -> bool:

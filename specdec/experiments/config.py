@@ -74,7 +74,7 @@ class DraftModel:
 
 @dataclass
 class DraftHead:
-    """A draft head that was trained for the target (EAGLE-3, DFlash), in its dtype. path: a folder or hub id."""
+    """A draft head that was trained for the target, in its dtype. path: a folder or hub id; "mtp": the target's own."""
 
     path: str
 

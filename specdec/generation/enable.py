@@ -31,6 +31,8 @@ from specdec.drafters.resolve import (
     check_device,
     check_num_draft_tokens,
     check_pair,
+    description,
+    draft_model_of,
     in_eval_mode,
     make_model_drafter,
     resolve_drafter,
@@ -56,7 +58,7 @@ from specdec.runtime.identity.snapshot import Identity
 from specdec.runtime.prepare import Compile, prepare
 from specdec.runtime.runner import ModelRunner, masks_by_slot
 from specdec.runtime.support import support_of
-from specdec.utils.warn import warn
+from specdec.utils.warn import note, warn
 
 _STATE = "_specdec_state"  # in an enabled model's __dict__; pickles and copies leave it out
 _STOCK = "_specdec_stock"  # in a drop-in class: the class it derives from
@@ -138,6 +140,8 @@ def enable(
         state.draft_trials.setdefault(runner.model, TrialCache()).store(runner, Trial(), _compiled_identity(runner))
     enabled.__dict__[_STATE] = state
     enabled.__class__ = _drop_in_class(stock)
+    if isinstance(drafter, str | Path) and (path := draft_model_of(str(drafter))) is not None:
+        note(f"{path}: {description(resolved)}")
     if support.warning is not None:
         warn(support.warning)
     return model

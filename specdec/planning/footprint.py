@@ -22,8 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from specdec.drafters.eagle3 import Eagle3Head
-from specdec.drafters.head_checkpoint import make_head
+from specdec.drafters.head_checkpoint import is_head, make_head
 from specdec.drafters.heads import DraftHead
 from specdec.planning.formulas import ModelFootprint
 from specdec.planning.peak_memory import LiveStorages
@@ -70,13 +69,23 @@ def measure_footprint(
         return _measure(config, settings, name, dtype, device, group_size)
 
 
-def measure_head_footprint(
-    path: str, target: str | Path | PreTrainedConfig, *, dtype: torch.dtype = torch.bfloat16, device: str = "cuda"
+def measure_draft_footprint(
+    path: str,
+    target: str | Path | PreTrainedConfig,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+    group_size: int = 128,
 ) -> ModelFootprint:
-    """Measure a draft head on meta, from a folder or hub id, for the target of this config; see measure_footprint."""
+    """Measure a draft model or a draft head on meta, for the target of this config; see measure_footprint.
+
+    path: a folder or hub id, "mtp" for the MTP layer in the target's own checkpoint.
+    """
     target_config, _, _ = _read_config(target)
     with named_errors(f"no memory can be planned for {path}"):
-        return footprint_of_head(make_head(path, target_config), path, dtype, device)
+        if is_head(path, target_config):
+            return footprint_of_head(make_head(path, target_config), path, dtype, device)
+    return measure_footprint(path, dtype=dtype, device=device, group_size=group_size)
 
 
 def footprint_of_head(head: DraftHead, name: str, dtype: torch.dtype, device: str) -> ModelFootprint:
@@ -87,7 +96,7 @@ def footprint_of_head(head: DraftHead, name: str, dtype: torch.dtype, device: st
     skeleton.to(dtype)
     shared = {"embed_tokens": not head.owns_embedding, "lm_head": not head.owns_output}
     own = [tensor for name, tensor in skeleton.named_parameters() if not shared.get(name.partition(".")[0], False)]
-    own_states = config.hidden_size if isinstance(head, Eagle3Head) else 0
+    own_states = config.hidden_size if head.keeps_states else 0
     return ModelFootprint(
         name=name,
         dtype=dtype,

@@ -30,7 +30,7 @@ from specdec.quant.layers import abbreviate, linear_layers
 
 # Files with the quantization config, of libraries that do not write it into config.json; and the method of each.
 SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
-# Mismatches are reported, not raised, so that _check_complete can name them.
+# Mismatches are reported, not raised, so that check_complete can name them.
 LOADING_OPTIONS = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 HUB_CONFIGS = ["config.json", "generation_config.json", *SETTINGS_FILES, "*.py"]
@@ -97,7 +97,7 @@ def load_checkpoint(
             arguments = LOADING_OPTIONS | {"dtype": dtype} | location | kwargs
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, **arguments)
             model, info = loaded
-        _check_complete(info)
+        check_complete(info)
         return model if device is None else model.to(device)
 
 
@@ -218,7 +218,7 @@ def _dtype(dtype: Any, config: Any, files: Mapping[str, Any]) -> Any:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def _check_complete(info: Mapping[str, Any]) -> None:
+def check_complete(info: Mapping[str, Any]) -> None:
     """Raise ValueError where tensors and model did not fit; transformers fills what is missing with random numbers."""
     missing = sorted(info["missing_keys"])
     unexpected = sorted(name for name in info["unexpected_keys"] if not IGNORED_TENSORS.search(name))

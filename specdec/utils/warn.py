@@ -1,4 +1,4 @@
-"""Warnings that name the user's line."""
+"""Warnings that name the user's line, and notes that are none."""
 
 from __future__ import annotations
 
@@ -17,3 +17,8 @@ def warn(message: str) -> None:
     while frame.f_globals.get("__name__", "").partition(".")[0] in _OWN_PACKAGES and frame.f_back is not None:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
+
+
+def note(message: str) -> None:
+    """Print a line to stderr, of what specdec found out and a person may want to check."""
+    print(f"specdec: {message}", file=sys.stderr)

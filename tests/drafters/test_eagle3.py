@@ -29,6 +29,7 @@ from tests.helpers.heads import (
     drafts_of_greedy_call,
     layer_config,
     random_dflash,
+    random_dspark,
     random_head,
     random_peagle,
     random_tensors,
@@ -241,7 +242,7 @@ def reads_too_many_layers(tensors: dict[str, Tensor], config: dict[str, Any]) ->
 
 
 def is_of_another_kind(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    config["speculators_model_type"] = "dspark"
+    config["speculators_model_type"] = "dflash2"
 
 
 def is_for_another_vocabulary(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -265,7 +266,10 @@ def has_another_width(tensors: dict[str, Tensor], config: dict[str, Any]) -> Non
         (names_too_few_ids, "t2d has 9 entries, and the target 101 ids"),
         (has_no_layers, "has no transformer_layer_config"),
         (reads_too_many_layers, r"reads the hidden states \[0, 7\], but those of a target with 2 layers are 0 … 1"),
-        (is_of_another_kind, "it is a DSpark head; of draft heads specdec runs those of EAGLE-3, P-EAGLE and DFlash"),
+        (
+            is_of_another_kind,
+            "it is a head of DFlash's second version; specdec runs EAGLE-3, P-EAGLE",
+        ),
         (is_for_another_vocabulary, "for a target of 109 ids, and this one has 101"),
         (has_another_width, "of width 48, and the target's have 32"),
     ],
@@ -311,7 +315,7 @@ def test_calls_at_the_same_time_have_caches_of_their_own(target: PreTrainedModel
     assert in_threads(*(lambda batch=batch: target.generate(**batch, **call).tolist() for batch in batches)) == expected
 
 
-@pytest.mark.parametrize("make", [random_head, random_peagle, random_dflash])
+@pytest.mark.parametrize("make", [random_head, random_peagle, random_dflash, random_dspark])
 def test_a_head_follows_its_target_to_another_dtype(target: PreTrainedModel, make: Any) -> None:
     specdec.enable(target, make(target), num_draft_tokens=3, compile=False)
     call: dict[str, Any] = prompts(2) | {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}

@@ -34,7 +34,8 @@ from specdec.runtime.cuda_graphs import RECORDINGS
 from tests.helpers.draft_length import erratic_k
 from tests.helpers.drafters import AlwaysRight, Empty, Random, Uneven
 from tests.helpers.families import make_model
-from tests.helpers.heads import random_dflash, random_head, random_peagle
+from tests.helpers.heads import random_dflash, random_dspark, random_head, random_peagle
+from tests.helpers.mtp import random_mtp
 from tests.helpers.tokenizers import tokenizer_of
 
 pytestmark = pytest.mark.usefixtures("either_way")
@@ -68,6 +69,8 @@ DRAFTERS: dict[str, Callable[[PreTrainedModel], Drafter]] = {
     "eagle3": lambda target: random_head(target, draft_ids=list(range(0, V, 2))),
     "peagle": lambda target: random_peagle(target, draft_ids=list(range(1, V, 2))),
     "dflash": lambda target: random_dflash(target, draft_ids=list(range(0, V, 2))),
+    "dspark": lambda target: random_dspark(target, draft_ids=list(range(0, V, 2))),
+    "mtp": lambda target: random_mtp(target),
     "other_tokenizer": lambda target: OtherTokenizerDrafter(tiny_model(1), V, shared_letters()),
     "always_right": lambda target: AlwaysRight(target, V),
     "random": lambda target: Random(2, V),

@@ -21,6 +21,8 @@ from specdec.generation import enable as generation_enable
 from specdec.generation.state import Call
 from specdec.runtime.model_forward import cache_argument, forward_parameters
 from tests.helpers.families import FAMILIES, REFUSED, VOCAB_SIZE, make_model, prompts
+from tests.helpers.heads import random_head
+from tests.helpers.mtp import random_mtp
 from tests.helpers.plain import WIDTH, continuation, drafter, target
 
 
@@ -286,3 +288,28 @@ def test_dynamic_rotary_frequencies_beyond_the_context_go_to_the_stock_loop_what
     call = {"max_new_tokens": 5, "stopping_criteria": [MaxLengthCriteria(64)], **prompts(4)}
     want = model.generate(**call)
     assert specdec.enable(model, drafter()).generate(**call).tolist() == want.tolist()
+
+
+def test_enable_says_in_one_line_what_a_folder_holds(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model, draft, head, layer = fresh(), tmp_path / "draft", tmp_path / "head", tmp_path / "mtp"
+    fresh().save_pretrained(draft)
+    random_head(model, head, draft_ids=list(range(50)))
+    random_mtp(model, layer)
+    for given, line in (
+        (draft, f"{draft}: a draft model, LlamaForCausalLM with 2 layers"),
+        (
+            f"suffix+{head}",
+            f"{head}: an EAGLE-3 head with 1 layer, which reads the target's hidden states 0, 1 and drafts 50 of the"
+            " target's 101 ids",
+        ),
+        (
+            layer,
+            f"{layer}: the MTP head of the target's own checkpoint with 1 layer, which reads the target's hidden states"
+            " 2 and drafts all ids",
+        ),
+        ("prompt_lookup", None),
+    ):
+        capfd.readouterr()
+        specdec.enable(model, given, compile=False)
+        lines = [one for one in capfd.readouterr().err.splitlines() if one.startswith("specdec: ")]
+        assert lines == ([] if line is None else [f"specdec: {line}"])

@@ -21,7 +21,8 @@ from specdec.drafters.model import ModelDrafter
 from tests.helpers.draft_length import erratic_k
 from tests.helpers.drafters import AlwaysRight, AlwaysWrong, Empty, Random, Uneven
 from tests.helpers.families import FAMILIES, REFUSED, VOCAB_SIZE, WEIGHTS, family, make_model, prompts
-from tests.helpers.heads import random_dflash, random_head, random_peagle
+from tests.helpers.heads import random_dflash, random_dspark, random_head, random_peagle
+from tests.helpers.mtp import MTP_FAMILIES, random_mtp
 from tests.helpers.recording import recorded
 from tests.helpers.tokenizers import other_tokenizer
 
@@ -65,6 +66,8 @@ DRAFTERS: dict[str, Callable[[Case], Any]] = {
     "eagle3": lambda case: random_head(family(case.family, case.weights), draft_ids=list(range(3, VOCAB_SIZE, 2))),
     "peagle": lambda case: random_peagle(family(case.family, case.weights)),
     "dflash": lambda case: random_dflash(family(case.family, case.weights)),
+    "dspark": lambda case: random_dspark(family(case.family, case.weights)),
+    "mtp": lambda case: random_mtp(family(case.family, case.weights)),
     "other_tokenizer": lambda case: other_tokenizer(perturbed(case.family)),
     "always_right": lambda case: AlwaysRight(family(case.family, case.weights)),
     "always_wrong": lambda case: AlwaysWrong(family(case.family, case.weights)),
@@ -78,15 +81,22 @@ def largest_k(case: Case) -> int:
     return case.num_draft_tokens if isinstance(case.num_draft_tokens, int) else MAX_DRAFT_TOKENS
 
 
+def exists(case: Case) -> bool:
+    """Whether the family can have the drafter."""
+    return case.drafter != "mtp" or case.family in MTP_FAMILIES
+
+
 FULL = [
-    Case(*values) for values in itertools.product(FAMILIES, WEIGHTS, DRAFTERS, NUM_DRAFT_TOKENS, BATCHES, STOPS, WAYS)
+    case
+    for values in itertools.product(FAMILIES, WEIGHTS, DRAFTERS, NUM_DRAFT_TOKENS, BATCHES, STOPS, WAYS)
+    if exists(case := Case(*values))
 ]
 
 
 def covering() -> list[Case]:
-    """Every family with every drafter; the other values rotate. All pairs of values occur (tested below)."""
+    """Every family with each drafter it can have; the other values rotate. All pairs of values occur (tested below)."""
     weights = tuple(WEIGHTS)
-    return [
+    cases = [
         Case(
             model_type,
             weights[(f + d) % len(weights)],
@@ -98,6 +108,7 @@ def covering() -> list[Case]:
         )
         for (f, model_type), (d, drafter) in itertools.product(enumerate(FAMILIES), enumerate(DRAFTERS))
     ]
+    return [case for case in cases if exists(case)]
 
 
 @cache

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from specdec.core.steps import StepResult
 from specdec.drafters.dflash import DFlashDrafter
+from specdec.drafters.dspark import DSparkDrafter
 from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.peagle import PEagleDrafter
 from specdec.drafters.resolve import resolve_drafter
@@ -217,4 +218,38 @@ def random_dflash(
     save_file(dflash_oracle.random_tensors(config, ids, 2), folder / "model.safetensors")
     drafter = resolve_drafter(folder, target)
     assert isinstance(drafter, DFlashDrafter)
+    return drafter
+
+
+def random_dspark(
+    target: PreTrainedModel,
+    folder: Path | None = None,
+    draft_ids: list[int] | None = None,
+    block_size: int = 6,
+    markov_head_type: str = "rnn",
+    **settings: bool,
+) -> DSparkDrafter:
+    """The drafter of a random DSpark head that is read from a folder; with all ids it is DeepSpec's."""
+    if folder is None:
+        with TemporaryDirectory() as name:
+            return random_dspark(target, Path(name), draft_ids, block_size, markov_head_type, **settings)
+    config = layer_config(target, "qwen3", num_layers=2)
+    last = target.config.get_text_config(decoder=True).num_hidden_layers - 1
+    ids = list(range(config["vocab_size"])) if draft_ids is None else draft_ids
+    tensors = dflash_oracle.random_tensors(config, ids, 2)
+    tensors |= dflash_oracle.further_tensors(config, len(ids), markov_head_type, **settings)
+    tensors["confidence_head.proj.bias"] += 2  # so that drafts are long enough
+    own = {"markov_rank": dflash_oracle.RANK, "markov_head_type": markov_head_type, "block_size": block_size}
+    content = dflash_oracle.config_of(config, len(ids), [last, last], **own, **settings)
+    content |= {"speculators_model_type": "dspark"}
+    if draft_ids is None:
+        tensors |= {name: random_tensors(config, ids, 2)[name] for name in ("embed_tokens.weight", "lm_head.weight")}
+        content = config | own | settings | {
+            "architectures": ["Qwen3DSparkModel"], "mask_token_id": 3, "target_layer_ids": [last - 1, last - 1],
+            "num_target_layers": last + 1, "enable_confidence_head": True,
+        }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(content))
+    save_file(tensors, folder / "model.safetensors")
+    drafter = resolve_drafter(folder, target)
+    assert isinstance(drafter, DSparkDrafter)
     return drafter

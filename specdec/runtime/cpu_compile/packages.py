@@ -36,7 +36,7 @@ from specdec.utils.numerics import relative_error
 PACKAGE = Path(__file__).parents[2]  # specdec
 TRACED = (
     *("runtime/cpu_compile", "runtime/kv_cache", "runtime/attention", "runtime/model_forward.py"),
-    *("drafters/heads.py", "drafters/eagle3.py", "drafters/peagle.py", "drafters/dflash.py"),
+    *("drafters/heads.py", "drafters/eagle3.py", "drafters/peagle.py", "drafters/dflash.py", "drafters/dspark.py"),
     *("quant/batch_invariant.py", "quant/cpu.py", "quant/experts.py", "quant/fused_linear.py"),
     *("quant/heads.py", "quant/int4.py", "quant/int8.py", "quant/linear.py"),
 )
