@@ -109,7 +109,7 @@ def make_head(path: str, target: PreTrainedConfig) -> DraftHead:
         text = target.get_text_config(decoder=True)
         decoder_class = type(AutoModel.from_config(text))  # type: ignore[no-untyped-call]
         if kind_of(content) is None:
-            return MtpHead(*_of_mtp_layer(target, decoder_class))
+            return MtpHead(*_of_mtp_layer(target, decoder_class), False, False)
     return _read_head(path, target, decoder_class)[0]
 
 
@@ -124,7 +124,7 @@ def _read_head(
     if kind is None:
         tensors, hidden_first = read_mtp_tensors(folder, text.num_hidden_layers)
         with torch.device("meta"):
-            head: DraftHead = MtpHead(*_of_mtp_layer(target, decoder_class, hidden_first))
+            head: DraftHead = MtpHead(*_of_mtp_layer(target, decoder_class, hidden_first), False, False)
         _check_tensors(head, tensors)
         return head, tensors
     if kind not in HEADS:

@@ -43,7 +43,7 @@ class MtpHead(DraftHead):  # type: ignore[no-untyped-call]
     settings: MtpSettings
 
     def __init__(
-        self, config: PreTrainedConfig, settings: MtpSettings, owns_embedding: bool = False, owns_output: bool = False
+        self, config: PreTrainedConfig, settings: MtpSettings, owns_embedding: bool = True, owns_output: bool = True
     ) -> None:
         super().__init__(config, settings, owns_embedding, owns_output)
         decoder: Any = settings.decoder_class(config)
