@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from dataclasses import is_dataclass
@@ -27,9 +28,11 @@ from specdec.experiments.report.exports import summary_table
 from specdec.experiments.report.labels import read_runs
 from specdec.experiments.report.page import render_page
 from specdec.experiments.run import device_of, processes, run
+from specdec.experiments.workloads import Dataset
 from specdec.runtime.loading import load_tokenizer
 from specdec.training.config import TrainConfig
-from specdec.training.train import show, train
+from specdec.training.distillation import DraftModelTraining
+from specdec.training.train import DRAFTER, HELD_OUT, show, train
 from specdec.utils import embedded
 from specdec_cli.audit_lossless import audit, prompt_ids
 from specdec_cli.report import write
@@ -114,7 +117,14 @@ def _task(config: DictConfig) -> None:
         curve = train(experiment, values, progress)
         if is_main:
             show(curve, experiment.folder, Console())
-        return
+        if experiment.report_prompts == 0:
+            return
+        values = _run_of_trained(experiment, values)
+        built = build(OmegaConf.create(values))
+        assert isinstance(built, ExperimentConfig)
+        if is_main:  # of the drafter as it was after fewer epochs
+            shutil.rmtree(built.folder, ignore_errors=True)
+        experiment = built
     finished = run(experiment, values, progress)
     if not is_main:  # with an error here the launcher would end the main process before its report is written
         return
@@ -124,6 +134,24 @@ def _task(config: DictConfig) -> None:
         first = finished.failures[0]
         failed, total = len(finished.failures), len(finished.failures) + len(finished.records)
         raise PromptsFailed(f"{failed} of {total} calls failed, the first on {first.prompt_id!r}: {first.error}")
+
+
+def _run_of_trained(training: TrainConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """The config of a run of the drafter that was trained, on held-out prompts, as plain values."""
+    kind = DraftModel if isinstance(training.train, DraftModelTraining) else DraftHead
+    workload = {"path": str(training.folder / HELD_OUT), "chat_template": values["workload"].get("chat_template")}
+    return {
+        "_target_": _path_of(ExperimentConfig),
+        "name": "held-out prompts",
+        **{name: values[name] for name in ("target", "quant", "sampling", "seed", "num_draft_tokens")},
+        "drafter": {"_target_": _path_of(kind), "path": str(training.folder / DRAFTER)},
+        "workload": {"_target_": _path_of(Dataset), **workload},
+        "folder": str(training.folder / "run"),
+    }
+
+
+def _path_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _audit(config: AuditConfig) -> None:

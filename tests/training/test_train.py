@@ -17,11 +17,16 @@ import specdec
 from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.head_checkpoint import load_head
 from specdec.experiments.config import QuantConfig, SamplingConfig, TargetConfig
+from specdec.experiments.report.labels import read_runs
 from specdec.experiments.workloads import Dataset
+from specdec.runtime.loading import load_tokenizer
 from specdec.runtime.runner import ModelRunner
 from specdec.training import train as training
+from specdec.training.batch import Batch
+from specdec.training.batch import batch_of as training_batch
 from specdec.training.config import TrainConfig
-from specdec.training.eagle3 import Batch, TrainingTimeTest
+from specdec.training.distillation import Distillation, DraftModelTraining, new_draft_model
+from specdec.training.eagle3 import Eagle3Training, TrainingTimeTest, new_head
 from specdec.training.texts import Text, write_texts
 from specdec.utils import embedded
 from specdec.utils.numerics import relative_error
@@ -35,6 +40,16 @@ STEPS = 3
 @pytest.fixture
 def target() -> PreTrainedModel:
     return make_model("llama", seed=3, **FAMILIES["llama"])
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target in full precision, with the embedded target's tokenizer."""
+    folder = tmp_path_factory.mktemp("original")
+    values = FAMILIES["llama"] | {"vocab_size": 4096, "num_hidden_layers": 4, "max_position_embeddings": 512}
+    make_model("llama", seed=3, **values).save_pretrained(folder)
+    load_tokenizer(str(embedded.TARGET)).save_pretrained(folder)
+    return folder
 
 
 @torch.no_grad()
@@ -54,7 +69,7 @@ def test_a_step_of_training_reads_what_a_step_of_drafting_reads(
     ids = prompts(1)["input_ids"]
     batch = batch_of(target, drafter, ids, 0)
     with torch.no_grad():
-        found = TrainingTimeTest(head, STEPS, 1.0).logits(ids, batch.features)
+        found = [head.lm_head(states) for states in TrainingTimeTest(head, STEPS, 1.0).states(ids, batch.features)]
     drafted = torch.arange(len(head.d2t)) + head.d2t
     length = ids.shape[1]
     for position in range(length - 1 - STEPS):
@@ -82,7 +97,7 @@ def test_ids_are_counted_as_drafting_would_accept_them(target: PreTrainedModel) 
     module = TrainingTimeTest(drafter.head, STEPS, 1.0)
     with torch.no_grad():
         wanted = [[0, 0] for _ in range(STEPS)]
-        logits = module.logits(batch.ids, batch.features)
+        logits = [drafter.head.lm_head(states) for states in module.states(batch.ids, batch.features)]
         best = [one.argmax(-1) + drafter.head.d2t[one.argmax(-1)] for one in logits]
         for position in range(ids.shape[1] - 1):
             for step in range(STEPS):
@@ -119,6 +134,13 @@ def test_texts_go_on_where_they_ended(target: PreTrainedModel, tmp_path: Path) -
     assert not hasattr(target, "_specdec_state")
 
 
+HEAD: dict[str, Any] = {
+    "feature_layers": None, "draft_vocab_size": 256, "intermediate_size": 64, "norm_output": True, "fc_norm": True,
+    "step_decay": 0.8, "learning_rate": 1e-3,
+}  # fmt: skip
+DRAFT_MODEL: dict[str, Any] = {"num_layers": 2, "hard_labels": 0.1, "learning_rate": 5e-4}
+
+
 def config_of(folder: Path, **changes: Any) -> TrainConfig:
     file = folder.parent / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in embedded.prompts()[:6]))
@@ -131,62 +153,78 @@ def config_of(folder: Path, **changes: Any) -> TrainConfig:
         "answer_batch": 4,
         "max_prompt_tokens": 24,
         "held_out": 0.2,
-        "feature_layers": None,
-        "draft_vocab_size": 256,
-        "intermediate_size": 64,
-        "norm_output": True,
-        "fc_norm": True,
-        "ttt_steps": 2,
-        "step_decay": 0.8,
+        "num_draft_tokens": 2,
+        "report_prompts": 1,
         "epochs": 2,
         "batch_size": 2,
-        "learning_rate": 1e-3,
         "warmup": 0.1,
         "seed": 0,
     }
-    return TrainConfig(**values | changes)
+    head = {name: changes.pop(name) for name in [*changes] if name in HEAD}
+    return TrainConfig(**{"train": Eagle3Training(**HEAD | head)} | values | changes)
 
 
-def test_a_training_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("train", [Eagle3Training(**HEAD), DraftModelTraining(**DRAFT_MODEL)], ids=["head", "draft"])
+def test_a_training_that_was_stopped_ends_as_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, original: Path, train: Any
+) -> None:
+    def config(name: str) -> TrainConfig:
+        target = TargetConfig(path=str(original), dtype="float32", device="cpu")
+        return config_of(tmp_path / name, train=train, target=target)
+
     console = Console(quiet=True)
-    whole = training.train(config_of(tmp_path / "a"), {"seed": 0}, console)
+    whole = training.train(config("a"), {"seed": 0}, console)
     assert [len(epoch["acceptance"]) for epoch in whole["epochs"]] == [2, 2]
     assert whole["epochs"][1]["loss"] < whole["epochs"][0]["loss"]
 
     batches = training._batches
 
-    def stops(config: Any, target: Any, texts: Any, accelerator: Any, epoch: int | None) -> Any:
-        if epoch == 1:
+    def stops(*args: Any) -> Any:
+        if args[-1] == 1:
             raise KeyboardInterrupt
-        return batches(config, target, texts, accelerator, epoch)
+        return batches(*args)
 
     monkeypatch.setattr(training, "_batches", stops)
     with pytest.raises(KeyboardInterrupt):
-        training.train(config_of(tmp_path / "b"), {"seed": 0}, console)
+        training.train(config("b"), {"seed": 0}, console)
     monkeypatch.setattr(training, "_batches", batches)
-    assert training.train(config_of(tmp_path / "b"), {"seed": 0}, console)["epochs"] == whole["epochs"]
-    heads = [load_file(tmp_path / name / "head" / "model.safetensors") for name in ("a", "b")]
-    assert heads[0].keys() == heads[1].keys()
-    assert all(heads[0][name].equal(heads[1][name]) for name in heads[0])
+    assert training.train(config("b"), {"seed": 0}, console)["epochs"] == whole["epochs"]
+    drafters = [load_file(tmp_path / name / "drafter" / "model.safetensors") for name in ("a", "b")]
+    assert drafters[0].keys() == drafters[1].keys()
+    assert all(drafters[0][name].equal(drafters[1][name]) for name in drafters[0])
     with pytest.raises(ValueError, match="holds a training with other settings"):
-        training.train(config_of(tmp_path / "a"), {"seed": 1}, console)
+        training.train(config("a"), {"seed": 1}, console)
 
 
-def test_the_command_writes_a_head_that_drafts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = config_of(tmp_path / "head")
-    settings = ["draft_vocab_size", "intermediate_size", "max_prompt_tokens", "ttt_steps", "held_out", "batch_size"]
+@pytest.mark.parametrize("train", ["eagle3", "draft_model"])
+def test_the_command_writes_a_drafter_and_the_report_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], original: Path, train: str
+) -> None:
+    folder = tmp_path / "out"
+    config = config_of(folder)
+    settings = ["max_prompt_tokens", "num_draft_tokens", "held_out", "batch_size", "report_prompts"]
     overrides = [f"{name}={getattr(config, name)}" for name in settings]
-    overrides += [f"workload.path={config.workload.path}", f"folder={tmp_path / 'head'}", "epochs=1"]
-    assert main(["train-drafter", *overrides, "sampling.max_new_tokens=8", "target.dtype=float32"]) == 0
+    overrides += [f"train={train}", f"workload.path={config.workload.path}", f"folder={folder}", "epochs=1"]
+    own = ["draft_vocab_size=256", "intermediate_size=64"] if train == "eagle3" else ["num_layers=2"]
+    overrides += [f"train.{value}" for value in own]
+    overrides += [f"target.path={original}", "target=model", "target.dtype=float32", "sampling.max_new_tokens=8"]
+    assert main(["train-drafter", *overrides]) == 0
     printed = capsys.readouterr().out
-    assert "held-out acceptance by position of the draft" in printed
-    assert "tokens a step" in printed
-    target = TargetConfig(path=str(embedded.TARGET), dtype="float32", device="cpu").load("cpu", QuantConfig())
-    head = load_head(str(tmp_path / "head" / "head"), target)
-    assert head.embed_tokens is target.get_input_embeddings()
+    for words in ("held-out acceptance by position of the draft", "tokens a step", f"drafter: {folder / 'drafter'}"):
+        assert words in printed
+    assert f"report: {folder / 'run' / 'report.html'}" in printed
+    [run] = read_runs([folder / "run"])
+    held_out = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
+    assert {record.prompt_id for record in run.records} == {row["id"] for row in held_out}
+    assert len(held_out) == 1
+
+    target = TargetConfig(path=str(original), dtype="float32", device="cpu").load("cpu", QuantConfig())
+    if train == "eagle3":
+        head = load_head(str(folder / "drafter"), target)
+        assert head.embed_tokens is target.get_input_embeddings()
     ids = torch.arange(3, 20)[None]
     expected = target.generate(ids, max_new_tokens=12, do_sample=False)
-    specdec.enable(target, tmp_path / "head" / "head", num_draft_tokens=3)
+    specdec.enable(target, folder / "drafter", num_draft_tokens=3)
     assert target.generate(ids, max_new_tokens=12, do_sample=False).equal(expected)
 
 
@@ -198,6 +236,7 @@ def test_the_command_writes_a_head_that_drafts(tmp_path: Path, capsys: pytest.Ca
         ({"learning_rate": 0.0}, "must be positive"),
         ({"draft_vocab_size": 0}, "draft_vocab_size=0 must be 1 or more, or null"),
         ({"feature_layers": []}, "names no hidden state"),
+        ({"report_prompts": -1}, "report_prompts=-1 must be 1 or more, or 0 for no run at the end"),
     ],
 )
 def test_settings_are_checked(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -206,7 +245,7 @@ def test_settings_are_checked(tmp_path: Path, changes: dict[str, Any], message: 
 
 
 def test_layers_that_the_target_lacks_are_named_before_it_answers(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"feature_layers=\[12\]: the hidden states of this target are 0 … 11"):
+    with pytest.raises(ValueError, match=r"train.feature_layers=\[12\]: the hidden states of this target are 0 … 11"):
         training.train(config_of(tmp_path / "head", feature_layers=[12]), {}, Console(quiet=True))
     assert not (tmp_path / "head" / "texts.jsonl").exists()
 
@@ -220,10 +259,70 @@ def test_texts_may_be_shorter_than_the_steps(target: PreTrainedModel) -> None:
     assert counts[0, 0] == 9
 
 
-def test_a_target_of_another_kind_is_drafted_for(tmp_path: Path) -> None:
+def test_a_target_of_another_kind_is_drafted_for() -> None:
     """GPT-2 names no width of its MLP, and has other names for the rest."""
     target = make_model("gpt2", **FAMILIES["gpt2"])
-    head = training.new_head(config_of(tmp_path / "head", intermediate_size=None, draft_vocab_size=None), target, [])
+    head = new_head(Eagle3Training(**HEAD | {"intermediate_size": None, "draft_vocab_size": None}), target, [])
     assert head.config.intermediate_size == 4 * 32
     assert head.settings.draft_vocab_size == VOCAB_SIZE
     assert head.lm_head.weight.equal(target.get_input_embeddings().weight)
+
+
+def test_a_draft_model_begins_with_evenly_spread_layers_of_its_target(tmp_path: Path) -> None:
+    target = make_model("llama", seed=3, **FAMILIES["llama"] | {"num_hidden_layers": 6})
+    target.save_pretrained(tmp_path)
+    draft = new_draft_model(str(tmp_path), 3)
+    tensors, own = target.state_dict(), draft.state_dict()
+    assert all(value.equal(tensors[name]) for name, value in own.items() if ".layers." not in name)
+    for index, layer in enumerate((0, 2, 5)):
+        name = "mlp.up_proj.weight"
+        assert own[f"model.layers.{index}.{name}"].equal(tensors[f"model.layers.{layer}.{name}"])
+    trained = {name for name, value in draft.named_parameters() if value.requires_grad}
+    assert trained == {name for name in own if ".layers." in name} | {"model.norm.weight"}
+    with pytest.raises(ValueError, match=r"train.num_layers=6 must be less than the target's 6 layers"):
+        DraftModelTraining(**DRAFT_MODEL | {"num_layers": 6}).check_target(target)
+
+
+def test_a_draft_model_of_a_checkpoint_in_four_bits_is_refused() -> None:
+    with pytest.raises(ValueError, match="is in 4 bits, and a draft model begins with layers in full precision"):
+        new_draft_model(str(embedded.TARGET), 2)
+
+
+@pytest.mark.parametrize("hard_labels", [0.0, 0.3, 1.0])
+def test_the_loss_of_a_draft_model_is_the_cross_entropy_of_ids_and_distributions(
+    target: PreTrainedModel, hard_labels: float
+) -> None:
+    draft = make_model("llama", seed=4, **FAMILIES["llama"])
+    batch = prompts(2)
+    texts = [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    read = training_batch([Text(ids, 3) for ids in texts], target, ())
+    with torch.no_grad():
+        loss, counts = Distillation(draft, 2, hard_labels)(read)
+        wanted, tried, right = [], [0, 0], [0, 0]
+        for ids in texts:
+            own = draft(torch.tensor([ids])).logits[0].log_softmax(-1)
+            other = target(torch.tensor([ids])).logits[0].softmax(-1)
+            agrees = (own.argmax(-1) == other.argmax(-1)).tolist()
+            for at in range(2, len(ids) - 1):
+                soft, hard = -(other[at] * own[at]).sum(), -own[at, ids[at + 1]]
+                wanted.append((1 - hard_labels) * soft + hard_labels * hard)
+            for start in range(2, len(ids) - 1):
+                for index in range(2):
+                    at = start + index
+                    if at >= len(ids) - 1:
+                        break
+                    tried[index] += 1
+                    right[index] += agrees[at]
+                    if not agrees[at]:
+                        break
+    assert float(loss) == pytest.approx(float(torch.stack(wanted).mean()), rel=1e-5)
+    assert counts.tolist() == [[tried[0], right[0]], [tried[1], right[1]]]
+
+
+def test_texts_of_about_one_length_are_trained_on_together() -> None:
+    texts = [Text([0] * length, 1) for length in range(1, 201)]
+    steps = training._order(0, texts, 4, 1)
+    assert sorted(index for step in steps for index in step) == list(range(200))
+    assert sum(max(step) - min(step) for step in steps) / len(steps) < 20
+    assert steps != training._order(0, texts, 4, 2)
+    assert training._order(0, texts, 4, None)[1] == [4, 5, 6, 7]
