@@ -212,7 +212,7 @@ COMMANDS = {
         "experiment", "run a hydra config: records, figures, one page (--help lists groups)", add_hydra
     ),
     "train-drafter": Command(
-        "experiment", "train an EAGLE-3 head on what a target answers (--help lists settings)", add_hydra
+        "experiment", "train a draft head or draft model on what a target answers (--help lists settings)", add_hydra
     ),
     "report": Command(
         "report", "a page from the records of one run or several; compare them, gate on them", add_report

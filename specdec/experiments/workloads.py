@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,7 +59,7 @@ class Dataset:
     template: a turn's text, with columns in braces ("Question: {question}\\nAnswer:"); None: the prompt column alone.
     id, task: columns with a prompt's id and the group in which it is reported; where they are missing, the row number
         and the file's name.
-    limit, shuffle_seed: as in Stdlib.
+    limit, shuffle_seed: as in Stdlib. With a limit alone, a dataset on the hub is streamed up to there.
     chat_template: whether turns go through the tokenizer's chat template; None: where it has one.
     """
 
@@ -93,13 +94,14 @@ class Dataset:
         if not file.is_file():
             if file.exists() or loader is not None or self.path.startswith((".", "/", "~")):
                 raise ValueError(f"{self.path!r} is not a file; pass a {', '.join(LOADERS)} file or a dataset's hub id")
+            streams = self.limit is not None and self.shuffle_seed is None  # a limit needs the first rows alone
             try:
-                rows: Iterable[dict[str, Any]] = datasets.load_dataset(self.path, self.name, split=self.split)
+                rows = datasets.load_dataset(self.path, self.name, split=self.split, streaming=streams)
+                return islice(rows, self.limit) if streams else rows
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"{self.path!r} is not a file, and no dataset of that id could be loaded: {error}"
                 ) from error
-            return rows
         if loader is None:
             raise ValueError(
                 f"{self.path} has the suffix {file.suffix!r}; prompts are read from {', '.join(LOADERS)} files"

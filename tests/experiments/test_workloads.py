@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +147,37 @@ def test_a_dataset_on_the_hub_is_loaded_by_name_and_split(monkeypatch: pytest.Mo
 
     calls: list[Any] = []
 
-    def load(path: str, name: str | None, split: str) -> list[dict[str, Any]]:
-        calls.append((path, name, split))
+    def load(path: str, name: str | None, split: str, streaming: bool) -> list[dict[str, Any]]:
+        calls.append((path, name, split, streaming))
         return [{"question": "1+1?"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     prompts = Dataset(
         "openai/gsm8k", "main", "test", prompt="question", template="Question: {question}\nAnswer:"
     ).prompts()
-    assert calls == [("openai/gsm8k", "main", "test")]
+    assert calls == [("openai/gsm8k", "main", "test", False)]
     assert prompts == [Prompt("gsm8k/1", "gsm8k", ("Question: 1+1?\nAnswer:",))]
+
+
+@pytest.mark.parametrize(("shuffle_seed", "streams"), [(None, True), (1, False)])
+def test_a_dataset_on_the_hub_is_streamed_up_to_the_limit(
+    monkeypatch: pytest.MonkeyPatch, shuffle_seed: int | None, streams: bool
+) -> None:
+    import datasets
+
+    read: list[int] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for number in range(100):
+            read.append(number)
+            yield {"prompt": f"prompt {number}"}
+
+    def load(path: str, name: str | None, split: str, streaming: bool) -> Any:
+        assert streaming is streams
+        return datasets.IterableDataset.from_generator(rows) if streaming else list(rows())
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    prompts = Dataset("someone/prompts", limit=3, shuffle_seed=shuffle_seed).prompts()
+    assert len(prompts) == 3
+    assert ([prompt.turns for prompt in prompts] == [(f"prompt {number}",) for number in range(3)]) is streams
+    assert len(read) == (3 if streams else 100)
