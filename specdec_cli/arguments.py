@@ -173,6 +173,16 @@ def add_audit(parser: argparse.ArgumentParser) -> None:
     )
     _add_placement(lossless)
     _add_json(lossless)
+    head = audits.add_parser("head", help="is a draft head run as it was trained? tries its settings, one by one")
+    head.set_defaults(module="audit_head")
+    head.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    head.add_argument("head", metavar="HEAD", help="the draft head: a folder or a hub id; mtp, the target's own")
+    head.add_argument("--prompts", metavar="FILE", help="as of lossless; the target writes texts behind them")
+    head.add_argument("--max-prompts", type=int, default=32, help="use the first so many (32)")
+    head.add_argument("--max-new-tokens", type=int, default=128, help="of each text (128)")
+    head.add_argument("--seed", type=int, default=0)
+    _add_placement(head)
+    _add_json(head)
     quality = audits.add_parser(
         "quality", help="perplexity, KL and top-1 agreement of a 4-bit model against its original"
     )

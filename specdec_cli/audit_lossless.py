@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
 def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, Settings]:
     dtype = options.dtype or ("float32" if options.device == "cpu" else "auto")
     model = load(options.model, dtype, options.device)
-    prompts = prompt_ids(_workload(options.prompts), load_tokenizer(options.model))
+    prompts = prompt_ids(workload_of(options.prompts), load_tokenizer(options.model))
     settings = Settings(
         prompts[options.first_prompt :][: options.max_prompts],
         {name: _load_drafter(name, model, dtype) for name in options.drafter or _default_drafters(options.model)},
@@ -82,7 +82,7 @@ def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, Settings]:
 
 
 def _server_audit(options: argparse.Namespace, folder: Path | None) -> Work:
-    texts = [prompt.turns[0] for prompt in _workload(options.prompts).prompts()]
+    texts = [prompt.turns[0] for prompt in workload_of(options.prompts).prompts()]
     settings = ServerSettings(
         texts[options.first_prompt :][: options.max_prompts],
         model=options.server_model,
@@ -148,7 +148,7 @@ def _command(options: argparse.Namespace, defaults: dict[str, Any], *what: str) 
     return " ".join(["specdec audit lossless", *map(shlex.quote, what), *changed])
 
 
-def _workload(path: str | None) -> Workload:
+def workload_of(path: str | None) -> Workload:
     """The prompts of a file or of a dataset on the hub; None: the embedded pair's."""
     return Stdlib() if path is None else Dataset(path)
 

@@ -47,5 +47,5 @@ class AcceptanceWatch:
             f" accepted, and tokens drawn from the text at random would reach {self.by_chance / self.tried:.1%}; check"
             " that its weights, its dtype and its tokenizer are those it was trained with, that prompts have the chat"
             " template that both models know and, of a draft head, that it was trained for this target and its"
-            " config.json names the layers and norms of its training"
+            " config.json names the layers and norms of its training (specdec audit head tries others)"
         )
