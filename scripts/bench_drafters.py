@@ -5,9 +5,9 @@
     python scripts/bench_drafters.py --draft build/pairs/smollm2/target --workload prompts
     python scripts/bench_drafters.py --draft specdec/assets/eagle3
 
-Target and draft model in 4 bits, compiled; interleaved rounds of whole calls, prompts included. Ratios are taken
-within a round; "step" is what a step takes in plain steps: tokens a step over that ratio. Automatic K is also compared
-with the fastest constant K of the same drafter, or with plain decoding where that is faster.
+Target, draft models and draft heads in 4 bits, compiled; interleaved rounds of whole calls, prompts included. Ratios
+are taken within a round; "step" is what a step takes in plain steps: tokens a step over that ratio. Automatic K is also
+compared with the fastest constant K of the same drafter, or with plain decoding where that is faster.
 
 Workloads: "prompts", the embedded ones or those of a file; "edits", code that is to be written again with a change;
 "json", records as JSON; "again", the prompts asked twice, of which the second time counts. In all others a drafter
@@ -34,6 +34,7 @@ import torch
 from bench_peers import find_pair
 from common.interleaved import interleave
 from common.report import emit
+from peers import setup
 from peers.engines import override, using_threads
 from peers.machine import CpuTimes
 from peers.measure import ratios
@@ -52,6 +53,8 @@ from specdec.drafters.hybrid import SuffixHybrid
 from specdec.drafters.resolve import check_pair, resolve_drafter, with_suffix_decoding
 from specdec.drafters.suffix import FinishedTexts, SuffixDecoding
 from specdec.experiments.workloads import Dataset, Stdlib, encode
+from specdec.quant.config import Int4Config
+from specdec.quant.quantizer import quantize
 from specdec.runtime.loading import load_tokenizer
 from specdec.utils.provenance import provenance
 
@@ -290,7 +293,14 @@ def show(report: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", default="embedded", help=f"{', '.join(NAMES)}, or a folder with target/ and draft/")
-    parser.add_argument("--draft", type=Path, metavar="FOLDER", help="a further draft model, or an EAGLE-3 head")
+    parser.add_argument(
+        "--draft",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="a further draft model, or a draft head; repeatable",
+    )
     parser.add_argument(
         "--prompts", help="a json or jsonl file, or a dataset on the hub; default: the embedded prompts"
     )
@@ -327,10 +337,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             drafters["suffix + draft model"] = with_suffix_decoding(draft, target)
         drafters |= {"prompt lookup": resolve_drafter("prompt_lookup", target), "suffix": SuffixDecoding()}
         coverage = None
-        if args.draft is not None and is_head(str(args.draft), target.config):
-            drafters["EAGLE-3 head"] = resolve_drafter(args.draft, target)
-        elif args.draft is not None:
-            further = load_int4(args.draft, args.dtype)
+        for path in args.draft:
+            if is_head(str(path), target.config):
+                head: Any = resolve_drafter(path, target)
+                quantize(head.head, Int4Config(setup.GROUP_SIZE))
+                drafters[head.head.kind.partition(" ")[2]] = head
+                continue
+            further = load_int4(path, args.dtype)
             drafters["further draft"] = further
             with warned_as_errors():
                 shared = check_pair(target, further)
@@ -371,7 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "provenance": origin | {"idle_otherwise": idle},
         "threads": args.threads,
         "new_tokens": args.new_tokens,
-        "draft": None if args.draft is None else str(args.draft),
+        "draft": [str(path) for path in args.draft],
         "draft_coverage": coverage,
         "workloads": workloads,
     }

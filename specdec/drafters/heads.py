@@ -80,7 +80,7 @@ class DraftHead(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     def follow(self, target: PreTrainedModel) -> None:
         """Move to the device and the dtype of a target that was moved."""
-        own: Any = self.fc.weight
+        own = next(value for value in self.parameters() if value.ndim == 1)  # of a norm: its own, and never in 4 bits
         if (own.device, own.dtype) != (target.device, target.dtype):
             nn.Module.to(self, device=target.device, dtype=target.dtype)
             self.reset_rotary()

@@ -12,6 +12,7 @@ from specdec.core.sampling import VERIFICATIONS
 from specdec.draft_length.settings import MAX_DRAFT_TOKENS
 from specdec.drafters.resolve import AUTO, resolve_drafter, with_suffix_decoding
 from specdec.quant.config import Int4Config
+from specdec.quant.quantizer import quantize
 from specdec.runtime.loading import DTYPES, load
 
 
@@ -74,13 +75,21 @@ class DraftModel:
 
 @dataclass
 class DraftHead:
-    """A draft head that was trained for the target, in its dtype. path: a folder or hub id; "mtp": the target's own."""
+    """A draft head that was trained for the target, in its dtype. path: a folder or hub id; "mtp": the target's own.
+
+    int4, group_size: quantize its linear layers.
+    """
 
     path: str
+    int4: bool = False
+    group_size: int = 128
 
     def load(self, target: Any) -> Any:
         """Load the head on the target's device: -> the drafter."""
-        return resolve_drafter(self.path, target)
+        drafter: Any = resolve_drafter(self.path, target)
+        if self.int4:
+            quantize(drafter.head, Int4Config(self.group_size))
+        return drafter
 
 
 @dataclass

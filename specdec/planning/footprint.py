@@ -84,32 +84,36 @@ def measure_draft_footprint(
     target_config, _, _ = _read_config(target)
     with named_errors(f"no memory can be planned for {path}"):
         if is_head(path, target_config):
-            return footprint_of_head(make_head(path, target_config), path, dtype, device)
+            return footprint_of_head(make_head(path, target_config), path, dtype, device, group_size)
     return measure_footprint(path, dtype=dtype, device=device, group_size=group_size)
 
 
-def footprint_of_head(head: DraftHead, name: str, dtype: torch.dtype, device: str) -> ModelFootprint:
+def footprint_of_head(
+    head: DraftHead, name: str, dtype: torch.dtype, device: str, group_size: int = 128
+) -> ModelFootprint:
     """Measure a draft head on meta. What it shares with the target is not counted."""
     settings, config = head.settings, copy.deepcopy(head.config)  # measuring replaces its attention
     with torch.device("meta"):
         skeleton: Any = type(head)(config, settings)
+        own: Any = type(head)(config, settings, head.owns_embedding, head.owns_output)
     skeleton.to(dtype)
-    shared = {"embed_tokens": not head.owns_embedding, "lm_head": not head.owns_output}
-    own = [tensor for name, tensor in skeleton.named_parameters() if not shared.get(name.partition(".")[0], False)]
+    own.to(dtype)
+    plain_bytes = sum(tensor.nbytes for tensor in own.parameters())
+    saved_bytes, tile_weights, head_tile_weights = _quantized(own, None, group_size, device)
     own_states = config.hidden_size if head.keeps_states else 0
     return ModelFootprint(
         name=name,
         dtype=dtype,
         device=device,
-        plain_bytes=sum(tensor.nbytes for tensor in own),
-        int4_bytes=None,
+        plain_bytes=plain_bytes,
+        int4_bytes=None if saved_bytes is None else plain_bytes - saved_bytes,
         checkpoint_method=None,
         vocab_size=int(config.vocab_size),
         context=context_of(skeleton),
         has_kernels=(dtype in cpu.DTYPES and cpu.load()) if device == "cpu" else dtype in DTYPES,
         num_masks=1,
-        tile_weights=0,
-        head_tile_weights=0,
+        tile_weights=tile_weights,
+        head_tile_weights=head_tile_weights,
         keeps_last_logits=True,
         feature_width=len(settings.feature_layers) * settings.target_hidden_size + own_states,
         **_measured_forward(skeleton, config, attention_kinds(config)),

@@ -19,6 +19,7 @@ from specdec.drafters.head_checkpoint import load_head
 from specdec.drafters.hybrid import SuffixHybrid
 from specdec.drafters.resolve import resolve_drafter
 from specdec.generation.enable import decoding_of, state_of
+from specdec.quant.layers import is_4bit
 from specdec.runtime.runner import ModelRunner
 from specdec.utils.numerics import relative_error
 from tests.generation.test_concurrency import in_threads
@@ -36,6 +37,7 @@ from tests.helpers.heads import (
     write_safeailab,
     write_speculators,
 )
+from tests.helpers.mtp import random_mtp
 
 REDUCED = list(range(1, VOCAB_SIZE, 2))
 
@@ -315,7 +317,26 @@ def test_calls_at_the_same_time_have_caches_of_their_own(target: PreTrainedModel
     assert in_threads(*(lambda batch=batch: target.generate(**batch, **call).tolist() for batch in batches)) == expected
 
 
-@pytest.mark.parametrize("make", [random_head, random_peagle, random_dflash, random_dspark])
+@pytest.mark.parametrize("make", [random_head, random_peagle, random_dflash, random_dspark, random_mtp])
+@pytest.mark.parametrize("in_four_bits", [False, True], ids=["plain target", "4-bit target"])
+def test_a_head_in_four_bits_drafts(make: Any, in_four_bits: bool) -> None:
+    target = make_model("llama", seed=3, **FAMILIES["llama"] | {"hidden_size": 64, "head_dim": 16})
+    if in_four_bits:
+        specdec.quantize(target, specdec.Int4Config(32, head=None))
+    call: dict[str, Any] = prompts(3) | {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
+    expected, output = target.generate(**call).tolist(), target.get_output_embeddings()
+    drafter = make(target)
+    specdec.quantize(drafter.head, specdec.Int4Config(32, head=None))
+    assert is_4bit(drafter.head)
+    assert target.get_output_embeddings() is output
+    specdec.enable(target, drafter, num_draft_tokens=3, compile=False)
+    assert target.generate(**call).tolist() == expected
+    stats = specdec.last_stats(target)
+    assert stats is not None
+    assert stats.num_draft_tokens > 0
+
+
+@pytest.mark.parametrize("make", [random_head, random_peagle, random_dflash, random_dspark, random_mtp])
 def test_a_head_follows_its_target_to_another_dtype(target: PreTrainedModel, make: Any) -> None:
     specdec.enable(target, make(target), num_draft_tokens=3, compile=False)
     call: dict[str, Any] = prompts(2) | {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}

@@ -25,7 +25,7 @@ def _eager(cpu_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_ends_with_tables_and_a_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "drafters.json"
     arguments = [*QUICK, "--threads", "1", "--dtype", "float32", "--max-prompt-tokens", "40", "--workload", "again"]
-    arguments += ["--draft", str(embedded.DRAFT)]
+    arguments += ["--draft", str(embedded.DRAFT), "--draft", str(embedded.EAGLE3)]
     assert bench_drafters.main([*arguments, "--output", str(output)]) == 0
     report = json.loads(output.read_text(encoding="utf-8"))
     assert list(report["workloads"]) == ["again"]
@@ -33,6 +33,7 @@ def test_a_run_ends_with_tables_and_a_json(tmp_path: Path, capsys: pytest.Captur
     assert report["draft_coverage"] == 1.0  # of the same tokenizer
     for rows in report["workloads"].values():
         names = ["plain", "draft model", "suffix + draft model", "prompt lookup", "suffix", "further draft"]
+        names.append("EAGLE-3 head")
         by_token = "draft model, by token"
         assert [row["drafter"] for row in rows if row["sampling"] == "greedy"] == names
         assert [row["drafter"] for row in rows if row["sampling"] == "sampled"] == [*names[:2], by_token, *names[2:]]
