@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,6 +37,7 @@ from specdec.utils.provenance import provenance
 
 MIN_LEARNING_RATE = 0.1  # of the largest, at the end
 MAX_GRADIENT = 0.5
+LINES = 20  # of progress in a file
 SIMILAR = 16  # batches of texts that are sorted by length together, so that little is padding
 TEXTS, CHECKPOINT, DRAFTER, CURVE, HELD_OUT = "texts.jsonl", "checkpoint", "drafter", "training.json", "held_out.jsonl"
 
@@ -85,6 +94,7 @@ def train(config: TrainConfig, values: dict[str, Any], console: Console) -> dict
                 last_loss = float(step_loss.detach())
                 loss += last_loss
                 progress.update(task, advance=1, description=f"epoch {epoch + 1}, loss {last_loss:.2f}")
+                _print_line(progress, task)
             held_out_batches = _batches(config, target, trainee.feature_layers, held_out, accelerator, None)
             acceptance = _acceptance(module, held_out_batches, accelerator)
             curve["epochs"].append({"loss": round(loss / steps_per_epoch, 4), "acceptance": acceptance})
@@ -161,6 +171,11 @@ def _texts(
 ) -> list[Text]:
     """All texts; the main process writes what is missing while the others wait."""
     task = progress.add_task("texts", total=len(prompts))
+
+    def on_texts(count: int) -> None:
+        progress.update(task, completed=count)
+        _print_line(progress, task)
+
     with accelerator.main_process_first():
         return write_texts(
             target,
@@ -169,8 +184,18 @@ def _texts(
             config.answer_batch,
             config.seed,
             config.folder / TEXTS,
-            lambda count: progress.update(task, completed=count),
+            on_texts,
         )
+
+
+def _print_line(progress: Progress, number: TaskID) -> None:
+    """Where no bar can be drawn, as in a file, print a line for each of LINES parts of a task."""
+    task = progress.tasks[number]
+    part = max(1, round((task.total or 1) / LINES))
+    if progress.console.is_terminal or task.completed % part:
+        return
+    left = "" if task.time_remaining is None else f", {task.time_remaining / 60:.0f} minutes left"
+    progress.console.print(f"{task.description}: {task.completed:.0f} of {task.total:.0f}{left}")
 
 
 def _schedule(config: TrainConfig, num_steps: int) -> Callable[[int], float]:
