@@ -39,7 +39,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help=f"{MODEL_HELP}; default: the embedded target")
     parser.add_argument(
-        "--draft", help=f"{DRAFT_HELP}; eagle3, the embedded target's head. Default: the embedded draft model"
+        "--drafter", help=f"{DRAFT_HELP}; eagle3, the embedded target's head. Default: the embedded draft model"
     )
     parser.add_argument("--prompt", help="the text to complete (one of the embedded pair's)")
     _add_generation(parser)
@@ -47,7 +47,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help=MODEL_HELP)
-    parser.add_argument("--draft", default="prompt_lookup", help=DRAFT_HELP)
+    parser.add_argument("--drafter", default="prompt_lookup", help=DRAFT_HELP)
     parser.add_argument("--prompt", required=True, help="the text to complete")
     _add_generation(parser)
 
@@ -87,7 +87,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", required=True, help="a folder or a hub id; only its config is read")
     parser.add_argument(
-        "--draft",
+        "--drafter",
         help="the draft model, likewise, suffix, or suffix+FOLDER_OR_HUB_ID; without it, drafting takes no memory",
     )
     parser.add_argument("--context", type=int, help="tokens of a row at the end of a call, its prompt included (4096)")

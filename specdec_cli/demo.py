@@ -49,9 +49,9 @@ class Measurement:
 
 def run(options: argparse.Namespace) -> int:
     """Complete one prompt with three engines, in interleaved rounds, and compare them; 1 where greedy texts differ."""
-    if options.model is None and options.draft == EAGLE3:
-        options.draft = str(embedded.EAGLE3)
-    options.model, options.draft = options.model or str(embedded.TARGET), options.draft or str(embedded.DRAFT)
+    if options.model is None and options.drafter == EAGLE3:
+        options.drafter = str(embedded.EAGLE3)
+    options.model, options.drafter = options.model or str(embedded.TARGET), options.drafter or str(embedded.DRAFT)
     if options.prompt is None:
         options.prompt = next(prompt["prompt"] for prompt in embedded.prompts() if prompt["id"] == DEMO_PROMPT)
     dtype = options.dtype or ("float32" if options.device == "cpu" or options.command == "demo" else "auto")
@@ -66,8 +66,8 @@ def run(options: argparse.Namespace) -> int:
         describe(f"loading {options.model}")
         model: Any = load(options.model, dtype, options.device)
         tokenizer = load_tokenizer(options.model)
-        describe(f"loading {options.draft}")
-        drafter = load_drafter(options.draft, model, dtype)
+        describe(f"loading {options.drafter}")
+        drafter = load_drafter(options.drafter, model, dtype)
         measured = measure(options, model, tokenizer, drafter, describe)
 
     report = make_report(options, model, tokenizer, measured)
@@ -117,7 +117,7 @@ def make_report(options: argparse.Namespace, model: Any, tokenizer: Any, measure
     stats, rates, ids = measured.stats, measured.tokens_per_second, measured.ids[SPECULATIVE]
     return {
         "model": options.model,
-        "draft": options.draft,
+        "draft": options.drafter,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": options.device,
         "num_draft_tokens": options.num_draft_tokens,

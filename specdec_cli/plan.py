@@ -83,9 +83,9 @@ class Planner:
     def of(cls, options: argparse.Namespace) -> Planner:
         settings: dict[str, Any] = {"dtype": getattr(torch, options.dtype), "group_size": options.group_size}
         target = measure_footprint(options.target, **settings)
-        draft_model = draft_model_of(options.draft) if options.draft else None
+        draft_model = draft_model_of(options.drafter) if options.drafter else None
         draft = None if draft_model is None else measure_draft_footprint(draft_model, options.target, **settings)
-        keeps_answers = options.draft is not None and has_suffix_decoding(options.draft)
+        keeps_answers = options.drafter is not None and has_suffix_decoding(options.drafter)
         host_bytes = MAX_IDS * BYTES_PER_ID if keeps_answers else 0
         context = (
             min(DEFAULT_CONTEXT, target.context or DEFAULT_CONTEXT) if options.context is None else options.context

@@ -70,7 +70,15 @@ def test_demo_reports_a_difference_and_exits_with_1(
 
 
 def test_generate_takes_folders_and_samples(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["generate", "--model", str(embedded.TARGET), "--draft", "prompt_lookup", "--prompt", "for i in range("]
+    arguments = [
+        "generate",
+        "--model",
+        str(embedded.TARGET),
+        "--drafter",
+        "prompt_lookup",
+        "--prompt",
+        "for i in range(",
+    ]
     assert main([*arguments, *SHORT, "--temperature", "0.8", "--dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out
     assert "bfloat16 on cpu" in out
@@ -78,7 +86,7 @@ def test_generate_takes_folders_and_samples(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_generate_without_a_drafter_has_no_acceptance(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["generate", "--model", str(embedded.TARGET), "--draft", "none", "--prompt", "for i in range("]
+    arguments = ["generate", "--model", str(embedded.TARGET), "--drafter", "none", "--prompt", "for i in range("]
     assert main([*arguments, "--max-new-tokens", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "mean acceptance length: nothing was drafted" in lines
@@ -100,7 +108,7 @@ def test_origins_add_up_to_the_text(demo: str) -> None:
     ("arguments", "message"),
     [
         (["--model", "no/such-folder", "--prompt", "x"], "no/such-folder"),
-        (["--model", str(embedded.TARGET), "--draft", "no/such-draft", "--prompt", "x"], "no/such-draft"),
+        (["--model", str(embedded.TARGET), "--drafter", "no/such-draft", "--prompt", "x"], "no/such-draft"),
         (["--model", str(embedded.TARGET), "--prompt", "x", "--num-draft-tokens", "0"], "num_draft_tokens=0"),
         (["--model", str(embedded.TARGET), "--prompt", ""], "empty"),
     ],

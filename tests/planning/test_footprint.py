@@ -523,7 +523,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("configs")
     for name, values in (("target", LLAMA_8B), ("draft", LLAMA_1B)):
         LlamaConfig(**values).save_pretrained(folder / name)
-    return ["--target", str(folder / "target"), "--draft", str(folder / "draft")]
+    return ["--target", str(folder / "target"), "--drafter", str(folder / "draft")]
 
 
 def run(*arguments: str) -> int:
@@ -536,13 +536,13 @@ def test_the_answers_of_suffix_decoding_are_in_the_hosts_memory(
     reports = {}
     target, draft = folders[:2], folders[3]
     for name in (draft, f"suffix+{draft}", "suffix"):
-        assert run(*target, "--draft", name, "--json") == 0
+        assert run(*target, "--drafter", name, "--json") == 0
         reports[name] = json.loads(capsys.readouterr().out)
     alone, both, suffix = reports.values()
     assert [alone["host_bytes"], both["host_bytes"], suffix["host_bytes"]] == [0, 50_000_000, 50_000_000]
     assert (both["draft"], suffix["draft"]) == (alone["draft"], None)
     assert both["plans"] == alone["plans"]
-    assert run(*target, "--draft", "suffix") == 0
+    assert run(*target, "--drafter", "suffix") == 0
     assert "suffix decoding keeps earlier answers in the host's memory, up to 48 MiB" in capsys.readouterr().out
 
 
@@ -585,7 +585,7 @@ def test_the_command_prints_json(folders: list[str], capsys: pytest.CaptureFixtu
 def test_the_command_names_4_bit_checkpoints_and_plans_that_fit_no_card(
     folders: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("--target", str(embedded.TARGET), "--draft", str(embedded.DRAFT), "--context", "512") == 0
+    assert run("--target", str(embedded.TARGET), "--drafter", str(embedded.DRAFT), "--context", "512") == 0
     out = capsys.readouterr().out
     assert "is in four bits already (specdec_int4)" in out
     assert "MiB at the peak: 1 row of 512 tokens" in out

@@ -220,6 +220,16 @@ def test_the_command_writes_a_drafter_and_the_report_of_a_run(
 
     target = TargetConfig(path=str(original), dtype="float32", device="cpu").load("cpu", QuantConfig())
     if train == "eagle3":
+        # what vLLM's reader of the speculators library's configs looks up
+        content = json.loads((folder / "drafter" / "config.json").read_text())
+        own = content["speculators_config"]
+        assert own["proposal_methods"][0]["speculative_tokens"] == 2
+        assert own["verifier"]["name_or_path"] == str(original)
+        assert content["speculators_model_type"] == "eagle3"
+        layer = content["transformer_layer_config"]
+        assert (layer["model_type"], layer["vocab_size"], layer["hidden_size"]) == ("llama", 4096, 32)
+        names = {"draft_vocab_size", "target_hidden_size", "norm_before_residual", "eagle_aux_hidden_state_layer_ids"}
+        assert names <= content.keys()
         head = load_head(str(folder / "drafter"), target)
         assert head.embed_tokens is target.get_input_embeddings()
     ids = torch.arange(3, 20)[None]
