@@ -212,7 +212,7 @@ def _version() -> str:
 MODEL_HELP = "the target: a folder or a hub id, in full precision or in 4 bits (GPTQ, AWQ, MXFP4, … or specdec's own)"
 DRAFT_HELP = (
     "the drafter: a folder or a hub id of a smaller model or a draft head, prompt_lookup, suffix,"
-    " suffix+FOLDER_OR_HUB_ID, or none"
+    " suffix+FOLDER_OR_HUB_ID, mtp (the layer in the target's own checkpoint), or none"
 )
 COMMANDS = {
     "demo": Command("demo", "complete a prompt with the embedded pair, plain and speculative", add_demo),

@@ -1,6 +1,7 @@
 """Reading of draft heads, in the layouts of the speculators library and of those that introduced them.
 
-https://github.com/vllm-project/speculators; https://github.com/SafeAILab/EAGLE (EAGLE-3), https://github.com/z-lab/dflash
+https://github.com/vllm-project/speculators; https://github.com/SafeAILab/EAGLE (EAGLE-3),
+https://github.com/z-lab/dflash, https://github.com/deepseek-ai/DeepSpec (DSpark)
 """
 
 from __future__ import annotations

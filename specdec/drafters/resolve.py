@@ -16,7 +16,7 @@ from specdec.core.interfaces import Drafter
 from specdec.drafters.dflash import DFlashDrafter, DFlashHead
 from specdec.drafters.dspark import DSparkDrafter, DSparkHead
 from specdec.drafters.eagle3 import Eagle3Drafter, Eagle3Head
-from specdec.drafters.head_checkpoint import is_head, load_head
+from specdec.drafters.head_checkpoint import MTP, is_head, load_head
 from specdec.drafters.heads import DraftHead, HeadDrafter
 from specdec.drafters.hybrid import SuffixHybrid
 from specdec.drafters.model import ModelDrafter
@@ -52,6 +52,7 @@ NAMED_DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "prompt_lookup": PromptLookup,
     SUFFIX: SuffixDecoding,
 }
+NAMES = sorted([*NAMED_DRAFTERS, MTP])
 
 
 def resolve_drafter(drafter: PreTrainedModel | Drafter | str | Path, model: PreTrainedModel) -> Drafter:
@@ -63,7 +64,7 @@ def resolve_drafter(drafter: PreTrainedModel | Drafter | str | Path, model: PreT
         return make_model_drafter(drafter, widths(model)[0], check_pair(model, drafter))
     if isinstance(drafter, type) or not isinstance(drafter, Drafter):
         raise TypeError(
-            f"drafter={drafter!r} must be a transformers model, a hub id or folder, one of {sorted(NAMED_DRAFTERS)},"
+            f"drafter={drafter!r} must be a transformers model, a hub id or folder, one of {NAMES},"
             f" {SUFFIX_AND!r} with a hub id or folder, or an object with begin(), propose() and observe()"
         )
     return drafter
@@ -144,7 +145,7 @@ def _load_draft(name: str, model: PreTrainedModel) -> PreTrainedModel:
     try:
         return load_checkpoint(name, dtype=model.dtype, device=model.device, trust_remote_code=False)
     except ValueError as error:
-        raise ValueError(f"drafter={name!r} is not one of {sorted(NAMED_DRAFTERS)}, and {error}") from error
+        raise ValueError(f"drafter={name!r} is not one of {NAMES}, and {error}") from error
 
 
 def make_model_drafter(draft: PreTrainedModel, vocab_size: int, shared: SharedVocabulary | None) -> ModelDrafter:

@@ -82,9 +82,11 @@ def enable(
     Args:
         model: The target, a transformers causal language model. A PeftModel is enabled through the model it adapts.
         drafter: What proposes draft tokens: a draft model, its hub id or folder, the folder or hub id of an EAGLE-3,
-            P-EAGLE or DFlash head, "prompt_lookup", "suffix", suffix decoding with a draft model or head
-            ("suffix+FOLDER_OR_HUB_ID"), "none" (plain decoding in specdec's loop), or a `Drafter` of your own. With
-            None, calls run in transformers' loop unless they bring an `assistant_model` or `prompt_lookup_num_tokens`.
+            P-EAGLE, DFlash or DSpark head, "mtp" (the MTP layer in the target's own checkpoint), "prompt_lookup",
+            "suffix", suffix decoding with a draft model or head ("suffix+FOLDER_OR_HUB_ID"), "none" (plain decoding in
+            specdec's loop), or a `Drafter` of your own. Of a folder or hub id, one line on stderr says what is there.
+            With None, calls run in transformers' loop unless they bring an `assistant_model` or
+            `prompt_lookup_num_tokens`.
             A draft model of another tokenizer drafts the tokens that both have; a warning says how many these are.
         num_draft_tokens: K, the number of draft tokens in each step, at least 1. A call's own `num_assistant_tokens`
             takes precedence. With "auto", each step uses the K that is expected to give the most tokens per second,
