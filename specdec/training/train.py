@@ -24,7 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.experiments.run import device_of
@@ -78,8 +78,9 @@ def train(config: TrainConfig, values: dict[str, Any], console: Console) -> dict
         optimizer = torch.optim.AdamW(trained, lr=config.train.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(config, steps_per_epoch * config.epochs))
         module, optimizer, schedule = accelerator.prepare(module, optimizer, schedule)
+        accelerator.register_save_state_pre_hook(_leave_out_frozen)
         if curve["epochs"]:
-            accelerator.load_state(str(_checkpoint(config, len(curve["epochs"]))))
+            accelerator.load_state(str(_checkpoint(config, len(curve["epochs"]))), strict=False)
         task = progress.add_task("training", total=steps_per_epoch * config.epochs)
         progress.update(task, completed=steps_per_epoch * len(curve["epochs"]))
         for epoch in range(len(curve["epochs"]), config.epochs):
@@ -145,6 +146,13 @@ def _write_held_out(config: TrainConfig, prompts: Sequence[Prompt]) -> None:
 def _checkpoint(config: TrainConfig, epoch: int) -> Path:
     """Where the state after so many epochs is; there is one that training.json names, and maybe a later one."""
     return config.folder / f"{CHECKPOINT}-{epoch}"
+
+
+def _leave_out_frozen(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
+    """Keep what is not trained, as the target's embedding, out of a checkpoint."""
+    for model, tensors in zip(models, weights, strict=True):
+        for name in [name for name, value in model.named_parameters(remove_duplicate=False) if not value.requires_grad]:
+            tensors.pop(name, None)
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

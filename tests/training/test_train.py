@@ -192,6 +192,8 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(
     drafters = [load_file(tmp_path / name / "drafter" / "model.safetensors") for name in ("a", "b")]
     assert drafters[0].keys() == drafters[1].keys()
     assert all(drafters[0][name].equal(drafters[1][name]) for name in drafters[0])
+    [checkpoint] = (tmp_path / "a").glob("checkpoint-*/model.safetensors")
+    assert not [name for name in load_file(checkpoint) if "embed_tokens" in name]
     with pytest.raises(ValueError, match="holds a training with other settings"):
         training.train(config("a"), {"seed": 1}, console)
 
