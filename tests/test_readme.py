@@ -23,7 +23,7 @@ from specdec_kernels import cpu
 
 from specdec.core import interfaces, lockstep, steps
 from specdec.core.stats import Choice, Stats
-from specdec.drafters import shared_vocabulary
+from specdec.drafters import heads, shared_vocabulary
 from specdec.generation import routing
 from specdec.quant import formats, linear
 from specdec.runtime import support
@@ -388,7 +388,7 @@ def test_the_glossary_names_attributes_that_exist() -> None:
     rows = [line.split(" | ") for line in PAGES["docs/glossary.md"].splitlines() if line.startswith("| ")][1:]
     assert len(rows) > 15
     stats = {field.name for field in fields(Stats)}
-    modules = (interfaces, lockstep, ragged, shared_vocabulary, steps, support)
+    modules = (heads, interfaces, lockstep, ragged, shared_vocabulary, steps, support)
     for term, _, attributes in rows:
         for name in re.findall(r"`([A-Za-z_]\w*(?:\.\w+)?)`", attributes):
             owner, _, attribute = name.partition(".")
