@@ -53,8 +53,6 @@ from specdec.drafters.hybrid import SuffixHybrid
 from specdec.drafters.resolve import check_pair, resolve_drafter, with_suffix_decoding
 from specdec.drafters.suffix import FinishedTexts, SuffixDecoding
 from specdec.experiments.workloads import Dataset, Stdlib, encode
-from specdec.quant.config import Int4Config
-from specdec.quant.quantizer import quantize
 from specdec.runtime.loading import load_tokenizer
 from specdec.utils.provenance import provenance
 
@@ -290,6 +288,12 @@ def show(report: dict[str, Any]) -> None:
             console.print(describe(row), highlight=False)
 
 
+def _add(drafters: dict[str, PreTrainedModel | Drafter | str], name: str, drafter: PreTrainedModel | Drafter) -> None:
+    if name in drafters:
+        raise ValueError(f"--draft names two drafters of one kind ({name}); give one of each")
+    drafters[name] = drafter
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", default="embedded", help=f"{', '.join(NAMES)}, or a folder with target/ and draft/")
@@ -340,11 +344,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in args.draft:
             if is_head(str(path), target.config):
                 head: Any = resolve_drafter(path, target)
-                quantize(head.head, Int4Config(setup.GROUP_SIZE))
-                drafters[head.head.kind.partition(" ")[2]] = head
+                head.quantize(setup.GROUP_SIZE)
+                _add(drafters, head.head.kind.partition(" ")[2], head)
                 continue
             further = load_int4(path, args.dtype)
-            drafters["further draft"] = further
+            _add(drafters, "further draft", further)
             with warned_as_errors():
                 shared = check_pair(target, further)
             coverage = 1.0 if shared is None else round(shared.coverage, 4)

@@ -16,14 +16,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from specdec.drafters.dflash import DFlashHead, DFlashSettings
-from specdec.drafters.dspark import MARKOV_HEADS, DSparkHead, DSparkSettings
+from specdec.drafters.dspark import MARKOV_HEADS, VANILLA, DSparkHead, DSparkSettings
 from specdec.drafters.eagle3 import LAYERS, Eagle3Head, Eagle3Settings
 from specdec.drafters.heads import DraftHead, HeadSettings
-from specdec.drafters.mtp import DECODER, MtpHead, MtpSettings, mtp_config
-from specdec.drafters.mtp_checkpoint import has_mtp, read_mtp_tensors
+from specdec.drafters.mtp import MtpHead, MtpSettings, mtp_config
+from specdec.drafters.mtp_checkpoint import NO_LAYERS, has_mtp, read_mtp_tensors
 from specdec.drafters.peagle import PEagleHead, PEagleSettings
 from specdec.quant.checkpoints import HUB_FILES, checkpoint_folder, config_folder, read_json, tensor_files
 from specdec.quant.layers import abbreviate
+from specdec.quant.mtp_names import DECODER
 from specdec.runtime.kv_cache.masks import attention_kinds
 from specdec.utils.warn import warn
 
@@ -38,6 +39,7 @@ PICKLE = "pytorch_model.bin"  # SafeAILab's heads; read without running code of 
 OPTIONAL = {"t2d"}  # which d2t decides as well
 OWN_PREFIX, FIRST_LAYER = r"^midlayer\.", "layers.0."  # of the first layer: SafeAILab's, speculators'
 MASK_STATE = "mask_hidden"
+NO_CHECKPOINT = "the target was not loaded from a checkpoint that may have MTP layers; name the checkpoint"
 EMBEDDING, OUTPUT = "embed_tokens.weight", "lm_head.weight"
 
 
@@ -77,7 +79,7 @@ def load_head(path: str, target: PreTrainedModel) -> DraftHead:
     made for another target.
     """
     if path == MTP and not target.name_or_path:
-        raise ValueError("the target was not loaded from a checkpoint that may have MTP layers; name the checkpoint")
+        raise ValueError(NO_CHECKPOINT)
     model: Any = target
     source = str(target.name_or_path) if path == MTP else path
     head, tensors = _read_head(source, target.config, type(model.get_decoder()))
@@ -105,9 +107,13 @@ def make_head(path: str, target: PreTrainedConfig) -> DraftHead:
     target: the config of its target, whose embedding and output layer it has not yet where it shares them. Of an MTP
     layer, which is large, no tensor is read.
     """
-    content = {} if path == MTP else read_json(config_folder(path) / "config.json")
+    if path == MTP and not target.name_or_path:
+        raise ValueError(NO_CHECKPOINT)
+    folder = config_folder(str(target.name_or_path) if path == MTP else path)
+    content, text = read_json(folder / "config.json"), target.get_text_config(decoder=True)
+    if kind_of(content) is None and not has_mtp(folder, content, text):
+        raise ValueError(NO_LAYERS)
     with torch.device("meta"):
-        text = target.get_text_config(decoder=True)
         decoder_class = type(AutoModel.from_config(text))  # type: ignore[no-untyped-call]
         if kind_of(content) is None:
             return MtpHead(*_of_mtp_layer(target, decoder_class), False, False)
@@ -246,10 +252,12 @@ def _read_dspark(content: Mapping[str, Any], text: PreTrainedConfig) -> tuple[Pr
     settings = DSparkSettings(
         **vars(_block_settings(own, config, text, sample_from_anchor=True)),
         markov_rank=_number({"markov_rank": 256, **own}, "markov_rank"),
-        markov_head_type=str(own.get("markov_head_type", MARKOV_HEADS[0])),
+        markov_head_type=str(own.get("markov_head_type", VANILLA)),
         enable_confidence_head=bool(own.get("enable_confidence_head", True)),
         confidence_head_with_markov=bool(own.get("confidence_head_with_markov", True)),
     )
+    if settings.markov_rank < 0:
+        raise ValueError(f"its markov_rank={settings.markov_rank} must be 0, without a Markov head, or more")
     if settings.markov_rank and settings.markov_head_type not in MARKOV_HEADS:
         raise ValueError(
             f"its Markov head is of the type {settings.markov_head_type!r}; specdec runs {', '.join(MARKOV_HEADS)}"
@@ -273,7 +281,7 @@ def _block_settings(
         raise ValueError(f"its layers have {', '.join(sorted(kinds))}; of such heads specdec runs full attention")
     is_speculators = "speculators_model_type" in own
     layers = own.get("aux_hidden_state_layer_ids" if is_speculators else "target_layer_ids")
-    if not layers:
+    if not layers or not isinstance(layers, list):
         raise ValueError("its config.json does not name the target's layers that it reads")
     settings = DFlashSettings(
         tuple(layers if is_speculators else [layer + 1 for layer in layers]),

@@ -11,7 +11,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from specdec.core.sequences import Sequences
 from specdec.drafters.model import ModelDrafter
+from specdec.quant.config import Int4Config
 from specdec.quant.heads import TiedEmbedding
+from specdec.quant.int8 import Int8Linear
+from specdec.quant.linear import Int4Linear
+from specdec.quant.quantizer import quantize
 from specdec.runtime.runner import PREFILL_CHUNK, ModelRunner
 
 
@@ -59,11 +63,12 @@ class DraftHead(PreTrainedModel):  # type: ignore[no-untyped-call]
     def description(self) -> str:
         """What it is, in a few words for a person."""
         settings, vocab_size = self.settings, self.config.vocab_size
-        layers, count = ", ".join(map(str, settings.feature_layers)), self.config.num_hidden_layers
+        layers, count = settings.feature_layers, self.config.num_hidden_layers
+        states = f"state{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
         drafted = f"{settings.draft_vocab_size:,} of the target's {vocab_size:,}" if self.is_reduced else "all"
         return (
-            f"{self.kind} with {count} layer{'s' * (count > 1)}, which reads the target's hidden states {layers} and"
-            f" drafts {drafted} ids"
+            f"{self.kind} with {count} layer{'s' * (count > 1)}, which reads the target's hidden {states} and drafts"
+            f" {drafted} ids"
         )
 
     def share(self, target: PreTrainedModel) -> None:
@@ -79,11 +84,30 @@ class DraftHead(PreTrainedModel):  # type: ignore[no-untyped-call]
             self.lm_head = target.get_output_embeddings()  # type: ignore[no-untyped-call]
 
     def follow(self, target: PreTrainedModel) -> None:
-        """Move to the device and the dtype of a target that was moved."""
-        own = next(value for value in self.parameters() if value.ndim == 1)  # of a norm: its own, and never in 4 bits
-        if (own.device, own.dtype) != (target.device, target.dtype):
-            nn.Module.to(self, device=target.device, dtype=target.dtype)
-            self.reset_rotary()
+        """Move to the device and the dtype of a target that was moved; 4-bit layers to the device alone."""
+        norm = self.norm_of_its_own()
+        if (norm.device, norm.dtype) == (target.device, target.dtype):
+            return
+        for module in (self, *(part for child in self._own_children() for part in child.modules())):
+            in_four_bits = isinstance(module, Int4Linear | Int8Linear)
+            for value in module.parameters(recurse=False):
+                dtype = target.dtype if value.is_floating_point() and not in_four_bits else value.dtype
+                value.data = value.data.to(device=target.device, dtype=dtype)
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(target.device))
+        self.reset_rotary()
+
+    def norm_of_its_own(self) -> Tensor:
+        """The weight of a norm, which is in the head's dtype even where its layers are in 4 bits."""
+        return next(value for child in self._own_children() for value in child.parameters() if value.ndim == 1)
+
+    def _own_children(self) -> list[nn.Module]:
+        return [child for name, child in self.named_children() if name not in self.shared]
+
+    @property
+    def shared(self) -> list[str]:
+        """The modules that are the target's."""
+        return ["embed_tokens", "embedding_rows"] * (not self.owns_embedding) + ["lm_head"] * (not self.owns_output)
 
     def reset_rotary(self) -> None:
         """Compute the frequencies of the rotary embedding anew, which no checkpoint holds and which stay in float32."""
@@ -137,6 +161,11 @@ class HeadDrafter(ModelDrafter):
         super().match_target(target)
         self.target = target
         self.head.follow(target.model)
+
+    def quantize(self, group_size: int = 128) -> None:
+        """Store the head's own linear layers in 4 bits, by groups of so many columns."""
+        keeps = ["lm_head"] * ("lm_head" in self.head.shared and isinstance(self.head.lm_head, nn.Linear))
+        quantize(self.head, Int4Config(group_size, skip_modules=keeps))
 
     def num_kept(self, drafted: int, accepted: int) -> int:
         return 0

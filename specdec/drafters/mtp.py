@@ -24,8 +24,6 @@ from specdec.quant.checkpoints import LOADING_OPTIONS, check_complete, take_sett
 from specdec.runtime.kv_cache.ragged import RaggedCache
 from specdec.runtime.model_forward import cache_argument
 
-DECODER = "decoder."  # the one-layer model, in the names of a head's tensors
-
 
 @dataclass(frozen=True, kw_only=True)
 class MtpSettings(HeadSettings):
@@ -38,7 +36,7 @@ class MtpSettings(HeadSettings):
 class MtpHead(DraftHead):  # type: ignore[no-untyped-call]
     """The head; as with an EAGLE-3 head, the state that it reads at a position is in its cache's features."""
 
-    kind = "the MTP head of the target's own checkpoint"
+    kind = "an MTP head"
     keeps_states = True
     settings: MtpSettings
 
@@ -47,6 +45,8 @@ class MtpHead(DraftHead):  # type: ignore[no-untyped-call]
     ) -> None:
         super().__init__(config, settings, owns_embedding, owns_output)
         decoder: Any = settings.decoder_class(config)
+        if not isinstance(getattr(decoder, "norm", None), nn.Module):
+            raise ValueError(f"{settings.decoder_class.__name__} has no norm behind its layers, as MTP layers need")
         decoder.set_input_embeddings(nn.Module())
         self.decoder = decoder
         self.enorm, self.hnorm = copy.deepcopy(decoder.norm), copy.deepcopy(decoder.norm)

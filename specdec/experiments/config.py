@@ -12,7 +12,6 @@ from specdec.core.sampling import VERIFICATIONS
 from specdec.draft_length.settings import MAX_DRAFT_TOKENS
 from specdec.drafters.resolve import AUTO, resolve_drafter, with_suffix_decoding
 from specdec.quant.config import Int4Config
-from specdec.quant.quantizer import quantize
 from specdec.runtime.loading import DTYPES, load
 
 
@@ -88,7 +87,7 @@ class DraftHead:
         """Load the head on the target's device: -> the drafter."""
         drafter: Any = resolve_drafter(self.path, target)
         if self.int4:
-            quantize(drafter.head, Int4Config(self.group_size))
+            drafter.quantize(self.group_size)
         return drafter
 
 

@@ -27,6 +27,7 @@ from specdec.quant.conversion import convert_checkpoint
 from specdec.quant.formats import scheme_of
 from specdec.quant.formats.layer import DOWNLOAD_AGAIN, FLOAT_DTYPES
 from specdec.quant.layers import abbreviate, linear_layers
+from specdec.quant.mtp_names import all_mtp_names
 
 # Files with the quantization config, of libraries that do not write it into config.json; and the method of each.
 SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
@@ -97,7 +98,7 @@ def load_checkpoint(
             arguments = LOADING_OPTIONS | {"dtype": dtype} | location | kwargs
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, **arguments)
             model, info = loaded
-        check_complete(info)
+        check_complete(info, model_config.get_text_config(decoder=True).num_hidden_layers)
         return model if device is None else model.to(device)
 
 
@@ -218,10 +219,14 @@ def _dtype(dtype: Any, config: Any, files: Mapping[str, Any]) -> Any:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def check_complete(info: Mapping[str, Any]) -> None:
-    """Raise ValueError where tensors and model did not fit; transformers fills what is missing with random numbers."""
+def check_complete(info: Mapping[str, Any], num_layers: int | None = None) -> None:
+    """Raise ValueError where tensors and model did not fit; transformers fills what is missing with random numbers.
+
+    num_layers: of a model whose checkpoint may have MTP layers besides; None: it may not.
+    """
     missing = sorted(info["missing_keys"])
-    unexpected = sorted(name for name in info["unexpected_keys"] if not IGNORED_TENSORS.search(name))
+    further = set() if num_layers is None else all_mtp_names(info["unexpected_keys"], num_layers)
+    unexpected = sorted(name for name in {*info["unexpected_keys"]} - further if not IGNORED_TENSORS.search(name))
     misshapen = [
         f"{name} {list(shape)} where the model has {list(expected)}"
         for name, shape, expected in sorted(info["mismatched_keys"])

@@ -161,6 +161,8 @@ def test_without_further_heads_it_drafts_what_dflash_drafts(target: PreTrainedMo
     ("changes", "message"),
     [
         ({"markov_head_type": "fir"}, "Markov head is of the type 'fir'; specdec runs vanilla, gated, rnn"),
+        ({"markov_rank": -3}, "markov_rank=-3 must be 0, without a Markov head, or more"),
+        ({"aux_hidden_state_layer_ids": 5}, "does not name the target's layers"),
         ({"markov_rank": 0}, "has a confidence head that reads a Markov head, but markov_rank=0"),
         ({"markov_rank": 5}, "has tensors of another shape than its config.json says"),
         ({"enable_confidence_head": False}, "has, for its config.json, too many tensors: confidence_head.proj.bias"),

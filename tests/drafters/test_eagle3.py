@@ -20,6 +20,9 @@ from specdec.drafters.hybrid import SuffixHybrid
 from specdec.drafters.resolve import resolve_drafter
 from specdec.generation.enable import decoding_of, state_of
 from specdec.quant.layers import is_4bit
+from specdec.runtime.cpu_compile.packages import package_path
+from specdec.runtime.identity.snapshot import Identity
+from specdec.runtime.pair import PairMember
 from specdec.runtime.runner import ModelRunner
 from specdec.utils.numerics import relative_error
 from tests.generation.test_concurrency import in_threads
@@ -326,9 +329,10 @@ def test_a_head_in_four_bits_drafts(make: Any, in_four_bits: bool) -> None:
     call: dict[str, Any] = prompts(3) | {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
     expected, output = target.generate(**call).tolist(), target.get_output_embeddings()
     drafter = make(target)
-    specdec.quantize(drafter.head, specdec.Int4Config(32, head=None))
+    drafter.quantize(32)
     assert is_4bit(drafter.head)
     assert target.get_output_embeddings() is output
+    assert (drafter.head.lm_head is output) is ("lm_head" in drafter.head.shared)
     specdec.enable(target, drafter, num_draft_tokens=3, compile=False)
     assert target.generate(**call).tolist() == expected
     stats = specdec.last_stats(target)
@@ -336,8 +340,13 @@ def test_a_head_in_four_bits_drafts(make: Any, in_four_bits: bool) -> None:
     assert stats.num_draft_tokens > 0
 
 
+@pytest.mark.parametrize("family", ["llama", "phi"])
 @pytest.mark.parametrize("make", [random_head, random_peagle, random_dflash, random_dspark, random_mtp])
-def test_a_head_follows_its_target_to_another_dtype(target: PreTrainedModel, make: Any) -> None:
+def test_a_head_follows_its_target_to_another_dtype(make: Any, family: str) -> None:
+    """Phi's output layer, which a head may share, has a bias."""
+    if (make, family) == (random_mtp, "phi"):
+        pytest.skip("phi has no norm that an MTP layer could have")
+    target = make_model(family, seed=3, **FAMILIES[family])
     specdec.enable(target, make(target), num_draft_tokens=3, compile=False)
     call: dict[str, Any] = prompts(2) | {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     before = target.generate(**call).tolist()
@@ -348,6 +357,29 @@ def test_a_head_follows_its_target_to_another_dtype(target: PreTrainedModel, mak
     stats = specdec.last_stats(target)
     assert stats is not None
     assert stats.num_draft_tokens > 0
+
+
+@pytest.mark.parametrize("make", [random_dflash, random_mtp])
+def test_a_head_that_follows_leaves_the_output_layer_of_a_4_bit_target_as_it_is(make: Any) -> None:
+    target: Any = make_model("llama", seed=3, **FAMILIES["llama"])
+    specdec.quantize(target, specdec.Int4Config(16))
+    drafter = make(target)
+    scale = target.lm_head.weight_scale.dtype
+    drafter.head.norm_of_its_own().data = drafter.head.norm_of_its_own().double()
+    specdec.enable(target, drafter, num_draft_tokens=3, compile=False)
+    target.generate(**prompts(2), max_new_tokens=4, do_sample=False)
+    assert target.lm_head.weight_scale.dtype == scale
+    assert drafter.head.norm_of_its_own().dtype == target.dtype
+
+
+def test_settings_that_a_forward_depends_on_name_another_compiled_package(
+    target: PreTrainedModel, tmp_path: Path, cpu_kernels: None
+) -> None:
+    paths = []
+    for norm_output in (False, True):
+        runner = random_head(target, tmp_path, norm_output=norm_output).runner
+        paths.append(package_path(PairMember("draft", runner, exact=False), Identity(runner.model)))
+    assert paths[0] != paths[1]
 
 
 def test_a_file_that_holds_more_than_tensors_is_not_read(target: PreTrainedModel, tmp_path: Path) -> None:

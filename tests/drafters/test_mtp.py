@@ -17,6 +17,8 @@ from specdec.drafters.head_checkpoint import load_head, make_head
 from specdec.drafters.heads import DraftHead
 from specdec.drafters.mtp import MtpHead
 from specdec.generation.enable import decoding_of
+from specdec.planning.footprint import measure_draft_footprint
+from specdec.runtime.loading import load
 from specdec.runtime.runner import ModelRunner
 from specdec.utils.numerics import relative_error
 from tests.helpers.families import FAMILIES, REFUSED, make_model, prompts
@@ -138,14 +140,14 @@ def test_texts_are_the_plain_ones(name: str, is_recorded: bool) -> None:
 
 @pytest.mark.parametrize("drafter", ["mtp", "suffix+mtp", "the folder"])
 def test_the_checkpoint_of_a_target_that_has_mtp_layers_is_its_drafter(tmp_path: Path, drafter: str) -> None:
-    """The checkpoint has the target's tensors too; the target is loaded from it, in 4 bits."""
+    """The checkpoint has the target's tensors too, and the target is loaded from it, by specdec's own loader."""
     made = make_target("DeepSeek-V3")
     made.save_pretrained(tmp_path)
     target_tensors = load_file(tmp_path / "model.safetensors")
     write_mtp(tmp_path, made, "deepseek")
     save_file(target_tensors | load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
     made.config.save_pretrained(tmp_path)
-    target = type(made).from_pretrained(tmp_path)  # with transformers' own words on the tensors it leaves out
+    target = load(str(tmp_path), "float32", "cpu")
     specdec.enable(target, tmp_path if drafter == "the folder" else drafter, num_draft_tokens=3, compile=False)
     call: dict[str, Any] = prompts(2) | {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     assert target.generate(**call).tolist() == made.generate(**call).tolist()
@@ -157,12 +159,24 @@ def test_the_checkpoint_of_a_target_that_has_mtp_layers_is_its_drafter(tmp_path:
 def test_a_layer_of_the_meta_device_has_the_shapes_of_the_one_that_is_read(tmp_path: Path) -> None:
     target = make_target("GLM-4-MoE")
     read = random_mtp(target, tmp_path, "deepseek").head
+    target.config._name_or_path = str(tmp_path)
     for path in (str(tmp_path), "mtp"):
         made = make_head(path, target.config)
         shapes = {name: value.shape for name, value in made.named_parameters()}
         shared = ("embed_tokens.", "lm_head.")
         expected = {name: value.shape for name, value in read.named_parameters() if not name.startswith(shared)}
         assert shapes == expected
+
+
+def test_a_plan_of_a_target_without_mtp_layers_is_refused(tmp_path: Path) -> None:
+    for model_type, message in (("llama", "it has no MTP layers"), ("phi", "PhiModel has no norm behind its layers")):
+        make_model(model_type, **FAMILIES[model_type]).save_pretrained(tmp_path / model_type)
+        if model_type == "phi":  # whose layers cannot be MTP layers, whatever the config says
+            file = tmp_path / model_type / "config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"num_nextn_predict_layers": 1}))
+            (tmp_path / model_type / "model.safetensors").unlink()
+        with pytest.raises(ValueError, match=f"no memory can be planned for mtp: {message}"):
+            measure_draft_footprint("mtp", str(tmp_path / model_type))
 
 
 def _edit(folder: Path, change: Any) -> None:
@@ -209,6 +223,46 @@ def test_a_target_without_mtp_layers_is_refused_by_name(tmp_path: Path) -> None:
     loaded = type(target).from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="it has no MTP layers; where it was made from a checkpoint that has some"):
         specdec.enable(loaded, "mtp")
+
+
+@pytest.mark.parametrize("name", ["GLM-4-MoE", "MiMo"])
+def test_a_checkpoint_with_mtp_layers_is_loaded_in_four_bits(name: str, tmp_path: Path) -> None:
+    made, layout = make_target(name), MODELS[name][2]
+    made.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    write_mtp(tmp_path, made, layout)
+    save_file(tensors | load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
+    made.config.save_pretrained(tmp_path)
+    target = specdec.load_quantized(tmp_path, specdec.Int4Config(16, head=None))
+    specdec.enable(target, "mtp", num_draft_tokens=2, compile=False)
+    call: dict[str, Any] = prompts(2) | {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    found = target.generate(**call).tolist()
+    stats = specdec.last_stats(target)
+    assert stats is not None
+    assert stats.num_draft_tokens > 0
+    specdec.disable(target)
+    assert target.generate(**call).tolist() == found
+
+
+def test_a_layer_too_many_without_an_mtp_layers_tensors_is_refused(tmp_path: Path) -> None:
+    make_model("llama", **FAMILIES["llama"] | {"num_hidden_layers": 3}).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | {"num_hidden_layers": 2}))
+    with pytest.raises(ValueError, match=r"has model.layers.2.\S+, .*which the model has no place for"):
+        specdec.load_quantized(tmp_path, specdec.Int4Config(16))
+
+
+def test_a_checkpoint_of_the_targets_size_without_mtp_tensors_is_a_draft_model(tmp_path: Path) -> None:
+    """transformers writes the number of MTP layers into the config of a model that it saved without them."""
+    target = make_target("GLM-4-MoE")
+    target.config.num_nextn_predict_layers = 1
+    target.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    specdec.enable(target, tmp_path, num_draft_tokens=2, compile=False)
+    target.generate(**prompts(2), max_new_tokens=8, do_sample=False, eos_token_id=None)
+    stats = specdec.last_stats(target)
+    assert stats is not None
+    assert stats.draft_acceptance_rate == 1.0
 
 
 def test_further_layers_are_named_in_a_warning(tmp_path: Path) -> None:

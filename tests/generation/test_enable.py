@@ -304,8 +304,7 @@ def test_enable_says_in_one_line_what_a_folder_holds(tmp_path: Path, capfd: pyte
         ),
         (
             layer,
-            f"{layer}: the MTP head of the target's own checkpoint with 1 layer, which reads the target's hidden states"
-            " 2 and drafts all ids",
+            f"{layer}: an MTP head with 1 layer, which reads the target's hidden state 2 and drafts all ids",
         ),
         ("prompt_lookup", None),
     ):

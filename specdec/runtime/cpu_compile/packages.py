@@ -37,6 +37,7 @@ PACKAGE = Path(__file__).parents[2]  # specdec
 TRACED = (
     *("runtime/cpu_compile", "runtime/kv_cache", "runtime/attention", "runtime/model_forward.py"),
     *("drafters/heads.py", "drafters/eagle3.py", "drafters/peagle.py", "drafters/dflash.py", "drafters/dspark.py"),
+    "drafters/mtp.py",
     *("quant/batch_invariant.py", "quant/cpu.py", "quant/experts.py", "quant/fused_linear.py"),
     *("quant/heads.py", "quant/int4.py", "quant/int8.py", "quant/linear.py"),
 )
@@ -62,8 +63,10 @@ def _source_text() -> str:
 
 def package_path(member: PairMember, identity: Identity) -> Path:
     """Where a member's package is, compiled or not. OSError without a cache folder."""
-    versions, features = (cpu.built_at().name, transformers.__version__), member.runner.feature_layers
-    fingerprint = cpu.fingerprint(*versions, _source_text(), identity.digest, str(member.exact), str(features))
+    runner = member.runner
+    settings = getattr(runner.model, "settings", None)  # of a draft head, whose forward depends on them
+    own = str(member.exact), str(runner.feature_layers), str(settings)
+    fingerprint = cpu.fingerprint(cpu.built_at().name, transformers.__version__, _source_text(), identity.digest, *own)
     return cpu.cache_folder() / f"forward-{fingerprint}.pt2"
 
 
