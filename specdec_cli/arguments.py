@@ -88,7 +88,8 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", required=True, help="a folder or a hub id; only its config is read")
     parser.add_argument(
         "--drafter",
-        help="the draft model, likewise, suffix, or suffix+FOLDER_OR_HUB_ID; without it, drafting takes no memory",
+        help="a draft model or draft head, likewise, mtp (the target's own layer), suffix, or suffix+FOLDER_OR_HUB_ID;"
+        " without it, drafting takes no memory",
     )
     parser.add_argument("--context", type=int, help="tokens of a row at the end of a call, its prompt included (4096)")
     parser.add_argument("--batch", type=int, default=1, help="rows of a batch (1)")

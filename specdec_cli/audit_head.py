@@ -16,19 +16,23 @@ from transformers import PreTrainedModel
 import specdec
 from specdec.audit.head import HeadAudit, audit_head
 from specdec.drafters.head_checkpoint import is_head, load_head
+from specdec.quant.checkpoints import named_errors
 from specdec.runtime.loading import load, load_tokenizer
 from specdec.utils.provenance import provenance
 from specdec_cli.audit_lossless import prompt_ids, workload_of
 
+SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
 
 def run(options: argparse.Namespace) -> int:
-    """Try the settings of a head; 1 where another one is better, or the target's hidden states do not help it."""
+    """Try the settings of a head; 1 where another one is better or hidden states do not help, 3 for too few texts."""
     if options.max_prompts < 1 or options.max_new_tokens < 4:
         raise ValueError("--max-prompts must be 1 or more, --max-new-tokens 4 or more")
     target = load(options.model, options.dtype or "auto", options.device)
-    if not is_head(options.head, target.config):
-        raise ValueError(f"{options.head} holds no draft head for {options.model}")
-    head = load_head(options.head, target)
+    with named_errors(f"{options.head} cannot be audited"):
+        if not is_head(options.head, target.config):
+            raise ValueError(f"it holds no draft head for {options.model}")
+        head = load_head(options.head, target)
     prompts = prompt_ids(workload_of(options.prompts), load_tokenizer(options.model))[: options.max_prompts]
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -36,13 +40,12 @@ def run(options: argparse.Namespace) -> int:
         texts = _texts(target, prompts, options, lambda: progress.advance(task))
         task = progress.add_task("settings", total=None)
         audit = audit_head(target, head, texts, lambda done, total: progress.update(task, completed=done, total=total))
-    passed = not audit.better and audit.reads_states
     if options.json:
-        content = asdict(audit) | {"passed": passed, "verdict": audit.verdict, "head": head.description()}
+        content = asdict(audit) | {"passed": audit.passed, "verdict": audit.verdict, "head": head.description()}
         print(json.dumps(content | {"provenance": provenance(options.device)}))
     else:
         show(audit, head.description(), Console())
-    return 0 if passed else 1
+    return {True: 0, False: 1, None: 3}[audit.passed]
 
 
 def show(audit: HeadAudit, what: str, console: Console) -> None:
@@ -60,8 +63,8 @@ def show(audit: HeadAudit, what: str, console: Console) -> None:
             what, f"{reading.acceptance:.1%}", f"{100 * reading.difference:+.2f}", f"{reading.z:+.1f}", style=style
         )
     console.print(table)
-    passed = not audit.better and audit.reads_states
-    console.print(audit.verdict, style="bold green" if passed else "bold red", highlight=False)
+    style = {True: "bold green", False: "bold red", None: "bold yellow"}[audit.passed]
+    console.print(audit.verdict, style=style, highlight=False)
 
 
 def _texts(target: PreTrainedModel, prompts: list[list[int]], options: Any, on_text: Any) -> list[list[int]]:
@@ -73,7 +76,7 @@ def _texts(target: PreTrainedModel, prompts: list[list[int]], options: Any, on_t
         for prompt in prompts:
             ids = torch.tensor([prompt], device=target.device)
             model: Any = target
-            text = model.generate(ids, max_new_tokens=options.max_new_tokens, do_sample=True, top_k=0, pad_token_id=0)
+            text = model.generate(ids, max_new_tokens=options.max_new_tokens, pad_token_id=0, **SAMPLED)
             texts.append(text[0].tolist())
             on_text()
     finally:

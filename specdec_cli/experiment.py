@@ -32,12 +32,13 @@ from specdec.experiments.workloads import Dataset
 from specdec.runtime.loading import load_tokenizer
 from specdec.training.config import TrainConfig
 from specdec.training.distillation import DraftModelTraining
-from specdec.training.train import DRAFTER, HELD_OUT, show, train
+from specdec.training.train import DRAFTER, HELD_OUT, is_finished, show, train
 from specdec.utils import embedded
 from specdec_cli.audit_lossless import audit, prompt_ids
 from specdec_cli.report import write
 
 PACKAGE = Path(specdec.__file__).parent
+RUN = "run"  # in the folder of a training
 LAUNCHER_EXTRAS = {"joblib": "joblib", "submitit": "slurm", "ray": "ray"}
 
 
@@ -113,19 +114,22 @@ def _task(config: DictConfig) -> None:
         _audit(experiment)
         return
     progress = Console(stderr=True, quiet=not is_main, markup=False, highlight=False)
+    is_training = isinstance(experiment, TrainConfig)
     if isinstance(experiment, TrainConfig):
+        was_finished = is_finished(experiment)
         curve = train(experiment, values, progress)
         if is_main:
             show(curve, experiment.folder, Console())
         if experiment.report_prompts == 0:
             return
+        if is_main and not was_finished:  # a run of the drafter as it was after fewer epochs
+            shutil.rmtree(experiment.folder / RUN, ignore_errors=True)
+        processes().wait_for_everyone()
         values = _run_of_trained(experiment, values)
         built = build(OmegaConf.create(values))
         assert isinstance(built, ExperimentConfig)
-        if is_main:  # of the drafter as it was after fewer epochs
-            shutil.rmtree(built.folder, ignore_errors=True)
         experiment = built
-    finished = run(experiment, values, progress)
+    finished = run(experiment, values, progress, "with the same command" if is_training else None)
     if not is_main:  # with an error here the launcher would end the main process before its report is written
         return
     if finished.records:
@@ -146,7 +150,8 @@ def _run_of_trained(training: TrainConfig, values: dict[str, Any]) -> dict[str, 
         **{name: values[name] for name in ("target", "quant", "sampling", "seed", "num_draft_tokens")},
         "drafter": {"_target_": _path_of(kind), "path": str(training.folder / DRAFTER)},
         "workload": {"_target_": _path_of(Dataset), **workload},
-        "folder": str(training.folder / "run"),
+        "folder": str(training.folder / RUN),
+        "resume": any((training.folder / RUN).glob("records*.jsonl")),
     }
 
 

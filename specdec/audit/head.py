@@ -26,6 +26,7 @@ from specdec.drafters.mtp import MtpHead
 from specdec.runtime.runner import ModelRunner
 
 STRIDE = 4  # positions from one second step, or block, of a head to the next; each takes a forward
+MIN_POSITIONS = 300  # below which nothing is said
 MIN_Z = 5.0  # standard errors that a change must bring; positions of a text are not independent
 
 
@@ -75,8 +76,17 @@ class HeadAudit:
         return self.without_states.z < -MIN_Z
 
     @property
+    def passed(self) -> bool | None:
+        """Whether no change is better and the target's hidden states help; None where there are too few positions."""
+        if self.num_positions < MIN_POSITIONS:
+            return None
+        return not self.better and self.reads_states
+
+    @property
     def verdict(self) -> str:
         """One sentence for a person."""
+        if self.passed is None:
+            return f"{self.num_positions} positions are too few to tell; give more prompts or longer texts"
         if self.better:
             best = self.better[0]
             return (

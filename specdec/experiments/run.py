@@ -59,11 +59,11 @@ def device_of(target: TargetConfig) -> str:
     return "cpu" if device.type == "cpu" else str(device)  # accelerate numbers CPUs, torch's models do not
 
 
-def run(config: ExperimentConfig, values: dict[str, Any], console: Console) -> Run:
+def run(config: ExperimentConfig, values: dict[str, Any], console: Console, resumed: str | None = None) -> Run:
     """Run the experiment; returns all its records, those of other processes included.
 
-    values: the config as plain values, for the header. Raises ValueError, before anything is written, for a config that
-    can't be run.
+    values: the config as plain values, for the header. resumed: in words, how a run that is interrupted is resumed.
+    Raises ValueError, before anything is written, for a config that can't be run.
     """
     folder = Path(config.folder)
     prompts: list[Prompt] = config.workload.prompts()
@@ -93,9 +93,8 @@ def run(config: ExperimentConfig, values: dict[str, Any], console: Console) -> R
             for number, (repetition, batch) in work:
                 worker.run_batch(number, repetition, batch)
     except KeyboardInterrupt:
-        console.print(
-            f"interrupted; finished results are saved. Resume with the same command and: folder={folder} resume=true"
-        )
+        how = resumed or f"with the same command and: folder={folder} resume=true"
+        console.print(f"interrupted; finished results are saved. Resume {how}")
         raise
     finally:
         file.close()

@@ -94,11 +94,11 @@ class Dataset:
         if not file.is_file():
             if file.exists() or loader is not None or self.path.startswith((".", "/", "~")):
                 raise ValueError(f"{self.path!r} is not a file; pass a {', '.join(LOADERS)} file or a dataset's hub id")
-            streams = self.limit is not None and self.shuffle_seed is None  # a limit needs the first rows alone
+            streams = (self.limit or 0) > 0 and self.shuffle_seed is None  # a limit needs the first rows alone
             try:
                 rows = datasets.load_dataset(self.path, self.name, split=self.split, streaming=streams)
-                return islice(rows, self.limit) if streams else rows
-            except (OSError, ValueError) as error:
+                return list(islice(rows, self.limit)) if streams else rows
+            except Exception as error:  # a stream fails in ways of its own
                 raise ValueError(
                     f"{self.path!r} is not a file, and no dataset of that id could be loaded: {error}"
                 ) from error

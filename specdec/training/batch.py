@@ -33,10 +33,9 @@ class Trainee(Protocol):
 
     module: a Batch -> the loss, and [K, 2] float32: of each position of a draft, how many ids were drafted behind ids
     that are the target's choice, and how many of them are its choice too. feature_layers: the target's hidden states
-    that it reads. what: the drafter in a word or two.
+    that it reads.
     """
 
-    what: str
     module: nn.Module
     feature_layers: tuple[int, ...]
 

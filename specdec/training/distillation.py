@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec.quant.checkpoints import load_checkpoint, take_settings
-from specdec.quant.layers import is_4bit
+from specdec.quant.checkpoints import config_folder, load_checkpoint, read_config
 from specdec.runtime.loading import load_tokenizer
 from specdec.training.batch import Batch, add_counts
 from specdec.training.config import TrainConfig, check_learning_rate
@@ -49,11 +48,12 @@ class DraftModelTraining:
         if not 0 <= self.hard_labels <= 1:
             raise ValueError(f"train.hard_labels={self.hard_labels} must be from 0 to 1")
 
-    def check_target(self, target: PreTrainedModel) -> None:
-        """Raise ValueError where the target has too few layers."""
+    def check_target(self, config: TrainConfig, target: PreTrainedModel) -> None:
+        """Raise ValueError where no draft model can be made of the target's checkpoint."""
         num_layers = target.config.get_text_config(decoder=True).num_hidden_layers
         if self.num_layers >= num_layers:
             raise ValueError(f"train.num_layers={self.num_layers} must be less than the target's {num_layers} layers")
+        new_draft_model(config.target.path, self.num_layers)
 
     def start(self, config: TrainConfig, target: PreTrainedModel, texts: Sequence[Text]) -> TrainedDraftModel:
         """A new draft model for a target."""
@@ -64,7 +64,6 @@ class DraftModelTraining:
 class TrainedDraftModel:
     """A draft model in training, see `Trainee`."""
 
-    what = "draft model"
     feature_layers: tuple[int, ...] = ()
 
     def __init__(self, draft: PreTrainedModel, config: TrainConfig) -> None:
@@ -107,32 +106,61 @@ class Distillation(nn.Module):
 def new_draft_model(path: str, num_layers: int) -> PreTrainedModel:
     """A model of evenly spread layers of a checkpoint, in float32; all but the layers is not trained.
 
-    Raises ValueError where the checkpoint is in 4 bits, or its layers cannot be told apart by name.
+    Raises ValueError where the checkpoint is in 4 bits, its layers cannot be told apart by name, or a layer is of
+    another kind than the one whose place it takes.
     """
-    whole = load_checkpoint(path, dtype=torch.float32)
-    if is_4bit(whole):
+    folder = config_folder(path)
+    if read_config(folder)[1] is not None:
         raise ValueError(
-            f"{path} is in 4 bits, and a draft model begins with layers in full precision; name the original"
+            f"{path} is quantized, and a draft model begins with layers in full precision; name the original"
         )
+    whole = load_checkpoint(path, dtype=torch.float32)
     config: Any = copy.deepcopy(whole.config)
-    take_settings(config)
     text = config.get_text_config(decoder=True)
-    last = text.num_hidden_layers - 1
-    chosen = [round(index * last / max(num_layers - 1, 1)) for index in range(num_layers)]
+    count = int(text.num_hidden_layers)
+    tensors = whole.state_dict()
+    if {int(match[1]) for name in tensors if (match := LAYER.search(name))} != set(range(count)):
+        raise ValueError(f"the layers of {type(whole).__name__} cannot be told apart by name, so none can be left out")
+    chosen = [round(index * (count - 1) / max(num_layers - 1, 1)) for index in range(num_layers)]
+    for name, value in text.to_dict().items():
+        if isinstance(value, list) and len(value) == count:  # of a value for each layer
+            setattr(text, name, [value[layer] for layer in chosen])
     text.num_hidden_layers = num_layers
-    for name in ("layer_types", "mlp_layer_types"):
-        if getattr(text, name, None) is not None:
-            setattr(text, name, [getattr(text, name)[layer] for layer in chosen])
     draft = type(whole)(config)
-    tensors, own = whole.state_dict(), {}
-    for name in draft.state_dict():
+    own: dict[str, Tensor] = {}
+    sources: dict[str, str] = {}
+    for name, value in draft.state_dict().items():
         match = LAYER.search(name)
-        source = name if match is None else f"{name[: match.start(1)]}{chosen[int(match[1])]}{name[match.end(1) :]}"
-        if source not in tensors:
-            raise ValueError(f"{type(whole).__name__} has no {source}; its layers cannot be told apart by name")
-        own[name] = tensors[source]
+        source = name
+        if match is not None:
+            before, layer = name[: match.start(1)], chosen[int(match[1])]
+            source = f"{before}{layer}{name[match.end(1) :]}"
+            sources[f"{before}{match[1]}"] = f"{before}{layer}"
+        own[name] = tensors.get(source, torch.empty(0))
+        if own[name].shape != value.shape:
+            raise ValueError(_other_kind(whole, source))
+    for name, source in sources.items():
+        if _settings_of(draft.get_submodule(name)) != _settings_of(whole.get_submodule(source)):
+            raise ValueError(_other_kind(whole, source))
     draft.load_state_dict(own)
     for name, parameter in draft.named_parameters():
         parameter.requires_grad_(LAYER.search(name) is not None or parameter.ndim == 1)
     draft.generation_config = whole.generation_config
     return draft
+
+
+def _other_kind(whole: PreTrainedModel, source: str) -> str:
+    return (
+        f"the layers of {type(whole).__name__} are of several kinds, and {source} cannot take the place that it would"
+        " have; choose another train.num_layers"
+    )
+
+
+def _settings_of(layer: nn.Module) -> dict[str, Any]:
+    """What a layer's modules have besides tensors, without their number."""
+    return {
+        f"{path}.{name}": value
+        for path, module in layer.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, bool | int | float | str | None) and name not in ("layer_idx", "layer_id", "training")
+    }

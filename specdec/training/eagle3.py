@@ -23,11 +23,14 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from specdec.drafters.eagle3 import Eagle3Head, Eagle3Settings
 from specdec.drafters.head_checkpoint import EAGLE3
+from specdec.quant.checkpoints import named_errors
+from specdec.runtime.runner import context_of
 from specdec.training.batch import Batch, add_counts
 from specdec.training.config import TrainConfig, check_fraction, check_learning_rate
 from specdec.training.texts import Text
 
 MAX_DRAFT_IDS = 32_000
+UNLIMITED = 1 << 20  # positions of a head whose target names no limit
 SHARED = ("embed_tokens.", "embedding_rows.")  # tensors of a head that are its target's
 SPECULATORS_VERSION = "0.9.0"  # whose layout a head is saved in
 
@@ -61,14 +64,16 @@ class Eagle3Training:
                 "train.feature_layers=[] names no hidden state; leave it out for an early, a middle and a late one"
             )
 
-    def check_target(self, target: PreTrainedModel) -> None:
-        """Raise ValueError where the target lacks what is to be read of it."""
+    def check_target(self, config: TrainConfig, target: PreTrainedModel) -> None:
+        """Raise ValueError where no head can be made for the target."""
         num_layers = target.config.get_text_config(decoder=True).num_hidden_layers
         if any(not 0 <= layer < num_layers for layer in self.feature_layers or ()):
             raise ValueError(
                 f"train.feature_layers={list(self.feature_layers or ())}: the hidden states of this target are 0 …"
                 f" {num_layers - 1}"
             )
+        with named_errors(f"no head can be made for {type(target).__name__}"):
+            new_head(self, target, [])
 
     def start(self, config: TrainConfig, target: PreTrainedModel, texts: Sequence[Text]) -> TrainedHead:
         """A new head for a target."""
@@ -77,8 +82,6 @@ class Eagle3Training:
 
 class TrainedHead:
     """A head in training, see `Trainee`."""
-
-    what = "EAGLE-3 head"
 
     def __init__(self, head: Eagle3Head, target: PreTrainedModel, config: TrainConfig) -> None:
         self.head, self.target, self.config = head, target, config
@@ -184,7 +187,7 @@ def new_head(training: Eagle3Training, target: PreTrainedModel, texts: Sequence[
         num_attention_heads=heads,
         num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        max_position_embeddings=text.max_position_embeddings,
+        max_position_embeddings=context_of(target) or UNLIMITED,
         rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
         tie_word_embeddings=False,
         rope_parameters=_rope_parameters(text),

@@ -8,6 +8,7 @@ import math
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -52,15 +54,19 @@ def train(config: TrainConfig, values: dict[str, Any], console: Console) -> dict
     torch.manual_seed(config.seed)
     config.folder.mkdir(parents=True, exist_ok=True)
     curve = _started(config.folder, values)
-    target = config.target.load(device_of(config.target), config.quant)
-    config.train.check_target(target)
     tokenizer = load_tokenizer(config.target.path)
     as_chat = uses_chat_template(config.workload, tokenizer)
     prompts = config.workload.prompts()
     is_held_out = _held_out(config, len(prompts))
+    rows = [encode(prompt.turns[:1], [], tokenizer, as_chat) for prompt in prompts]
     if accelerator.is_main_process:
-        _write_held_out(config, [prompt for prompt, is_one in zip(prompts, is_held_out, strict=True) if is_one])
-    rows = [encode(prompt.turns[:1], [], tokenizer, as_chat)[-config.max_prompt_tokens :] for prompt in prompts]
+        kept = zip(prompts, rows, is_held_out, strict=True)
+        _write_held_out(config, [(prompt, len(ids)) for prompt, ids, is_one in kept if is_one])
+    if is_finished(config):
+        return curve
+    rows = [ids[-config.max_prompt_tokens :] for ids in rows]
+    target = config.target.load(device_of(config.target), config.quant)
+    config.train.check_target(config, target)
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(),
@@ -71,6 +77,7 @@ def train(config: TrainConfig, values: dict[str, Any], console: Console) -> dict
             [text for text, is_one in zip(written, is_held_out, strict=True) if is_one == held]
             for held in (True, False)
         )
+        torch.manual_seed(config.seed)  # so that a drafter begins alike whether texts were written before or not
         trainee: Trainee = config.train.start(config, target, texts)
         module = trainee.module
         steps_per_epoch = math.ceil(len(texts) / (config.batch_size * accelerator.num_processes))
@@ -80,7 +87,7 @@ def train(config: TrainConfig, values: dict[str, Any], console: Console) -> dict
         module, optimizer, schedule = accelerator.prepare(module, optimizer, schedule)
         accelerator.register_save_state_pre_hook(_leave_out_frozen)
         if curve["epochs"]:
-            accelerator.load_state(str(_checkpoint(config, len(curve["epochs"]))), strict=False)
+            _load_state(_checkpoint(config, len(curve["epochs"])), module, accelerator)
         task = progress.add_task("training", total=steps_per_epoch * config.epochs)
         progress.update(task, completed=steps_per_epoch * len(curve["epochs"]))
         for epoch in range(len(curve["epochs"]), config.epochs):
@@ -109,6 +116,15 @@ def train(config: TrainConfig, values: dict[str, Any], console: Console) -> dict
     return curve
 
 
+def is_finished(config: TrainConfig) -> bool:
+    """Whether the folder holds a training that has ended, and its drafter."""
+    file = config.folder / CURVE
+    if not file.is_file() or not (config.folder / DRAFTER).is_dir():
+        return False
+    num_epochs = len(json.loads(file.read_text(encoding="utf-8"))["epochs"])
+    return num_epochs >= config.epochs
+
+
 def show(curve: dict[str, Any], folder: Path, console: Console) -> None:
     """A table of the held-out acceptance after each epoch, and where the drafter is."""
     table = Table(title="held-out acceptance by position of the draft", title_justify="left")
@@ -135,12 +151,28 @@ def _held_out(config: TrainConfig, num_prompts: int) -> list[bool]:
     return [index in chosen for index in range(num_prompts)]
 
 
-def _write_held_out(config: TrainConfig, prompts: Sequence[Prompt]) -> None:
-    """Write held-out prompts for the run at the end, evenly spread too, as a workload reads them."""
-    count = min(config.report_prompts, len(prompts))
-    chosen = [prompts[index * len(prompts) // count] for index in range(count)]
+def _write_held_out(config: TrainConfig, prompts: Sequence[tuple[Prompt, int]]) -> None:
+    """Write held-out prompts for the run at the end, as a workload reads them.
+
+    prompts: each with its number of ids. Those that the training reads whole are taken, if there are any, evenly
+    spread.
+    """
+    short = [prompt for prompt, num_ids in prompts if num_ids <= config.max_prompt_tokens]
+    chosen = short or [prompt for prompt, _ in prompts]
+    count = min(config.report_prompts, len(chosen))
+    chosen = [chosen[index * len(chosen) // count] for index in range(count)]
     rows = [{"id": prompt.id, "task": prompt.task, "prompt": prompt.turns[0]} for prompt in chosen]
     (config.folder / HELD_OUT).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _load_state(checkpoint: Path, module: nn.Module, accelerator: Accelerator) -> None:
+    """Go on from a checkpoint. Raises ValueError where it lacks a tensor that is trained."""
+    accelerator.load_state(str(checkpoint), strict=False)  # what is frozen is not in it
+    with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
+        trained = {name for name, value in module.named_parameters() if value.requires_grad}
+        prefixes = ("", "module.")  # of a module that is shared by several processes
+        if missing := [name for name in trained if not any(prefix + name in file.keys() for prefix in prefixes)]:  # noqa: SIM118
+            raise ValueError(f"{checkpoint} is damaged: it lacks {', '.join(sorted(missing)[:3])}")
 
 
 def _checkpoint(config: TrainConfig, epoch: int) -> Path:
@@ -164,13 +196,18 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 def _started(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     """The training.json of an earlier run in the folder, or a new one. ValueError where that had other settings."""
-    settings = {name: value for name, value in values.items() if name != "folder"}
+    settings = {name: value for name, value in values.items() if name not in ("folder", "report_prompts")}
     file = folder / CURVE
     if not file.is_file():
         return {"settings": settings, "provenance": provenance("cpu"), "epochs": []}
     curve: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if curve["settings"] != json.loads(json.dumps(settings)):
-        raise ValueError(f"{folder} holds a training with other settings; name another folder, or delete it")
+    before, now = curve["settings"], json.loads(json.dumps(settings))
+    if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
+        name = changed[0]
+        raise ValueError(
+            f"{folder} holds a training with {name}={before.get(name)}, and now {name}={now.get(name)}; name another"
+            " folder, or delete it"
+        )
     return curve
 
 
@@ -232,7 +269,9 @@ def _batches(
     for chosen in _order(config.seed, texts, stride, epoch):
         own = chosen[accelerator.process_index :: accelerator.num_processes]
         rows = [texts[index] for index in own or chosen[:1]]  # each process takes part in every step
-        yield batch_of(rows, target, feature_layers)
+        batch = batch_of(rows, target, feature_layers)
+        is_counted = bool(own) or epoch is not None
+        yield batch if is_counted else replace(batch, is_answer=torch.zeros_like(batch.is_answer))
 
 
 def _order(seed: int, texts: Sequence[Text], stride: int, epoch: int | None) -> list[list[int]]:

@@ -110,8 +110,8 @@ def test_a_head_that_does_not_read_its_target_is_named(
     head = load_head(str(embedded.EAGLE3), embedded_target)
     torch.manual_seed(0)
     head.fc.weight.data = 1e-4 * torch.randn_like(head.fc.weight)
-    found = audit_head(embedded_target, head, texts[:1])
-    assert not found.reads_states
+    found = audit_head(embedded_target, head, texts[:3])
+    assert found.passed is False
     assert found.verdict.startswith("the target's hidden states do not help it")
 
 
@@ -170,4 +170,7 @@ def test_the_command_says_what_it_found(capsys: pytest.CaptureFixture[str], tmp_
     assert not found["passed"]
     assert found["verdict"].startswith("it is not run as it was trained: with fc.weight transposed")
     assert main(["audit", "head", str(embedded.TARGET), str(embedded.DRAFT), *short]) == 2
-    assert "holds no draft head" in capsys.readouterr().err
+    assert f"{embedded.DRAFT} cannot be audited: it holds no draft head" in capsys.readouterr().err
+    few = ["--max-prompts", "1", "--max-new-tokens", "4"]
+    assert main(["audit", "head", str(embedded.TARGET), str(embedded.EAGLE3), *few]) == 3
+    assert "positions are too few to tell" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,7 +18,7 @@ from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.head_checkpoint import load_head
 from specdec.experiments.config import QuantConfig, SamplingConfig, TargetConfig
 from specdec.experiments.report.labels import read_runs
-from specdec.experiments.workloads import Dataset
+from specdec.experiments.workloads import Dataset, Prompt
 from specdec.runtime.loading import load_tokenizer
 from specdec.runtime.runner import ModelRunner
 from specdec.training import train as training
@@ -194,7 +194,7 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(
     assert all(drafters[0][name].equal(drafters[1][name]) for name in drafters[0])
     [checkpoint] = (tmp_path / "a").glob("checkpoint-*/model.safetensors")
     assert not [name for name in load_file(checkpoint) if "embed_tokens" in name]
-    with pytest.raises(ValueError, match="holds a training with other settings"):
+    with pytest.raises(ValueError, match="holds a training with seed=0, and now seed=1; name another folder"):
         training.train(config("a"), {"seed": 1}, console)
 
 
@@ -256,6 +256,50 @@ def test_settings_are_checked(tmp_path: Path, changes: dict[str, Any], message: 
         config_of(tmp_path / "head", **changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": 0}, "train.num_layers=0 must be 1 or more"),
+        ({"hard_labels": 1.5}, "train.hard_labels=1.5 must be from 0 to 1"),
+        ({"learning_rate": 0.0}, "train.learning_rate=0.0 must be positive"),
+    ],
+)
+def test_settings_of_a_draft_model_are_checked(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DraftModelTraining(**DRAFT_MODEL | changes)
+
+
+def test_a_training_that_has_ended_is_not_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, original: Path
+) -> None:
+    """Its run goes on where it ended; a checkpoint that lacks what is trained is damaged."""
+    folder, target = tmp_path / "a", TargetConfig(path=str(original), dtype="float32", device="cpu")
+    config = config_of(folder, target=target, epochs=1, draft_vocab_size=64)
+    assert not training.is_finished(config)
+    curve = training.train(config, {"report_prompts": 1}, Console(quiet=True))
+    assert training.is_finished(config)
+    with monkeypatch.context() as patched:
+        patched.setattr(TargetConfig, "load", lambda *_: pytest.fail("the target is loaded"))
+        assert training.train(config, {"report_prompts": 2}, Console(quiet=True)) == curve
+    further = config_of(folder, target=target, epochs=2, draft_vocab_size=64)
+    checkpoint = folder / "checkpoint-1" / "model.safetensors"
+    tensors = load_file(checkpoint)
+    [name] = [name for name in tensors if name.endswith("fc.weight")]
+    del tensors[name]
+    save_file(tensors, checkpoint)
+    with pytest.raises(ValueError, match=r"checkpoint-1 is damaged: it lacks head.fc.weight"):
+        training.train(further, {}, Console(quiet=True))
+
+
+def test_prompts_that_the_training_reads_whole_are_held_out_for_the_run(tmp_path: Path) -> None:
+    config = config_of(tmp_path, report_prompts=2)
+    prompts = [
+        (Prompt(str(index), "task", (f"prompt {index}",)), num_ids) for index, num_ids in enumerate((9, 50, 7, 8))
+    ]
+    training._write_held_out(config, prompts)
+    assert [json.loads(line)["id"] for line in (tmp_path / "held_out.jsonl").read_text().splitlines()] == ["0", "2"]
+
+
 def test_layers_that_the_target_lacks_are_named_before_it_answers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train.feature_layers=\[12\]: the hidden states of this target are 0 … 11"):
         training.train(config_of(tmp_path / "head", feature_layers=[12]), {}, Console(quiet=True))
@@ -292,12 +336,41 @@ def test_a_draft_model_begins_with_evenly_spread_layers_of_its_target(tmp_path: 
     trained = {name for name, value in draft.named_parameters() if value.requires_grad}
     assert trained == {name for name in own if ".layers." in name} | {"model.norm.weight"}
     with pytest.raises(ValueError, match=r"train.num_layers=6 must be less than the target's 6 layers"):
-        DraftModelTraining(**DRAFT_MODEL | {"num_layers": 6}).check_target(target)
+        DraftModelTraining(**DRAFT_MODEL | {"num_layers": 6}).check_target(config_of(tmp_path / "a"), target)
 
 
 def test_a_draft_model_of_a_checkpoint_in_four_bits_is_refused() -> None:
-    with pytest.raises(ValueError, match="is in 4 bits, and a draft model begins with layers in full precision"):
+    with pytest.raises(ValueError, match="is quantized, and a draft model begins with layers in full precision"):
         new_draft_model(str(embedded.TARGET), 2)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "num_layers", "message"),
+    [
+        ("mpt", {"n_layers": 4}, 2, "the layers of MptForCausalLM cannot be told apart by name"),
+        ("deepseek_v3", {"num_hidden_layers": 4, "first_k_dense_replace": 2}, 2, "are of several kinds"),
+    ],
+)
+def test_a_target_whose_layers_cannot_be_chosen_is_refused(
+    tmp_path: Path, model_type: str, changes: dict[str, int], num_layers: int, message: str
+) -> None:
+    make_model(model_type, **FAMILIES[model_type] | changes).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        new_draft_model(str(tmp_path), num_layers)
+
+
+def test_a_draft_model_keeps_what_its_layers_do_not_have_in_common(tmp_path: Path) -> None:
+    """SmolLM3's every fourth layer has no rotary embedding."""
+    values = FAMILIES["smollm3"] | {"num_hidden_layers": 4}
+    make_model("smollm3", **values).save_pretrained(tmp_path)
+    draft: Any = new_draft_model(str(tmp_path), 2)
+    assert draft.config.no_rope_layers == [1, 0]
+    assert [bool(layer.self_attn.use_rope) for layer in draft.model.layers] == [True, False]
+
+
+def test_a_head_is_trained_for_a_target_without_a_limit_of_positions(tmp_path: Path) -> None:
+    target = make_model("mpt", **FAMILIES["mpt"])
+    Eagle3Training(**HEAD).check_target(config_of(tmp_path / "head"), target)
 
 
 @pytest.mark.parametrize("hard_labels", [0.0, 0.3, 1.0])
