@@ -219,6 +219,9 @@ def test_the_command_writes_a_drafter_and_the_report_of_a_run(
     held_out = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
     assert {record.prompt_id for record in run.records} == {row["id"] for row in held_out}
     assert len(held_out) == 1
+    assert main(["train-drafter", *overrides]) == 0  # which trains nothing, and runs nothing again
+    assert capsys.readouterr().out.count("report: ") == 1
+    assert read_runs([folder / "run"])[0].records == run.records
 
     target = TargetConfig(path=str(original), dtype="float32", device="cpu").load("cpu", QuantConfig())
     if train == "eagle3":
