@@ -41,6 +41,9 @@ from specdec.experiments.report.page import render_page
 from specdec.experiments.run import run
 from specdec.experiments.workloads import Prompt, Stdlib
 from specdec.runtime.loading import load_tokenizer
+from specdec.training.config import TrainConfig
+from specdec.training.distillation import DraftModelTraining
+from specdec.training.eagle3 import Eagle3Training
 from specdec.utils import embedded
 from specdec_cli.experiment import build, conf_dir
 from specdec_cli.main import main
@@ -54,6 +57,8 @@ REQUIRED = {
     "drafter/model": ["drafter.path=m"],
     "drafter/suffix_and_model": ["drafter.path=m"],
     "drafter/head": ["drafter.path=m"],
+    "train/draft_model": ["workload.path=a.jsonl"],
+    "train/eagle3": ["workload.path=a.jsonl"],
     "workload/dataset": ["workload.path=a.jsonl"],
     "workload/spec_bench": ["workload.path=a.jsonl"],
     "experiment/spec_bench": ["target.path=m", "drafter.path=m", "workload.path=a.jsonl"],
@@ -138,8 +143,10 @@ def test_every_config_can_be_composed_and_instantiated(name: str) -> None:
         pytest.importorskip(
             f"hydra_plugins.hydra_{PLUGINS[name]}", reason=f"conf/{name}.yaml needs hydra's {PLUGINS[name]}"
         )
-    config = composed(f"{group}={option}", *REQUIRED.get(name, []))
-    assert isinstance(config, ExperimentConfig)
+    primary, schema = ("train", TrainConfig) if group == "train" else ("config", ExperimentConfig)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = build(hydra.compose(primary, [f"{group}={option}", *REQUIRED.get(name, [])]))
+    assert isinstance(config, schema)
     part = getattr(config, group, None)
     if part is not None:
         assert type(part).__name__ in (CONF / f"{name}.yaml").read_text()
@@ -157,6 +164,14 @@ def test_the_config_of_an_audit_contains_the_fields_of_its_schema_and_nothing_el
         config = OmegaConf.to_container(hydra.compose("audit"), resolve=False)
     assert isinstance(config, dict)
     assert set(config) - {"_target_"} == set(AuditConfig.__dataclass_fields__)
+
+
+def test_the_configs_of_a_training_contain_the_fields_of_their_schemas_and_nothing_else() -> None:
+    for option, schema in (("eagle3", Eagle3Training), ("draft_model", DraftModelTraining)):
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            config: Any = OmegaConf.to_container(hydra.compose("train", [f"train={option}"]), resolve=False)
+        assert set(config) - {"_target_"} == set(TrainConfig.__dataclass_fields__)
+        assert set(config["train"]) - {"_target_"} == set(schema.__dataclass_fields__)
 
 
 def test_an_audit_from_a_config_ends_with_a_certificate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
