@@ -200,7 +200,8 @@ with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
     for name in files:
         group, _, option = name.partition("/")
         if name not in {sorted(PLUGINS)!r}:
-            build(hydra.compose("config", [f"{{group}}={{option}}", *{REQUIRED!r}.get(name, [])]))
+            primary = "train" if group == "train" else "config"
+            build(hydra.compose(primary, [f"{{group}}={{option}}", *{REQUIRED!r}.get(name, [])]))
 """
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)

@@ -74,7 +74,7 @@ def test_num_assistant_tokens_of_a_call_is_checked_too(given: Any) -> None:
         (
             "no such drafter",
             ValueError,
-            r"'no such drafter' is not one of \['none', 'prompt_lookup', 'suffix'\], and no model",
+            r"'no such drafter' is not one of \['mtp', 'none', 'prompt_lookup', 'suffix'\], and no model",
         ),
         (
             Path("no/such/folder"),
