@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import re
 import statistics
@@ -306,6 +307,36 @@ def test_what_the_embedded_head_reaches_is_what_was_measured() -> None:
     text = " ".join(PAGES["docs/drafters.md"].split())
     assert said in text
     assert f"a step with the head takes {steps[0][0]:.1f} plain steps, with the draft model {steps[1][0]:.1f}," in text
+
+
+def test_what_training_brings_a_real_model_is_what_was_measured() -> None:
+    page = PAGES["docs/training.md"]
+    lines = []
+    for name, file in (("EAGLE-3 head", "head"), ("draft model", "draft")):
+        curve = json.loads((RESULTS / f"train_drafter-smollm2-{file}.json").read_text(encoding="utf-8"))
+        for number, epoch in enumerate(curve["epochs"], 1):
+            rates = epoch["acceptance"]
+            length = 1 + sum(math.prod(rates[: count + 1]) for count in range(len(rates)))
+            accepted = " | ".join(f"{rate:.1%}" for rate in rates)
+            lines.append(f"| {name} | {number} | {epoch['loss']:.2f} | {accepted} | {length:.2f} |")
+    for name, drafter in (
+        ("EAGLE-3 head", "EAGLE-3 head"),
+        ("draft model of 4 layers", "further draft"),
+        ("prompt lookup", "prompt lookup"),
+        ("suffix decoding", "suffix"),
+    ):
+        [row] = [
+            row
+            for row in drafter_rows("smollm2-trained")["prompts"]
+            if (row["drafter"], row["num_draft_tokens"], row["batch"], row["sampling"]) == (drafter, 3, 1, "greedy")
+        ]
+        lines.append(f"| {name} | {row['tokens_per_step']:.2f} | {row['step_in_plain_steps']:.2f} | {gain(row):.2f} |")
+    found = page.splitlines()
+    assert [line for line in lines if line not in found] == []
+    head = next(row for row in drafter_rows("smollm2-trained")["prompts"] if row["drafter"] == "EAGLE-3 head")
+    text = " ".join(page.split())
+    assert f"a step with the head costs {head['step_in_plain_steps']:.2f} plain ones" in text
+    assert f"where they bring {head['tokens_per_step'] - 1:.2f}" in text
 
 
 def test_what_a_draft_model_of_another_tokenizer_reaches_is_what_was_measured() -> None:
