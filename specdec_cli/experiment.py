@@ -114,22 +114,15 @@ def _task(config: DictConfig) -> None:
         _audit(experiment)
         return
     progress = Console(stderr=True, quiet=not is_main, markup=False, highlight=False)
-    is_training = isinstance(experiment, TrainConfig)
+    resumed = None
     if isinstance(experiment, TrainConfig):
-        was_finished = is_finished(experiment)
-        curve = train(experiment, values, progress)
-        if is_main:
-            show(curve, experiment.folder, Console())
+        _train(experiment, values, progress)
         if experiment.report_prompts == 0:
             return
-        if is_main and not was_finished:  # a run of the drafter as it was after fewer epochs
-            shutil.rmtree(experiment.folder / RUN, ignore_errors=True)
-        processes().wait_for_everyone()
-        values = _run_of_trained(experiment, values)
-        built = build(OmegaConf.create(values))
-        assert isinstance(built, ExperimentConfig)
-        experiment = built
-    finished = run(experiment, values, progress, "with the same command" if is_training else None)
+        values, resumed = _run_of_trained(experiment, values), "with the same command"
+        experiment = build(OmegaConf.create(values))
+    assert isinstance(experiment, ExperimentConfig)
+    finished = run(experiment, values, progress, resumed)
     if not is_main:  # with an error here the launcher would end the main process before its report is written
         return
     if finished.records:
@@ -138,6 +131,17 @@ def _task(config: DictConfig) -> None:
         first = finished.failures[0]
         failed, total = len(finished.failures), len(finished.failures) + len(finished.records)
         raise PromptsFailed(f"{failed} of {total} calls failed, the first on {first.prompt_id!r}: {first.error}")
+
+
+def _train(config: TrainConfig, values: dict[str, Any], progress: Console) -> None:
+    """One training, and where it trained, no run of the drafter as it was before."""
+    was_finished = is_finished(config)
+    curve = train(config, values, progress)
+    if processes().is_main_process:
+        show(curve, config.folder, Console())
+        if not was_finished:
+            shutil.rmtree(config.folder / RUN, ignore_errors=True)
+    processes().wait_for_everyone()
 
 
 def _run_of_trained(training: TrainConfig, values: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from specdec.drafters.dspark import DSparkHead
 from specdec.drafters.eagle3 import Eagle3Head
 from specdec.drafters.heads import DraftHead
 from specdec.drafters.mtp import MtpHead
+from specdec.drafters.peagle import PEagleHead
 from specdec.runtime.runner import ModelRunner
 
 STRIDE = 4  # positions from one second step, or block, of a head to the next; each takes a forward
@@ -157,15 +158,16 @@ def _variants(head: DraftHead, num_layers: int) -> Iterator[Variant]:
         yield Variant(
             f"norm_before_residual={before}".lower(), own, lambda: _changed(first, "norm_before_residual", before)
         )
-        changed = replace(settings, norm_output=not settings.norm_output)
-        yield Variant(f"norm_output={changed.norm_output}".lower(), own, lambda: _changed(head, "settings", changed))
+        if not isinstance(head, PEagleHead):
+            other = replace(settings, norm_output=not settings.norm_output)
+            yield Variant(f"norm_output={other.norm_output}".lower(), own, lambda: _changed(head, "settings", other))
     elif isinstance(head, MtpHead):
         other = replace(settings, hidden_first=not settings.hidden_first)
         yield Variant("the projection's inputs in the other order", own, lambda: _changed(head, "settings", other))
     elif isinstance(head, DFlashHead):
-        anchor = replace(settings, sample_from_anchor=not settings.sample_from_anchor)
+        other = replace(settings, sample_from_anchor=not settings.sample_from_anchor)
         yield Variant(
-            f"sample_from_anchor={anchor.sample_from_anchor}".lower(), own, lambda: _changed(head, "settings", anchor)
+            f"sample_from_anchor={other.sample_from_anchor}".lower(), own, lambda: _changed(head, "settings", other)
         )
     weight = head.fc.weight
     if not weight.shape[1] % weight.shape[0]:
@@ -188,14 +190,17 @@ def _acceptances(head: DraftHead, ids: Tensor, states: Tensor, probs: Tensor) ->
 
     ids: [1, L]. states: [1, L, H], the target's, reduced. probs: [L, V], of the target, of the id behind each position.
     """
-    own = _block_logits(head, ids, states) if isinstance(head, DFlashHead) else _chain_logits(head, ids, states)
-    return torch.cat([torch.minimum(logits.softmax(-1), probs[behind]).sum(-1) for logits, behind in own])
+    found = _logits(head, ids, states)
+    return torch.cat([torch.minimum(logits.softmax(-1), probs[behind]).sum(-1) for logits, behind in found])
+
+
+def _logits(head: DraftHead, ids: Tensor, states: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Of each step of a head along a text: its logits [N, V], and the last position [N] that is known before each."""
+    return _block_logits(head, ids, states) if isinstance(head, DFlashHead) else _chain_logits(head, ids, states)
 
 
 def _chain_logits(head: DraftHead, ids: Tensor, states: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Of a head that goes on with its own output: logits [N, V] of its first and second step, and the positions [N]
-    of the ids that are known before those that it predicts.
-    """
+    """The first and the second step of a head that goes on with its own output, as P-EAGLE's does not."""
     length, device = ids.shape[1], ids.device
     runner, positions = ModelRunner(head), torch.arange(length - 2, device=device)
     runner.begin(1)
@@ -203,15 +208,17 @@ def _chain_logits(head: DraftHead, ids: Tensor, states: Tensor) -> list[tuple[Te
     with torch.inference_mode():
         runner.cache.features.write(positions[None], states[:, : length - 2, None])
     first = runner.forward(ids[:, 1:-1], positions[None]).logits[0]
+    found = [(first, positions + 1)]
     # Backwards, since a second step's own entries in the cache are then seen by no other one.
     at = range(length - 3, 0, -STRIDE)
-    second = [runner.forward(ids[:, p + 1 : p + 2], torch.tensor([[p]], device=device)).logits[0] for p in at]
-    found = [(first, positions + 1)]
-    return [*found, (torch.cat(second), torch.tensor([*at], device=device) + 1)] if second else found
+    if at and not isinstance(head, PEagleHead):
+        second = [runner.forward(ids[:, p + 1 : p + 2], torch.tensor([[p]], device=device)).logits[0] for p in at]
+        found.append((torch.cat(second), torch.tensor([*at], device=device) + 1))
+    return found
 
 
 def _block_logits(head: DFlashHead, ids: Tensor, states: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Of a head that drafts blocks: logits [N, V] of the first id of each, and the positions [N] where they begin."""
+    """Of a head that drafts blocks, the first id of each."""
     length, size, device = ids.shape[1], head.settings.block_size, ids.device
     runner, context = ModelRunner(head), torch.arange(length - 1, device=device)[None]
     runner.begin(1)
@@ -220,7 +227,7 @@ def _block_logits(head: DFlashHead, ids: Tensor, states: Tensor) -> list[tuple[T
         head.write_context(states[:, :-1], context, runner.cache_at(context))
     first = head.settings.first_drafting
     found = []
-    at = range(length - 2, 0, -STRIDE)  # backwards: a block overwrites entries behind it, which no earlier one sees
+    at = range(length - 2, -1, -STRIDE)  # backwards: a block overwrites entries behind it, which no earlier one sees
     for anchor in at:
         block = torch.full((1, size), head.settings.mask_token_id, device=device)
         block[0, 0] = ids[0, anchor]

@@ -115,8 +115,8 @@ def description(drafter: Any) -> str:
     runner = drafter.runner
     if isinstance(runner.model, DraftHead):
         return runner.model.description()
-    config = runner.config
-    return f"a draft model, {type(runner.model).__name__} with {config.num_hidden_layers} layers"
+    count = runner.config.num_hidden_layers
+    return f"a draft model, {type(runner.model).__name__} with {count} layer{'s' * (count > 1)}"
 
 
 def has_suffix_decoding(name: str) -> bool:

@@ -222,7 +222,7 @@ def _dtype(dtype: Any, config: Any, files: Mapping[str, Any]) -> Any:
 def check_complete(info: Mapping[str, Any], num_layers: int | None = None) -> None:
     """Raise ValueError where tensors and model did not fit; transformers fills what is missing with random numbers.
 
-    num_layers: of a model whose checkpoint may have MTP layers besides; None: it may not.
+    num_layers: of a model whose checkpoint may also hold MTP layers, which are ignored; None: it may not.
     """
     missing = sorted(info["missing_keys"])
     further = set() if num_layers is None else all_mtp_names(info["unexpected_keys"], num_layers)

@@ -106,8 +106,8 @@ class Distillation(nn.Module):
 def new_draft_model(path: str, num_layers: int) -> PreTrainedModel:
     """A model of evenly spread layers of a checkpoint, in float32; all but the layers is not trained.
 
-    Raises ValueError where the checkpoint is in 4 bits, its layers cannot be told apart by name, or a layer is of
-    another kind than the one whose place it takes.
+    Raises ValueError where the checkpoint is quantized, its layers have no numbers in their tensors' names, or a layer
+    is of another kind than the one whose place it takes.
     """
     folder = config_folder(path)
     if read_config(folder)[1] is not None:
@@ -120,7 +120,9 @@ def new_draft_model(path: str, num_layers: int) -> PreTrainedModel:
     count = int(text.num_hidden_layers)
     tensors = whole.state_dict()
     if {int(match[1]) for name in tensors if (match := LAYER.search(name))} != set(range(count)):
-        raise ValueError(f"the layers of {type(whole).__name__} cannot be told apart by name, so none can be left out")
+        raise ValueError(
+            f"the layers of {type(whole).__name__} have no numbers in their tensors' names, so none can be left out"
+        )
     chosen = [round(index * (count - 1) / max(num_layers - 1, 1)) for index in range(num_layers)]
     for name, value in text.to_dict().items():
         if isinstance(value, list) and len(value) == count:  # of a value for each layer
@@ -157,7 +159,7 @@ def _other_kind(whole: PreTrainedModel, source: str) -> str:
 
 
 def _settings_of(layer: nn.Module) -> dict[str, Any]:
-    """What a layer's modules have besides tensors, without their number."""
+    """The plain attributes of a layer's modules (numbers, flags, names), without the layer's index."""
     return {
         f"{path}.{name}": value
         for path, module in layer.named_modules()

@@ -216,7 +216,6 @@ def new_head(training: Eagle3Training, target: PreTrainedModel, texts: Sequence[
     module.to(target.device)
     head.share(target)
     embed.requires_grad_(False)
-    head.train(True)
     return head
 
 

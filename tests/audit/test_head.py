@@ -17,14 +17,20 @@ from specdec.audit import head as audit
 from specdec.audit.head import audit_head
 from specdec.drafters.dflash import DFlashHead
 from specdec.drafters.head_checkpoint import load_head
+from specdec.drafters.peagle import PEagleHead
 from specdec.experiments.workloads import encode
 from specdec.runtime.loading import load, load_tokenizer
-from specdec.runtime.runner import ModelRunner
 from specdec.utils import embedded
-from specdec.utils.numerics import relative_error
 from specdec_cli.main import main
 from tests.helpers.families import FAMILIES, make_model
-from tests.helpers.heads import random_dflash, random_dspark, random_head, random_peagle
+from tests.helpers.heads import (
+    drafts_of_greedy_call,
+    random_dflash,
+    random_dspark,
+    random_head,
+    random_peagle,
+    states_of,
+)
 from tests.helpers.mtp import random_mtp
 
 RIGHT = [2, 6, 9]  # the hidden states that the embedded head was trained on
@@ -116,46 +122,24 @@ def test_a_head_that_does_not_read_its_target_is_named(
 
 
 @pytest.mark.parametrize("make", [random_head, random_peagle, random_dflash, random_dspark, random_mtp])
-def test_each_kind_of_head_predicts_what_it_would_draft(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The logits along a text are those behind each of its prefixes alone."""
+def test_each_kind_of_head_predicts_what_it_drafts(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind each text of a call, its first id, and the second of a head that goes on with its own output."""
     monkeypatch.setattr(audit, "STRIDE", 1)
     target = make_model("llama", seed=3, **FAMILIES["llama"])
-    head = make(target).head
-    ids = torch.randint(101, (1, 12), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        hidden = target(input_ids=ids, output_hidden_states=True).hidden_states
-        states = head.reduce(torch.stack([hidden[layer] for layer in head.settings.feature_layers], dim=2))
-        is_block = isinstance(head, DFlashHead)
-        whole = audit._block_logits(head, ids, states) if is_block else audit._chain_logits(head, ids, states)
-        for length in range(4, 12):
-            part = ids[:, :length], states[:, :length]
-            alone = audit._block_logits(head, *part) if is_block else audit._chain_logits(head, *part)
-            for (logits, behind), (expected, positions) in zip(whole, alone, strict=True):
-                last = int(positions.max())
-                found = logits[behind == last][0]
-                wanted = expected[positions == last][0]
-                kept = wanted.isfinite()
-                assert relative_error(found[kept], wanted[kept]) < 1e-4
-    assert len(audit_head(target, head, [ids[0].tolist()]).changes) >= 3
-
-
-def test_a_second_step_reads_the_heads_own_output() -> None:
-    target = make_model("llama", seed=3, **FAMILIES["llama"])
-    head = random_head(target).head
-    ids = torch.randint(101, (1, 9), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        hidden = target(input_ids=ids, output_hidden_states=True).hidden_states
-        states = head.reduce(torch.stack([hidden[layer] for layer in head.settings.feature_layers], dim=2))
-        _, (second, behind) = audit._chain_logits(head, ids, states)
-        runner = ModelRunner(head)
-        runner.begin(1)
-        at = int(behind[0]) - 1  # reads the id at + 1 with its own output at `at`, behind the target's states before
-        runner.cache.window.reserve(9)
-        with torch.inference_mode():
-            runner.cache.features.write(torch.arange(at)[None], states[:, :at, None])
-        runner.forward(ids[:, 1 : at + 1], torch.arange(at)[None])
-        expected = runner.forward(ids[:, at + 1 : at + 2], torch.tensor([[at]])).logits[0, 0]
-    assert relative_error(second[0], expected) < 1e-5
+    drafter = make(target)
+    head = drafter.head
+    specdec.enable(target, drafter, num_draft_tokens=2, compile=False)
+    drafts = drafts_of_greedy_call(target)
+    specdec.disable(target)
+    num_steps = 1 if isinstance(head, DFlashHead | PEagleHead) else 2
+    for text, draft in drafts:
+        ids = [*text, draft[0], 0]
+        with torch.no_grad():
+            found = audit._logits(head, torch.tensor([ids]), states_of(head, target, ids))
+        assert len(found) == num_steps
+        for (logits, behind), drafted, at in zip(found, draft, (len(text) - 1, len(text)), strict=False):
+            assert int(logits[behind == at].argmax()) == drafted, f"behind {len(text)} ids"
+    assert len(audit_head(target, head, [drafts[0][0]]).changes) >= 3
 
 
 def test_the_command_says_what_it_found(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

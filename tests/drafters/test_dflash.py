@@ -23,7 +23,7 @@ from tests.helpers.dflash_oracle import BLOCK_SIZE, CONFIGURATIONS, FOLDER, MASK
 from tests.helpers.eagle3_oracle import LENGTH, WIDTH
 from tests.helpers.eagle3_oracle import VOCAB_SIZE as ORACLE_VOCABULARY
 from tests.helpers.families import FAMILIES, VOCAB_SIZE, make_model, prompts
-from tests.helpers.heads import drafts_of_greedy_call, random_dflash
+from tests.helpers.heads import drafts_of_greedy_call, random_dflash, run_block, states_of
 
 REDUCED = list(range(1, VOCAB_SIZE, 2))
 
@@ -31,20 +31,6 @@ REDUCED = list(range(1, VOCAB_SIZE, 2))
 @pytest.fixture
 def target() -> PreTrainedModel:
     return make_model("llama", seed=3, **FAMILIES["llama"])
-
-
-def block_logits(head: DFlashHead, ids: torch.Tensor, states: torch.Tensor, anchor: int) -> torch.Tensor:
-    """Logits [block, V] of the block that begins at the id of index `anchor`, by a new runner."""
-    runner = ModelRunner(head)
-    runner.begin(1)
-    if anchor:
-        positions = torch.arange(anchor)[None]
-        with torch.inference_mode():
-            head.write_context(states[:, :anchor], positions, runner.cache_at(positions))
-    size = head.settings.block_size
-    block = torch.full((1, size), head.settings.mask_token_id)
-    block[0, 0] = ids[0, anchor]
-    return runner.forward(block, anchor + torch.arange(size)[None]).logits[0]
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -61,7 +47,7 @@ def test_its_logits_are_those_of_the_speculators_library(name: str) -> None:
     states = head.reduce(expected["states"])
     drafted = torch.arange(head.settings.draft_vocab_size) + head.d2t
     for anchor in range(LENGTH):
-        logits = block_logits(head, expected["ids"], states, anchor)
+        _, _, logits = run_block(head, expected["ids"], states, anchor)
         assert relative_error(logits[:, drafted], expected["logits"][anchor]) < 1e-5
         assert logits.isfinite().sum() == len(drafted) * BLOCK_SIZE
 
@@ -70,12 +56,9 @@ def expected_draft(drafter: DFlashDrafter, target: PreTrainedModel, text: list[i
     """What the head drafts greedily behind a text, from forwards over all of it without anything kept."""
     head = drafter.head
     assert isinstance(head, DFlashHead)
-    ids = torch.tensor([text])
-    with torch.no_grad():
-        hidden = target(input_ids=ids, output_hidden_states=True).hidden_states
-        states = head.reduce(torch.stack([hidden[layer] for layer in drafter.feature_layers], dim=2))
-    first = 0 if head.settings.sample_from_anchor else 1
-    return block_logits(head, ids, states, len(text) - 1)[first : first + num_ids].argmax(-1).tolist()
+    ids, states, first = torch.tensor([text]), states_of(head, target, text), head.settings.first_drafting
+    _, _, logits = run_block(head, ids, states, len(text) - 1)
+    return logits[first : first + num_ids].argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("compile", [False, True])

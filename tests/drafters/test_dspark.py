@@ -16,13 +16,12 @@ import specdec
 from specdec.drafters.dspark import MIN_CHANCE, DSparkDrafter, DSparkHead
 from specdec.drafters.head_checkpoint import load_head
 from specdec.generation.enable import decoding_of
-from specdec.runtime.runner import ModelRunner
 from specdec.utils.numerics import relative_error
 from tests.helpers.dflash_oracle import BLOCK_SIZE, DSPARK_CONFIGURATIONS, FOLDER
 from tests.helpers.eagle3_oracle import LENGTH, WIDTH
 from tests.helpers.eagle3_oracle import VOCAB_SIZE as ORACLE_VOCABULARY
 from tests.helpers.families import FAMILIES, VOCAB_SIZE, make_model
-from tests.helpers.heads import drafts_of_greedy_call, random_dspark
+from tests.helpers.heads import drafts_of_greedy_call, random_dspark, run_block, states_of
 
 REDUCED = list(range(1, VOCAB_SIZE, 2))
 
@@ -36,17 +35,8 @@ class Block:
     """The block that begins at the id of index `anchor`, by a new runner; what it drafts behind given ids."""
 
     def __init__(self, head: DSparkHead, ids: Tensor, states: Tensor, anchor: int) -> None:
-        runner, size = ModelRunner(head), head.settings.block_size
-        runner.begin(1)
-        if anchor:
-            positions = torch.arange(anchor)[None]
-            with torch.inference_mode():
-                head.write_context(states[:, :anchor], positions, runner.cache_at(positions))
-        block = torch.full((1, size), head.settings.mask_token_id)
-        block[0, 0] = ids[0, anchor]
-        positions = anchor + torch.arange(size)[None]
+        runner, positions, self.logits = run_block(head, ids, states, anchor)
         self.head, self.anchor_id = head, int(ids[0, anchor])
-        self.logits = runner.forward(block, positions).logits
         self.states = runner.read_features(positions)[:, :, 0]
         self.memory = torch.zeros(1, head.settings.markov_rank)
 
@@ -58,7 +48,7 @@ class Block:
             )
         assert bias is not None
         assert chance is not None
-        return (self.logits[:, column] + bias[:, 0])[0], float(chance)
+        return self.logits[column] + bias[0, 0], float(chance)
 
 
 @pytest.mark.parametrize("name", DSPARK_CONFIGURATIONS)
@@ -87,10 +77,7 @@ def expected_draft(drafter: DSparkDrafter, target: PreTrainedModel, text: list[i
     """What the head drafts greedily behind a text, from forwards over all of it without anything kept."""
     head = drafter.head
     assert isinstance(head, DSparkHead)
-    ids = torch.tensor([text])
-    with torch.no_grad():
-        hidden = target(input_ids=ids, output_hidden_states=True).hidden_states
-        states = head.reduce(torch.stack([hidden[layer] for layer in drafter.feature_layers], dim=2))
+    ids, states = torch.tensor([text]), states_of(head, target, text)
     block = Block(head, ids, states, len(text) - 1)
     draft: list[int] = []
     before, reached = block.anchor_id, 1.0

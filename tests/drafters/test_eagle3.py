@@ -30,6 +30,7 @@ from tests.helpers.eagle3_oracle import CONFIGURATIONS, FOLDER, LENGTH, WIDTH
 from tests.helpers.eagle3_oracle import VOCAB_SIZE as ORACLE_VOCABULARY
 from tests.helpers.families import FAMILIES, VOCAB_SIZE, make_model, prompts
 from tests.helpers.heads import (
+    chain_draft,
     drafts_of_greedy_call,
     layer_config,
     random_dflash,
@@ -37,6 +38,7 @@ from tests.helpers.heads import (
     random_head,
     random_peagle,
     random_tensors,
+    states_of,
     write_safeailab,
     write_speculators,
 )
@@ -53,9 +55,7 @@ def target() -> PreTrainedModel:
 @torch.no_grad()
 def expected_keys(drafter: Eagle3Drafter, target: PreTrainedModel, text: list[int]) -> Tensor:
     """The keys [H, L - 1, D] that the head writes for a text of L ids."""
-    ids = torch.tensor([text])
-    hidden = target(input_ids=ids, output_hidden_states=True).hidden_states
-    states = drafter.head.reduce(torch.stack([hidden[layer] for layer in drafter.feature_layers], dim=2))[:, :-1]
+    ids, states = torch.tensor([text]), states_of(drafter.head, target, text)[:, :-1]
     positions = torch.arange(len(text) - 1)[None]
     runner = ModelRunner(drafter.head)
     runner.begin(1)
@@ -65,29 +65,6 @@ def expected_keys(drafter: Eagle3Drafter, target: PreTrainedModel, text: list[in
     runner.forward(ids[:, 1:], positions)
     keys: Any = runner.cache.layers[0].keys
     return keys[0, :, : len(text) - 1]
-
-
-def expected_draft(drafter: Eagle3Drafter, target: PreTrainedModel, text: list[int], num_ids: int) -> list[int]:
-    """What the head drafts greedily behind a text, from forwards over all of it without anything kept."""
-    head = drafter.head
-    ids = torch.tensor([text])
-    with torch.no_grad():
-        hidden = target(input_ids=ids, output_hidden_states=True).hidden_states
-        taps = torch.stack([hidden[layer] for layer in drafter.feature_layers], dim=2)
-        states = head.reduce(taps[:, :-1])
-        drafted: list[int] = []
-        for _ in range(num_ids):
-            read = torch.cat([ids[:, 1:], torch.tensor([drafted], dtype=torch.int64)], dim=1)
-            positions = torch.arange(read.shape[1])[None]
-            runner = ModelRunner(head)
-            runner.begin(1)
-            cache = runner.cache
-            cache.window.reserve(read.shape[1])
-            cache.features.write(positions, states[:, :, None])
-            logits = runner.forward(read, positions, last_only=True).logits
-            drafted.append(int(logits.argmax()))
-            states = torch.cat([states, cache.features.read(positions[:, -1:] + 1)[:, :, 0].clone()], dim=1)
-    return drafted
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -126,7 +103,7 @@ def test_it_drafts_what_a_forward_over_the_whole_text_gives(
     specdec.enable(target, drafter, num_draft_tokens=num_draft_tokens, compile=compile)
     assert decoding_of(target) == ("compiled" if compile else "eager")
     for text, draft in drafts_of_greedy_call(target):
-        assert draft == expected_draft(drafter, target, text, len(draft)), f"behind {len(text)} ids"
+        assert draft == chain_draft(drafter.head, target, text, len(draft)), f"behind {len(text)} ids"
 
 
 def test_sampled_drafts_are_accepted_and_the_head_goes_on_from_them(target: PreTrainedModel, tmp_path: Path) -> None:
@@ -194,7 +171,7 @@ def test_layouts_of_both_libraries_are_read(target: PreTrainedModel, tmp_path: P
     for drafter in drafters:
         assert isinstance(drafter, Eagle3Drafter)
         assert drafter.feature_layers == (0, 1)
-        drafts.append(expected_draft(drafter, target, text, 5))
+        drafts.append(chain_draft(drafter.head, target, text, 5))
     assert drafts[0] == drafts[1]
     assert drafters[1].head.embed_tokens is target.get_input_embeddings()  # type: ignore[union-attr]
 

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 import specdec
 from specdec.drafters.head_checkpoint import load_head, make_head
-from specdec.drafters.heads import DraftHead
 from specdec.drafters.mtp import MtpHead
 from specdec.generation.enable import decoding_of
 from specdec.planning.footprint import measure_draft_footprint
@@ -22,7 +21,7 @@ from specdec.runtime.loading import load
 from specdec.runtime.runner import ModelRunner
 from specdec.utils.numerics import relative_error
 from tests.helpers.families import FAMILIES, REFUSED, make_model, prompts
-from tests.helpers.heads import drafts_of_greedy_call
+from tests.helpers.heads import chain_draft, drafts_of_greedy_call
 from tests.helpers.mtp import random_mtp, write_mtp
 from tests.helpers.recording import recorded
 
@@ -89,26 +88,6 @@ def test_its_logits_are_those_of_transformers_module(name: str, tmp_path: Path) 
     assert relative_error(runner.forward(text[:, 1:], positions).logits, expected) < 1e-5
 
 
-def expected_draft(head: DraftHead, target: PreTrainedModel, text: list[int], num_ids: int) -> list[int]:
-    """What the layer drafts greedily behind a text, from forwards over all of it without anything kept."""
-    ids = torch.tensor([text])
-    with torch.no_grad():
-        hidden = target(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-        states = hidden[head.settings.feature_layers[0]][:, :-1]
-        drafted: list[int] = []
-        for _ in range(num_ids):
-            read = torch.cat([ids[:, 1:], torch.tensor([drafted], dtype=torch.int64)], dim=1)
-            positions = torch.arange(read.shape[1])[None]
-            runner = ModelRunner(head)
-            runner.begin(1)
-            runner.cache.window.reserve(read.shape[1])
-            runner.cache.features.write(positions, states[:, :, None])
-            logits = runner.forward(read, positions, last_only=True).logits
-            drafted.append(int(logits.argmax()))
-            states = torch.cat([states, runner.read_features(positions[:, -1:] + 1)[:, :, 0].clone()], dim=1)
-    return drafted
-
-
 @pytest.mark.parametrize(("name", "compile"), [*((name, False) for name in RUNNING), ("MiMo", True)])
 def test_it_drafts_what_a_forward_over_the_whole_text_gives(name: str, compile: bool, tmp_path: Path) -> None:
     target = make_target(name)
@@ -116,7 +95,7 @@ def test_it_drafts_what_a_forward_over_the_whole_text_gives(name: str, compile: 
     specdec.enable(target, drafter, num_draft_tokens=3, compile=compile)
     assert decoding_of(target) == ("compiled" if compile else "eager")
     for text, draft in drafts_of_greedy_call(target):
-        assert draft == expected_draft(drafter.head, target, text, len(draft)), f"behind {len(text)} ids"
+        assert draft == chain_draft(drafter.head, target, text, len(draft)), f"behind {len(text)} ids"
 
 
 @pytest.mark.parametrize("name", RUNNING)

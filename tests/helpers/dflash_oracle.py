@@ -69,7 +69,7 @@ def random_tensors(config: dict[str, Any], draft_ids: list[int], num_taps: int) 
 def further_tensors(
     config: dict[str, Any], num_ids: int, markov_head_type: str, confidence_head_with_markov: bool = True, **_: Any
 ) -> dict[str, Tensor]:
-    """The tensors that a DSpark head has besides."""
+    """The tensors that a DSpark head has in addition to a DFlash head's."""
     width, generator = config["hidden_size"], torch.Generator().manual_seed(9)
 
     def linear(name: str, rows: int, columns: int) -> dict[str, Tensor]:

@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.core.steps import StepResult
-from specdec.drafters.dflash import DFlashDrafter
+from specdec.drafters.dflash import DFlashDrafter, DFlashHead
 from specdec.drafters.dspark import DSparkDrafter
 from specdec.drafters.eagle3 import Eagle3Drafter
+from specdec.drafters.heads import DraftHead
 from specdec.drafters.peagle import PEagleDrafter
 from specdec.drafters.resolve import resolve_drafter
 from specdec.generation.enable import state_of
-from specdec.runtime.runner import widths
+from specdec.runtime.runner import ModelRunner, widths
 from tests.helpers import dflash_oracle
 from tests.helpers.families import prompts
 
@@ -60,6 +61,47 @@ def drafts_of_greedy_call(target: PreTrainedModel) -> list[tuple[list[int], list
     target.generate(**batch, max_new_tokens=13, do_sample=False, eos_token_id=None)
     assert len(drafts) > 12
     return drafts
+
+
+@torch.no_grad()
+def states_of(head: DraftHead, target: PreTrainedModel, text: list[int]) -> Tensor:
+    """The states [1, L, H] that a head reads of what its target makes of a text of L ids."""
+    hidden = target(input_ids=torch.tensor([text]), output_hidden_states=True, use_cache=False).hidden_states
+    return head.reduce(torch.stack([hidden[layer] for layer in head.settings.feature_layers], dim=2))
+
+
+@torch.no_grad()
+def chain_draft(head: DraftHead, target: PreTrainedModel, text: list[int], num_ids: int) -> list[int]:
+    """What a head that goes on with its own output drafts greedily, by forwards over the whole text, nothing kept."""
+    ids, states = torch.tensor([text]), states_of(head, target, text)[:, :-1]
+    drafted: list[int] = []
+    for _ in range(num_ids):
+        read = torch.cat([ids[:, 1:], torch.tensor([drafted], dtype=torch.int64)], dim=1)
+        positions = torch.arange(read.shape[1])[None]
+        runner = ModelRunner(head)
+        runner.begin(1)
+        runner.cache.window.reserve(read.shape[1])
+        runner.cache.features.write(positions, states[:, :, None])
+        drafted.append(int(runner.forward(read, positions, last_only=True).logits.argmax()))
+        states = torch.cat([states, runner.read_features(positions[:, -1:] + 1)[:, :, 0].clone()], dim=1)
+    return drafted
+
+
+def run_block(head: DFlashHead, ids: Tensor, states: Tensor, anchor: int) -> tuple[ModelRunner, Tensor, Tensor]:
+    """Run the block that begins at the id of index `anchor` of ids [1, L]: -> its runner, positions [1, block], logits.
+
+    states: [1, L, H], the target's, reduced; logits [block, V].
+    """
+    runner, size = ModelRunner(head), head.settings.block_size
+    runner.begin(1)
+    if anchor:
+        context = torch.arange(anchor)[None]
+        with torch.inference_mode():
+            head.write_context(states[:, :anchor], context, runner.cache_at(context))
+    block = torch.full((1, size), head.settings.mask_token_id)
+    block[0, 0] = ids[0, anchor]
+    positions = anchor + torch.arange(size)[None]
+    return runner, positions, runner.forward(block, positions).logits[0]
 
 
 def random_tensors(config: dict[str, Any], draft_ids: list[int], num_taps: int, **settings: bool) -> dict[str, Tensor]:
