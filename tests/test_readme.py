@@ -331,6 +331,10 @@ def test_what_training_brings_a_real_model_is_what_was_measured() -> None:
             if (row["drafter"], row["num_draft_tokens"], row["batch"], row["sampling"]) == (drafter, 3, 1, "greedy")
         ]
         lines.append(f"| {name} | {row['tokens_per_step']:.2f} | {row['step_in_plain_steps']:.2f} | {gain(row):.2f} |")
+    by_task = json.loads((RESULTS / "acceptance_by_task-smollm2.json").read_text(encoding="utf-8"))["drafters"]
+    for task in by_task["EAGLE-3 head"]:
+        values = " | ".join(f"{tasks[task]['tokens_per_step']:.2f}" for tasks in by_task.values())
+        lines.append(f"| {task.replace('_', ' ')} | {values} |")
     found = page.splitlines()
     assert [line for line in lines if line not in found] == []
     head = next(row for row in drafter_rows("smollm2-trained")["prompts"] if row["drafter"] == "EAGLE-3 head")
