@@ -408,7 +408,7 @@ def test_the_command_writes_a_certificate(tmp_path: Path, capsys: pytest.Capture
     prompts.write_text("".join(json.dumps({"prompt": [f"text number {i}", "?"]}) + "\n" for i in range(12)))
     arguments = ["audit", "lossless", str(target), "--drafter", str(draft), "--prompts", str(prompts)]
     arguments += ["--output", str(tmp_path / "audit")]
-    short = ["--max-draws", "2500", "--max-new-tokens", "4", "--num-draft-tokens", "2", "--budget", "5min"]
+    short = ["--max-draws", "8000", "--max-new-tokens", "4", "--num-draft-tokens", "2", "--budget", "5min"]
     assert main([*arguments, *short]) == 0
     printed = capsys.readouterr().out
     assert printed.lstrip().startswith("lossless")
