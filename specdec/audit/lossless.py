@@ -46,7 +46,7 @@ SAMPLED_ROWS, MAX_SAMPLED_ROWS = 16, 64  # of a sampled call; an id takes less t
 DRAWS_PER_ROW = 1250  # where more ids than this a row are to be drawn, calls have more rows
 CONTEXT_TOKENS = 24  # of the longest prompt of a sampled call
 WIDTHS_PROMPT = 24  # tokens before the positions whose logits are compared at all widths
-CONTROL_ROUNDS = 40  # calls after which a broken loop counts as not found
+CONTROL_ROUNDS = 100  # calls after which a broken loop counts as not found
 
 
 @dataclass(frozen=True)

@@ -95,8 +95,8 @@ class Sample:
     impossible: ids with p = 0. excluded: ids whose law differs from plain decoding's by more than rounding.
     stop_errors: rows that end at another position than under plain decoding.
     seed_errors: 1 where the same seed gave another text.
-    max_logit_difference: between the logits that were verified with and those of plain decoding, over the largest of
-        those.
+    max_logit_difference: the largest between logits that were verified with and those of plain decoding, as a share of
+        the call's largest logit, as widths.py measures rounding.
     """
 
     log_wealth: list[float]
@@ -274,22 +274,22 @@ class _Bets:
         self.generator = torch.Generator().manual_seed(seed)
         self.placed: dict[Kind, list[Bet]] = defaultdict(list)
         self.means: list[float] = []
+        self.max_logit_change, self.max_logit = 0.0, 1e-30
 
     def place(self, positions: list[_Position], texts: Tensor, probs: Tensor, logits: Tensor, has_stops: bool) -> None:
         """One id of each of R rows, the last of texts [R, L]; its law [R, V] and logits [R, V] under plain decoding."""
         sample = self.sample
-        change = law_change = torch.zeros(len(positions))
+        law_change = torch.zeros(len(positions))
         p = probs.double()
         p = own = p / p.sum(1, keepdim=True)
         steps = [(position.step, position.column) for position in positions if position.step is not None]
         if steps:
             own_logits = torch.stack([step.logits[column].cpu() for step, column in steps])
             own_scores = torch.stack([step.scores[column].cpu() for step, column in steps])
-            change = (own_logits - logits).abs().amax(1) / logits.abs().amax(1).clamp(min=1e-30)
+            self.max_logit_change = max(self.max_logit_change, float((own_logits - logits).abs().max()))
+            self.max_logit = max(self.max_logit, float(logits.abs().max()))
             law_change = (own_scores.softmax(-1) - probs).abs().sum(1) / 2
             own = own_scores.double().softmax(-1)
-        sample.max_logit_difference = max(sample.max_logit_difference, float(change.max()))
-
         drawn = texts[:, -1:]
         likelihood = p.gather(1, drawn)
         uniform = torch.rand(len(p), generator=self.generator, dtype=torch.float64)
@@ -343,6 +343,7 @@ class _Bets:
         return found
 
     def finish(self) -> None:
-        """Set the sample's log_wealth and means."""
+        """Set the sample's log_wealth, means and max_logit_difference."""
         self.sample.log_wealth = BETTORS.wager(self.placed)
         self.sample.means = histogram(self.means)
+        self.sample.max_logit_difference = self.max_logit_change / self.max_logit
