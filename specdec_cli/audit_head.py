@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict
 from typing import Any
@@ -20,11 +19,12 @@ from specdec.quant.checkpoints import named_errors
 from specdec.runtime.loading import load, load_tokenizer
 from specdec.utils.provenance import provenance
 from specdec_cli.audit_lossless import prompt_ids, workload_of
+from specdec_cli.options import Options
 
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Try the settings of a head; 1 where another one is better or hidden states do not help, 3 for too few texts."""
     if options.max_prompts < 1 or options.max_new_tokens < 4:
         raise ValueError("--max-prompts must be 1 or more, --max-new-tokens 4 or more")

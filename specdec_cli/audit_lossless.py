@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -27,13 +26,14 @@ from specdec.experiments.workloads import Dataset, Stdlib, Workload, encode, use
 from specdec.pages import require_jinja2
 from specdec.runtime.loading import load, load_tokenizer
 from specdec.utils import embedded
+from specdec_cli.options import Options
 
 MAX_PROMPT_TOKENS = 128
 Work = Callable[[OnProgress], Certificate | ServerCertificate]
 STYLES = {LOSSLESS: "bold green", ROUNDING: "bold green", FAULTY: "bold red"}
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Audit a model, or a server; 0 where it is lossless, 1 where it is not, 3 where the run does not tell."""
     for name in ("max_prompts", "max_new_tokens", "max_draws", "budget"):
         if getattr(options, name) <= 0:
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     return audit(model, settings, options.budget, folder, as_json=options.json)
 
 
-def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, Settings]:
+def _load(options: Options) -> tuple[PreTrainedModel, Settings]:
     dtype = options.dtype or ("float32" if options.device == "cpu" else "auto")
     model = load(options.model, dtype, options.device)
     prompts = prompt_ids(workload_of(options.prompts), load_tokenizer(options.model))
@@ -81,7 +81,7 @@ def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, Settings]:
     return model, settings
 
 
-def _server_audit(options: argparse.Namespace, folder: Path | None) -> Work:
+def _server_audit(options: Options, folder: Path | None) -> Work:
     texts = [prompt.turns[0] for prompt in workload_of(options.prompts).prompts()]
     settings = ServerSettings(
         texts[options.first_prompt :][: options.max_prompts],
@@ -137,7 +137,7 @@ def _progress() -> Progress:
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
-def _command(options: argparse.Namespace, defaults: dict[str, Any], *what: str) -> str:
+def _command(options: Options, defaults: dict[str, Any], *what: str) -> str:
     """The command without what a divergence's own names: settings, drafter and prompts."""
     defaults = {"prompts": None, **defaults}
     changed = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import warnings
@@ -23,10 +22,11 @@ from specdec.quant.quantizer import quantize
 from specdec.runtime.loading import load, load_tokenizer
 from specdec.runtime.runner import context_of
 from specdec.utils.provenance import provenance
+from specdec_cli.options import Options
 from specdec_cli.quantize import int4_config, weight_bytes
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Read a text with both models; 1 where the mean KL is above --max-kl."""
     text = Path(options.text)
     if not text.is_file():
@@ -108,7 +108,7 @@ def bytes_in_memory(model: PreTrainedModel) -> int:
     return sum({t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
 
 
-def _pair(options: argparse.Namespace, dtype: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+def _pair(options: Options, dtype: str) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The original and the 4-bit model: two checkpoints, or one that is quantized here."""
     quantized = load(options.model, dtype, options.device)
     if is_4bit(quantized):

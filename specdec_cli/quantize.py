@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 import tempfile
@@ -23,17 +22,18 @@ from specdec.quant.config import Int4Config
 from specdec.quant.heads import head_name
 from specdec.quant.layers import layers_to_quantize
 from specdec.runtime.loading import read_tokenizer
+from specdec_cli.options import Options
 
 LOCK = "lock"
 
 
-def int4_config(options: argparse.Namespace) -> Int4Config:
+def int4_config(options: Options) -> Int4Config:
     """The quantization that the command line describes."""
     head, activations = (None if value == "none" else value for value in (options.head, options.activations))
     return Int4Config(options.group_size, not options.asymmetric, options.skip, head, activations)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Quantize while loading, save into a temporary folder, and move it to the destination when it is complete."""
     destination = Path(options.destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):

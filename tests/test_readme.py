@@ -301,8 +301,8 @@ def test_what_the_embedded_head_reaches_is_what_was_measured() -> None:
     )
     tokens, steps = ([[row[name] for row in rows] for rows in (head, draft)] for name in KEYS)
     said = (
-        f"gives, in 4 bits, {tokens[0][0]:.2f} tokens a step, sampled {tokens[0][1]:.2f}, where the draft model of the pair gives"
-        f" {tokens[1][0]:.2f} and {tokens[1][1]:.2f}"
+        f"gives, in 4 bits, {tokens[0][0]:.2f} tokens a step, sampled {tokens[0][1]:.2f}, where the draft model of the"
+        f" pair gives {tokens[1][0]:.2f} and {tokens[1][1]:.2f}"
     )
     text = " ".join(PAGES["docs/drafters.md"].split())
     assert said in text

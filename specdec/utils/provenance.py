@@ -17,7 +17,10 @@ def provenance(device: str) -> dict[str, str | int | bool]:
     """Commit, command, versions, device, threads and date of this run."""
 
     def git(*command: str) -> str:
-        return subprocess.run(["git", *command], capture_output=True, text=True, check=False).stdout.strip()
+        try:
+            return subprocess.run(["git", *command], capture_output=True, text=True, check=False).stdout.strip()
+        except OSError:  # no git
+            return ""
 
     script = Path(sys.argv[0])
     is_relative_script = script.suffix == ".py" and not script.is_absolute()  # else a command, without its folder

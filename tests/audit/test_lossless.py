@@ -32,8 +32,8 @@ from specdec.drafters.resolve import with_suffix_decoding
 from specdec.runtime.loading import load, load_tokenizer
 from specdec.runtime.runner import ModelRunner
 from specdec.utils import embedded
-from specdec_cli.arguments import parse
 from specdec_cli.main import main
+from tests.helpers.command_line import parse
 from tests.helpers.families import FAMILIES, VOCAB_SIZE, family, make_model
 
 PROMPTS = [
@@ -435,7 +435,7 @@ def test_a_budget_has_a_unit(text: str, seconds: float) -> None:
 def test_arguments_that_cannot_be_read_are_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["audit", "lossless", "folder", *arguments])
-    assert f"argument {arguments[0]}: {arguments[1]!r} is no" in capsys.readouterr().err
+    assert f"Invalid value for '{arguments[0]}': {arguments[1]!r} is no" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

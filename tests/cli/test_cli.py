@@ -1,172 +1,194 @@
-"""The command line: what it prints for a person, the JSON it prints for a script, and what it imports."""
+"""The command line: help, refusals, unexpected errors, and what it imports."""
 
 from __future__ import annotations
 
-import io
-import json
+import re
 import subprocess
 import sys
-from contextlib import redirect_stdout
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
-from torch import Tensor
+import torch
+from typer.main import get_command
 
-from specdec.core import verification
-from specdec.core.steps import Draft, Verdict
 from specdec.drafters import resolve
+from specdec.experiments.report import figures
 from specdec.utils import embedded
-from specdec_cli.arguments import AUTO, COMMANDS
+from specdec_cli import generate as command
+from specdec_cli import options
+from specdec_cli.app import app
 from specdec_cli.main import main
+from tests.helpers.command_line import parse
 
 ROOT = Path(__file__).parents[2]
-SHORT = ["--max-new-tokens", "24"]
+TARGET = str(embedded.TARGET)
+GROUP: Any = get_command(app)
+COMMANDS = sorted(GROUP.commands)
+AUDITS = sorted(GROUP.commands["audit"].commands)
+HYDRA = ("experiment", "train-drafter")
+PAGES = [[name] for name in COMMANDS if name not in HYDRA] + [["audit", name] for name in AUDITS]
 
 
-@pytest.fixture(scope="module")
-def demo() -> str:
-    """What `specdec demo` prints."""
-    out = io.StringIO()
-    with redirect_stdout(out):
-        assert main(["demo", "--num-draft-tokens", "3", *SHORT]) == 0
-    return out.getvalue()
+def test_the_commands_are_those_of_the_documentation() -> None:
+    assert set(COMMANDS) == {
+        "generate", "chat", "demo", "bench", "experiment", "train-drafter", "report", "audit", "quantize", "plan",
+        "env",
+    }  # fmt: skip
 
 
-def test_demo_prints_text_origins_table_and_verdict(demo: str) -> None:
-    for expected in (
-        "accepted",
-        "⟨recovered⟩",
-        "⟦bonus⟧",
-        "tokens/s",
-        "speedup: ",
-        "mean acceptance length: ",
-        "tokens per step, steps without a draft included: ",
-        "acceptance rate: ",
-    ):
-        assert expected in demo
-    assert "identical: yes" in demo.splitlines()
+@pytest.mark.parametrize("page", [[], *PAGES], ids=" ".join)
+def test_each_command_has_help_with_an_example(page: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*page, "--help"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert " ".join(["Usage: specdec", *page]) in out
+    if page and page != ["audit"]:
+        assert f"Example: specdec {' '.join(page)}" in out
 
 
-def test_demo_json_is_one_object_whose_counts_add_up(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", *SHORT, "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["identical"] is True
-    assert report["tokens"] == 24
-    drafting = sum(report["acceptance_histogram"])
-    plain = round(24 - (report["mean_acceptance_length"] or 0) * drafting)  # such a step emits one id
-    assert report["tokens_per_step"] == pytest.approx(24 / (drafting + plain))
-    assert 0 <= plain < 24
+def test_help_imports_no_torch() -> None:
+    code = f"""
+import sys
+from specdec_cli.main import main
+for page in {[[], *PAGES]}:
+    assert main([*page, "--help"]) == 0
+assert main(["--version"]) == 0
+assert not {{"torch", "transformers", "numpy"}} & sys.modules.keys(), sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "specdec " in done.stdout
 
 
-def test_demo_reports_a_difference_and_exits_with_1(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def accept_always(draft: Draft, target_ids: Tensor) -> Verdict:
-        return Verdict(draft.lengths, target_ids.gather(1, draft.lengths[:, None])[:, 0])
-
-    monkeypatch.setattr(verification, "verify_greedy", accept_always)
-    assert main(["demo", *SHORT]) == 1
-    assert "identical: no" in capsys.readouterr().out.splitlines()
+def test_hydra_prints_its_own_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["experiment", "--help"]) == 0
+    assert "== Configuration groups ==" in capsys.readouterr().out
 
 
-def test_generate_takes_folders_and_samples(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [
-        "generate",
-        "--model",
-        str(embedded.TARGET),
-        "--drafter",
-        "prompt_lookup",
-        "--prompt",
-        "for i in range(",
-    ]
-    assert main([*arguments, *SHORT, "--temperature", "0.8", "--dtype", "bfloat16"]) == 0
-    out = capsys.readouterr().out
-    assert "bfloat16 on cpu" in out
-    assert "identical: not compared, the text is sampled" in out
+def test_report_names_its_metrics(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tuple(figures.METRICS) == options.METRICS
+    assert main(["report", "--help"]) == 0
+    assert "mean_acceptance_length" in capsys.readouterr().out
 
 
-def test_generate_without_a_drafter_has_no_acceptance(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["generate", "--model", str(embedded.TARGET), "--drafter", "none", "--prompt", "for i in range("]
-    assert main([*arguments, "--max-new-tokens", "4"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "mean acceptance length: nothing was drafted" in lines
-    assert "tokens per step, steps without a draft included: 1.00" in lines
-    assert "draft acceptance rate: nothing was drafted" in lines
+def test_auto_is_the_librarys() -> None:
+    assert options.AUTO == resolve.AUTO
 
 
-def test_origins_add_up_to_the_text(demo: str) -> None:
-    counts = {
-        line.split()[0].strip("⟨⟩⟦⟧"): int(line.split()[1])
-        for line in demo.splitlines()
-        if "the draft's, accepted" in line or "the target's," in line
-    }
-    assert set(counts) == {"accepted", "recovered", "bonus"}
-    assert 0 < sum(counts.values()) <= 24
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a command line is refused."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    [line] = captured.err.splitlines()
+    assert captured.out == ""
+    assert line.startswith("specdec: ")
+    return line
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "no/such-folder", "--prompt", "x"], "no/such-folder"),
-        (["--model", str(embedded.TARGET), "--drafter", "no/such-draft", "--prompt", "x"], "no/such-draft"),
-        (["--model", str(embedded.TARGET), "--prompt", "x", "--num-draft-tokens", "0"], "num_draft_tokens=0"),
-        (["--model", str(embedded.TARGET), "--prompt", ""], "empty"),
+        (["complete"], f"No such command 'complete'; commands are {', '.join(GROUP.list_commands(None))}"),
+        (["audit", "losless"], "No such command 'losless'"),
+        (["generate"], "Missing argument 'MODEL'; `specdec generate --help`"),
+        (["generate", TARGET, "x", "--temprature", "1"], "No such option: --temprature"),
+        (["generate", TARGET, "x", "--temperature", "-1"], "Invalid value for '--temperature'"),
+        (["generate", TARGET, "x", "--temperature", "nan"], "Invalid value for '--temperature'"),
+        (["generate", TARGET, "x", "--temperature", "1", "--top-p", "1.5"], "Invalid value for '--top-p'"),
+        (["generate", TARGET, "x", "--top-p", "0.9"], "--top-p 0.9 has no effect on greedy decoding"),
+        (["generate", TARGET, "x", "--num-draft-tokens", "0"], "'0' is neither a number from 1 on nor auto"),
+        (["generate", TARGET, "x", "--num-draft-tokens", "many"], "'many' is neither a number from 1 on nor auto"),
+        (["generate", TARGET, "x", "--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
+        (["generate", TARGET, "x", "--quantize", "int3"], "Invalid value for '--quantize'"),
+        (["generate", TARGET, "x", "--device", "gpu"], "--device 'gpu' is no device; use cpu, cuda"),
+        (["generate", TARGET, ""], "the prompt is empty"),
+        (["generate", TARGET, "x", "--file", "y"], "PROMPT and --file are both given"),
+        (["generate", TARGET, "--file", "no/file"], "no/file"),
+        (["generate", "no/such-folder", "x"], "no/such-folder"),
+        (["generate", TARGET, "x", "--system", "y"], "has no chat template; write the instruction into the prompt"),
+        (["generate", TARGET, "x", "--drafter", "no/such-draft"], "no/such-draft"),
+        (["chat", TARGET], "has no chat template; use `specdec generate`"),
+        (["bench", TARGET, "--batch", "0"], "--batch 0 must be whole numbers, 1 or more"),
+        (["bench", TARGET, "--batch", "1,x"], "'1,x' is no list such as 1,3"),
+        (["bench", TARGET, "--batch", "300", "--max-new-tokens", "1"], "--batch 300 needs as many prompts"),
+        (["demo", "--prompt", " "], "--prompt is empty"),
+        (["report", "x", "--json", "--markdown"], "--markdown and --json exclude each other"),
     ],
 )
-def test_bad_input_ends_with_a_message_and_exit_code_2(
+def test_a_refusal_is_one_line_that_says_what_to_do(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["generate", *arguments, *SHORT]) == 2
+    assert message in refusal(arguments, capsys)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None or torch.version.hip is not None, reason="of a build without CUDA")
+@pytest.mark.parametrize(
+    "arguments", [["generate", "no/folder", "x"], ["bench", "no/folder"], ["audit", "head", "a", "b"]]
+)
+def test_a_device_is_checked_before_anything_is_loaded(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal([*arguments, "--device", "cuda"], capsys)
+    assert "--device cuda: this PyTorch" in line
+    assert "is built without CUDA; install a build with it" in line
+
+
+def test_no_prompt_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert "no prompt is given; write it behind MODEL" in refusal(["generate", TARGET], capsys)
+
+
+@pytest.mark.parametrize("shows_traceback", [False, True])
+def test_an_unexpected_error_asks_for_a_report(
+    shows_traceback: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(options: Any) -> int:
+        raise KeyError("missing\nkey")
+
+    monkeypatch.setattr(command, "run", fail)
+    assert main(["generate", TARGET, "x", *["--debug"] * shows_traceback]) == 70
     error = capsys.readouterr().err
-    assert error.startswith("specdec: ")
-    assert message in error
-    assert "Traceback" not in error
+    assert re.search(r"specdec: unexpected KeyError: .*missing.*key.* \(test_cli.py, line \d+\)\nThis is a bug", error)
+    assert "`specdec env`" in error
+    assert ("Traceback" in error) == shows_traceback
 
 
-HELP = [["--help"], ["--version"], *([name, "--help"] for name in ("demo", "generate", "quantize", "plan", "audit"))]
+def test_too_little_memory_is_no_bug(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(options: Any) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(command, "run", fail)
+    assert "--quantize int4" in refusal(["generate", TARGET, "x"], capsys)
 
 
-@pytest.mark.parametrize("arguments", HELP, ids=" ".join)
-def test_help_does_not_import_torch(arguments: list[str]) -> None:
-    code = f"""
-import sys
-from specdec_cli.main import main
-try:
-    main({arguments})
-except SystemExit as exit:
-    assert exit.code == 0
-assert not {{"torch", "transformers", "numpy"}} & sys.modules.keys()
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "specdec" in done.stdout
+def test_ctrl_c_and_a_reader_that_ends_are_no_errors(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(options: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run", interrupt)
+    assert main(["generate", TARGET, "x"]) == 130
+    assert capsys.readouterr().err == ""
+    line = f"{sys.executable} -m specdec_cli.main --help | true"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, check=False)
+    assert done.stderr == b""
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "experiment"])
-def test_each_command_prints_its_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main([command, "--help"])
-    assert f"specdec {command}" in capsys.readouterr().out
+def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn(options: Any) -> int:
+        warnings.warn("something\nto know", stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(command, "run", warn)
+    assert main(["generate", TARGET, "x"]) == 0
+    assert capsys.readouterr().err == "specdec: warning: something to know\n"
 
 
-def test_report_names_its_metrics(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["report", "--help"])
-    assert "mean_acceptance_length" in capsys.readouterr().out
-
-
-def test_an_unknown_command_is_refused_with_the_names_of_all(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(["complete"])
-    message = capsys.readouterr().err
-    assert all(name in message for name in ("complete", *COMMANDS))
-
-
-def test_auto_is_the_librarys() -> None:
-    assert AUTO == resolve.AUTO
-
-
-def test_the_demo_has_a_prompt_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--max-new-tokens", "2", "--json"]) == 0
-    prompt = json.loads(capsys.readouterr().out)["prompt"]
-    assert prompt in [one["prompt"] for one in embedded.prompts()]
+def test_lists_and_defaults_reach_the_command() -> None:
+    given = parse(["bench", "folder", "--batch", "1, 8", "--num-draft-tokens", "2,auto"])
+    assert (given.batch, given.num_draft_tokens, given.drafter) == ((1, 8), (2, "auto"), "prompt_lookup")
+    assert parse(["bench", "folder"]).num_draft_tokens == (2, 4, "auto")
+    assert parse(["audit", "lossless", "folder"]).prefill_chunk == (None, 16)
+    assert parse(["report", "a", "b", "--fail-if", "x<1"]).fail_if == ["x<1"]

@@ -26,7 +26,7 @@ from specdec.experiments.report.figures import METRICS, figures
 from specdec.experiments.report.labels import labels, read_runs
 from specdec.experiments.report.page import render_page
 from specdec_cli import report as command
-from specdec_cli.arguments import parse
+from tests.helpers.command_line import parse
 from tests.helpers.synthetic_runs import PROVENANCE, config, synthetic_run, write_run
 
 SAMPLED = {"sampling__temperature": 1.0}

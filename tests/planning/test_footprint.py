@@ -45,8 +45,8 @@ from specdec.quant.layers import is_4bit
 from specdec.runtime.runner import ModelRunner
 from specdec.utils import embedded
 from specdec_cli import plan as command
-from specdec_cli.arguments import parse
 from tests.helpers import checkpoint_writers
+from tests.helpers.command_line import parse
 from tests.helpers.families import FAMILIES, family, make_model
 
 PLAIN = Path(__file__).parents[1] / "data" / "target"

@@ -120,7 +120,7 @@ def test_no_drafter_and_no_command_runs_with_missing_weights(
         resolve_drafter(folder, target())
     other = str(folder.parent / "int4")
     for arguments in (
-        ["generate", "--model", str(folder), "--prompt", "a"],
+        ["generate", str(folder), "a"],
         ["quantize", str(folder), other, "--group-size", "32"],
     ):
         assert main(arguments) == 2
@@ -236,7 +236,7 @@ def test_other_quantization_is_refused_by_name_before_weights_are_read(
     method = settings["quant_method"] if settings else "modelopt"
     with pytest.raises(ValueError, match=f"'{method}'"):
         resolve_drafter(folder, target())
-    assert main(["generate", "--model", str(folder), "--prompt", "a"]) == 2
+    assert main(["generate", str(folder), "a"]) == 2
     assert f"'{method}'" in capsys.readouterr().err
     assert main(["quantize", str(folder), str(folder / "int4")]) == 2
     assert f"quantized already, by {method}; quantize the original" in capsys.readouterr().err
@@ -308,7 +308,7 @@ def test_commands_end_with_a_message(
     folder = copied("plain")
     edit_config(folder, rope_parameters=[3])
     arguments = {
-        "generate": ["--model", str(folder), "--prompt", "a"],
+        "generate": [str(folder), "a"],
         "quantize": [str(folder), str(folder / "int4")],
         "plan": ["--target", str(folder)],
         "audit": ["quality", str(folder), "--text", __file__],
