@@ -80,15 +80,13 @@ def run(options: Options) -> int:
     while True:
         try:
             message = read_message(lambda prompt: input(prompt if is_terminal else ""))
+            if message == "/exit":
+                return 0
+            conversation.take(message)
         except EOFError:
             return 0
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # at the prompt; in an answer it ends that
             console.print("\nCtrl-D or /exit ends the conversation")
-            continue
-        if message == "/exit":
-            return 0
-        try:
-            conversation.take(message)
         except (ValueError, OSError) as error:
             console.print(f"{' '.join(str(error).split())}", style="red", soft_wrap=True)
 

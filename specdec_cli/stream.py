@@ -155,12 +155,13 @@ def writer(*, shows_drafts: bool) -> Write:
 
 def marked(text: str, origin: str, console: Console) -> Text:
     """A token's text as its origin is shown, in colour or between marks."""
-    if not (console.no_color or console.color_system is None):
-        return Text(text, style=STYLES[origin])
-    before, after = MARKS[origin]  # around the visible part, so that line breaks and indents stay where they are
-    core = text.strip()
+    core = text.strip()  # the visible part: line breaks and indents stay as they are
     start = text.find(core) if core else 0
-    return Text(f"{text[:start]}{before}{core}{after}{text[start + len(core) :]}" if text else "")
+    indent, rest = text[:start], text[start + len(core) :]
+    if not (console.no_color or console.color_system is None):
+        return Text.assemble(indent, (core, STYLES[origin]), rest)
+    before, after = MARKS[origin] if text else ("", "")
+    return Text(f"{indent}{before}{core}{after}{rest}")
 
 
 def legend(origins: list[str], console: Console) -> list[Text]:
