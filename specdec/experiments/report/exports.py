@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from specdec.experiments.records import Run
+from specdec.experiments.report.definitions import definitions_json
 from specdec.experiments.report.figures import METRICS
 from specdec.experiments.report.formatting import interval, number, plural, with_interval
 from specdec.experiments.report.labels import (
@@ -29,6 +30,7 @@ from specdec.experiments.report.narrative import (
     skipped_and_failed,
     suggestion,
 )
+from specdec.experiments.report.spec_bench import leaderboard_of_reports
 from specdec.experiments.report.tables import comparison_rows, number_tables, task_metrics
 
 SUMMARY_COLUMNS = {
@@ -54,11 +56,16 @@ def to_markdown(runs: Sequence[Run]) -> str:
         parts += [_markdown_table(["", *(report.label for report in reports)], rows)]
     for report in reports:
         parts += [f"{'#' if len(reports) == 1 else '##'} {report.label}", *_markdown_of_run(report)]
+    if table := leaderboard_of_reports(reports):
+        parts += [f"**{table.title}**", _markdown_table(table.header, table.rows)]
     return "\n\n".join(parts) + "\n"
 
 
 def to_json(runs: Sequence[Run]) -> dict[str, Any]:
-    """All figures as plain values; rates are fractions. differences: from the first run to each further one."""
+    """All figures as plain values; rates are fractions. differences: from the first run to each further one.
+
+    definitions: of each figure, here and in other tools, with the values of the runs.
+    """
     reports = build_reports(runs)
     return {
         "runs": [_json_of_run(report) for report in reports],
@@ -70,6 +77,7 @@ def to_json(runs: Sequence[Run]) -> dict[str, Any]:
             }
             for report, changes in changes_from_first(reports)
         ],
+        "definitions": definitions_json(reports),
     }
 
 
