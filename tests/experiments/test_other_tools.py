@@ -43,7 +43,7 @@ def test_vllm_s_totals_are_read_with_the_speedup_over_its_plain_run() -> None:
         "token_ms": 7.9,
         "num_emitted_tokens": 9600,
     }
-    assert run.settings["concurrency"] == "4"
+    assert (run.settings["concurrency"], run.settings["prompt tokens"]) == ("4", "8,000")
     assert plain.is_plain
     assert "it does not speculate" in plain.missing["mean_acceptance_length"]
 

@@ -27,9 +27,13 @@ COUNTS = {
     "num_spec_steps": "steps that draft",
     "num_draft_tokens": "draft tokens",
     "num_accepted_draft_tokens": "accepted draft tokens",
+    "acceptance_histogram": "steps by accepted draft tokens",
     "acceptance_per_position": "acceptance by position",
+    "conditional_acceptance_per_position": "acceptance by position, all preceding accepted",
 }
-UNITS = {"acceptance_per_position": "%"} | {name: metric.unit for name, metric in METRICS.items()}
+UNITS = {"acceptance_per_position": "%", "conditional_acceptance_per_position": "%"} | {
+    name: metric.unit for name, metric in METRICS.items()
+}
 NOTE = (
     "Formulas of the other tools are evaluated on these records, which end at a text's stop. vLLM and SGLang count the"
     " ids of a draft before they look for a stop, so on texts that stop inside a draft their own counts are higher."
@@ -63,8 +67,8 @@ class Definition:
 def value_text(figure: str, value: Value) -> str:
     """A figure's value with its unit; counts are whole numbers."""
     if isinstance(value, list):
-        return ", ".join(number(item, UNITS.get(figure, "")) for item in value) or "–"
-    if figure in COUNTS and value is not None:
+        return ", ".join(value_text(figure, item) for item in value) or "–"
+    if figure not in UNITS and value is not None:
         return f"{value:,.0f}"
     return number(value, UNITS.get(figure, ""))
 
@@ -143,6 +147,22 @@ def _throughput(report: RunReport) -> Value:
 
 def _positions(report: RunReport) -> Value:
     return [position.unconditional.value or 0.0 for position in report.figures.positions] or None
+
+
+def _conditional(report: RunReport) -> Value:
+    values = (position.conditional.value for position in report.figures.positions)
+    return [value for value in values if value is not None] or None
+
+
+def _histogram(report: RunReport) -> Value:
+    return [float(count) for count in report.figures.histogram] or None
+
+
+def _sglang_histogram(report: RunReport) -> Value:
+    histogram, counts = report.figures.histogram, _counts(report)
+    if not histogram:
+        return None
+    return [float(histogram[0] + counts.num_steps - counts.num_spec_steps), *map(float, histogram[1:])]
 
 
 def _spec_bench_speedup(report: RunReport) -> Value:
@@ -289,11 +309,24 @@ DEFINITIONS = [
         _count("num_accepted_draft_tokens"),
     ),
     Definition(
+        "acceptance_histogram", SPECDEC, "acceptance_histogram",
+        "steps that draft and accept 0, 1, … K draft ids", _histogram,
+    ),
+    Definition("acceptance_histogram", VLLM, "acceptance_histogram", "steps with a draft, the same", _histogram),
+    Definition(
+        "acceptance_histogram", SGLANG, "spec_correct_drafts_histogram", "verifying forwards, the same",
+        _sglang_histogram,
+    ),
+    Definition(
         "acceptance_per_position", SPECDEC, "acceptance_per_position",
         "steps that accept the position / steps that draft", _positions,
     ),
     Definition(
         "acceptance_per_position", VLLM, "spec_decode_per_position_acceptance_rates",
         "accepted at the position / drafts", _positions,
+    ),
+    Definition(
+        "conditional_acceptance_per_position", SPECDEC, "conditional_acceptance_per_position",
+        "steps that accept the position / steps that draft it and accept all before it", _conditional,
     ),
 ]  # fmt: skip

@@ -22,7 +22,7 @@ from typing import Any
 
 from specdec.experiments.records import PLAIN, SPECULATIVE
 from specdec.experiments.report import spec_bench
-from specdec.experiments.report.definitions import COUNTS, SGLANG, SPEC_BENCH, SPECDEC, VLLM, Value
+from specdec.experiments.report.definitions import COUNTS, DEFINITIONS, SGLANG, SPEC_BENCH, SPECDEC, VLLM, Value
 from specdec.experiments.report.figures import METRICS
 from specdec.experiments.report.labels import RunReport, display_name
 from specdec.experiments.report.spec_bench import Answer, Answers
@@ -86,25 +86,18 @@ def read_other_runs(paths: Sequence[Path]) -> list[OtherRun]:
 
 
 def of_specdec(report: RunReport) -> OtherRun:
-    """A run of specdec as a column beside those of other tools."""
-    values: dict[str, Value] = {
-        name: report.figures.metrics[name].value for name in FIGURES if name in report.figures.metrics
-    }
-    speculative = report.run.of(SPECULATIVE)
-    steps = [step for record in speculative for step in record.steps]
-    if steps:
-        values |= {
-            "num_spec_steps": sum(step.drafted > 0 for step in steps),
-            "num_draft_tokens": sum(step.drafted for step in steps),
-            "num_accepted_draft_tokens": sum(step.accepted for step in steps),
-            "acceptance_per_position": [position.unconditional.value or 0.0 for position in report.figures.positions],
-        }
-    values["num_emitted_tokens"] = sum(len(record.ids) for record in speculative)
-    figures = {name: value for name, value in values.items() if value is not None}
-    settings = {"model": display_name(report.config["target"]), "requests": str(report.figures.prompts)}
+    """A run of specdec as a column beside those of other tools, by specdec's own definitions."""
+    values = {line.figure: line.value(report) for line in DEFINITIONS if line.tool == SPECDEC}
+    is_plain = not report.run.of(SPECULATIVE)
+    if is_plain:
+        values["tokens_per_s"] = values["plain_tokens_per_s"]
+    records = report.run.of(PLAIN if is_plain else SPECULATIVE)
+    values["num_emitted_tokens"] = sum(len(record.ids) for record in records)
+    figures = {name: value for name, value in values.items() if name in FIGURES and value is not None}
+    settings = {"model": display_name(report.config["target"]), "requests": f"{report.figures.prompts:,}"}
     missing = {name: "the run has no record that gives it" for name in FIGURES if name not in figures}
     answers, plain = (spec_bench.answers_of(report.run, engine) for engine in (SPECULATIVE, PLAIN))
-    return OtherRun(SPECDEC, report.label, settings, figures, missing, not steps, answers, plain)
+    return OtherRun(SPECDEC, report.label, settings, figures, missing, is_plain, answers, plain)
 
 
 def with_speedups(runs: Sequence[OtherRun]) -> list[OtherRun]:
@@ -194,7 +187,9 @@ def _number(row: dict[str, Any], key: str, scale: float = 1.0) -> float | None:
 
 
 def _settings(row: dict[str, Any], keys: dict[str, str]) -> dict[str, str]:
-    return {name: str(row[key]) for name, key in keys.items() if row.get(key) is not None}
+    """What a row says of its run, by the names that the page shows."""
+    given = {name: row[key] for name, key in keys.items() if row.get(key) is not None}
+    return {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in given.items()}
 
 
 def _run_of_totals(
@@ -232,7 +227,10 @@ def _read_vllm(path: Path, rows: list[dict[str, Any]]) -> list[OtherRun]:
             "num_emitted_tokens": _number(row, "total_output_tokens"),
         }
         unnamed = "--percentile-metrics left it out, or the endpoint does not stream"
-        runs.append(_run_of_totals(VLLM, label, settings, values, {"first_token_ms": unnamed, "token_ms": unnamed}))
+        by_step = "bench serve records rates by position, and no step"
+        reasons = {"first_token_ms": unnamed, "token_ms": unnamed}
+        reasons |= {"acceptance_histogram": by_step, "conditional_acceptance_per_position": by_step}
+        runs.append(_run_of_totals(VLLM, label, settings, values, reasons))
     return runs
 
 
@@ -265,7 +263,13 @@ def _read_sglang_one_batch(path: Path, rows: list[dict[str, Any]]) -> list[Other
     """Throughput is computed: that of the file excludes the prefill in newer versions alone."""
     runs = []
     for label, row in zip(_labels(path, len(rows)), rows, strict=True):
-        settings = _settings(row, {"model": "model_path", "batch": "batch_size", "prompt length": "input_len"})
+        settings = _settings(
+            row,
+            {
+                "model": "model_path", "batch": "batch_size", "prompt length": "input_len",
+                "generated length": "output_len",
+            },
+        )  # fmt: skip
         tokens = row["batch_size"] * row["output_len"]
         length = _number(row, "acc_length")
         values: dict[str, Value] = {
