@@ -31,7 +31,7 @@ NOTES = {  # what a tool's values are of
 NOTE = (
     "Values are those that the files hold. Files of totals have no interval, and do not tell whether prompts,"
     " machine and settings of two columns are the same. A speedup is over the one run of the same tool and requests"
-    " without speculation."
+    " without speculation: one without acceptance figures, or for Spec-Bench one whose steps all emit one token."
 )
 
 
