@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import hydra
 from accelerate.utils import broadcast_object_list
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.utils import get_object, instantiate
@@ -187,7 +192,25 @@ def _audit(config: AuditConfig) -> None:
 
 
 class SweepReport(Callback):
-    """One page for all runs of a sweep."""
+    """The time that a sweep has left after each run, and one page for all its runs.
+
+    Launchers that run in parallel show what runs in their own ways.
+    """
+
+    def __init__(self) -> None:
+        self.num_runs = self.num_finished = 0
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self.started_s = time.monotonic()
+        if config.hydra.launcher._target_.endswith(".BasicLauncher") and processes().is_main_process:
+            self.num_runs = num_runs(config.hydra.sweeper.params or {}, config.hydra.overrides.task)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        self.num_finished += 1
+        if self.num_runs:
+            rest_s = (time.monotonic() - self.started_s) / self.num_finished * (self.num_runs - self.num_finished)
+            rest = f"; about {timedelta(seconds=round(rest_s))} left" if self.num_finished < self.num_runs else ""
+            print(f"run {self.num_finished} of {self.num_runs} is finished{rest}", file=sys.stderr)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         if not processes().is_main_process:
@@ -197,6 +220,16 @@ class SweepReport(Callback):
             _report(read_runs([folder]), folder)
         except ValueError as error:  # other workloads, or failed prompts: each run has its own report
             print(f"no report of the whole sweep: {error}", file=sys.stderr)
+
+
+def num_runs(axes: Mapping[str, str], overrides: Sequence[str]) -> int:
+    """Runs of a sweep: every combination of the values of a config's axes, or of the overrides that replace them."""
+    parsed = OverridesParser.create().parse_overrides([*(f"{name}={axes[name]}" for name in axes), *overrides])
+    counts = {
+        override.get_key_element(): len(list(override.sweep_string_iterator())) if override.is_sweep_override() else 1
+        for override in parsed
+    }
+    return math.prod(counts.values())
 
 
 def _report(runs: list[Run], folder: Path) -> None:

@@ -19,7 +19,9 @@ from specdec.experiments.report.estimates import Estimate
 from specdec.experiments.report.exports import summary_table, to_json, to_markdown
 from specdec.experiments.report.figures import METRICS
 from specdec.experiments.report.formatting import interval, number
-from specdec.experiments.report.labels import labels, read_runs
+from specdec.experiments.report.labels import build_reports, labels, read_runs
+from specdec.experiments.report.other_tools import is_of_other_tool, of_specdec, read_other_runs
+from specdec.experiments.report.other_tools_page import other_json, other_markdown, other_summary, render_other_page
 from specdec.experiments.report.page import render_page
 
 
@@ -50,7 +52,10 @@ class Check:
 def run(options: argparse.Namespace) -> int:
     """Report runs; 1 where a condition of --fail-if is met. Where runs cannot be compared, nothing is written."""
     conditions = [_condition(text) for text in options.fail_if]
-    runs = read_runs([Path(path) for path in options.runs])
+    paths = [Path(path) for path in options.runs]
+    if any(is_of_other_tool(path) for path in paths):
+        return _report_other_tools(paths, options)
+    runs = read_runs(paths)
     checks = _checks(runs, conditions)
     if options.json:
         content = to_json(runs) | {"checks": [asdict(check) for check in checks]}
@@ -73,6 +78,27 @@ def run(options: argparse.Namespace) -> int:
         for check in checks:
             print(check.summary, file=sys.stderr if output is None else sys.stdout)
     return 1 if any(check.fails for check in checks) else 0
+
+
+def _report_other_tools(paths: Sequence[Path], options: argparse.Namespace) -> int:
+    """Report runs of other tools, with runs of specdec as further columns."""
+    if options.fail_if:
+        raise ValueError("--fail-if compares runs prompt by prompt, and files of other tools hold totals; leave it out")
+    own = [path for path in paths if not is_of_other_tool(path)]
+    others = read_other_runs([path for path in paths if is_of_other_tool(path)])
+    runs = [*others, *(of_specdec(report) for report in (build_reports(read_runs(own)) if own else []))]
+    if options.json:
+        text = json.dumps(other_json(runs), ensure_ascii=False) + "\n"
+    else:
+        text = other_markdown(runs) if options.markdown else render_other_page(runs)
+    if options.output is None and (options.json or options.markdown):
+        sys.stdout.write(text)
+        return 0
+    output = Path(options.output or (paths[0] if paths[0].is_dir() else paths[0].parent) / "report.html")
+    write(output, text)
+    Console().print(other_summary(runs))
+    print(f"written: {output}")
+    return 0
 
 
 def _condition(text: str) -> Condition:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from specdec.utils import embedded
 
+SPEED_BENCH_PLACEHOLDER = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE"
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -140,6 +141,22 @@ class Dataset:
             )
         stem = Path(self.path).stem
         return Prompt(str(row.get(self.id) or f"{stem}/{number}"), str(row.get(self.task) or stem), tuple(turns))
+
+
+@dataclass
+class SpeedBench(Dataset):
+    """SPEED-Bench (Abramovich et al., 2026). Its dataset on the hub has placeholders, which are refused as prompts."""
+
+    def prompts(self) -> list[Prompt]:
+        prompts = super().prompts()
+        absent = sum(any(SPEED_BENCH_PLACEHOLDER in turn for turn in prompt.turns) for prompt in prompts)
+        if absent:
+            raise ValueError(
+                f"{self.path} has placeholders for {absent} of {len(prompts)} prompts; fetch these with prepare_data.py"
+                " (examples/specdec_bench in github.com/NVIDIA/Model-Optimizer) and name the file that it writes with"
+                " workload.path=…"
+            )
+        return prompts
 
 
 def encode(turns: Sequence[str], answers: Sequence[str], tokenizer: Any, as_chat: bool) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -45,7 +46,7 @@ from specdec.training.config import TrainConfig
 from specdec.training.distillation import DraftModelTraining
 from specdec.training.eagle3 import Eagle3Training
 from specdec.utils import embedded
-from specdec_cli.experiment import build, conf_dir
+from specdec_cli.experiment import build, conf_dir, num_runs
 from specdec_cli.main import main
 from tests.helpers.heads import layer_config, random_tensors, write_speculators
 
@@ -61,7 +62,10 @@ REQUIRED = {
     "train/eagle3": ["workload.path=a.jsonl"],
     "workload/dataset": ["workload.path=a.jsonl"],
     "workload/spec_bench": ["workload.path=a.jsonl"],
-    "experiment/spec_bench": ["target.path=m", "drafter.path=m", "workload.path=a.jsonl"],
+    "workload/speed_bench": ["workload.path=a.parquet"],
+    "experiment/spec_bench": ["target.path=m", "workload.path=a.jsonl"],
+    "experiment/speed_bench": ["target.path=m", "workload.path=a.parquet"],
+    **{f"experiment/{name}": ["target.path=m"] for name in ("mt_bench", "humaneval", "gsm8k")},
 }
 PLUGINS = {"launcher/joblib": "joblib_launcher", "launcher/slurm": "submitit_launcher", "launcher/ray": "ray_launcher"}
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml"))
@@ -602,6 +606,75 @@ def test_a_sweep_with_joblib_has_one_report(tmp_path: Path) -> None:
     report = folder / "report.html"
     assert report.is_file()
     assert f"report: {report}" in finished.stdout
+
+
+# A row of each benchmark as it is published, and the prompt that it must give.
+BENCHMARKS: dict[str, tuple[dict[str, Any], Prompt]] = {
+    "spec_bench": (
+        {"question_id": 81, "category": "writing", "turns": ["Write.", "Rewrite."]},
+        Prompt("81", "writing", ("Write.", "Rewrite.")),
+    ),
+    "speed_bench": (
+        {"question_id": "c/1", "category": "coding", "sub_category": "x", "turns": ["Code."], "source": "s",
+         "src_id": "1", "difficulty": "easy", "multiturn": False},
+        Prompt("c/1", "coding", ("Code.",)),
+    ),
+    "mt_bench": (
+        {"category": "stem", "prompt": ["Why?", "And how?"], "reference": [], "prompt_id": 17},
+        Prompt("17", "stem", ("Why?", "And how?")),
+    ),
+    "humaneval": (
+        {"task_id": "HumanEval/0", "prompt": "def f():", "canonical_solution": "", "test": "", "entry_point": "f"},
+        Prompt("HumanEval/0", "a", ("def f():",)),
+    ),
+    "gsm8k": ({"question": "1+1?", "answer": "2"}, Prompt("a/1", "a", ("Question: 1+1?\nAnswer:",))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_is_a_sweep_over_drafter_k_temperature_and_batch(name: str, tmp_path: Path) -> None:
+    row, prompt = BENCHMARKS[name]
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    overrides = [f"experiment={name}", "target.path=m", f"workload.path={tmp_path / 'a.jsonl'}"]
+    assert composed(*overrides).workload.prompts() == [prompt]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        axes = hydra.compose("config", overrides, return_hydra_config=True).hydra.sweeper.params
+    assert set(axes) == {"drafter", "num_draft_tokens", "sampling.temperature", "batch_size"}
+    for further, runs in (([], 2 * 3 * 2 * 2), (["batch_size=1,2,8"], 36), (["drafter=none", "seed=range(3)"], 36)):
+        assert num_runs(axes, [*overrides, *further]) == runs
+
+
+def test_placeholders_of_speed_bench_are_refused(tmp_path: Path) -> None:
+    row, _ = BENCHMARKS["speed_bench"]
+    turns = ["FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING SPECDEC_BENCH"]
+    rows = [row, row | {"question_id": "c/2", "turns": turns}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    workload = composed("experiment=speed_bench", "target.path=m", f"workload.path={tmp_path / 'a.jsonl'}").workload
+    with pytest.raises(ValueError, match=r"has placeholders for 1 of 2 prompts; fetch these with prepare_data\.py"):
+        workload.prompts()
+
+
+def test_a_sweep_over_batch_sizes_says_what_is_left_and_ends_with_one_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"question_id": number, "category": category, "turns": ["def push(self"]}
+        for number, category in enumerate(("writing", "qa"))
+    ]
+    (tmp_path / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = ["target=embedded", "drafter=prompt_lookup", "num_draft_tokens=2", "sampling.temperature=0"]
+    overrides += ["batch_size=1,2", "sampling.max_new_tokens=4", "compile=false", f"folder={tmp_path / 'sweep'}"]
+    benchmark = ["experiment=spec_bench", f"workload.path={tmp_path / 'question.jsonl'}"]
+    assert main(["experiment", "-m", *benchmark, *overrides]) == 0
+    out, error = capsys.readouterr()
+    assert re.search(r"run 1 of 2 is finished; about \d:\d\d:\d\d left\n", error)
+    assert "run 2 of 2 is finished\n" in error
+    runs = [read_run(tmp_path / "sweep" / number) for number in "01"]
+    assert [{record.rows for record in run.records} for run in runs] == [{1}, {2}]
+    page = (tmp_path / "sweep" / "report.html").read_text(encoding="utf-8")
+    for text in ("2 runs compared", "batch=1", "batch=2", "<h2>Spec-Bench</h2>"):
+        assert text in page
+    assert f"report: {tmp_path / 'sweep' / 'report.html'}" in out
 
 
 @pytest.mark.full  # test_speedup.py compares predictions with simulated texts in every run

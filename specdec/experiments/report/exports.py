@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from specdec.experiments.records import Run
+from specdec.experiments.report.definitions import definitions_json
 from specdec.experiments.report.figures import METRICS
 from specdec.experiments.report.formatting import interval, number, plural, with_interval
 from specdec.experiments.report.labels import (
@@ -29,6 +30,7 @@ from specdec.experiments.report.narrative import (
     skipped_and_failed,
     suggestion,
 )
+from specdec.experiments.report.spec_bench import leaderboard_of_reports
 from specdec.experiments.report.tables import comparison_rows, number_tables, task_metrics
 
 SUMMARY_COLUMNS = {
@@ -51,14 +53,19 @@ def to_markdown(runs: Sequence[Run]) -> str:
             for label, cells in comparison_rows(reports)
         ]
         parts += [f"# {len(reports)} runs compared", *(text for _, text in comparison_notes(reports))]
-        parts += [_markdown_table(["", *(report.label for report in reports)], rows)]
+        parts += [markdown_table(["", *(report.label for report in reports)], rows)]
     for report in reports:
         parts += [f"{'#' if len(reports) == 1 else '##'} {report.label}", *_markdown_of_run(report)]
+    if table := leaderboard_of_reports(reports):
+        parts += [f"**{table.title}**", markdown_table(table.header, table.rows)]
     return "\n\n".join(parts) + "\n"
 
 
 def to_json(runs: Sequence[Run]) -> dict[str, Any]:
-    """All figures as plain values; rates are fractions. differences: from the first run to each further one."""
+    """All figures as plain values; rates are fractions. differences: from the first run to each further one.
+
+    definitions: of each figure, here and in other tools, with the values of the runs.
+    """
     reports = build_reports(runs)
     return {
         "runs": [_json_of_run(report) for report in reports],
@@ -70,6 +77,7 @@ def to_json(runs: Sequence[Run]) -> dict[str, Any]:
             }
             for report, changes in changes_from_first(reports)
         ],
+        "definitions": definitions_json(reports),
     }
 
 
@@ -84,22 +92,24 @@ def _markdown_of_run(report: RunReport) -> list[str]:
     parts = [headline(report), *(f"> {caveat}" for caveat in caveats(report))]
     metrics = [(metric, report.figures.metrics[name]) for name, metric in METRICS.items()]
     rows = [[m.label, number(e.value, m.unit), interval(e, m.unit)] for m, e in metrics if e.value is not None]
-    parts.append(_markdown_table(["", "value", "95 % interval"], rows))
+    parts.append(markdown_table(["", "value", "95 % interval"], rows))
     names = task_metrics(report)
     rows = [
         [task, str(num_prompts), *(with_interval(values[name], METRICS[name].unit) for name in names)]
         for task, (num_prompts, values) in report.figures.tasks.items()
     ]
-    parts.append(_markdown_table(["task", "prompts", *(METRICS[name].label for name in names)], rows))
+    parts.append(markdown_table(["task", "prompts", *(METRICS[name].label for name in names)], rows))
     for table in number_tables(report).values():
-        parts += [f"**{table.title}**", _markdown_table(table.header, table.rows)]
+        parts += [f"**{table.title}**", markdown_table(table.header, table.rows)]
     parts += [auto_k_summary(report)] if auto_k_summary(report) else []
     parts += [suggestion(report)] if report.figures.what_if else []
     parts += [f"- {line}" for line in skipped_and_failed(report.run)]
     return parts
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of texts, the first column to the left."""
+
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 

@@ -15,7 +15,7 @@ from specdec.experiments.report.compare import Difference, check_comparable, com
 from specdec.experiments.report.figures import Figures, figures
 from specdec.experiments.report.what_if import Measurement
 
-SHORT_NAMES = {"num_draft_tokens": "K", "sampling.temperature": "T"}
+SHORT_NAMES = {"num_draft_tokens": "K", "sampling.temperature": "T", "batch_size": "batch"}
 IGNORED_KEYS = ("folder", "resume", "name")  # runs that differ only in these have the same config
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from specdec.experiments.records import SPECULATIVE, Run
 from specdec.experiments.report import plots
+from specdec.experiments.report.definitions import NOTE, definitions_table
 from specdec.experiments.report.figures import METRICS, TIME_PARTS, count_identical
 from specdec.experiments.report.formatting import interval, number, with_interval
 from specdec.experiments.report.labels import RunReport, build_reports, is_sampled
@@ -25,6 +26,7 @@ from specdec.experiments.report.narrative import (
     suggestion,
     terms,
 )
+from specdec.experiments.report.spec_bench import leaderboard_of_reports
 from specdec.experiments.report.tables import NumberTable, comparison_rows, number_tables, task_metrics, task_rows
 from specdec.experiments.report.what_if import best_prediction
 from specdec.pages import environment
@@ -72,6 +74,9 @@ def render_page(runs: Sequence[Run]) -> str:
         comparison_notes=comparison_notes(reports),
         overview=_overview(reports),
         origins=ORIGINS,
+        spec_bench=leaderboard_of_reports(reports),
+        definitions=definitions_table(reports),
+        definitions_note=NOTE,
     )
     return rendered.strip() + "\n"
 
