@@ -259,7 +259,7 @@ def plan(
 )
 def experiment(context: typer.Context) -> int:
     """Run a hydra config: records, figures, one page (--help lists groups)."""
-    return int(_module("experiment").main(context.args, "config"))
+    return int(import_module("specdec_cli.hydra_app").main(context.args, "config"))
 
 
 @app.command(
@@ -268,7 +268,7 @@ def experiment(context: typer.Context) -> int:
 )  # fmt: skip
 def train_drafter(context: typer.Context) -> int:
     """Train a draft head or draft model on what a target answers (--help lists settings)."""
-    return int(_module("experiment").main(context.args, "train"))
+    return int(import_module("specdec_cli.hydra_app").main(context.args, "train"))
 
 
 @app.command(

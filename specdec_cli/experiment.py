@@ -1,9 +1,8 @@
-"""`specdec experiment` and scripts/experiment.py: hydra composes a config, each run writes records and a report."""
+"""The task of `specdec experiment` and `train-drafter`: a composed config is run, writes records and a report."""
 
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import sys
 import time
@@ -13,19 +12,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import hydra
-from accelerate.utils import broadcast_object_list
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
-from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
-import specdec
 from specdec.audit.lossless import Settings
 from specdec.experiments.config import AuditConfig, DraftHead, DraftModel, ExperimentConfig
 from specdec.experiments.records import Run
@@ -38,53 +32,11 @@ from specdec.runtime.loading import load_tokenizer
 from specdec.training.config import TrainConfig
 from specdec.training.distillation import DraftModelTraining
 from specdec.training.train import DRAFTER, HELD_OUT, is_finished, show, train
-from specdec.utils import embedded
 from specdec_cli.audit_lossless import audit, prompt_ids
+from specdec_cli.hydra_app import NotShown, PromptsFailed
 from specdec_cli.report import write
 
-PACKAGE = Path(specdec.__file__).parent
 RUN = "run"  # in the folder of a training
-LAUNCHER_EXTRAS = {"joblib": "joblib", "submitit": "slurm", "ray": "ray"}
-
-
-class PromptsFailed(Exception):
-    """A run is complete, but some of its prompts have an error instead of a record."""
-
-
-class NotShown(Exception):
-    """An audit is complete, and its certificate printed, but the model is not lossless, or not shown to be."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__()
-        self.exit_code = exit_code
-
-
-def conf_dir() -> Path:
-    """The folder of the configs: inside the installed package, or next to it in a checkout."""
-    inside = PACKAGE / "conf"
-    return inside if inside.is_dir() else PACKAGE.parent / "conf"
-
-
-def main(arguments: list[str], config_name: str = "config") -> int:
-    """Run hydra on overrides and flags (`-m`, `--cfg job`, …): 0, 1 where prompts failed, 2 for bad input.
-
-    With `--config-name audit` the exit code of `specdec audit lossless`.
-    """
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors are raised here, not printed with a trace
-    sys.argv = [sys.argv[0], *arguments]
-    try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(_task)()
-    except KeyboardInterrupt:
-        return 130
-    except PromptsFailed as error:
-        print(f"specdec: {error}", file=sys.stderr)
-        return 1
-    except NotShown as error:
-        return error.exit_code
-    except (HydraException, OmegaConfBaseException, ValueError, TypeError, OSError) as error:
-        print(f"specdec: {_message(error)}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def build(config: DictConfig) -> ExperimentConfig | AuditConfig | TrainConfig:
@@ -109,8 +61,8 @@ def _check(node: DictConfig) -> None:
             node[name] = checked[name]
 
 
-def _task(config: DictConfig) -> None:
-    """One run, as hydra or one of its launchers calls it."""
+def run_task(config: DictConfig) -> None:
+    """One run of a composed config, in the folder that hydra names. Raises PromptsFailed or NotShown."""
     is_main = processes().is_main_process
     values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     experiment = build(config)
@@ -237,28 +189,3 @@ def _report(runs: list[Run], folder: Path) -> None:
     write(file, render_page(runs))
     console.print(summary_table(runs))
     console.print(f"report: {file}", soft_wrap=True)
-
-
-def _run_stamp() -> str:
-    """The time at which the main process named the run's folder, broadcast to the others."""
-    processes()
-    stamp = [time.strftime("%Y-%m-%d_%H-%M-%S")]
-    broadcast_object_list(stamp)
-    return stamp[0]
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, InstantiationException) and isinstance(error.__cause__, ValueError):
-        return str(error.__cause__)
-    if isinstance(error, OverrideParseException):
-        return f"{error.override!r} is no override: {str(error).partition(chr(10))[0]}"
-    if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key} has no value; give it one on the command line: {error.full_key}=…"
-    for plugin, extra in LAUNCHER_EXTRAS.items():
-        if f"hydra/launcher/{plugin}" in str(error):
-            return f'hydra\'s {plugin} launcher is not installed; pip install "specdec-lossless[{extra}]"'
-    return str(error)
-
-
-OmegaConf.register_new_resolver("run_stamp", _run_stamp, use_cache=True, replace=True)
-OmegaConf.register_new_resolver("embedded", lambda name: str(getattr(embedded, name.upper())), replace=True)

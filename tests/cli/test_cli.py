@@ -51,7 +51,7 @@ def test_help_imports_no_torch() -> None:
     code = f"""
 import sys
 from specdec_cli.main import main
-for page in {[[], *PAGES]}:
+for page in {[[], *PAGES, *([name] for name in HYDRA)]}:
     assert main([*page, "--help"]) == 0
 assert main(["--version"]) == 0
 assert not {{"torch", "transformers", "numpy"}} & sys.modules.keys(), sys.modules.keys()

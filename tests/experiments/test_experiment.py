@@ -46,7 +46,8 @@ from specdec.training.config import TrainConfig
 from specdec.training.distillation import DraftModelTraining
 from specdec.training.eagle3 import Eagle3Training
 from specdec.utils import embedded
-from specdec_cli.experiment import build, conf_dir, num_runs
+from specdec_cli.experiment import build, num_runs
+from specdec_cli.hydra_app import conf_dir
 from specdec_cli.main import main
 from tests.helpers.heads import layer_config, random_tensors, write_speculators
 
@@ -195,7 +196,8 @@ def test_an_installed_wheel_composes_and_instantiates_the_same_configs(wheel: Pa
     code = f"""
 import sys
 from pathlib import Path
-from specdec_cli.experiment import build, conf_dir
+from specdec_cli.experiment import build
+from specdec_cli.hydra_app import conf_dir
 import hydra
 assert conf_dir() == Path({str(tmp_path)!r}) / "site" / "specdec" / "conf", conf_dir()
 files = sorted(path.relative_to(conf_dir()).with_suffix("").as_posix() for path in conf_dir().glob("*/*.yaml"))
