@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,8 @@ from specdec.planning.devices import (
 from specdec.planning.footprint import measure_draft_footprint, measure_footprint
 from specdec.planning.formulas import ModelFootprint
 from specdec.planning.memory import MemoryPlan, largest_batch, largest_context, plan_memory
+from specdec.quant.formats import FP8_METHODS
+from specdec_cli.options import Options
 
 PART_LABELS = {
     "target_weights_bytes": "target weights",
@@ -38,13 +39,14 @@ PART_LABELS = {
     "total_bytes": "total",
 }
 BATCHES = (1, 4, 16, 64)
+DRAWN_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT_ROWS = 8
 DEFAULT_CONTEXT = 4096
 DEFAULT_LIMIT = 1 << 17  # of contexts, where a config names no limit
 PLOT_SUFFIXES = (".svg", ".png", ".pdf")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Plan a call in full precision, with a 4-bit target, and with both in four bits; print and draw it."""
     if options.plot and Path(options.plot).suffix not in PLOT_SUFFIXES:
         raise ValueError(f"--plot {options.plot} must end in {', '.join(PLOT_SUFFIXES)}")
@@ -80,7 +82,7 @@ class Planner:
     precisions: dict[str, dict[str, bool]]
 
     @classmethod
-    def of(cls, options: argparse.Namespace) -> Planner:
+    def of(cls, options: Options) -> Planner:
         settings: dict[str, Any] = {"dtype": getattr(torch, options.dtype), "group_size": options.group_size}
         target = measure_footprint(options.target, **settings)
         draft_model = draft_model_of(options.drafter) if options.drafter else None
@@ -143,6 +145,7 @@ def make_report(planner: Planner, cards: dict[str, int]) -> dict[str, Any]:
         "draft": draft.name if draft else None,
         "host_bytes": planner.host_bytes,
         "checkpoints": {model.name: model.checkpoint_method for model in models if model.checkpoint_method},
+        "expert_bytes": {model.name: model.expert_bytes for model in models if model.expert_bytes},
         "dtype": planner.dtype,
         "context": planner.context,
         "batch": planner.batch,
@@ -173,7 +176,18 @@ def show(report: dict[str, Any], plans: dict[str, MemoryPlan], console: Console)
     drafts = f"draft {report['draft']}" if report["draft"] else "no draft model"
     console.print(f"target {report['target']}, {drafts}", soft_wrap=True)
     for name, method in report["checkpoints"].items():
-        console.print(f"{name} is in four bits already ({method})", soft_wrap=True)
+        if method in FP8_METHODS:
+            console.print(
+                f"{name} is in {method}, which specdec does not load; this plans an original in {report['dtype']}",
+                soft_wrap=True,
+            )
+        else:
+            console.print(f"{name} is in four bits already ({method})", soft_wrap=True)
+    for name, expert_bytes in report["expert_bytes"].items():
+        console.print(
+            f"the experts of {name}, {expert_bytes / GIB:,.2f} GiB, stay in {report['dtype']} in all of these plans",
+            soft_wrap=True,
+        )
     if report["host_bytes"]:
         console.print(
             f"suffix decoding keeps earlier answers in the host's memory, up to {report['host_bytes'] / MIB:,.0f} MiB",
@@ -227,27 +241,35 @@ def show(report: dict[str, Any], plans: dict[str, MemoryPlan], console: Console)
 
 
 def draw(file: str, planner: Planner, cards: dict[str, int]) -> None:
-    """Total against context, a line for each precision, and the usable memory of the cards."""
+    """Total against context and against rows, a line for each precision, and the usable memory of the cards."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError('--plot needs matplotlib; pip install "specdec-lossless[experiments]"') from error
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes, contexts = figure.subplots(), planner.contexts
-    for precision in planner.precisions:
-        totals = [planner.plan(precision, context).total_bytes / GIB for context in contexts]
-        axes.plot(contexts, totals, marker="o", label=precision)
-    for card, memory_bytes in cards.items():
-        height = usable_bytes(memory_bytes) / GIB
-        axes.axhline(height, color="gray", linestyle="--", linewidth=1)
-        axes.annotate(card, (contexts[0], height), (0, 3), textcoords="offset points", color="gray", fontsize=8)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(contexts, [f"{length:,}" for length in contexts])
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens of a row at the end of the call")
-    axes.set_ylabel("GiB at the peak")
-    axes.set_title(f"{Path(planner.target.name).name}, {planner.batch} rows, K={planner.num_draft_tokens}")
-    axes.legend()
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    batches = sorted({*DRAWN_BATCHES, planner.batch})
+    rows = f"{planner.batch:,} row{'s' if planner.batch > 1 else ''}"
+    what = (
+        ("context", planner.contexts, "tokens of a row at the end of the call", rows),
+        ("batch", batches, "rows", f"rows of {planner.context:,} tokens"),
+    )
+    for axes, (name, values, label, title) in zip(panels, what, strict=True):
+        for precision in planner.precisions:
+            totals = [planner.plan(precision, **{name: value}).total_bytes / GIB for value in values]
+            axes.plot(values, totals, marker="o", label=precision)
+        for card, memory_bytes in cards.items():
+            height = usable_bytes(memory_bytes) / GIB
+            axes.axhline(height, color="gray", linestyle="--", linewidth=1)
+            axes.annotate(card, (values[0], height), (0, 3), textcoords="offset points", color="gray", fontsize=8)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(values, [f"{value:,}" for value in values])
+        axes.set_xlabel(label)
+        axes.set_title(title)
+    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylabel("GiB at the peak")
+    panels[0].legend()
+    figure.suptitle(f"{Path(planner.target.name).name}, K={planner.num_draft_tokens}")
     figure.savefig(file, dpi=150)
 
 

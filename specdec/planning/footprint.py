@@ -30,7 +30,7 @@ from specdec.quant.checkpoints import config_folder, named_errors, read_config, 
 from specdec.quant.config import METHOD, Int4Config
 from specdec.quant.cpu import OP_GROUP_SIZES, CpuKernel, TorchKernel, row_order
 from specdec.quant.experts import PROJECTIONS
-from specdec.quant.formats import scheme_of
+from specdec.quant.formats import FP8_METHODS, scheme_of
 from specdec.quant.formats.layer import Scheme
 from specdec.quant.heads import head_name
 from specdec.quant.int4 import Int4Tensor
@@ -132,14 +132,17 @@ def _measure(
     if kinds - LINEAR_KINDS or skeleton._is_stateful:
         raise ValueError("it has layers that keep more than keys and values by position; only attention can be planned")
     plain_bytes = sum(tensor.nbytes for tensor in (*skeleton.parameters(), *skeleton.buffers()))
-    saved_bytes, tile_weights, head_tile_weights = _quantized(skeleton, settings, group_size, device)
+    method = None if settings is None else settings.get("quant_method")
+    saved_bytes, tile_weights, head_tile_weights = _quantized(
+        skeleton, None if method in FP8_METHODS else settings, group_size, device
+    )
     return ModelFootprint(
         name=name,
         dtype=dtype,
         device=device,
         plain_bytes=plain_bytes,
         int4_bytes=None if saved_bytes is None else plain_bytes - saved_bytes,
-        checkpoint_method=None if settings is None else settings.get("quant_method"),
+        checkpoint_method=method,
         vocab_size=int(text.vocab_size),
         context=context_of(skeleton),
         has_kernels=(dtype in cpu.DTYPES and cpu.load()) if device == "cpu" else dtype in DTYPES,
@@ -147,6 +150,7 @@ def _measure(
         tile_weights=tile_weights,
         head_tile_weights=head_tile_weights,
         keeps_last_logits="logits_to_keep" in inspect.signature(skeleton.forward).parameters,
+        expert_bytes=0 if method == "mxfp4" else sum(value.nbytes for value in _experts(skeleton)),
         **_measured_forward(skeleton, text, kinds),
     )
 
@@ -207,10 +211,15 @@ def _quantized(
 
 def _saved_by_mxfp4(skeleton: Any) -> int:
     """Bytes that four bits save in the experts: half a byte a weight, one byte of scale a group, a codebook."""
-    experts = [value for name, value in skeleton.named_parameters() if value.ndim == 3 and name.endswith(PROJECTIONS)]
+    experts = _experts(skeleton)
     int4_bytes: int = sum(value.numel() // 2 + value.numel() // MXFP4_GROUP + MXFP4_CODEBOOK_BYTES for value in experts)
     plain_bytes: int = sum(value.nbytes for value in experts)
     return plain_bytes - int4_bytes
+
+
+def _experts(skeleton: Any) -> list[Tensor]:
+    """The weights of experts that are in one tensor for all, [E, N, K] or [E, K, N]."""
+    return [value for name, value in skeleton.named_parameters() if value.ndim == 3 and name.endswith(PROJECTIONS)]
 
 
 def _groups_of(scheme: Scheme, name: str) -> tuple[int, bool] | None:

@@ -15,7 +15,7 @@ from specdec_kernels.attention import MAX_DIM
 
 from specdec.quant.batch_invariant import BLOCK, CUDA_BLOCK, MAX_WINDOW
 from specdec.runtime.attention.blocks import KEY_BLOCK
-from specdec.runtime.runner import PREFILL_CHUNK, PREFILL_MASK
+from specdec.runtime.runner import SCORE_BYTES, prefill_chunk
 
 TILE_BYTES = 5.5  # of a weight in a tile: its code, packed and unpacked, and its value in float32
 
@@ -50,6 +50,7 @@ class ModelFootprint:
     tile_weights: the largest number of a 4-bit layer's weights that prefill holds in full precision at a time.
     head_tile_weights: the largest number of an 8-bit head's weights that a forward holds in full precision at a time.
     keeps_last_logits: prefill makes logits of the last position alone.
+    expert_bytes: of experts in one tensor, which stay in `dtype` where the other layers are in four bits.
     """
 
     name: str
@@ -76,6 +77,7 @@ class ModelFootprint:
     head_tile_weights: int
     keeps_last_logits: bool
     feature_width: int = 0
+    expert_bytes: int = 0
 
     @property
     def token_bytes(self) -> int:
@@ -122,7 +124,7 @@ class ModelFootprint:
 
     def prefill_bytes(self, batch: int, prompt: int, int4: bool) -> int:
         """The peak of prefill without weights and cache; only the last logits are copied to float32."""
-        width = prompt if batch * prompt**2 <= PREFILL_MASK else min(prompt, PREFILL_CHUNK)
+        width = prefill_chunk(batch, prompt, self.heads if self.is_eager else 0)
         logits = batch * self.vocab_size * self.dtype.itemsize * (1 if self.keeps_last_logits else width)
         copies = max(batch * self.vocab_size * 4, self._head_tile_bytes(int4))
         return max(self.forward_bytes(batch, width, prompt, int4), logits + copies)
@@ -148,10 +150,8 @@ class ModelFootprint:
         repeated = batch * slots * self.heads * (self.key_width + self.value_width) * size
         repeated = repeated if 1 < self.kv_heads < self.heads else 0  # a single head is expanded without a copy
         match self._attention_backend(width, int4):
-            case (
-                AttentionBackend.EAGER
-            ):  # scores in float32 twice; or in 16 bits, their softmax in float32 and in 16 bits
-                return mask * size, repeated + self.heads * pairs * 8
+            case AttentionBackend.EAGER:
+                return mask * size, repeated + self.heads * pairs * SCORE_BYTES
             case AttentionBackend.FUSED:  # it reads the cache itself, and bounds instead of a mask
                 return 0, 0
             case AttentionBackend.BLOCKS:  # scores of 8 queries in blocks and joined, then their softmax

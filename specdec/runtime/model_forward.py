@@ -44,7 +44,8 @@ class ModelForward:
         self.cache_argument = cache_argument(self.parameters)
         implementation = implementation_of(self.config)
         self.key_block = KEY_BLOCK if implementation == ATTENTION else 1
-        self.mask_dtype = self.model.dtype if implementation == "eager" else torch.bool
+        self.holds_scores = implementation == "eager"
+        self.mask_dtype = self.model.dtype if self.holds_scores else torch.bool
         self.takes_intervals = takes_intervals(self.model)
 
     def new_cache(self, max_slots: int | None = None) -> RaggedCache:

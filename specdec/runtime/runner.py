@@ -20,6 +20,9 @@ from specdec.runtime.model_forward import ModelForward
 
 PREFILL_CHUNK = 1024  # positions of one forward, where a mask of rows * positions * keys would be too large
 PREFILL_MASK = 1 << 26  # elements of a mask: a prompt of 8192 in one forward, as stock decoding runs it
+PREFILL_SCORES = 2 << 30  # bytes of the scores of one layer's attention, where it holds them
+SCORE_BYTES = 8  # of a query and a key: in float32 twice; or in 16 bits, their softmax in float32 and in 16 bits
+MIN_PREFILL_CHUNK = 64
 
 
 class ModelRunner:
@@ -29,7 +32,7 @@ class ModelRunner:
     context: positions the model was made for, None where its config names no limit. masks_by_slot: see the function.
     model_forward: the model's own forward.
     unchanged: the identity that the model was found to have before the current call; None where it was not compared.
-    prefill_chunk: positions of a prompt that are fed at a time; None: all, or PREFILL_CHUNK of a long one.
+    prefill_chunk: positions of a prompt that are fed at a time; None: as `prefill_chunk` says.
     feature_layers: which hidden states `read_features` returns, see `ModelForward`.
     """
 
@@ -158,7 +161,8 @@ class ModelRunner:
         """
         output = None
         positions = (last[:, None] - torch.arange(width - 1, -1, -1, device=last.device)).clamp(min=0)
-        chunk_size = self.prefill_chunk or (width if len(ids) * width**2 <= PREFILL_MASK else PREFILL_CHUNK)
+        score_heads = getattr(self.config, "num_attention_heads", 0) if self.model_forward.holds_scores else 0
+        chunk_size = self.prefill_chunk or prefill_chunk(len(ids), width, score_heads)
         for chunk in positions.split(chunk_size, dim=1) if width else ():
             output = self.forward(ids.gather(1, chunk), chunk, last_only=True)
         return output
@@ -181,6 +185,18 @@ class ModelRunner:
             self.vocab_size,
         )  # fmt: skip
         return compiled.run_plain_steps(inputs, sequences.longest, self.cache)
+
+
+def prefill_chunk(rows: int, width: int, score_heads: int) -> int:
+    """Positions that one forward reads of prompts of `width` positions, so that its masks and scores are bounded.
+
+    score_heads: query heads of an attention that holds its scores [B, H, W, S], as eager attention does; 0 for others.
+    """
+    chunk = width if rows * width**2 <= PREFILL_MASK else min(width, PREFILL_CHUNK)
+    if score_heads:
+        largest = PREFILL_SCORES // (SCORE_BYTES * rows * score_heads * max(width, 1))
+        chunk = min(chunk, max(MIN_PREFILL_CHUNK, largest // MIN_PREFILL_CHUNK * MIN_PREFILL_CHUNK))
+    return chunk
 
 
 def widths(model: PreTrainedModel) -> tuple[int, int]:

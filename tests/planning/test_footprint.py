@@ -20,10 +20,14 @@ from transformers import (
     AutoConfig,
     DeepseekV3Config,
     Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
     LlamaConfig,
     MambaConfig,
+    MixtralConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3Config,
     T5Config,
 )  # fmt: skip
 
@@ -42,7 +46,8 @@ from specdec.planning.memory import largest_batch, largest_context, plan_memory
 from specdec.planning.peak_memory import LiveStorages, PeakMemory
 from specdec.quant.checkpoints import load_checkpoint
 from specdec.quant.layers import is_4bit
-from specdec.runtime.runner import ModelRunner
+from specdec.runtime import runner
+from specdec.runtime.runner import PREFILL_SCORES, ModelRunner, prefill_chunk
 from specdec.utils import embedded
 from specdec_cli import plan as command
 from tests.helpers import checkpoint_writers
@@ -392,6 +397,118 @@ def test_heads_and_widths_as_configs_have_them() -> None:
     assert deepseek.token_bytes == 61 * (512 + 64) * 2  # the latent and the rotary part of the keys
     assert (deepseek.heads, deepseek.key_width, deepseek.value_width) == (128, 192, 128)
     assert deepseek.attention_slot_bytes >= 128 * (192 + 128) * 2  # expanded for all heads when attention is called
+
+
+def test_models_by_hand() -> None:
+    """Parameters, cache and experts of published models, against sums over their configs."""
+    qwen = measure_footprint(
+        Qwen3Config(
+            hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64,
+            num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    layer = 5120 * 128 * (2 * 64 + 2 * 8) + 3 * 5120 * 25600 + 2 * 5120 + 2 * 128
+    assert qwen.plain_bytes == pytest.approx(2 * (2 * 151936 * 5120 + 64 * layer + 5120), rel=1e-6)
+    assert (qwen.token_bytes, qwen.expert_bytes) == (64 * 2 * 8 * 128 * 2, 0)
+
+    gemma = measure_footprint(
+        Gemma3TextConfig(
+            hidden_size=5376, intermediate_size=21504, num_hidden_layers=62, num_attention_heads=32,
+            num_key_value_heads=16, head_dim=128, vocab_size=262208, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    layer = 5376 * 128 * (2 * 32 + 2 * 16) + 3 * 5376 * 21504 + 4 * 5376 + 2 * 128
+    assert gemma.plain_bytes == pytest.approx(2 * (262208 * 5376 + 62 * layer + 5376), rel=1e-6)
+    assert gemma.token_bytes == 62 * 2 * 16 * 128 * 2
+
+    mixtral = measure_footprint(MixtralConfig(vocab_size=32000))
+    experts = 32 * 8 * 3 * 4096 * 14336
+    layer = 4096 * 128 * (2 * 32 + 2 * 8) + 4096 * 8 + 2 * 4096
+    assert mixtral.plain_bytes == pytest.approx(2 * (2 * 32000 * 4096 + 32 * layer + 4096 + experts), rel=1e-6)
+    assert mixtral.expert_bytes == 2 * experts
+    assert mixtral.weights_bytes(int4=True) > mixtral.expert_bytes
+
+
+def test_attention_that_holds_its_scores_reads_prompts_in_chunks() -> None:
+    """gpt-oss-20b: 64 heads of 8192 queries and keys would hold 32 GiB of scores in one forward."""
+    config = GptOssConfig(num_hidden_layers=24, num_local_experts=32)
+    plain = measure_footprint(config)
+    assert plain.plain_bytes == pytest.approx(2 * 20.9148e9, rel=1e-4)
+    assert plain.is_eager
+    planned = plan_memory(plain, context=8192, target_int4=False)
+    assert planned.workspace_bytes < PREFILL_SCORES * 1.1
+    assert planned.target_kv_bytes == 8192 * 24 * 2 * 8 * 64 * 2
+    config.quantization_config = {"quant_method": "mxfp4"}
+    experts = 24 * 32 * 3 * 2880 * 2880
+    int4 = measure_footprint(config)
+    assert (plain.expert_bytes, int4.expert_bytes) == (2 * experts, 0)
+    assert int4.weights_bytes(int4=True) == pytest.approx(
+        2 * (20.9148e9 - experts) + experts / 2 + experts / 32, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "heads", "chunk"),
+    [
+        (1, 8192, 0, 8192),
+        (1, 8193, 0, 1024),
+        (8, 8192, 0, 1024),
+        (1, 0, 64, 0),
+        (1, 2048, 64, 2048),  # just 2 GiB
+        (1, 2049, 64, 2048 - 64),
+        (1, 8192, 64, 512),
+        (128, 8192, 64, 64),
+    ],
+)
+def test_how_many_positions_a_prefill_reads_at_a_time(rows: int, width: int, heads: int, chunk: int) -> None:
+    assert prefill_chunk(rows, width, heads) == chunk
+
+
+def test_the_plan_is_the_measured_peak_of_chunks_of_eager_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = load_checkpoint(PLAIN, dtype=torch.float32, attn_implementation="eager").eval()
+    size = measure_footprint(model.config, dtype=torch.float32, device="cpu")
+    assert size.is_eager
+    specdec.enable(model, "none", compile=False)
+    ids = torch.randint(3, 4096, (2, 700), generator=torch.Generator().manual_seed(0))
+    call: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
+    peaks, texts = [], []
+    for limit in (PREFILL_SCORES, 2 << 20):
+        monkeypatch.setattr(runner, "PREFILL_SCORES", limit)
+        gc.collect()
+        with PeakMemory("cpu", model) as peak:
+            texts.append(model.generate(ids, eos_token_id=[], **call))
+        planned = plan_memory(
+            size, context=704, batch=2, prompt=700, num_draft_tokens=1, sampled=False, target_int4=False
+        )
+        assert planned.total_bytes / peak.bytes == pytest.approx(1, abs=0.05)
+        peaks.append(peak.bytes)
+    assert peaks[1] < 0.8 * peaks[0]
+    assert torch.equal(*texts)
+
+
+def test_an_fp8_original_is_planned_as_one_in_full_precision(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = LlamaConfig(**LLAMA_1B)
+    config.save_pretrained(tmp_path)
+    plain = measure_footprint(tmp_path)
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"quantization_config": settings}))
+    fp8 = measure_footprint(tmp_path)
+    assert (fp8.plain_bytes, fp8.int4_bytes) == (plain.plain_bytes, plain.int4_bytes)
+    assert run("--target", str(tmp_path), "--context", "512") == 0
+    assert "is in fp8, which specdec does not load; this plans an original in bfloat16" in capsys.readouterr().out
+
+
+def test_experts_that_stay_in_full_precision_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 2, "num_attention_heads": 16}
+    MixtralConfig(**values, vocab_size=1024).save_pretrained(tmp_path)
+    assert run("--target", str(tmp_path), "--context", "512") == 0
+    gib = 2 * 8 * 3 * 2048 * 8192 * 2 / 2**30
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"the experts of {tmp_path}, {gib:,.2f} GiB, stay in bfloat16 in all of these plans" in out
+    assert run("--target", str(tmp_path), "--context", "512", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["expert_bytes"] == {str(tmp_path): 2 * 8 * 3 * 2048 * 8192 * 2}
 
 
 def test_the_parts_add_up_and_grow() -> None:

@@ -25,7 +25,7 @@ OTHER_READERS = {
     "exl2": "ExLlamaV2",
     "exl3": "ExLlamaV3",
     "fbgemm_fp8": "transformers with the fbgemm-gpu package",
-    "fp8": "transformers or vLLM",
+    "fp8": "transformers or vLLM",  # see FP8_METHODS
     "higgs": "transformers with the flute-kernel package",
     "hqq": "transformers with the hqq package",
     "marlin": "vLLM",
@@ -37,14 +37,24 @@ OTHER_READERS = {
 }
 
 
+FP8_METHODS = {"fp8"}  # in which models are published, so that there may be no original in full precision
+
+
 def scheme_of(settings: Mapping[str, Any]) -> Scheme:
     """The format that a quantization_config describes; raises ValueError where it or a setting is not supported."""
     method, algorithm = settings.get("quant_method"), settings.get("quant_algo") or settings.get("quantization")
     if isinstance(method, str) and method in SCHEMES:
         return SCHEMES[method](settings)
     reader = OTHER_READERS.get(method) if isinstance(method, str) else None
+    remedy = "load the original, which is quantized while it loads"
+    if method in FP8_METHODS:
+        remedy = (
+            "load an original in bfloat16, which is quantized while it loads; where the model was published in fp8"
+            " alone, write one: AutoModelForCausalLM.from_pretrained(…, quantization_config=FineGrainedFP8Config("
+            "dequantize=True)) of transformers, then save_pretrained()"
+        )
     raise ValueError(
         f"a checkpoint with quant_method={method!r}{f' ({algorithm})' if algorithm else ''} cannot be read, only"
         f" {', '.join(map(repr, SCHEMES))}, {METHOD!r} and full precision can;"
-        f" {f'{reader} reads it, or ' if reader else ''}load the original, which is quantized while it loads"
+        f" {f'{reader} reads it, or ' if reader else ''}{remedy}"
     )
