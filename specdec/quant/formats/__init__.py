@@ -37,7 +37,7 @@ OTHER_READERS = {
 }
 
 
-FP8_METHODS = {"fp8"}  # in which models are published, so that there may be no original in full precision
+FP8_METHODS = ("fp8",)  # in which models are published, so that there may be no original in full precision
 
 
 def scheme_of(settings: Mapping[str, Any]) -> Scheme:
