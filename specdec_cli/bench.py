@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from specdec.core.steps import RowStep
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.resolve import AUTO
-from specdec.experiments.report.estimates import Estimate, resample_sums, with_bootstrap
+from specdec.experiments.report.estimates import MIN_UNITS, Estimate, resample_sums, with_bootstrap
 from specdec.generation.enable import state_of
 from specdec.generation.inspection import stock_loop
 from specdec.runtime.prepare import Compile
@@ -84,23 +85,34 @@ class Measured:
     def speedup(self, plain: Measured) -> Estimate:
         """Tokens per second over those of plain decoding.
 
-        The interval resamples calls, each with the median of its rounds; of a single call, it is the range of rounds.
+        The interval resamples calls, each with the median of its rounds; of too few calls it is the range of rounds.
         """
         sums = np.stack([self.call_tokens, self.call_seconds, plain.call_tokens, plain.call_seconds], axis=1)
+        value = float(_ratio(sums.sum(0)))
+        if not is_range(len(sums)):
+            estimate = with_bootstrap(value, _ratio(resample_sums(sums)), len(sums))
+            if estimate.low is not None:  # None: all calls have the same ratio
+                return estimate
+        rounds = [
+            float(_ratio(np.array([self.call_tokens.sum(), sum(own), plain.call_tokens.sum(), sum(other)])))
+            for own, other in zip(self.seconds, plain.seconds, strict=True)
+        ]
+        return Estimate(value, min(value, *rounds), max(value, *rounds), len(sums))
 
-        def ratio(sums: Any) -> Any:
-            return sums[..., 0] / sums[..., 1] / (sums[..., 2] / sums[..., 3])
 
-        value = ratio(sums.sum(0))
-        if len(sums) > 1:
-            return with_bootstrap(value, ratio(resample_sums(sums)))
-        rounds = [ratio(np.array([sums[0, 0], own[0], sums[0, 2], other[0]])) for own, other in zip(
-            self.seconds, plain.seconds, strict=True)]  # fmt: skip
-        return Estimate(float(value), float(min(rounds)), float(max(rounds)))
+def is_range(calls: int) -> bool:
+    """Whether so few calls have the range of rounds instead of an interval."""
+    return calls < MIN_UNITS
+
+
+def _ratio(sums: Any) -> Any:
+    """Tokens / seconds over tokens / seconds of plain decoding, from sums [..., 4]."""
+    return sums[..., 0] / sums[..., 1] / (sums[..., 2] / sums[..., 3])
 
 
 def run(options: Options) -> int:
     """Measure and compare; 0, since a slow setting is a result."""
+    import_module("scipy.special")  # the intervals need it: without it, say so before anything is measured
     if min(options.batch) < 1:
         raise ValueError(f"--batch {','.join(map(str, options.batch))} must be whole numbers, 1 or more")
     options.top_p = options.top_k = options.min_p = None
@@ -303,16 +315,17 @@ def table(rows: Sequence[dict[str, Any]], report: dict[str, Any]) -> Table:
     """The results of one batch size."""
     batch, calls = rows[0]["batch"], rows[0]["calls"]
     how = f"{report['dtype']} on {report['device']}"
-    is_one = calls == 1
+    has_range = is_range(calls)
+    what = f"{calls} call{'s' if calls > 1 else ''} of up to {report['max_new_tokens']} tokens"
     result = Table(
-        title=f"batch {batch}, {calls} call{'' if is_one else 's'} of up to {report['max_new_tokens']} tokens, {how}",
+        title=f"batch {batch}, {what}, {how}",
         caption=f"medians of {report['rounds']} interleaved rounds; × is relative to {PLAIN}, its "
-        + ("range that of the rounds" if is_one else "95 % interval over calls")
+        + ("range that of the rounds" if has_range else "95 % interval over calls")
         + "; τ: mean acceptance length, tokens of a step that drafts",
         caption_justify="left",
     )
     result.add_column("engine", no_wrap=True)
-    for name in ("K", "tokens/s", "×", "range" if is_one else "95 %", "τ", "same text"):
+    for name in ("K", "tokens/s", "×", "range" if has_range else "95 %", "τ", "same text"):
         result.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         length, k = row["mean_acceptance_length"], row["num_draft_tokens"]

@@ -17,7 +17,7 @@ from specdec_cli.app import app
 DEBUG = "--debug"
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 70, 130  # exit codes
 UsageError: type[Any] = typer.BadParameter.__mro__[1]  # typer's, in older versions click's
-EXPERIMENT_MODULES = {"accelerate", "datasets", "hydra", "jinja2", "matplotlib", "numpy", "omegaconf"}
+EXPERIMENT_MODULES = {"accelerate", "datasets", "hydra", "jinja2", "matplotlib", "numpy", "omegaconf", "scipy"}
 
 
 def main(arguments: list[str] | None = None) -> int:

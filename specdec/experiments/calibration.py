@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from specdec.core.stats import Stats
-from specdec.core.timing import STEP_PARTS, StepTiming
+from specdec.core.timing import STEP_PARTS
 from specdec.drafters.heads import DraftHead
 from specdec.drafters.none import NoDrafter
 from specdec.experiments.config import ExperimentConfig
@@ -28,8 +28,8 @@ from specdec.utils.text import pieces
 
 WARM_UP_TOKENS = 8
 SAMPLE_CHARACTERS = 400  # of the prompt's end
-COST_ROUNDS = 3
-MAX_COST_S = 10.0  # no further round begins after so many seconds
+COST_ROUNDS = 10  # the repetitions of Costs; predictions have an interval from MIN_UNITS on
+MAX_COST_S = 30.0  # no further round begins after so many seconds
 MIN_COST_STEPS = 3  # of a call, if every draft is accepted
 MIN_COST_TOKENS = 12  # of a call
 
@@ -113,31 +113,31 @@ def _sample(pair: Pair, prompt: Prompt, ids: list[int]) -> Sample:
 
 
 def _costs(config: ExperimentConfig, pair: Pair, prompts: list[list[int]]) -> Costs | None:
-    """Median step times for each K from 0, in interleaved rounds; None where the texts have too few steps."""
+    """Step times for each K from 0, in interleaved rounds; None where the texts have too few steps."""
     max_length = (context_of(pair.target) or 2**62) - max(map(len, prompts))
-    steps: dict[int, list[StepTiming]] = {k: [] for k in range(config.max_draft_tokens + 1)}
+    rounds: list[list[list[float]]] = []  # of each: for each K, the seconds of STEP_PARTS
     started = time.perf_counter()
-    for index in range(COST_ROUNDS):
-        if index and time.perf_counter() - started > MAX_COST_S:
-            break
-        for k, timings in steps.items():
-            changes: dict[str, Any] = {"num_assistant_tokens": k} if k else {}
-            length = min(max(MIN_COST_STEPS * (k + 1), MIN_COST_TOKENS), max_length)
-            drafter = pair.engines[SPECULATIVE] if k else NoDrafter()
-            _, stats, _ = pair.generate(drafter, prompts, 0, max_new_tokens=length, **changes)
-            assert stats.timing is not None
-            timings += [
-                timing
-                for at, timing in enumerate(stats.timing.steps)
-                if _is_representative(at, stats.per_row, k, length)
-            ]
-    if not all(steps.values()):
-        return None
+    while len(rounds) < COST_ROUNDS and (not rounds or time.perf_counter() - started < MAX_COST_S):
+        medians = [_median_step(pair, prompts, k, max_length) for k in range(config.max_draft_tokens + 1)]
+        if not all(medians):
+            return None
+        rounds.append(medians)
     draft_s, target_s, verification_s, other_s = (
-        [statistics.median(getattr(timing, f"{part}_s") for timing in timings) for timings in steps.values()]
-        for part in STEP_PARTS
+        [[one_round[k][part] for one_round in rounds] for k in range(config.max_draft_tokens + 1)]
+        for part in range(len(STEP_PARTS))
     )
-    return Costs(len(prompts), [0.0, *draft_s[1:]], target_s, verification_s, other_s)
+    return Costs(len(prompts), [[0.0] * len(rounds), *draft_s[1:]], target_s, verification_s, other_s)
+
+
+def _median_step(pair: Pair, prompts: list[list[int]], k: int, max_length: int) -> list[float]:
+    """Median seconds of STEP_PARTS in one call with this K; [] where no step is representative."""
+    changes: dict[str, Any] = {"num_assistant_tokens": k} if k else {}
+    length = min(max(MIN_COST_STEPS * (k + 1), MIN_COST_TOKENS), max_length)
+    drafter = pair.engines[SPECULATIVE] if k else NoDrafter()
+    _, stats, _ = pair.generate(drafter, prompts, 0, max_new_tokens=length, **changes)
+    assert stats.timing is not None
+    steps = [timing for at, timing in enumerate(stats.timing.steps) if _is_representative(at, stats.per_row, k, length)]
+    return [statistics.median(getattr(step, f"{part}_s") for step in steps) for part in STEP_PARTS] if steps else []
 
 
 def _is_representative(step: int, rows: list[Stats], k: int, length: int) -> bool:

@@ -4,16 +4,17 @@
     record    one prompt (one turn of it), one repetition, one engine: ids, steps, seconds
     error     the same where generate() failed: its message, no figures
     skipped   a prompt that does not fit the context
-    costs     median seconds of a step's parts by K, from calibration calls
+    costs     seconds of a step's parts by K, in each repetition of the calibration calls
     memory    predicted and measured peak memory of a call
     sample    the generated tokens of one prompt with both models' most likely tokens
 
 A run folder contains `records.jsonl`, or, until the run is complete, one `records-RANK.jsonl` for each process.
 
-Format 3 is written; older formats are read:
+Format 4 is written; older formats are read:
 
     1    records contain counts (FORMAT_1_COUNTS) that follow other definitions, and steps name `asked` or nothing
     2    steps name `asked` instead of `requested`
+    3    costs contain one median over all repetitions for each K
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from specdec.core.stats import Choice
 from specdec.core.steps import RowStep
 from specdec.core.timing import StepTimes
 
-FORMAT = 3
+FORMAT = 4
 FORMAT_1_COUNTS = (  # dropped when they are read: figures are computed from the steps
     "num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens", "num_emitted_tokens", "acceptance_histogram",
 )  # fmt: skip
@@ -145,17 +146,22 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Costs:
-    """Median seconds of a step's parts for a batch of `rows` rows, each a list indexed by K; `draft_s[0]` is 0.
+    """Seconds of a step's parts for a batch of `rows` rows: [K][repetition], each the median of one calibration call.
 
+    A repetition calls every K in turn, so what slows the machine down slows all of them down. draft_s[0] is 0.
     target_s[k]: one forward of the target over k + 1 positions of each row.
     """
 
     kind: ClassVar[str] = "costs"
     rows: int
-    draft_s: list[float]
-    target_s: list[float]
-    verification_s: list[float]
-    other_s: list[float]
+    draft_s: list[list[float]]
+    target_s: list[list[float]]
+    verification_s: list[list[float]]
+    other_s: list[list[float]]
+
+    @property
+    def repetitions(self) -> int:
+        return len(self.target_s[0])
 
 
 @dataclass(frozen=True)
@@ -363,13 +369,15 @@ def _parse(path: Path, lines: Iterable[bytes]) -> Iterator[Line]:
 def _build_line(line_type: Any, values: dict[str, Any], version: int) -> Line:
     """values: the parsed JSON object, which is changed in place."""
     if line_type is Record:
-        if version < FORMAT:
+        if version < 3:
             _upgrade_record(values, version)
         values["steps"] = [RowStep(**step) for step in values["steps"]]
         values["seconds"] = Seconds(**values["seconds"])
         if values.get("choice"):
             times = StepTimes(**values["choice"]["times"])
             values["choice"] = Choice(**values["choice"] | {"times": times})
+    if line_type is Costs and version < 4:
+        values |= {part: [[seconds] for seconds in by_k] for part, by_k in values.items() if part != "rows"}
     if line_type is Sample:
         values["tokens"] = [SampleToken(**token) for token in values["tokens"]]
     line: Line = line_type(**values)
@@ -377,7 +385,7 @@ def _build_line(line_type: Any, values: dict[str, Any], version: int) -> Line:
 
 
 def _upgrade_record(values: dict[str, Any], version: int) -> None:
-    """Change the values of a record in format 1 or 2 to those of FORMAT, in place."""
+    """Change the values of a record in format 1 or 2 to those of format 3, in place."""
     if version == 1:
         counts = {name: values.pop(name) for name in FORMAT_1_COUNTS}
         for step in values["steps"]:  # the oldest records have the same K in all steps and don't name it

@@ -287,8 +287,9 @@ def test_a_run_has_provenance_costs_memory_and_a_sample(greedy: Run) -> None:
     assert greedy.costs is not None
     for part in (greedy.costs.draft_s, greedy.costs.target_s, greedy.costs.verification_s, greedy.costs.other_s):
         assert len(part) == 4
-        assert all(value > 0 for value in part[1:])
-    assert greedy.costs.draft_s[0] == 0
+        assert {len(repetitions) for repetitions in part} == {greedy.costs.repetitions} == {1}
+        assert all(value > 0 for repetitions in part[1:] for value in repetitions)
+    assert greedy.costs.draft_s[0] == [0]
     assert greedy.costs.draft_s[3] > greedy.costs.draft_s[1]
     assert greedy.memory is not None
     assert greedy.memory.unplanned is None

@@ -55,7 +55,7 @@ LINES = [
     record("a", PLAIN),
     Failure("c", "t", 0, 0, SPECULATIVE, "RuntimeError: no"),
     Skipped("d", "t", 1, 0, "too long"),
-    Costs(1, [0.0, 0.1], [0.2, 0.3], [0.01, 0.01], [0.02, 0.02]),
+    Costs(1, [[0.0, 0.0], [0.1, 0.11]], [[0.2, 0.21], [0.3, 0.31]], [[0.01] * 2] * 2, [[0.02] * 2] * 2),
     Memory({"weights_bytes": 3}, 4, None),
     Sample("a", "def", [SampleToken("x", "bonus", [("x", 0.5)], [])]),
 ]
@@ -106,6 +106,23 @@ def test_format_2_is_read_like_format_1(tmp_path: Path) -> None:
     assert (run.costs, run.memory, run.sample) == (format_1.costs, format_1.memory, format_1.sample)
     assert not has_format_1_counts(run)
     assert has_format_1_counts(format_1)
+
+
+def test_the_step_costs_of_format_3_are_one_repetition(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "records.jsonl", record(), Costs(2, [[0.0], [0.1]], [[0.2], [0.3]], [[0.01]] * 2, [[0.02]] * 2)
+    )
+    old = {"kind": "costs", "rows": 2, "draft_s": [0.0, 0.1], "target_s": [0.2, 0.3]}
+    old |= {"verification_s": [0.01, 0.01], "other_s": [0.02, 0.02]}
+    header, first, *_ = file.read_text().split("\n")
+    lines = [json.dumps(json.loads(header) | {"version": 3}), first, json.dumps(old)]
+    old_file = tmp_path / "old.jsonl"
+    old_file.write_text("".join(line + "\n" for line in lines))
+    old_run, run = read_run(old_file), read_run(file)
+    assert (old_run.header.version, old_run.records) == (3, run.records)
+    assert old_run.costs == run.costs
+    assert run.costs is not None
+    assert run.costs.repetitions == 1
 
 
 def test_a_step_of_format_2_without_its_requested_ids_is_refused(tmp_path: Path) -> None:

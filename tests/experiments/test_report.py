@@ -21,8 +21,10 @@ from specdec.core.steps import RowStep
 from specdec.core.timing import StepTimes
 from specdec.experiments.records import FORMAT, PLAIN, SPECULATIVE, Failure, Header, Run, Skipped, read_run
 from specdec.experiments.report.compare import compare_runs
+from specdec.experiments.report.estimates import Estimate
 from specdec.experiments.report.exports import summary_table, to_json, to_markdown
 from specdec.experiments.report.figures import METRICS, figures
+from specdec.experiments.report.formatting import interval
 from specdec.experiments.report.labels import labels, read_runs
 from specdec.experiments.report.page import render_page
 from specdec_cli import report as command
@@ -107,7 +109,7 @@ def test_alt_texts_of_charts_contain_their_figures() -> None:
         (speculative(0.4), r"0\.7\d times the speed of plain decoding, which is slower \(95.%"),
         (speculative(0.54), r"at (0\.9|1\.0)\d times the speed of plain decoding, not clearly faster or slower \(95.%"),
         (WITHOUT_BASELINE, r"tokens per second; plain decoding was not run, so the speedup is unknown\."),
-        (synthetic_run(prompts=1), r"1 text of .* \(no interval for a single prompt\), and the text is identical"),
+        (synthetic_run(prompts=1), r"1 text of .* \(no interval for 1 prompt\), and the text is identical"),
         (synthetic_run(prompts=3, **SAMPLED), r"; texts are sampled, so they are not compared one by one\."),
         (
             replace(DEMO, records=[r for r in DEMO.records if r.engine == PLAIN]),
@@ -140,7 +142,9 @@ def suggestion(run: Run) -> str:
 
 def slow_drafts(run: Run, factor: float) -> Run:
     assert run.costs is not None
-    return replace(run, costs=replace(run.costs, draft_s=[factor * seconds for seconds in run.costs.draft_s]))
+    return replace(
+        run, costs=replace(run.costs, draft_s=[[factor * seconds for seconds in by_k] for by_k in run.costs.draft_s])
+    )
 
 
 @pytest.mark.parametrize(
@@ -158,11 +162,63 @@ def slow_drafts(run: Run, factor: float) -> Run:
             synthetic_run(k=2, chances=(0.99,), spread=0.0),
             "faster than every other K by more than the prediction error",
         ),
-        (synthetic_run(prompts=1), "A single prompt gives no interval for this"),
+        (synthetic_run(prompts=1), "There is no interval for this: it needs at least 8 prompts, and this run has 1"),
         (replace(DEMO, costs=None), "Step times were not measured, so a speedup cannot be predicted"),
     ],
 )
 def test_the_suggested_k(run: Run, expected: str) -> None:
+    assert re.search(expected, suggestion(run)), suggestion(run)
+
+
+def test_a_small_run_says_that_it_is_small() -> None:
+    few = render_page([synthetic_run(prompts=3)])
+    assert "This run is small: 3 prompts. An interval needs at least 8 prompts, so there is none" in few
+    assert "95 %:" not in few
+    assert " to " not in suggestion(synthetic_run(prompts=3)).replace("predicted to be", "")
+    run = synthetic_run(prompts=9)
+    speedup = figures(run).metrics["speedup"]
+    assert speedup.value is not None
+    assert speedup.low is not None
+    assert speedup.high is not None
+    width = 100 * (speedup.high - speedup.low) / speedup.value
+    sentence = (
+        f"This run is small: 9 prompts. The interval of its speedup over plain decoding is {width:.1f}\u00a0% wide;"
+        " four times as many prompts would halve it."
+    )
+    assert sentence in render_page([run])
+    assert sentence in to_markdown([run])
+    assert "This run is small" not in render_page([DEMO])
+
+
+def test_no_interval_has_two_equal_ends() -> None:
+    """Where every draft is accepted, all resamples agree, which does not prove 100 %."""
+    text = render_page([synthetic_run(chances=(1.0,), spread=0.0)])
+    assert "100.0\u00a0%" in text
+    for low, high in re.findall(r"([\d.]+) to ([\d.]+)\u00a0%", text):
+        assert low != high
+    assert interval(Estimate(0.99999, 0.99991, 0.99999), "%") == "99.99 to 100.00\u00a0%"
+
+
+def test_step_times_that_do_not_rise_with_k_are_said() -> None:
+    run = synthetic_run(noise=0.001)
+    assert run.costs is not None
+    assert "gets faster" not in suggestion(run)
+    target_s = [list(by_k) for by_k in run.costs.target_s]
+    target_s[3] = [0.6 * seconds for seconds in target_s[3]]
+    clear = suggestion(replace(run, costs=replace(run.costs, target_s=target_s)))
+    assert "The measured step gets faster with one more draft token, by more than the noise at K=3." in clear
+    noisy = synthetic_run(prompts=24, k=8, noise=0.3)
+    assert re.search(
+        r"gets faster with one more draft token, within the noise at K=\d.* are not reliable", suggestion(noisy)
+    )
+
+
+def test_a_prediction_that_the_run_itself_contradicts_is_said() -> None:
+    assert "do not rely on" not in suggestion(DEMO)
+    run = slow_drafts(synthetic_run(noise=0.01), 3)
+    expected = (
+        r"The measured speedup is outside the interval of the prediction for K=4, 1\.\d\d to 1\.\d\d, so the step times"
+    )
     assert re.search(expected, suggestion(run)), suggestion(run)
 
 
@@ -253,7 +309,7 @@ def test_a_run_in_format_1_is_reported_with_the_current_definitions_and_a_note(
     assert f"> {note}" in to_markdown([old])
     values = to_json([old])["runs"][0]
     assert (values["record_format"], values["metrics"]["mean_acceptance_length"]["value"]) == (1, 13 / 4)
-    assert [caveat.startswith(note) for caveat in values["caveats"]] == [True]
+    assert [caveat.startswith(note) for caveat in values["caveats"]] == [True, False]  # the other: the run is small
     assert command.run(parsed(str(FORMAT_1), "-o", str(tmp_path / "page.html"))) == 0
     assert "recorded in format 1; the figures are recomputed from its steps" in " ".join(
         capsys.readouterr().out.split()
@@ -301,7 +357,7 @@ def test_labels_are_the_settings_that_differ() -> None:
 
 
 def test_runs_with_other_k_are_points_next_to_the_predictions() -> None:
-    runs = [synthetic_run(prompts=6, k=k, seed=k) for k in (4, 2)]
+    runs = [synthetic_run(prompts=9, k=k, seed=k) for k in (4, 2)]
     text = render_page(runs)
     measured = figures(runs[1]).metrics["mean_acceptance_length"].value
     assert measured is not None
@@ -309,7 +365,7 @@ def test_runs_with_other_k_are_points_next_to_the_predictions() -> None:
     assert re.search(rf"K 2: predicted [\d.]+ \([^)]+\), measured {measured:.2f}", alt), alt
     assert "measured, other runs" in text
     assert re.search(r"Of the measured runs, K=4 was fastest: 1\.\d\d× \(", text)
-    assert "measured, other runs" not in render_page([runs[0], synthetic_run(prompts=6, k=2, batch_size=2)])
+    assert "measured, other runs" not in render_page([runs[0], synthetic_run(prompts=9, k=2, batch_size=2)])
 
 
 def test_the_comparison_marks_clear_differences() -> None:
@@ -328,16 +384,18 @@ def test_the_comparison_marks_clear_differences() -> None:
 
 
 def test_markdown_and_json_contain_the_figures() -> None:
-    runs = [synthetic_run(prompts=6, k=k, seed=k) for k in (4, 2)]
+    runs = [synthetic_run(prompts=9, k=k, seed=k) for k in (4, 2)]
     text, values = to_markdown(runs), to_json(runs)
     json.dumps(values, allow_nan=False)
     length = figures(runs[0]).metrics["mean_acceptance_length"]
     assert f"| mean acceptance length | {length.value:.2f} | {length.low:.2f} to {length.high:.2f} |" in text
-    assert "| task a | 2 |" in text
+    assert "| task a | 3 |" in text
     assert "K=4, which this run used" in text
     first = values["runs"][0]
-    assert first["metrics"]["mean_acceptance_length"] == {"value": length.value, "low": length.low, "high": length.high}
-    assert first["tasks"]["task a"]["prompts"] == 2
+    assert first["metrics"]["mean_acceptance_length"] == {
+        "value": length.value, "low": length.low, "high": length.high, "prompts": 9,
+    }  # fmt: skip
+    assert first["tasks"]["task a"]["prompts"] == 3
     assert first["positions"][3]["position"] == 4
     assert values["differences"][0]["metrics"]["mean_acceptance_length"]["before"] == length.value
 
@@ -384,10 +442,10 @@ def parsed(*arguments: str) -> argparse.Namespace:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, one with a worse drafter, and a sweep."""
     base = tmp_path_factory.mktemp("runs")
-    write_run(synthetic_run(prompts=6), base / "good")
-    write_run(synthetic_run(prompts=6, chances=(0.7, 0.5)), base / "bad")
+    write_run(synthetic_run(prompts=10), base / "good")
+    write_run(synthetic_run(prompts=10, chances=(0.7, 0.5)), base / "bad")
     write_run(synthetic_run(prompts=5), base / "fewer")
-    write_run(synthetic_run(prompts=6, baseline=False), base / "no-baseline")
+    write_run(synthetic_run(prompts=10, baseline=False), base / "no-baseline")
     for number in (10, 9):
         write_run(synthetic_run(prompts=2, k=number), base / "sweep" / str(number))
     (base / "sweep" / "multirun.yaml").touch()
@@ -428,7 +486,7 @@ def test_markdown_and_json_go_to_stdout_or_a_file(
 def test_nothing_is_written_where_runs_cannot_be_compared_or_the_file_cannot_be_written(
     folders: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="cannot be compared: they have 6 and 5"):
+    with pytest.raises(ValueError, match="cannot be compared: they have 10 and 5"):
         command.run(parsed(str(folders / "good"), str(folders / "fewer"), "-o", str(tmp_path / "page.html")))
     with pytest.raises(ValueError, match="cannot be compared"):
         summary_table(read_runs([folders / "good", folders / "fewer"]))
@@ -451,7 +509,6 @@ def test_nothing_is_written_where_runs_cannot_be_compared_or_the_file_cannot_be_
         (("good", "bad"), "draft_acceptance_rate<-.9", 0),
         (("good", "bad"), "token_ms>+0.1", 1),
         (("good", "bad"), "token_ms>50", 0),
-        (("good", "good"), "tokens_per_s<0", 0),
     ],
 )
 def test_the_exit_code_of_fail_if(

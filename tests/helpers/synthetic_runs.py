@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from specdec.core.steps import RowStep
 from specdec.experiments.records import (
     PLAIN,
@@ -24,6 +26,7 @@ from specdec.experiments.records import (
 )
 
 PREFILL_S, STEP_S, DRAFT_S, VERIFY_S, OTHER_S = 0.020, 0.010, 0.002, 0.0005, 0.0005
+COST_PARTS = ("draft_s", "target_s", "verification_s", "other_s")
 CONFIG: dict[str, Any] = {
     "name": "synthetic",
     "target": {"_target_": "specdec.experiments.config.TargetConfig", "path": "models/target", "dtype": "auto"},
@@ -96,13 +99,15 @@ def synthetic_run(
     speed: float = 1.0,
     baseline: bool = True,
     extras: bool = True,
+    noise: float = 0.0,
     **changes: Any,
 ) -> Run:
     """A run of both engines on the same prompts.
 
     chances: acceptance probabilities, from which one is drawn for each position of each text. spread: each prompt adds
     a value from -spread … spread to its probabilities. prompts_seed: seeds these values; seed: everything else. speed:
-    of the target, in both engines. extras: with step costs, memory and a sample. changes: of the config, see config().
+    of the target, in both engines. extras: with step costs, memory and a sample. noise: of the step costs, see
+    synthetic_costs(). changes: of the config, see config().
     """
     settings = config(num_draft_tokens=k, repetitions=repetitions, baseline=baseline, **changes)
     is_greedy, length = settings["sampling"]["temperature"] == 0, settings["sampling"]["max_new_tokens"]
@@ -130,18 +135,30 @@ def synthetic_run(
             if baseline:
                 run.records.append(_plain(shared, length, speed * rng.uniform(0.95, 1.05)))
     if extras:
-        run.costs = Costs(
-            1,
-            [DRAFT_S * drafted for drafted in range(k + 1)],
-            [STEP_S * (1 + 0.03 * drafted) for drafted in range(k + 1)],
-            [VERIFY_S] * (k + 1),
-            [OTHER_S] * (k + 1),
-        )
+        run.costs = synthetic_costs(k, noise, seed=seed)
         run.memory = Memory(
             {"target_weights_bytes": 3_000_000, "target_kv_bytes": 900_000, "logits_bytes": 300_000}, 4_350_000
         )
         run.sample = _sample(rng)
     return run
+
+
+def synthetic_costs(k: int, noise: float, repetitions: int = 10, seed: int = 0) -> Costs:
+    """Step times whose logarithms have a normal error, half of it shared by the steps of a repetition."""
+    rng = np.random.default_rng(seed)
+    shared, own = rng.normal(0, noise / 2**0.5, (1, repetitions)), rng.normal(0, noise / 2**0.5, (k + 1, repetitions))
+    factors = np.exp(shared + own)
+
+    def part(seconds: list[float]) -> list[list[float]]:
+        return (np.array(seconds)[:, None] * factors).tolist()  # type: ignore[no-any-return]
+
+    return Costs(
+        1,
+        part([DRAFT_S * drafted for drafted in range(k + 1)]),
+        part([STEP_S * (1 + 0.03 * drafted) for drafted in range(k + 1)]),
+        part([VERIFY_S] * (k + 1)),
+        part([OTHER_S] * (k + 1)),
+    )
 
 
 def _speculative(shared: dict[str, Any], steps: list[RowStep], k: int, speed: float) -> Record:

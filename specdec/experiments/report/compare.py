@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from specdec.experiments.records import Run
-from specdec.experiments.report.estimates import Estimate, finite, resample_sums, with_bootstrap
-from specdec.experiments.report.figures import METRICS, evaluate, tally
+from specdec.experiments.report.estimates import Estimate, apply, count_prompts, finite, resample_sums, with_bootstrap
+from specdec.experiments.report.figures import METRICS, tally
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,16 @@ def compare_runs(a: Run, b: Run) -> dict[str, Difference]:
     resampled_a, resampled_b = resample_sums(rows_a), resample_sums(rows_b)
     differences = {}
     for name, metric in METRICS.items():
-        before, after = evaluate(metric, rows_a.sum(0)), evaluate(metric, rows_b.sum(0))
-        draws_before, draws_after = evaluate(metric, resampled_a), evaluate(metric, resampled_b)
+        of = metric.of_sums
+        before, after = apply(of, rows_a.sum(0)), apply(of, rows_b.sum(0))
+        draws_before, draws_after = apply(of, resampled_a), apply(of, resampled_b)
+        prompts = min(count_prompts(of, rows_a), count_prompts(of, rows_b))
         with np.errstate(divide="ignore", invalid="ignore"):
             differences[name] = Difference(
                 finite(before),
                 finite(after),
-                with_bootstrap(after - before, draws_after - draws_before),
-                with_bootstrap(100 * (after / before - 1), 100 * (draws_after / draws_before - 1)),
+                with_bootstrap(after - before, draws_after - draws_before, prompts),
+                with_bootstrap(100 * (after / before - 1), 100 * (draws_after / draws_before - 1), prompts),
             )
     return differences
 

@@ -10,7 +10,15 @@ import numpy as np
 
 from specdec.core.stats import RATIOS, Counts, acceptance_histogram
 from specdec.experiments.records import PLAIN, SPECULATIVE, Record, Run, group_by_prompt
-from specdec.experiments.report.estimates import Array, Estimate, ratio, resample_sums, with_bootstrap
+from specdec.experiments.report.estimates import (
+    Array,
+    Estimate,
+    apply,
+    count_prompts,
+    ratio,
+    resample_sums,
+    with_bootstrap,
+)
 from specdec.experiments.report.what_if import Prediction, predict_other_k
 
 MAX_STRETCHES = 12  # of the output, for acceptance along it
@@ -55,6 +63,10 @@ class Metric:
     of: Callable[[Callable[[str], Array]], Array]
     unit: str = ""
     higher_is_better: bool | None = True
+
+    def of_sums(self, sums: Array) -> Array:
+        """The metric's values of sums [..., columns]."""
+        return self.of(lambda name: sums[..., COLUMN[name]])
 
 
 def _stats_metric(name: str, label: str, unit: str = "") -> Metric:
@@ -189,14 +201,13 @@ def metrics(tallies: Array) -> dict[str, Estimate]:
     """Every metric, of the tallies [n, columns] of n prompts."""
     totals, resampled = tallies.sum(0), resample_sums(tallies)
     return {
-        name: with_bootstrap(evaluate(metric, totals), evaluate(metric, resampled)) for name, metric in METRICS.items()
+        name: with_bootstrap(
+            apply(metric.of_sums, totals),
+            apply(metric.of_sums, resampled),
+            count_prompts(metric.of_sums, tallies),
+        )
+        for name, metric in METRICS.items()
     }
-
-
-def evaluate(metric: Metric, sums: Array) -> Array:
-    """A metric's values of sums [..., columns]; NaN or infinite where nothing was counted."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return metric.of(lambda name: sums[..., COLUMN[name]])
 
 
 def count_identical(run: Run) -> tuple[int, int]:

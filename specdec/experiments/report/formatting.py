@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from specdec.experiments.report.estimates import Estimate
 
+MAX_DIGITS = 4
+
 
 def number(value: float | None, unit: str = "", change_of: float | None = None) -> str:
     """A value with about three digits, rates in per cent, "–" for None. change_of: what the value is a change of."""
@@ -17,11 +19,14 @@ def number(value: float | None, unit: str = "", change_of: float | None = None) 
 
 
 def interval(estimate: Estimate, unit: str = "", change_of: float | None = None) -> str:
-    """The 95 % interval with the digits of the value, "" where there is none."""
+    """The 95 % interval with the digits of the value, or more where its ends would be equal; "" where there is none."""
     if estimate.value is None or estimate.low is None or estimate.high is None:
         return ""
     scale, digits = (100, 1) if unit == "%" else (1, _digits(estimate.value if change_of is None else change_of))
-    ends = " to ".join(_fixed(scale * end, digits, change_of is not None) for end in (estimate.low, estimate.high))
+    low, high = scale * estimate.low, scale * estimate.high
+    while round(low, digits) == round(high, digits) and digits < MAX_DIGITS:
+        digits += 1
+    ends = " to ".join(_fixed(end, digits, change_of is not None) for end in (low, high))
     return ends + ("\u00a0%" if unit == "%" and change_of is None else "")
 
 

@@ -12,7 +12,8 @@ from specdec.drafters.resolve import AUTO
 from specdec.experiments.config import DraftHead, SuffixAndModel
 from specdec.experiments.records import PLAIN, SPECULATIVE, Record, Run
 from specdec.experiments.report.compare import compare_runs
-from specdec.experiments.report.figures import count_identical
+from specdec.experiments.report.estimates import MIN_UNITS, NO_ESTIMATE, Estimate
+from specdec.experiments.report.figures import METRICS, count_identical
 from specdec.experiments.report.formatting import interval, number, plural, with_interval
 from specdec.experiments.report.labels import (
     RunReport,
@@ -24,11 +25,15 @@ from specdec.experiments.report.labels import (
     is_sampled,
     k_of,
 )
-from specdec.experiments.report.what_if import best_prediction
+from specdec.experiments.report.what_if import Prediction, best_prediction, steps_that_get_faster
 from specdec.generation.dead_draft import AcceptanceWatch
 
+SMALL_RUN = 20  # prompts; a run of fewer is said to be small
 DRAFT_MODEL, DRAFT_HEAD = "a draft model", "a draft head"
 SLOW_FACTOR = 3  # a call that takes more than this times the expected seconds is reported
+
+
+NO_PREDICTION = Prediction(0, NO_ESTIMATE)
 
 
 def headline(report: RunReport) -> str:
@@ -97,8 +102,8 @@ def caveats(report: RunReport) -> list[str]:
             " whose mean acceptance length is 1 + accepted / steps. All figures here are recomputed from its steps with"
             " the current definitions; reports made by earlier versions of specdec show other values."
         )
-    if report.figures.prompts == 1:
-        caveats.append("A single prompt gives no interval: how the figures vary between prompts is unknown.")
+    if small := _small_run(report):
+        caveats.append(small)
     if run.header.provenance.get("dirty"):
         caveats.append("The working tree had uncommitted changes, so the commit alone does not reproduce this run.")
     processes = run.header.provenance.get("processes", 1)
@@ -130,7 +135,8 @@ def suggestion(report: RunReport) -> str:
     if (best.speedup.value or 0) <= 1:
         return f"No K is predicted to be faster than plain decoding; the best, K={k}, reaches {best_speedup}."
     measured = report.figures.metrics["speedup"].value
-    predicted = next((p.speedup.value for p in predictions if p.num_draft_tokens == own_k), None)
+    own = next((p for p in predictions if p.num_draft_tokens == own_k), NO_PREDICTION)
+    predicted = own.speedup.value
     error = abs(predicted / measured - 1) if measured and predicted else 0.0
     if k == own_k and measured:
         sentences = [
@@ -151,7 +157,14 @@ def suggestion(report: RunReport) -> str:
     elif others:
         sentences.append("It is faster than every other K by more than the prediction error and the intervals.")
     elif best.speedup.low is None:
-        sentences.append("A single prompt gives no interval for this.")
+        sentences.append(f"There is no interval for this: {_too_few_for_a_prediction(report)}.")
+    if own_k != AUTO and predicted and measured and not _is_within(measured, own.speedup):
+        sentences.append(
+            f"The measured speedup is outside the interval of the prediction for K={own_k}, {interval(own.speedup)}, so"
+            " the step times of the calibration calls are not those of this run: do not rely on the other predictions."
+        )
+    if report.run.costs and (faster := steps_that_get_faster(report.run.costs)):
+        sentences.append(_not_monotone(faster))
     fastest = max(report.measurements, key=lambda run: run.speedup.value or 0, default=None)
     if fastest and len(report.measurements) > 1 and fastest.speedup.value:
         which = "measured runs" if own_k != AUTO else "measured runs with a constant K"
@@ -243,11 +256,60 @@ def _speed(report: RunReport) -> str:
     if speedup.value is None:
         rate = with_interval(report.figures.metrics["tokens_per_s"])
         return f"at {rate} tokens per second; plain decoding was not run, so the speedup is unknown"
-    bounds = f"95\u00a0% interval {interval(speedup)}" if speedup.low is not None else "no interval for a single prompt"
+    too_few = f"no interval for {plural(speedup.prompts, 'prompt')}"
+    bounds = f"95\u00a0% interval {interval(speedup)}" if speedup.low is not None else too_few
     if speedup.low is not None and speedup.high is not None and speedup.low <= 1 <= speedup.high:
         return f"at {speedup.value:.2f} times the speed of plain decoding, not clearly faster or slower ({bounds})"
     slower = ", which is slower" if speedup.value < 1 else ""
     return f"at {speedup.value:.2f} times the speed of plain decoding{slower} ({bounds})"
+
+
+def _small_run(report: RunReport) -> str:
+    """That a run has few prompts, and what that means for its intervals; "" where it has enough."""
+    prompts = report.figures.prompts
+    if prompts >= SMALL_RUN:
+        return ""
+    small = f"This run is small: {plural(prompts, 'prompt')}."
+    if prompts < MIN_UNITS:
+        return (
+            f"{small} An interval needs at least {MIN_UNITS} prompts, so there is none, and how the figures vary"
+            " between prompts is unknown."
+        )
+    main = next(
+        name for name in ("speedup", "tokens_per_s", "plain_tokens_per_s") if report.figures.metrics[name].value
+    )
+    estimate = report.figures.metrics[main]
+    if estimate.low is None or estimate.high is None or not estimate.value:
+        return small
+    width = (estimate.high - estimate.low) / estimate.value
+    name = METRICS[main].label
+    return (
+        f"{small} The interval of its {name} is {number(width, '%')} wide; four times as many prompts would halve it."
+    )
+
+
+def _too_few_for_a_prediction(report: RunReport) -> str:
+    """What a predicted speedup has too few of for an interval."""
+    repetitions = report.run.costs.repetitions if report.run.costs else 0
+    if report.figures.prompts < MIN_UNITS:
+        return f"it needs at least {MIN_UNITS} prompts, and this run has {report.figures.prompts}"
+    return f"it needs at least {MIN_UNITS} repetitions of the step times, and this run has {repetitions}"
+
+
+def _is_within(value: float, estimate: Estimate) -> bool:
+    """Whether a value is in an interval; True where there is none."""
+    return estimate.low is None or estimate.high is None or estimate.low <= value <= estimate.high
+
+
+def _not_monotone(faster: Sequence[tuple[int, bool]]) -> str:
+    """That steps get faster from a K to the next. faster: see steps_that_get_faster()."""
+    noise = [f"K={k}" for k, is_clear in faster if not is_clear]
+    clear = [f"K={k}" for k, is_clear in faster if is_clear]
+    parts = [
+        f"within the noise at {join_words(noise)}, so these step times are not reliable" if noise else "",
+        f"by more than the noise at {join_words(clear)}" if clear else "",
+    ]
+    return f"The measured step gets faster with one more draft token, {join_words([part for part in parts if part])}."
 
 
 def _agreement(report: RunReport) -> str:

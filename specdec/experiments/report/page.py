@@ -12,6 +12,7 @@ from typing import Any
 from specdec.experiments.records import SPECULATIVE, Run
 from specdec.experiments.report import plots
 from specdec.experiments.report.definitions import NOTE, definitions_table
+from specdec.experiments.report.estimates import MIN_UNITS
 from specdec.experiments.report.figures import METRICS, TIME_PARTS, count_identical
 from specdec.experiments.report.formatting import interval, number, with_interval
 from specdec.experiments.report.labels import RunReport, build_reports, is_sampled
@@ -31,7 +32,6 @@ from specdec.experiments.report.tables import NumberTable, comparison_rows, numb
 from specdec.experiments.report.what_if import best_prediction
 from specdec.pages import environment
 
-FEW_PROMPTS = 10  # bootstrap intervals of fewer prompts are too narrow
 ORIGINS = {
     "accepted": "a draft token that the target accepted",
     "recovered": "drawn by the target in place of a rejected draft token",
@@ -77,6 +77,7 @@ def render_page(runs: Sequence[Run]) -> str:
         spec_bench=leaderboard_of_reports(reports),
         definitions=definitions_table(reports),
         definitions_note=NOTE,
+        min_prompts=MIN_UNITS,
     )
     return rendered.strip() + "\n"
 
@@ -93,7 +94,7 @@ def _section(report: RunReport, index: int) -> dict[str, Any]:
         "cards": _cards(report),
         "task_header": ["task", "prompts", *(METRICS[name].label for name in task_metrics(report))],
         "task_rows": task_rows(report),
-        "has_few_prompts": any(1 < count < FEW_PROMPTS for count, _ in report.figures.tasks.values()),
+        "has_few_prompts": any(count < MIN_UNITS for count, _ in report.figures.tasks.values()),
         "acceptance": _acceptance_charts(report, tables, index),
         "what_if": _what_if_charts(report, tables, index),
         "auto_k": auto_k_summary(report),

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from specdec.experiments.records import Costs, Memory
 from specdec.experiments.report.compare import Difference
-from specdec.experiments.report.estimates import NO_ESTIMATE, Estimate
+from specdec.experiments.report.estimates import NO_ESTIMATE, Estimate, trimmed_mean
 from specdec.experiments.report.figures import METRICS, TIME_PARTS
 from specdec.experiments.report.formatting import interval, number, with_interval
 from specdec.experiments.report.labels import RunReport, changes_from_first, is_sampled, k_of
-from specdec.experiments.report.what_if import best_prediction
+from specdec.experiments.report.what_if import best_prediction, step_parts
 
 TASK_METRICS = ("speedup", "mean_acceptance_length", "draft_acceptance_rate", "expected_acceptance")
 # a larger K gives more tokens per step at a lower rate, so neither direction is better
@@ -158,12 +158,16 @@ def _by_k(report: RunReport, title: str, name: str, unit: str) -> NumberTable:
 
 
 def _step_costs(costs: Costs) -> NumberTable:
-    rows = []
-    parts = zip(costs.draft_s, costs.target_s, costs.verification_s, costs.other_s, strict=True)
-    for k, (draft, target, verification, other) in enumerate(parts):
-        seconds = (draft, target, verification + other, draft + target + verification + other)
-        rows.append([str(k), *(number(1000 * part) for part in seconds)])
-    return NumberTable("Time of a step, ms", ["K", "draft", "target", "rest", "step"], rows)
+    parts = step_parts(costs)
+    step_s = parts.sum(axis=0)
+    columns = [*trimmed_mean(parts), trimmed_mean(step_s)]
+    columns += [step_s.min(axis=0), step_s.max(axis=0)] if costs.repetitions > 1 else []
+    header = ["K", "draft", "target", "rest", "step", "least", "most"][: len(columns) + 1]
+    rows = [
+        [str(k), *(number(1000 * costs.rows * seconds) for seconds in row)]
+        for k, row in enumerate(zip(*columns, strict=True))
+    ]
+    return NumberTable("Time of a step, ms", header, rows)
 
 
 def _time(time_ms: dict[str, dict[str, float]]) -> NumberTable:
