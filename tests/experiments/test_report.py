@@ -577,6 +577,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(synthetic_run(prompts=10), base / "good")
     write_run(synthetic_run(prompts=10, chances=(0.7, 0.5)), base / "bad")
     write_run(synthetic_run(prompts=5), base / "fewer")
+    write_run(synthetic_run(prompts=3), base / "small")
     write_run(synthetic_run(prompts=10, baseline=False), base / "no-baseline")
     for number in (10, 9):
         write_run(synthetic_run(prompts=2, k=number), base / "sweep" / str(number))
@@ -668,7 +669,13 @@ def test_the_checks_are_in_json_and_on_stderr(folders: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("runs", "condition", "expected"),
     [
-        (("good",), "speedup<-5%", "compares runs: name two"),
+        (("good",), "speedup<-5%", "per cent are of a change: name two runs"),
+        (
+            ("small",),
+            "speedup.low<1.0",
+            r"has no interval, so there is no \.low to check \(an interval needs at least 8",
+        ),
+        (("good", "bad"), "speedup.median<1", "is not NAME<NUMBER"),
         (("good", "bad"), "speed<-5%", "no metric 'speed'; known are speedup, tokens_per_s"),
         (("good", "bad"), "speedup=-5%", "is not NAME<NUMBER"),
         (("good", "bad"), "speedup<fast", "is not NAME<NUMBER"),
@@ -681,6 +688,74 @@ def test_a_condition_that_cannot_be_evaluated_is_an_error(
 ) -> None:
     with pytest.raises(ValueError, match=expected):
         command.run(parsed(*(str(folders / name) for name in runs), "--markdown", "--fail-if", condition))
+
+
+@pytest.mark.parametrize(
+    ("condition", "code"),
+    [
+        ("speedup.low<1.0", 0),
+        ("speedup.low<1.8", 1),  # the value is above it, the interval is not
+        ("speedup<1.8", 0),
+        ("speedup.high>1.8", 1),
+        ("identical.low<1", 0),  # all texts are identical, in all resamples
+        ("token_ms.high>50", 0),
+    ],
+)
+def test_fail_if_of_a_single_run(condition: str, code: int, folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    speedup = figures(read_run(folders / "good")).metrics["speedup"]
+    assert speedup.low is not None
+    assert speedup.value is not None
+    assert 1 < speedup.low < 1.8 < speedup.value
+    assert command.run(parsed(str(folders / "good"), "--markdown", "--fail-if", condition)) == code
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith(f"- {condition} [synthetic]: ")
+    assert last.endswith("fails" if code else "holds")
+
+
+def test_fail_if_of_the_interval_of_a_change(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """mean_acceptance_length falls by about a third: a limit between the two ends separates them."""
+    paths = [str(folders / name) for name in ("good", "bad")]
+    change = compare_runs(*map(read_run, map(Path, paths)))["mean_acceptance_length"].relative
+    assert change.low is not None
+    assert change.high is not None
+    middle = (change.low + change.high) / 2
+    for bound, code in (("low", 1), ("high", 0)):
+        assert (
+            command.run(parsed(*paths, "--json", "--fail-if", f"mean_acceptance_length.{bound}<{middle:.2f}%")) == code
+        )
+        check = json.loads(capsys.readouterr().out)["checks"][0]
+        assert check["change"][bound] == getattr(change, bound)
+        assert check["fails"] is bool(code)
+
+
+def on_machine(run: Run, **changes: Any) -> Run:
+    return replace(run, header=replace(run.header, provenance=PROVENANCE | changes))
+
+
+def test_a_comparison_of_two_machines_marks_machine_and_versions() -> None:
+    """The second machine is twice as fast; that is no merit of the run."""
+    first = synthetic_run(name="laptop", folder="runs/laptop")
+    second = synthetic_run(name="server", folder="runs/server", speed=2.0, seed=1)
+    second = on_machine(second, device="NVIDIA H200", threads=8, torch="2.13.0", triton="3.6.0")
+    text = render_page([first, second])
+    assert (
+        "These runs were not recorded on one machine: device x86_64, AVX512 (laptop), NVIDIA H200 (server); threads 1"
+        " (laptop), 8 (server). Compare acceptance"
+    ) in text
+    assert "These runs were not recorded with the same versions: torch 2.12.0 (laptop), 2.13.0 (server)." in text
+    row = {
+        label: re.search(rf'<th scope="row">{label}</th>(.*?)</tr>', text, re.DOTALL) for label in ("device", "torch")
+    }
+    assert all(found is not None and "≠ differs" in found[1] for found in row.values())
+    times = re.search(r'<th scope="row">tokens per second</th>(.*?)</tr>', text, re.DOTALL)
+    assert times is not None
+    assert "≠ differs" in times[1]
+    assert "better" not in times[1]
+    assert "| device | x86_64, AVX512 | NVIDIA H200 differs |" in to_markdown([first, second])
+    same = render_page([first, on_machine(second)])
+    assert "not recorded on one machine" not in same
+    assert "not recorded with the same versions" not in same
+    assert re.search(r'<th scope="row">tokens per second</th>.*?▲ better', same, re.DOTALL)
 
 
 def test_a_relative_condition_on_0_is_an_error(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from specdec.core.stats import chance_acceptance
 from specdec.drafters.resolve import AUTO
 from specdec.experiments.config import DraftHead, SuffixAndModel
 from specdec.experiments.records import PLAIN, SPECULATIVE, Record, Run
+from specdec.experiments.report.compare import MACHINE, VERSIONS, differing_provenance
 from specdec.experiments.report.estimates import MIN_UNITS, NO_ESTIMATE, Estimate
 from specdec.experiments.report.figures import METRICS, count_identical
 from specdec.experiments.report.formatting import interval, number, plural, with_interval
@@ -206,7 +207,16 @@ def comparison_notes(reports: Sequence[RunReport]) -> list[tuple[str, str]]:
                 "Runs recorded in format 1 are compared with the current definitions, recomputed from their steps.",
             )
         )
-    if any(changes["plain_tokens_per_s"].is_clear for _, changes in changes_from_first(reports)):
+    runs = [report.run for report in reports]
+    if machine := differing_provenance(runs, MACHINE):
+        notes.append(
+            (
+                "caveat",
+                f"These runs were not recorded on one machine: {_each(reports, machine)}. Compare acceptance, and"
+                " speedups with care; differences of times are not marked as better or worse.",
+            )
+        )
+    elif any(changes["plain_tokens_per_s"].is_clear for _, changes in changes_from_first(reports)):
         notes.append(
             (
                 "caveat",
@@ -214,7 +224,17 @@ def comparison_notes(reports: Sequence[RunReport]) -> list[tuple[str, str]]:
                 " speedups, not times.",
             )
         )
+    if versions := differing_provenance(runs, VERSIONS):
+        notes.append(("caveat", f"These runs were not recorded with the same versions: {_each(reports, versions)}."))
     return notes
+
+
+def _each(reports: Sequence[RunReport], differing: dict[str, list[str]]) -> str:
+    """ "device A100 (first run), H100 (second run); threads 1 (first run), 8 (second run)"."""
+    return "; ".join(
+        f"{label} " + ", ".join(f"{value} ({report.label})" for report, value in zip(reports, values, strict=True))
+        for label, values in differing.items()
+    )
 
 
 def skipped_and_failed(run: Run) -> list[str]:
