@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -287,10 +288,10 @@ def test_a_run_has_provenance_costs_memory_and_a_sample(greedy: Run) -> None:
     assert greedy.costs is not None
     for part in (greedy.costs.draft_s, greedy.costs.target_s, greedy.costs.verification_s, greedy.costs.other_s):
         assert len(part) == 4
-        assert {len(repetitions) for repetitions in part} == {greedy.costs.repetitions} == {1}
+        assert {len(repetitions) for repetitions in part} == {greedy.costs.repetitions}
         assert all(value > 0 for repetitions in part[1:] for value in repetitions)
-    assert greedy.costs.draft_s[0] == [0]
-    assert greedy.costs.draft_s[3] > greedy.costs.draft_s[1]
+    assert set(greedy.costs.draft_s[0]) == {0}
+    assert statistics.median(greedy.costs.draft_s[3]) > statistics.median(greedy.costs.draft_s[1])
     assert greedy.memory is not None
     assert greedy.memory.unplanned is None
     assert sum(greedy.memory.predicted.values()) == pytest.approx(greedy.memory.measured_bytes, rel=0.05)

@@ -29,7 +29,7 @@ from specdec.experiments.report.labels import labels, read_runs
 from specdec.experiments.report.page import render_page
 from specdec_cli import report as command
 from tests.helpers.command_line import parse
-from tests.helpers.synthetic_runs import PROVENANCE, config, synthetic_run, write_run
+from tests.helpers.synthetic_runs import PROVENANCE, STEP_S, config, synthetic_run, write_run
 
 SAMPLED = {"sampling__temperature": 1.0}
 DEMO = synthetic_run()
@@ -136,6 +136,134 @@ def test_the_headline_states_the_result(run: Run, expected: str) -> None:
     assert re.search(expected, headline(run)), headline(run)
 
 
+def verdict_of(*runs: Run) -> str:
+    """The two sentences at the top of the page of one run, or of several."""
+    text = render_page(runs)
+    found = re.search(r'<p class="verdict">(.*?)</p>', text, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def speed_of(run: Run) -> str:
+    one = figures(run).metrics["speedup"]
+    return f"{one.value:.2f}× the speed of plain decoding ({one.low:.2f} to {one.high:.2f}, 24 prompts)"
+
+
+def test_the_verdict_of_a_run_that_pays() -> None:
+    by_task = {task: values["speedup"].value or 0 for task, (_, values) in figures(DEMO).tasks.items()}
+    fastest, slowest = max(by_task, key=by_task.__getitem__), min(by_task, key=by_task.__getitem__)
+    first, *_, last = (100 * (position.unconditional.value or 0) for position in figures(DEMO).positions)
+    expected = (
+        f"Speculation pays (K=4, greedy, batch size 1): {speed_of(DEMO)}, most in {fastest} ({by_task[fastest]:.2f}×),"
+        f" least in {slowest} ({by_task[slowest]:.2f}×); {first:.1f}\u00a0% of drafts are accepted at position 1,"
+        f" {last:.1f}\u00a0% up to position 4. Keep K=4: no other K up to 4 is predicted to be faster."
+    )
+    assert verdict_of(DEMO) == expected
+    assert f"**{expected.split(' Keep')[0]}** Keep K=4" in to_markdown([DEMO])
+    values = to_json([DEMO])
+    assert values["verdict"] == values["runs"][0]["verdict"]
+    assert values["verdict"]["pays"] is True
+    assert expected.split(" Keep")[0] in str(summary_table([DEMO]).caption)
+
+
+def test_the_verdict_of_a_run_that_is_too_small() -> None:
+    run = synthetic_run(prompts=3)
+    text = verdict_of(run)
+    assert text.startswith(
+        "It is not clear whether speculation pays (K=4, greedy, batch size 1):"
+        f" {figures(run).metrics['speedup'].value:.2f}× the speed of plain decoding (3 prompts, too few for an"
+        " interval)"
+    )
+    assert to_json([run])["verdict"]["pays"] is None
+
+
+def with_draft_s(run: Run, draft_s: float) -> Run:
+    """The run with a drafter that takes so many seconds for a token, in its records and in its step costs."""
+    assert run.costs is not None
+    records = []
+    for record in run.records:
+        own_s, seconds = draft_s * sum(step.drafted for step in record.steps), record.seconds
+        total_s = seconds.total_s + own_s - seconds.draft_s
+        records.append(replace(record, seconds=replace(seconds, draft_s=own_s, total_s=total_s)))
+    by_k = [[draft_s * k] * run.costs.repetitions for k in range(len(run.costs.draft_s))]
+    return replace(run, costs=replace(run.costs, draft_s=by_k), records=records)
+
+
+def nothing_pays(k: int = 4, **changes: Any) -> Run:
+    """A drafter that takes as long as the target and has half of its tokens accepted."""
+    return with_draft_s(synthetic_run(chances=(0.5,), k=k, **changes), STEP_S)
+
+
+def test_the_verdict_of_a_run_in_which_nothing_pays() -> None:
+    run = nothing_pays()
+    text, best = verdict_of(run), max(figures(run).what_if, key=lambda one: one.speedup.value or 0)
+    assert text.startswith(f"Speculation does not pay (K=4, greedy, batch size 1): {speed_of(run)}")
+    assert best.speedup.value is not None
+    assert best.speedup.value < 1
+    reached = f"{best.speedup.value:.2f}× ({best.speedup.low:.2f} to {best.speedup.high:.2f})"
+    step = (STEP_S * 1.03 + STEP_S + 0.001) / (STEP_S + 0.001)
+    assert text.endswith(
+        f"Decode plainly, or take another drafter: no K is predicted to pay. The best, K=1, reaches {reached}: its step"
+        f" takes {step:.2f} times as long as a plain one, so it needs a mean acceptance length of {step:.2f}, and has"
+        f" {best.mean_acceptance_length.value:.2f}."
+    ), text
+    page = render_page([run])
+    assert "best: 1" not in page
+    assert re.search(r'<li class="panel card hero bad">\s*<span class="label">Speedup', page)
+
+
+def test_the_verdict_of_several_settings_of_which_none_pays() -> None:
+    """The comparison recommended "K=1, 0.94×", and "better" stood in teal at 0.61×."""
+    runs = [nothing_pays(k, seed=k) for k in (4, 1)]
+    assert verdict_of(*runs) == (
+        f"No setting pays: the best, K=1, reaches {speed_of(runs[1])}. Decode plainly, or try another drafter."
+    )
+    four, one = (figures(run).metrics["speedup"].value or 0 for run in runs)
+    assert four < one < 1
+    row = re.search(r"speedup over plain decoding</th>(.*?)</tr>", render_page(runs), re.DOTALL)
+    assert row is not None
+    assert '<span class="mark ">△ higher, but below 1×</span>' in row[1]
+    assert "better" not in row[1]
+
+
+def test_the_verdict_of_several_settings_says_which_pay() -> None:
+    runs = [synthetic_run(), nothing_pays(k=2, seed=2)]
+    text = verdict_of(*runs)
+    assert text.startswith(f"Speculation pays most with K=4: {speed_of(runs[0])}, ")
+    assert text.endswith(
+        f"clearly faster than the others; it does not clearly pay with K=2 ({speed_of(runs[1]).split()[0]}). Take K=4."
+    )
+
+
+def test_the_verdict_of_a_hopeless_drafter() -> None:
+    dead = synthetic_run(chances=(0.0,), spread=0.0)
+    text = verdict_of(dead)
+    assert text.startswith(f"Speculation does not pay (K=4, greedy, batch size 1): {speed_of(dead)}, most in ")
+    assert text.endswith(
+        "; 0.0\u00a0% of drafts are accepted at position 1, 0.0\u00a0% up to position 4. Decode plainly, or take"
+        " another drafter: this one is accepted no more often than chance."
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda run: replace(run, costs=None), r"Measure other K to compare: step times were not measured, so none is"),
+        (
+            lambda run: with_draft_s(run, 0.0045),
+            r"Keep K=4: K=\d is predicted to be fastest, 1.\d\d× \(.*\), but not clearly",
+        ),
+        (
+            lambda run: slow_drafts(run, 3),
+            r"Measure other K: 1.\d\d× \(.*\) was predicted for K=4, which this run contra",
+        ),
+        (lambda run: slow_drafts(run, 9), r"Decode plainly, or take another drafter: no K is predicted to pay"),
+    ],
+)
+def test_the_advice(change: Callable[[Run], Run], expected: str) -> None:
+    assert re.search(expected, verdict_of(change(DEMO))), verdict_of(change(DEMO))
+
+
 def suggestion(run: Run) -> str:
     return re.search(r'<p class="summary">(.*?)</p>', render_page([run]), re.DOTALL)[1]  # type: ignore[index]
 
@@ -237,17 +365,21 @@ def test_the_automatic_choice_of_k_is_summarized_over_all_calls() -> None:
         else replace(record, choice=choices[record.call], call=one if record.call == same else record.call)
         for record in run.records
     ]
-    choice_of_k = "K=3 in 75 % of steps, 2 in 19 %, 0 in 6 %; predicted 1.25×, measured 1.30×"
-    line = f"K was chosen automatically: {choice_of_k}, both relative to plain steps."
+    line = (
+        "K was chosen step by step: K=3 in 75\u00a0%, 2 in 19\u00a0% and 0 in 6\u00a0% of steps. The controller&#39;s"
+        " own estimate, against plain steps between its drafts, was 1.30×; the speedup of this run is the one at the"
+        " top."
+    )
     assert line in render_page([run])
-    assert line in to_markdown([run])
+    assert line.replace("&#39;", "'") in to_markdown([run])
+    assert render_page([run]).count("1.30×") == 1, "the estimate is in the section on K alone"
     assert "up to 8 tokens per step" in render_page([run])
-    choice = to_json([run])["runs"][0]["choice"]
+    choice = to_json([run])["runs"][0]["controller"]
     assert choice["steps_by_k"] == [1, 0, 3, 12, 0, 0, 0, 0, 0]
     assert choice["acceptance"] == pytest.approx(0.5)
     without_choice = replace(run, costs=None)
     without_choice.records = [replace(record, choice=None) for record in run.records]
-    assert "chosen automatically" not in render_page([without_choice])
+    assert "K was chosen step by step" not in render_page([without_choice])
     assert "which this run used" not in render_page([run]), "the run has no constant K"
     assert "measured, this run" not in render_page([run])
 
@@ -317,7 +449,7 @@ def test_a_run_in_format_1_is_reported_with_the_current_definitions_and_a_note(
 
     new = read_run(write_run(replace(old, header=replace(old.header, version=FORMAT)), tmp_path / "new"))
     assert note not in render_page([new])
-    assert summary_table([new]).caption is None
+    assert "recorded in format" not in str(summary_table([new]).caption)
     assert all(
         change.change.value == 0 for change in compare_runs(old, new).values() if change.change.value is not None
     )
@@ -376,9 +508,8 @@ def test_the_comparison_marks_clear_differences() -> None:
     assert "compare speedups, not times" in text
     assert text.count('<details class="run"') == 2
     assert text.count('<details class="run" open>') == 1
-    assert "has the highest speedup over plain decoding" in text
     assert 'class="mark' not in render_page([DEMO, DEMO])
-    assert "highest speedup" not in render_page([WITHOUT_BASELINE, WITHOUT_BASELINE])
+    assert 'class="verdict"' not in render_page([WITHOUT_BASELINE, WITHOUT_BASELINE])
     of_k = to_markdown([synthetic_run(k=2), synthetic_run(k=4)])
     assert re.search(r"mean acceptance length \| .* differs \|", of_k)  # a larger K, not a better drafter
 
@@ -427,8 +558,9 @@ def test_the_summary_counts_skipped_prompts_and_failures() -> None:
     run = replace(
         DEMO, skipped=[Skipped("long", "t", 0, 0, "too long")], failures=[Failure("a", "t", 0, 0, PLAIN, "no")] * 2
     )
-    assert summary_table([run]).caption == "1 prompt skipped and 2 calls failed; the report gives the reasons"
-    assert summary_table([DEMO]).caption is None
+    counts = "1 prompt skipped and 2 calls failed; the report gives the reasons"
+    assert str(summary_table([run]).caption).splitlines()[-1] == counts
+    assert counts not in str(summary_table([DEMO]).caption)
 
 
 # The command
@@ -445,6 +577,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(synthetic_run(prompts=10), base / "good")
     write_run(synthetic_run(prompts=10, chances=(0.7, 0.5)), base / "bad")
     write_run(synthetic_run(prompts=5), base / "fewer")
+    write_run(synthetic_run(prompts=3), base / "small")
     write_run(synthetic_run(prompts=10, baseline=False), base / "no-baseline")
     for number in (10, 9):
         write_run(synthetic_run(prompts=2, k=number), base / "sweep" / str(number))
@@ -536,7 +669,13 @@ def test_the_checks_are_in_json_and_on_stderr(folders: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("runs", "condition", "expected"),
     [
-        (("good",), "speedup<-5%", "compares runs: name two"),
+        (("good",), "speedup<-5%", "per cent are of a change: name two runs"),
+        (
+            ("small",),
+            "speedup.low<1.0",
+            r"has no interval, so there is no \.low to check \(an interval needs at least 8",
+        ),
+        (("good", "bad"), "speedup.median<1", "is not NAME<NUMBER"),
         (("good", "bad"), "speed<-5%", "no metric 'speed'; known are speedup, tokens_per_s"),
         (("good", "bad"), "speedup=-5%", "is not NAME<NUMBER"),
         (("good", "bad"), "speedup<fast", "is not NAME<NUMBER"),
@@ -549,6 +688,74 @@ def test_a_condition_that_cannot_be_evaluated_is_an_error(
 ) -> None:
     with pytest.raises(ValueError, match=expected):
         command.run(parsed(*(str(folders / name) for name in runs), "--markdown", "--fail-if", condition))
+
+
+@pytest.mark.parametrize(
+    ("condition", "code"),
+    [
+        ("speedup.low<1.0", 0),
+        ("speedup.low<1.8", 1),  # the value is above it, the interval is not
+        ("speedup<1.8", 0),
+        ("speedup.high>1.8", 1),
+        ("identical.low<1", 0),  # all texts are identical, in all resamples
+        ("token_ms.high>50", 0),
+    ],
+)
+def test_fail_if_of_a_single_run(condition: str, code: int, folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    speedup = figures(read_run(folders / "good")).metrics["speedup"]
+    assert speedup.low is not None
+    assert speedup.value is not None
+    assert 1 < speedup.low < 1.8 < speedup.value
+    assert command.run(parsed(str(folders / "good"), "--markdown", "--fail-if", condition)) == code
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith(f"- {condition} [synthetic]: ")
+    assert last.endswith("fails" if code else "holds")
+
+
+def test_fail_if_of_the_interval_of_a_change(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """mean_acceptance_length falls by about a third: a limit between the two ends separates them."""
+    paths = [str(folders / name) for name in ("good", "bad")]
+    change = compare_runs(*map(read_run, map(Path, paths)))["mean_acceptance_length"].relative
+    assert change.low is not None
+    assert change.high is not None
+    middle = (change.low + change.high) / 2
+    for bound, code in (("low", 1), ("high", 0)):
+        assert (
+            command.run(parsed(*paths, "--json", "--fail-if", f"mean_acceptance_length.{bound}<{middle:.2f}%")) == code
+        )
+        check = json.loads(capsys.readouterr().out)["checks"][0]
+        assert check["change"][bound] == getattr(change, bound)
+        assert check["fails"] is bool(code)
+
+
+def on_machine(run: Run, **changes: Any) -> Run:
+    return replace(run, header=replace(run.header, provenance=PROVENANCE | changes))
+
+
+def test_a_comparison_of_two_machines_marks_machine_and_versions() -> None:
+    """The second machine is twice as fast; that is no merit of the run."""
+    first = synthetic_run(name="laptop", folder="runs/laptop")
+    second = synthetic_run(name="server", folder="runs/server", speed=2.0, seed=1)
+    second = on_machine(second, device="NVIDIA H200", threads=8, torch="2.13.0", triton="3.6.0")
+    text = render_page([first, second])
+    assert (
+        "These runs were not recorded on one machine: device x86_64, AVX512 (laptop), NVIDIA H200 (server); threads 1"
+        " (laptop), 8 (server). Compare acceptance"
+    ) in text
+    assert "These runs were not recorded with the same versions: torch 2.12.0 (laptop), 2.13.0 (server)." in text
+    row = {
+        label: re.search(rf'<th scope="row">{label}</th>(.*?)</tr>', text, re.DOTALL) for label in ("device", "torch")
+    }
+    assert all(found is not None and "≠ differs" in found[1] for found in row.values())
+    times = re.search(r'<th scope="row">tokens per second</th>(.*?)</tr>', text, re.DOTALL)
+    assert times is not None
+    assert "≠ differs" in times[1]
+    assert "better" not in times[1]
+    assert "| device | x86_64, AVX512 | NVIDIA H200 differs |" in to_markdown([first, second])
+    same = render_page([first, on_machine(second)])
+    assert "not recorded on one machine" not in same
+    assert "not recorded with the same versions" not in same
+    assert re.search(r'<th scope="row">tokens per second</th>.*?▲ better', same, re.DOTALL)
 
 
 def test_a_relative_condition_on_0_is_an_error(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,6 +72,26 @@ def check_comparable(a: Run, b: Run) -> None:
     limits = [run.header.config["sampling"].get("max_new_tokens") for run in (a, b)]
     if limits[0] != limits[1]:
         raise not_comparable(f"max_new_tokens is {limits[0]} in the first run and {limits[1]} in the second")
+
+
+MACHINE = {"device": "device", "cpu": "CPU", "cpu_flags": "CPU flags", "threads": "threads", "processes": "processes"}
+VERSIONS = {
+    "specdec": "specdec", "commit": "commit", "dirty": "uncommitted changes", "python": "Python", "torch": "torch",
+    "transformers": "transformers", "triton": "Triton", "decoding": "decoding",
+}  # fmt: skip
+
+
+def differing_provenance(runs: Sequence[Run], names: dict[str, str]) -> dict[str, list[str]]:
+    """By label, what each run recorded under the names in which they differ; "not recorded" for older runs.
+
+    names: MACHINE or VERSIONS. What only one run recorded is not known to differ.
+    """
+    differing = {}
+    for name, label in names.items():
+        values = [run.header.provenance.get(name) for run in runs]
+        if len({str(value) for value in values if value is not None}) > 1:
+            differing[label] = ["not recorded" if value is None else str(value) for value in values]
+    return differing
 
 
 def _prompt_hashes(run: Run) -> dict[tuple[str, int, int], str]:

@@ -32,6 +32,7 @@ from specdec.experiments.report.narrative import (
 )
 from specdec.experiments.report.spec_bench import leaderboard_of_reports
 from specdec.experiments.report.tables import comparison_rows, number_tables, task_metrics
+from specdec.experiments.report.verdict import verdict
 
 SUMMARY_COLUMNS = {
     "speedup": "speedup",
@@ -54,6 +55,8 @@ def to_markdown(runs: Sequence[Run]) -> str:
         ]
         parts += [f"# {len(reports)} runs compared", *(text for _, text in comparison_notes(reports))]
         parts += [markdown_table(["", *(report.label for report in reports)], rows)]
+    verdicts = [of_all.result, of_all.advice] if len(reports) > 1 and (of_all := verdict(reports)) else []
+    parts[1:1] = [" ".join(verdicts)] if verdicts else []
     for report in reports:
         parts += [f"{'#' if len(reports) == 1 else '##'} {report.label}", *_markdown_of_run(report)]
     if table := leaderboard_of_reports(reports):
@@ -62,12 +65,15 @@ def to_markdown(runs: Sequence[Run]) -> str:
 
 
 def to_json(runs: Sequence[Run]) -> dict[str, Any]:
-    """All figures as plain values; rates are fractions. differences: from the first run to each further one.
+    """All figures as plain values; rates are fractions.
 
-    definitions: of each figure, here and in other tools, with the values of the runs.
+    differences: from the first run to each further one. controller: of a run with "auto", how it chose K, with its own
+    estimates of the speedup. definitions: of each figure, here and in other tools, with the values of the runs.
     """
     reports = build_reports(runs)
+    overall = verdict(reports)
     return {
+        "verdict": asdict(overall) if overall else None,
         "runs": [_json_of_run(report) for report in reports],
         "differences": [
             {
@@ -84,12 +90,15 @@ def to_json(runs: Sequence[Run]) -> dict[str, Any]:
 def summary_table(runs: Sequence[Run]) -> Table:
     """The main figures, for a terminal of 80 columns."""
     reports = build_reports(runs)
-    caption = "\n".join(_summary_notes(reports)) or None
+    overall = verdict(reports)
+    caption = "\n".join([*([overall.result, overall.advice] if overall else []), *_summary_notes(reports)]) or None
     return _summary_of_run(reports[0], caption) if len(reports) == 1 else _summary_of_runs(reports, caption)
 
 
 def _markdown_of_run(report: RunReport) -> list[str]:
-    parts = [headline(report), *(f"> {caveat}" for caveat in caveats(report))]
+    own = verdict([report])
+    parts = [f"**{own.result}** {own.advice}"] if own else []
+    parts += [headline(report), *(f"> {caveat}" for caveat in caveats(report))]
     metrics = [(metric, report.figures.metrics[name]) for name, metric in METRICS.items()]
     rows = [[m.label, number(e.value, m.unit), interval(e, m.unit)] for m, e in metrics if e.value is not None]
     parts.append(markdown_table(["", "value", "95 % interval"], rows))
@@ -117,12 +126,13 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _json_of_run(report: RunReport) -> dict[str, Any]:
-    run, choice = report.run, choice_of(report.run)
+    run, choice, own = report.run, choice_of(report.run), verdict([report])
     return {
         "label": report.label,
         "folder": str(run.folder),
         "interrupted": is_interrupted(run),
         "record_format": run.header.version,
+        "verdict": asdict(own) if own else None,
         "caveats": caveats(report),
         "provenance": run.header.provenance,
         "config": report.config,
@@ -133,7 +143,7 @@ def _json_of_run(report: RunReport) -> dict[str, Any]:
         },
         "costs": asdict(run.costs) if run.costs else None,
         "memory": asdict(run.memory) if run.memory else None,
-        "choice": asdict(choice) if choice else None,
+        "controller": asdict(choice) if choice else None,
         "failures": [asdict(failure) for failure in run.failures],
         "skipped": [asdict(skipped) for skipped in run.skipped],
     }

@@ -111,7 +111,7 @@ def k_of(run: Run) -> int | str:
 def choice_of(run: Run) -> Choice | None:
     """The choices of K of all calls of a run with "auto", averaged by their steps; None where there is none.
 
-    measured_speedup is over plain steps, not over the calls of the plain engine.
+    Its speedups are the controller's own, over plain steps; the run's is over the calls of the plain engine.
     """
     by_call = {(r.turn, r.repetition, r.call): r.choice for r in run.of(SPECULATIVE)}
     choices = [choice for choice in by_call.values() if choice and choice.predicted_speedup and choice.measured_speedup]

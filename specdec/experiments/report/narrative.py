@@ -11,7 +11,7 @@ from specdec.core.stats import chance_acceptance
 from specdec.drafters.resolve import AUTO
 from specdec.experiments.config import DraftHead, SuffixAndModel
 from specdec.experiments.records import PLAIN, SPECULATIVE, Record, Run
-from specdec.experiments.report.compare import compare_runs
+from specdec.experiments.report.compare import MACHINE, VERSIONS, differing_provenance
 from specdec.experiments.report.estimates import MIN_UNITS, NO_ESTIMATE, Estimate
 from specdec.experiments.report.figures import METRICS, count_identical
 from specdec.experiments.report.formatting import interval, number, plural, with_interval
@@ -116,7 +116,7 @@ def caveats(report: RunReport) -> list[str]:
             f"{plural(slow, 'call')} took more than {SLOW_FACTOR} times the usual time for its length. Other programs"
             " probably used the machine, so the times are not reliable."
         )
-    if drafter_name(report) in (DRAFT_MODEL, DRAFT_HEAD) and (warning := _dead_draft(run.of(SPECULATIVE))):
+    if warning := _dead_draft(report):
         caveats.append(f"{capitalize(warning)}.")
     if run.failures:
         caveats.append(
@@ -158,7 +158,7 @@ def suggestion(report: RunReport) -> str:
         sentences.append("It is faster than every other K by more than the prediction error and the intervals.")
     elif best.speedup.low is None:
         sentences.append(f"There is no interval for this: {_too_few_for_a_prediction(report)}.")
-    if own_k != AUTO and predicted and measured and not _is_within(measured, own.speedup):
+    if own_k != AUTO and predicted and measured and not is_within(measured, own.speedup):
         sentences.append(
             f"The measured speedup is outside the interval of the prediction for K={own_k}, {interval(own.speedup)}, so"
             " the step times of the calibration calls are not those of this run: do not rely on the other predictions."
@@ -177,27 +177,24 @@ def suggestion(report: RunReport) -> str:
 
 
 def auto_k_summary(report: RunReport) -> str:
-    """How K was chosen where it is "auto", "" otherwise."""
+    """How K was chosen where it is "auto", with the controller's own estimate; "" otherwise."""
     choice = choice_of(report.run)
-    return f"K was chosen automatically: {choice}, both relative to plain steps." if choice else ""
+    if choice is None:
+        return ""
+    total = sum(choice.steps_by_k)
+    shares = sorted(((count / total, k) for k, count in enumerate(choice.steps_by_k) if count), reverse=True)
+    steps = join_words([f"{k} in {share:.0%}".replace("%", "\u00a0%") for share, k in shares])
+    return (
+        f"K was chosen step by step: K={steps} of steps. The controller's own estimate, against plain steps between its"
+        f" drafts, was {number(choice.measured_speedup, '×')}; the speedup of this run is the one at the top."
+    )
 
 
 def comparison_notes(reports: Sequence[RunReport]) -> list[tuple[str, str]]:
-    """Sentences about several runs, each with its CSS class on the page: "lead", "about" or "caveat"."""
+    """Sentences about several runs, each with its CSS class on the page: "about" or "caveat"."""
     if len(reports) == 1:
         return []
     notes = []
-    fastest = max(reports, key=lambda report: report.figures.metrics["speedup"].value or 0)
-    if speedup := fastest.figures.metrics["speedup"].value:
-        close = [
-            report.label
-            for report in reports
-            if report is not fastest and not compare_runs(fastest.run, report.run)["speedup"].is_clear
-        ]
-        lead = f", not clearly faster than {join_words(close)}" if close else ", clearly faster than the others"
-        notes.append(
-            ("lead", f"{fastest.label} has the highest speedup over plain decoding, {number(speedup, '×')}{lead}.")
-        )
     differences = (
         f"Differences are relative to {reports[0].label}, on the same prompts, with 95\u00a0% intervals; a difference"
         " is marked where its interval excludes 0."
@@ -210,7 +207,16 @@ def comparison_notes(reports: Sequence[RunReport]) -> list[tuple[str, str]]:
                 "Runs recorded in format 1 are compared with the current definitions, recomputed from their steps.",
             )
         )
-    if any(changes["plain_tokens_per_s"].is_clear for _, changes in changes_from_first(reports)):
+    runs = [report.run for report in reports]
+    if machine := differing_provenance(runs, MACHINE):
+        notes.append(
+            (
+                "caveat",
+                f"These runs were not recorded on one machine: {_each(reports, machine)}. Compare acceptance, and"
+                " speedups with care; differences of times are not marked as better or worse.",
+            )
+        )
+    elif any(changes["plain_tokens_per_s"].is_clear for _, changes in changes_from_first(reports)):
         notes.append(
             (
                 "caveat",
@@ -218,7 +224,17 @@ def comparison_notes(reports: Sequence[RunReport]) -> list[tuple[str, str]]:
                 " speedups, not times.",
             )
         )
+    if versions := differing_provenance(runs, VERSIONS):
+        notes.append(("caveat", f"These runs were not recorded with the same versions: {_each(reports, versions)}."))
     return notes
+
+
+def _each(reports: Sequence[RunReport], differing: dict[str, list[str]]) -> str:
+    """ "device A100 (first run), H100 (second run); threads 1 (first run), 8 (second run)"."""
+    return "; ".join(
+        f"{label} " + ", ".join(f"{value} ({report.label})" for report, value in zip(reports, values, strict=True))
+        for label, values in differing.items()
+    )
 
 
 def skipped_and_failed(run: Run) -> list[str]:
@@ -231,6 +247,11 @@ def skipped_and_failed(run: Run) -> list[str]:
     ]
 
 
+def drafter_is_dead(report: RunReport) -> bool:
+    """Whether the drafts of a draft model or head are accepted no more often than chance."""
+    return _dead_draft(report) is not None
+
+
 def drafter_name(report: RunReport) -> str:
     """ "a draft model", "prompt lookup"."""
     drafter = report.config["drafter"]
@@ -239,6 +260,11 @@ def drafter_name(report: RunReport) -> str:
     names = {DraftHead: DRAFT_HEAD, SuffixAndModel: f"suffix decoding and {DRAFT_MODEL}"}
     target = str(drafter.get("_target_"))
     return next((name for cls, name in names.items() if target.endswith(cls.__name__)), DRAFT_MODEL)
+
+
+def is_within(value: float, estimate: Estimate) -> bool:
+    """Whether a value is in an interval; True where there is none."""
+    return estimate.low is None or estimate.high is None or estimate.low <= value <= estimate.high
 
 
 def join_words(words: Sequence[str]) -> str:
@@ -296,11 +322,6 @@ def _too_few_for_a_prediction(report: RunReport) -> str:
     return f"it needs at least {MIN_UNITS} repetitions of the step times, and this run has {repetitions}"
 
 
-def _is_within(value: float, estimate: Estimate) -> bool:
-    """Whether a value is in an interval; True where there is none."""
-    return estimate.low is None or estimate.high is None or estimate.low <= value <= estimate.high
-
-
 def _not_monotone(faster: Sequence[tuple[int, bool]]) -> str:
     """That steps get faster from a K to the next. faster: see steps_that_get_faster()."""
     noise = [f"K={k}" for k, is_clear in faster if not is_clear]
@@ -343,8 +364,11 @@ def _interruption(report: RunReport) -> str:
     )
 
 
-def _dead_draft(records: Sequence[Record]) -> str | None:
-    """Why the draft model seems to be of no use, None where it does not."""
+def _dead_draft(report: RunReport) -> str | None:
+    """Why the draft model seems to be of no use, None where it does not and for drafters without a model."""
+    if drafter_name(report) not in (DRAFT_MODEL, DRAFT_HEAD):
+        return None
+    records = report.run.of(SPECULATIVE)
     watch, calls = AcceptanceWatch(), itertools.groupby(records, lambda r: (r.turn, r.repetition, r.call))
     for rows in (list(rows) for _, rows in calls):
         overlap = [value for row in rows for step in row.steps for value in step.overlap]

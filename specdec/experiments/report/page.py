@@ -28,7 +28,15 @@ from specdec.experiments.report.narrative import (
     terms,
 )
 from specdec.experiments.report.spec_bench import leaderboard_of_reports
-from specdec.experiments.report.tables import NumberTable, comparison_rows, number_tables, task_metrics, task_rows
+from specdec.experiments.report.tables import (
+    MARKS,
+    NumberTable,
+    comparison_rows,
+    number_tables,
+    task_metrics,
+    task_rows,
+)
+from specdec.experiments.report.verdict import pays, verdict
 from specdec.experiments.report.what_if import best_prediction
 from specdec.pages import environment
 
@@ -70,6 +78,7 @@ def render_page(runs: Sequence[Run]) -> str:
     rendered: str = template.render(
         title=reports[0].label if len(runs) == 1 else f"{len(runs)} runs compared",
         sections=[_section(report, index) for index, report in enumerate(reports, 1)],
+        verdict=verdict(reports) if len(reports) > 1 else None,
         comparison=comparison_rows(reports),
         comparison_notes=comparison_notes(reports),
         overview=_overview(reports),
@@ -78,6 +87,7 @@ def render_page(runs: Sequence[Run]) -> str:
         definitions=definitions_table(reports),
         definitions_note=NOTE,
         min_prompts=MIN_UNITS,
+        marks=MARKS,
     )
     return rendered.strip() + "\n"
 
@@ -88,6 +98,7 @@ def _section(report: RunReport, index: int) -> dict[str, Any]:
     return {
         "label": report.label,
         "about": about(report),
+        "verdict": verdict([report]),
         "headline": headline(report),
         "terms": terms(report) if run.of(SPECULATIVE) else [],
         "caveats": caveats(report),
@@ -118,7 +129,8 @@ def _cards(report: RunReport) -> list[Card]:
     def card(name: str, meaning: str, label: str = "") -> Card:
         estimate, metric = metrics[name], METRICS[name]
         value, bounds = number(estimate.value, metric.unit), interval(estimate, metric.unit)
-        return Card(capitalize(label or metric.label), value, bounds, meaning)
+        is_bad = name == "speedup" and pays(estimate) is False
+        return Card(capitalize(label or metric.label), value, bounds, meaning, is_bad)
 
     if not report.run.of(SPECULATIVE):
         return [
@@ -204,9 +216,8 @@ def _what_if_charts(report: RunReport, tables: dict[str, NumberTable], index: in
     charts = [Chart(plots.what_if_length(f"length-{index}", table.alt, predictions, measurements), table, legend)]
     if best := best_prediction(predictions):
         table = tables["speedup by K"]
-        svg = plots.what_if_speedup(
-            f"speedup-{index}", table.alt, predictions, measurements, best_k=best.num_draft_tokens
-        )
+        best_k = best.num_draft_tokens if (best.speedup.value or 0) > 1 else None
+        svg = plots.what_if_speedup(f"speedup-{index}", table.alt, predictions, measurements, best_k)
         charts.append(Chart(svg, table, [*legend, ("plain", "line", "plain decoding")]))
     return charts
 

@@ -114,13 +114,14 @@ def what_if_length(name: str, alt: str, predictions: Sequence[Prediction], measu
 
 
 def what_if_speedup(
-    name: str, alt: str, predictions: Sequence[Prediction], measurements: Sequence[Measurement], best_k: int
+    name: str, alt: str, predictions: Sequence[Prediction], measurements: Sequence[Measurement], best_k: int | None
 ) -> str:
-    """Speedup by K, with a line at 1 for plain decoding. best_k: the K to mark."""
+    """Speedup by K, with a line at 1 for plain decoding. best_k: the K to mark, None where none pays."""
     with _figure(200) as (figure, axes):
         axes.axhline(1, color=_COLORS["plain"], linewidth=1.5)
-        axes.axvline(best_k, color=_COLORS["muted"], linewidth=1, linestyle=(0, (2, 3)))
-        axes.text(best_k, 1.02, f"best: {best_k}", transform=axes.get_xaxis_transform(), ha="center", va="bottom")
+        if best_k is not None:
+            axes.axvline(best_k, color=_COLORS["muted"], linewidth=1, linestyle=(0, (2, 3)))
+            axes.text(best_k, 1.02, f"best: {best_k}", transform=axes.get_xaxis_transform(), ha="center", va="bottom")
         _by_k(
             axes,
             {p.num_draft_tokens: p.speedup for p in predictions if p.speedup.value is not None},

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from specdec.experiments.records import Costs, Memory
-from specdec.experiments.report.compare import Difference
+from specdec.experiments.report.compare import MACHINE, VERSIONS, Difference, differing_provenance
 from specdec.experiments.report.estimates import NO_ESTIMATE, Estimate, trimmed_mean
 from specdec.experiments.report.figures import METRICS, TIME_PARTS
 from specdec.experiments.report.formatting import interval, number, with_interval
@@ -14,6 +14,9 @@ from specdec.experiments.report.labels import RunReport, changes_from_first, is_
 from specdec.experiments.report.what_if import best_prediction, step_parts
 
 TASK_METRICS = ("speedup", "mean_acceptance_length", "draft_acceptance_rate", "expected_acceptance")
+TIMES = ("tokens_per_s", "first_token_ms", "token_ms")  # which depend on the machine more than on anything else
+BETTER, WORSE, DIFFERS, BELOW_PLAIN = "better", "worse", "differs", "higher, but below 1×"
+MARKS = {BETTER: "▲", WORSE: "▼", DIFFERS: "≠", BELOW_PLAIN: "△"}
 # a larger K gives more tokens per step at a lower rate, so neither direction is better
 DEPENDS_ON_K = ("mean_acceptance_length", "tokens_per_step", "draft_acceptance_rate")
 
@@ -39,7 +42,7 @@ class NumberTable:
 
 @dataclass(frozen=True)
 class TableCell:
-    """text, below: what is shown. value: the key to sort by. mark: "better", "worse", "differs" or ""."""
+    """text, below: what is shown. value: the key to sort by. mark: one of MARKS or ""."""
 
     text: str
     below: str = ""
@@ -99,11 +102,24 @@ def comparison_rows(reports: Sequence[RunReport]) -> list[tuple[str, list[TableC
         for report, changes in further:
             is_neutral = name in DEPENDS_ON_K and k_of(report.run) != k_of(first.run)
             mark = _mark(changes[name], None if is_neutral else metric.higher_is_better)
+            if name in TIMES and differing_provenance([first.run, report.run], MACHINE):
+                mark = mark and DIFFERS
+            if name == "speedup" and mark == BETTER and (changes[name].after or 0) < 1:
+                mark = BELOW_PLAIN
             value = number(report.figures.metrics[name].value, metric.unit)
             cells.append(TableCell(value, _change(changes[name], metric.unit), mark=mark))
         if any(cell.text != "–" for cell in cells):
             rows.append((metric.label, cells))
-    return rows
+    return rows + _provenance_rows(reports)
+
+
+def _provenance_rows(reports: Sequence[RunReport]) -> list[tuple[str, list[TableCell]]]:
+    """Machine and versions where they differ, marked where they are not the first run's."""
+    differing = differing_provenance([report.run for report in reports], MACHINE | VERSIONS)
+    return [
+        (label, [TableCell(value, mark=DIFFERS if value != values[0] else "") for value in values])
+        for label, values in differing.items()
+    ]
 
 
 def _change(difference: Difference, unit: str) -> str:
@@ -117,8 +133,8 @@ def _mark(difference: Difference, higher_is_better: bool | None) -> str:
     if not difference.is_clear or difference.change.value is None:
         return ""
     if higher_is_better is None:
-        return "differs"
-    return "better" if (difference.change.value > 0) == higher_is_better else "worse"
+        return DIFFERS
+    return BETTER if (difference.change.value > 0) == higher_is_better else WORSE
 
 
 def _positions(report: RunReport) -> NumberTable:
