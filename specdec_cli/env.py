@@ -25,8 +25,8 @@ from specdec_cli.options import Options
 PACKAGES = ("torch", "transformers", "accelerate", "triton", "datasets", "hydra-core", "numpy", "jinja2", "matplotlib")
 EXTRAS = {  # modules that an extra of the package brings, and what for
     "experiments": (
-        ("accelerate", "datasets", "hydra", "jinja2", "matplotlib", "numpy"),
-        "experiment, train-drafter, report",
+        ("accelerate", "datasets", "hydra", "jinja2", "matplotlib", "numpy", "scipy"),
+        "bench, experiment, train-drafter and report",
     ),
     "kernels": (("triton",), "kernels on a GPU"),
 }
@@ -106,7 +106,8 @@ def show(report: dict[str, Any], console: Console) -> None:
         return
     console.print("\nMissing, and what brings it:")
     for missing in report["missing"]:
-        console.print(f"  {missing['what']}, for {missing['needed_for']}: {missing['remedy']}", soft_wrap=True)
+        line = f"  {missing['what']}, for {missing['needed_for']}: {missing['remedy']}"
+        console.print(line, soft_wrap=True, markup=False)  # of an extra in square brackets
 
 
 def _version(name: str) -> str | None:

@@ -20,7 +20,7 @@ from specdec.core import verification
 from specdec.core.steps import Draft, Verdict
 from specdec.runtime.loading import load
 from specdec.utils import embedded
-from specdec_cli import bench, chat, demo, stream
+from specdec_cli import bench, chat, demo, env, stream
 from specdec_cli.main import main
 
 TARGET, DRAFT = str(embedded.TARGET), str(embedded.DRAFT)
@@ -350,6 +350,8 @@ def test_env_names_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str], m
     assert report["packages"]["torch"] == torch.__version__
     assert report["cpu"]["threads"] == torch.get_num_threads()
     assert report["missing"] == []
+    found = env.find_spec
+    monkeypatch.setattr(env, "find_spec", lambda name: None if name == "hydra" else found(name))
     monkeypatch.setenv("PATH", "")
     out, _ = run(["env"], capsys)
     text = " ".join(out.split())
