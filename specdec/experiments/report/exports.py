@@ -166,7 +166,7 @@ def _summary_notes(reports: Sequence[RunReport]) -> list[str]:
 
 def _summary_of_run(report: RunReport, caption: str | None) -> Table:
     title = f"{report.label}: {plural(report.figures.prompts, 'prompt')}, {decoding_settings(report)}"
-    table = Table(title=title, caption=caption)
+    table = Table(title=title, caption_justify="left", caption=caption)
     table.add_column("")
     table.add_column("value", justify="right")
     table.add_column("95 % interval", justify="right")
@@ -181,7 +181,7 @@ def _summary_of_runs(reports: Sequence[RunReport], caption: str | None) -> Table
     all_metrics = [report.figures.metrics for report in reports]
     names = [name for name in SUMMARY_COLUMNS if any(metrics[name].value is not None for metrics in all_metrics)]
     title = f"{len(reports)} runs, {plural(reports[0].figures.prompts, 'prompt')} each"
-    table = Table("run", title=title, caption=caption)
+    table = Table("run", title=title, caption_justify="left", caption=caption)
     for name in names:
         table.add_column(SUMMARY_COLUMNS[name], justify="right")
     for report, metrics in zip(reports, all_metrics, strict=True):
