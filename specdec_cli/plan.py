@@ -26,7 +26,7 @@ from specdec.planning.devices import (
 from specdec.planning.footprint import measure_draft_footprint, measure_footprint
 from specdec.planning.formulas import ModelFootprint
 from specdec.planning.memory import MemoryPlan, largest_batch, largest_context, plan_memory
-from specdec.quant.formats import FP8_METHODS
+from specdec.quant.formats import FP8
 from specdec_cli.options import Options
 
 PART_LABELS = {
@@ -176,13 +176,8 @@ def show(report: dict[str, Any], plans: dict[str, MemoryPlan], console: Console)
     drafts = f"draft {report['draft']}" if report["draft"] else "no draft model"
     console.print(f"target {report['target']}, {drafts}", soft_wrap=True)
     for name, method in report["checkpoints"].items():
-        if method in FP8_METHODS:
-            console.print(
-                f"{name} is in {method}, which specdec does not load; this plans an original in {report['dtype']}",
-                soft_wrap=True,
-            )
-        else:
-            console.print(f"{name} is in four bits already ({method})", soft_wrap=True)
+        note = "fp8, planned as its copy in full precision" if method == FP8 else f"in four bits already ({method})"
+        console.print(f"{name} is {note}", soft_wrap=True)
     for name, expert_bytes in report["expert_bytes"].items():
         console.print(
             f"the experts of {name}, {expert_bytes / GIB:,.2f} GiB, stay in {report['dtype']} in all of these plans",

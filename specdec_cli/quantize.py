@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from specdec.quant.checkpoints import config_folder, load_checkpoint, named_errors, read_config
 from specdec.quant.config import Int4Config
+from specdec.quant.formats import advice_on_fp8
 from specdec.quant.heads import head_name
 from specdec.quant.layers import layers_to_quantize
 from specdec.runtime.loading import read_tokenizer
@@ -42,8 +43,9 @@ def run(options: Options) -> int:
     with named_errors(f"no model could be loaded from {options.source!r}"):
         config, settings, _ = read_config(config_folder(options.source))
         if settings is not None:
+            method = settings.get("quant_method")
             raise ValueError(
-                f"it is quantized already, by {settings.get('quant_method')}; quantize the original instead"
+                f"it is quantized already, by {method}; {advice_on_fp8(method) or 'quantize the original instead'}"
             )
         with torch.device("meta"):
             skeleton: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]

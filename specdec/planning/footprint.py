@@ -30,7 +30,7 @@ from specdec.quant.checkpoints import config_folder, named_errors, read_config, 
 from specdec.quant.config import METHOD, Int4Config
 from specdec.quant.cpu import OP_GROUP_SIZES, CpuKernel, TorchKernel, row_order
 from specdec.quant.experts import PROJECTIONS
-from specdec.quant.formats import FP8_METHODS, scheme_of
+from specdec.quant.formats import FP8, scheme_of
 from specdec.quant.formats.layer import Scheme
 from specdec.quant.heads import head_name
 from specdec.quant.int4 import Int4Tensor
@@ -40,11 +40,12 @@ from specdec.quant.linear import TILE_WEIGHTS
 from specdec.runtime.kv_cache.masks import attention_kinds, attention_masks
 from specdec.runtime.kv_cache.ragged import RaggedCache
 from specdec.runtime.model_forward import cache_argument
-from specdec.runtime.runner import context_of
+from specdec.runtime.runner import SCORE_BYTES, context_of
 from specdec.runtime.support import LINEAR_KINDS
 
 MXFP4_GROUP = 32
 MXFP4_CODEBOOK_BYTES = 4 * 16
+SCORES_WITH_SINKS = 4  # copies in the model's dtype: scores, these and sinks, their softmax, its scores alone
 MEASURED_POSITIONS = 16  # of the forwards on meta
 MEASURING_ATTENTION = "specdec_planning"  # replaces attention in transformers' AttentionInterface
 
@@ -60,9 +61,9 @@ def measure_footprint(
 
     dtype: of all but 4-bit weights. device: "cuda", with the Triton kernels, or "cpu", with its own where they have
     been built.
-    group_size: of 4-bit weights, unless the checkpoint is in four bits already. Raises ValueError, naming the model,
-    where there is no config, where no model can be made of it, and for models whose cache holds more than keys and
-    values by position.
+    group_size: of 4-bit weights, unless the checkpoint is in four bits already. An fp8 checkpoint is measured as the
+    copy in full precision that it is loaded from. Raises ValueError, naming the model, where there is no config, where
+    no model can be made of it, and for models whose cache holds more than keys and values by position.
     """
     config, settings, name = _read_config(model)
     with named_errors(f"no memory can be planned for {name}"):
@@ -133,9 +134,7 @@ def _measure(
         raise ValueError("it has layers that keep more than keys and values by position; only attention can be planned")
     plain_bytes = sum(tensor.nbytes for tensor in (*skeleton.parameters(), *skeleton.buffers()))
     method = None if settings is None else settings.get("quant_method")
-    saved_bytes, tile_weights, head_tile_weights = _quantized(
-        skeleton, None if method in FP8_METHODS else settings, group_size, device
-    )
+    saved_bytes, tile_weights, head_tile_weights = _quantized(skeleton, settings, group_size, device)
     return ModelFootprint(
         name=name,
         dtype=dtype,
@@ -175,6 +174,8 @@ def _quantized(
     tile of a 4-bit layer, and of an 8-bit head.
     """
     method = None if settings is None else settings.get("quant_method")
+    if method == FP8:  # loaded from its copy in full precision
+        settings = None
     if method == "mxfp4":
         return _saved_by_mxfp4(skeleton), 0, 0
     config, ignored, scheme = Int4Config(group_size), [], None
@@ -262,12 +263,13 @@ class _Forward:
     """One forward on meta. calls: (query heads, key heads, key width, value width) of each attention call.
 
     peak_bytes: the most it held, without weights, masks and cache. attention_bytes: the most when attention was called.
-    buffers: each layer's keys and values.
+    has_sinks: attention normalizes with a learned score of each head besides. buffers: each layer's keys and values.
     """
 
     peak_bytes: float
     attention_bytes: float
     calls: list[tuple[int, int, int, int]]
+    has_sinks: bool
     buffers: list[tuple[Tensor, Tensor]]
 
 
@@ -304,6 +306,7 @@ def _measured_forward(skeleton: Any, text: PreTrainedConfig, kinds: set[str]) ->
         "attention_slot_bytes": attention_slot_bytes,
         "layers": layers,
         "is_eager": is_eager,
+        "score_bytes": SCORES_WITH_SINKS * int(2 * scale) if forwards[0].has_sinks else SCORE_BYTES,
     }
 
 
@@ -315,12 +318,14 @@ def _forward_on_meta(
     live = LiveStorages()
     calls: list[tuple[int, int, int, int]] = []
     bytes_at_calls: list[int] = []
+    sinks: list[Any] = []
 
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
         calls.append((query.shape[1], key.shape[1], key.shape[3], value.shape[3]))
         bytes_at_calls.append(live.bytes)
+        sinks.append(kwargs.get("s_aux"))
         return query.new_empty(1, width, query.shape[1], value.shape[3]), None
 
     AttentionInterface.register(MEASURING_ATTENTION, attention)
@@ -343,7 +348,8 @@ def _forward_on_meta(
         bytes_at_calls.clear()
         with live:
             body(**inputs)
-    return _Forward(live.peak_bytes - held, max(bytes_at_calls, default=held) - held, calls, buffers)
+    has_sinks = any(values is not None for values in sinks)
+    return _Forward(live.peak_bytes - held, max(bytes_at_calls, default=held) - held, calls, has_sinks, buffers)
 
 
 def _by_position_and_slot(held_bytes: list[float], width: int) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from specdec_kernels.attention import MAX_DIM
 
 from specdec.quant.batch_invariant import BLOCK, CUDA_BLOCK, MAX_WINDOW
 from specdec.runtime.attention.blocks import KEY_BLOCK
-from specdec.runtime.runner import SCORE_BYTES, prefill_chunk
+from specdec.runtime.runner import prefill_chunk
 
 TILE_BYTES = 5.5  # of a weight in a tile: its code, packed and unpacked, and its value in float32
 
@@ -44,7 +44,8 @@ class ModelFootprint:
     cache.
     attention_position_bytes, attention_slot_bytes: what it holds when attention is called. Neither counts cache or
     masks.
-    is_eager: attention holds its scores [B, H, W, S]. num_masks: one for each kind of layer.
+    is_eager: attention holds its scores [B, H, W, S]. score_bytes: for each of them at its peak.
+    num_masks: one for each kind of layer.
     has_kernels: attention of a decoding window holds nothing but its result; on a CPU only in models with 4-bit layers,
     where prompts are read by decoding windows too.
     tile_weights: the largest number of a 4-bit layer's weights that prefill holds in full precision at a time.
@@ -71,6 +72,7 @@ class ModelFootprint:
     attention_position_bytes: float
     attention_slot_bytes: float
     is_eager: bool
+    score_bytes: int
     has_kernels: bool
     num_masks: int
     tile_weights: int
@@ -151,7 +153,7 @@ class ModelFootprint:
         repeated = repeated if 1 < self.kv_heads < self.heads else 0  # a single head is expanded without a copy
         match self._attention_backend(width, int4):
             case AttentionBackend.EAGER:
-                return mask * size, repeated + self.heads * pairs * SCORE_BYTES
+                return mask * size, repeated + self.heads * pairs * self.score_bytes
             case AttentionBackend.FUSED:  # it reads the cache itself, and bounds instead of a mask
                 return 0, 0
             case AttentionBackend.BLOCKS:  # scores of 8 queries in blocks and joined, then their softmax

@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from specdec.quant.config import METHOD, Int4Config
 from specdec.quant.conversion import convert_checkpoint
-from specdec.quant.formats import scheme_of
+from specdec.quant.formats import advice_on_fp8, scheme_of
 from specdec.quant.formats.layer import DOWNLOAD_AGAIN, FLOAT_DTYPES
 from specdec.quant.layers import abbreviate, linear_layers
 from specdec.quant.mtp_names import all_mtp_names
@@ -83,7 +83,8 @@ def load_checkpoint(
         model_config, settings, rest = read_config(folder, **kwargs)
         method = None if settings is None else settings.get("quant_method")
         if settings is not None and config is not None:
-            raise ValueError(f"it is quantized already, by {method}; leave config out, or load the original")
+            advice = advice_on_fp8(method) or "leave config out, or load the original"
+            raise ValueError(f"it is quantized already, by {method}; {advice}")
         if settings is not None and method != METHOD:
             trust_remote_code = kwargs.get("trust_remote_code")
             checkpoint = checkpoint_folder(path, hub, HUB_FILES)

@@ -25,6 +25,7 @@ from specdec.quant.batch_invariant import make_batch_invariant
 from specdec.quant.config import METHOD, Int4Config
 from specdec.quant.empty_layers import count_parts, insert_empty_layers, meta_tensors, named_parts
 from specdec.quant.experts import Int4Experts
+from specdec.quant.formats import advice_on_fp8
 from specdec.quant.fused_linear import link_fused_layers
 from specdec.quant.heads import check_finite, head_to_quantize, quantize_head
 from specdec.quant.int4 import Int4Tensor
@@ -223,9 +224,9 @@ def quantize(
         or getattr(model.config, "quantization_config", None) is not None
     ):
         method = getattr(model.config.quantization_config, "quant_method", None) or model.config.quantization_config
-        raise ValueError(
-            f"the model is quantized already, by {getattr(method, 'value', method)}; quantize the original instead"
-        )
+        method = getattr(method, "value", method)
+        advice = advice_on_fp8(method) or "quantize the original instead"
+        raise ValueError(f"the model is quantized already, by {method}; {advice}")
     weights = {name: model.get_parameter(f"{name}.weight").detach() for name in layers_to_quantize(model, config)}
     for name, weight in weights.items():
         check_finite(name, weight)

@@ -13,14 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, LlamaForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import specdec
+from specdec.planning.footprint import measure_footprint
 from specdec.quant.checkpoints import load_checkpoint, load_quantized
 from specdec.quant.config import Int4Config
 from specdec.quant.experts import Int4Experts
 from specdec.quant.int4 import Int4Tensor
+from specdec.quant.layers import is_4bit
 from specdec.quant.linear import Int4Linear
 from tests.helpers.checkpoint_writers import Case, edit_config, edit_tensors, quantization_config, random_weight, write
 from tests.helpers.checkpoint_writers import compressed as write_compressed
@@ -682,7 +684,10 @@ UNREAD = [
         {"quant_method": "bitsandbytes", "load_in_4bit": True},
         r"quant_method='bitsandbytes' cannot be read, only 'gptq'.*full precision",
     ),
-    ({"quant_method": "fp8"}, r"quant_method='fp8' cannot be read"),
+    (
+        {"quant_method": "fp8"},
+        r"quant_method='fp8' cannot be read.*transformers or vLLM reads it, or write its bfloat16",
+    ),
     ({"quant_method": "hqq"}, r"quant_method='hqq' cannot be read"),
     ({"bits": 4}, r"quant_method=None cannot be read"),
     ({"quant_method": ["gptq"]}, r"quant_method=\['gptq'\] cannot be read"),
@@ -758,6 +763,39 @@ def test_formats_that_are_not_read(settings: dict[str, Any], match: str, any_fol
     edit_config(any_folder, quantization_config=settings)
     with pytest.raises(ValueError, match=match):
         load(any_folder)
+
+
+def test_an_fp8_checkpoint_loads_as_the_error_says(tmp_path: Path) -> None:
+    """The statement in the message, run as it is, writes the folder that is then quantized while it loads."""
+    source, copied = tmp_path / "fp8", tmp_path / "bfloat16"
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "max_position_embeddings": 64}
+    model = make_model("llama", **sizes, num_attention_heads=4, num_key_value_heads=2)
+    model.to(torch.bfloat16).save_pretrained(source)
+    tensors = load_file(source / "model.safetensors")
+    expected = {}
+    for name in [name for name in tensors if "_proj" in name]:
+        rows, columns = tensors[name].shape
+        blocks = tensors[name].float().view(-1, min(rows, 128), columns // 128, 128)
+        scale = blocks.abs().amax((1, 3), keepdim=True) / 448
+        codes = (blocks / scale).to(torch.float8_e4m3fn)
+        expected[name] = (codes.float() * scale).view(rows, columns).to(torch.bfloat16)
+        tensors[name], tensors[f"{name}_scale_inv"] = codes.view(rows, columns), scale.view(-1, columns // 128)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    edit_config(source, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    statements = set()
+    for arguments in ({}, {"config": Int4Config()}):
+        with pytest.raises(ValueError, match="fp8") as error:
+            load(source, **arguments)
+        statements.add(str(error.value)[str(error.value).index("AutoModelForCausalLM") :])
+    (statement,) = statements
+    names = {"AutoModelForCausalLM": AutoModelForCausalLM, "FineGrainedFP8Config": FineGrainedFP8Config}
+    eval(statement, names | {"PATH": source, "FOLDER": copied})
+    written = load_file(copied / "model.safetensors")
+    assert all(torch.equal(written[name], weight) for name, weight in expected.items())
+    assert is_4bit(load(copied))
+    planned, of_copy = (measure_footprint(folder, device="cpu") for folder in (source, copied))
+    assert (planned.checkpoint_method, of_copy.checkpoint_method) == ("fp8", None)
+    assert (planned.plain_bytes, planned.int4_bytes) == (of_copy.plain_bytes, of_copy.int4_bytes)
 
 
 def test_invalid_arguments(folder: Path) -> None:

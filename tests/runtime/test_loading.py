@@ -239,7 +239,8 @@ def test_other_quantization_is_refused_by_name_before_weights_are_read(
     assert main(["generate", str(folder), "a"]) == 2
     assert f"'{method}'" in capsys.readouterr().err
     assert main(["quantize", str(folder), str(folder / "int4")]) == 2
-    assert f"quantized already, by {method}; quantize the original" in capsys.readouterr().err
+    advice = "write its bfloat16 copy" if method == "fp8" else "quantize the original"
+    assert f"quantized already, by {method}; {advice}" in capsys.readouterr().err
 
 
 # Damaged files.

@@ -25,7 +25,7 @@ OTHER_READERS = {
     "exl2": "ExLlamaV2",
     "exl3": "ExLlamaV3",
     "fbgemm_fp8": "transformers with the fbgemm-gpu package",
-    "fp8": "transformers or vLLM",  # see FP8_METHODS
+    "fp8": "transformers or vLLM",
     "higgs": "transformers with the flute-kernel package",
     "hqq": "transformers with the hqq package",
     "marlin": "vLLM",
@@ -36,8 +36,18 @@ OTHER_READERS = {
     "vptq": "transformers with the vptq package",
 }
 
+FP8 = "fp8"  # some models were published in it alone
 
-FP8_METHODS = ("fp8",)  # in which models are published, so that there may be no original in full precision
+
+def advice_on_fp8(method: Any) -> str | None:
+    """What to do with an fp8 checkpoint, for an error message; None for other methods."""
+    if method != FP8:
+        return None
+    return (
+        "write its bfloat16 copy, which is twice as large, with transformers and name that folder: AutoModelForCausalLM"
+        ".from_pretrained(PATH, dtype='bfloat16', quantization_config=FineGrainedFP8Config(dequantize=True))"
+        ".save_pretrained(FOLDER)"
+    )
 
 
 def scheme_of(settings: Mapping[str, Any]) -> Scheme:
@@ -46,15 +56,9 @@ def scheme_of(settings: Mapping[str, Any]) -> Scheme:
     if isinstance(method, str) and method in SCHEMES:
         return SCHEMES[method](settings)
     reader = OTHER_READERS.get(method) if isinstance(method, str) else None
-    remedy = "load the original, which is quantized while it loads"
-    if method in FP8_METHODS:
-        remedy = (
-            "load an original in bfloat16, which is quantized while it loads; where the model was published in fp8"
-            " alone, write one: AutoModelForCausalLM.from_pretrained(…, quantization_config=FineGrainedFP8Config("
-            "dequantize=True)) of transformers, then save_pretrained()"
-        )
+    advice = advice_on_fp8(method) or "load the original, which is quantized while it loads"
     raise ValueError(
         f"a checkpoint with quant_method={method!r}{f' ({algorithm})' if algorithm else ''} cannot be read, only"
         f" {', '.join(map(repr, SCHEMES))}, {METHOD!r} and full precision can;"
-        f" {f'{reader} reads it, or ' if reader else ''}{remedy}"
+        f" {f'{reader} reads it, or ' if reader else ''}{advice}"
     )
