@@ -275,6 +275,9 @@ def test_a_run_has_provenance_costs_memory_and_a_sample(greedy: Run) -> None:
     origin = greedy.header.provenance
     assert origin["torch"] == torch.__version__
     assert origin["processes"] == 1
+    assert origin["target_files"].startswith("sha256 ")
+    assert origin["drafter_files"].startswith("sha256 ")
+    assert origin["drafter_files"] != origin["target_files"]
     assert origin["decoding"] == "eager"
     assert {"commit", "dirty", "command", "device", "transformers", "accelerate", "datasets", "hydra-core"} <= set(
         origin

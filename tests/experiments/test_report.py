@@ -465,6 +465,22 @@ def test_a_run_in_format_1_is_reported_with_the_current_definitions_and_a_note(
     )
 
 
+def test_the_provenance_has_hashes_of_prompts_and_config() -> None:
+    def found(run: Run) -> tuple[str, str]:
+        origin = to_json([run])["runs"][0]["provenance"]
+        return origin["prompts_sha256"], origin["config_sha256"]
+
+    run = synthetic_run(prompts=2)
+    prompts, settings = found(run)
+    assert prompts in render_page([run])
+    assert found(synthetic_run(prompts=2, name="other", folder="elsewhere", seed=5)) == (prompts, settings)
+    assert found(synthetic_run(prompts=3))[0] != prompts
+    assert found(synthetic_run(prompts=2, k=3)) == (prompts, found(synthetic_run(prompts=2, k=3))[1])
+    assert found(synthetic_run(prompts=2, k=3))[1] != settings
+    unknown = replace(run, header=replace(run.header, provenance=PROVENANCE | {"commit": None}))
+    assert "<dt>commit</dt><dd>unknown</dd>" in render_page([unknown])
+
+
 def test_measured_memory_is_compared_with_its_prediction() -> None:
     text = render_page([DEMO])
     assert re.search(r"measured relative to predicted</th>\s*<td>\+3\.6\u00a0%", text)

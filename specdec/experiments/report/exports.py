@@ -16,6 +16,7 @@ from specdec.experiments.report.labels import (
     build_reports,
     changes_from_first,
     choice_of,
+    digests,
     has_format_1_counts,
     is_interrupted,
 )
@@ -127,7 +128,7 @@ def _json_of_run(report: RunReport) -> dict[str, Any]:
         "record_format": run.header.version,
         "verdict": asdict(own) if own else None,
         "caveats": caveats(report),
-        "provenance": run.header.provenance,
+        "provenance": run.header.provenance | digests(run),
         "config": report.config,
         **asdict(report.figures),
         "tasks": {

@@ -14,7 +14,7 @@ from specdec.experiments.report import plots
 from specdec.experiments.report.estimates import MIN_UNITS
 from specdec.experiments.report.figures import METRICS, TIME_PARTS, count_identical
 from specdec.experiments.report.formatting import interval, number, with_interval
-from specdec.experiments.report.labels import RunReport, build_reports, is_sampled
+from specdec.experiments.report.labels import RunReport, build_reports, digests, is_sampled
 from specdec.experiments.report.narrative import (
     about,
     auto_k_summary,
@@ -111,10 +111,16 @@ def _section(report: RunReport, index: int) -> dict[str, Any]:
         "sample": _sample(run),
         "memory": tables.get("memory"),
         "skipped_and_failed": skipped_and_failed(run),
-        "provenance": [(name, str(value)) for name, value in run.header.provenance.items() if name != "command"],
+        "provenance": _provenance(run),
         "command": run.header.provenance.get("command", ""),
         "config": [(name, str(value)) for name, value in run.header.flat().items()],
     }
+
+
+def _provenance(run: Run) -> list[tuple[str, str]]:
+    """Names and values, without the command, which the template shows by itself."""
+    values = run.header.provenance | digests(run)
+    return [(name, "unknown" if value is None else str(value)) for name, value in values.items() if name != "command"]
 
 
 def _cards(report: RunReport) -> list[Card]:
