@@ -10,7 +10,7 @@ from rich.table import Table
 
 from specdec.experiments.records import Run
 from specdec.experiments.report.figures import METRICS
-from specdec.experiments.report.formatting import interval, number, plural, with_interval
+from specdec.experiments.report.formatting import interval, number, plural
 from specdec.experiments.report.labels import (
     RunReport,
     build_reports,
@@ -30,7 +30,7 @@ from specdec.experiments.report.narrative import (
     skipped_and_failed,
     suggestion,
 )
-from specdec.experiments.report.tables import comparison_rows, number_tables, task_metrics
+from specdec.experiments.report.tables import comparison_rows, number_tables
 from specdec.experiments.report.verdict import verdict
 
 SUMMARY_COLUMNS = {
@@ -98,12 +98,6 @@ def _markdown_of_run(report: RunReport) -> list[str]:
     metrics = [(metric, report.figures.metrics[name]) for name, metric in METRICS.items()]
     rows = [[m.label, number(e.value, m.unit), interval(e, m.unit)] for m, e in metrics if e.value is not None]
     parts.append(_markdown_table(["", "value", "95 % interval"], rows))
-    names = task_metrics(report)
-    rows = [
-        [task, str(num_prompts), *(with_interval(values[name], METRICS[name].unit) for name in names)]
-        for task, (num_prompts, values) in report.figures.tasks.items()
-    ]
-    parts.append(_markdown_table(["task", "prompts", *(METRICS[name].label for name in names)], rows))
     for table in number_tables(report).values():
         parts += [f"**{table.title}**", _markdown_table(table.header, table.rows)]
     parts += [auto_k_summary(report)] if auto_k_summary(report) else []
