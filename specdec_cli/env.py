@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from specdec_kernels import cpu
 
 import specdec
 from specdec.planning.devices import GIB
-from specdec.utils.provenance import provenance
+from specdec.utils.provenance import installed_version, provenance
 from specdec_cli.options import Options
 
 PACKAGES = ("torch", "transformers", "accelerate", "triton", "datasets", "hydra-core", "numpy", "jinja2", "matplotlib")
@@ -30,7 +29,6 @@ EXTRAS = {  # modules that an extra of the package brings, and what for
     ),
     "kernels": (("triton",), "kernels on a GPU"),
 }
-CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimd")
 
 
 @dataclass(frozen=True)
@@ -57,18 +55,18 @@ def make_report() -> dict[str, Any]:
     origin = provenance("cpu")
     return {
         "specdec": specdec.__version__,
-        "commit": origin["commit"] or None,
+        "commit": origin["commit"],
         "dirty": origin["dirty"],
         "installed_at": str(Path(specdec.__file__).parent),
         "python": platform.python_version(),
         "system": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: installed_version(name) for name in PACKAGES},
         "cpu": {
-            "model": _cpu_model(),
+            "model": origin["cpu"],
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
-            "flags": _cpu_flags(),
+            "flags": str(origin["cpu_flags"]).split(),
             "memory_gib": round(_memory_bytes() / GIB, 1) if _memory_bytes() else None,
         },
         "gpus": _gpus(),
@@ -108,32 +106,6 @@ def show(report: dict[str, Any], console: Console) -> None:
     for missing in report["missing"]:
         line = f"  {missing['what']}, for {missing['needed_for']}: {missing['remedy']}"
         console.print(line, soft_wrap=True, markup=False)  # of an extra in square brackets
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu_model() -> str:
-    lines = _cpuinfo("model name")
-    return lines or platform.processor() or platform.machine()
-
-
-def _cpu_flags() -> list[str]:
-    found = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
-    return [flag for flag in CPU_FLAGS if flag in found]
-
-
-def _cpuinfo(field: str) -> str:
-    """The first line of a field in Linux' /proc/cpuinfo, "" elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() == field), "")
 
 
 def _memory_bytes() -> int:

@@ -33,7 +33,7 @@ from specdec.training.config import TrainConfig
 from specdec.training.distillation import DraftModelTraining
 from specdec.training.train import DRAFTER, HELD_OUT, is_finished, show, train
 from specdec_cli.audit_lossless import audit, prompt_ids
-from specdec_cli.hydra_app import NotShown, PromptsFailed
+from specdec_cli.errors import NotShown, PromptsFailed
 from specdec_cli.report import write
 
 RUN = "run"  # in the folder of a training

@@ -13,19 +13,9 @@ from hydra.errors import HydraException, InstantiationException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from specdec_cli.errors import NotShown, PromptsFailed
+
 LAUNCHER_EXTRAS = {"joblib": "joblib", "submitit": "slurm", "ray": "ray"}
-
-
-class PromptsFailed(Exception):
-    """A run is complete, but some of its prompts have an error instead of a record."""
-
-
-class NotShown(Exception):
-    """An audit is complete, and its certificate printed, but the model is not lossless, or not shown to be."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__()
-        self.exit_code = exit_code
 
 
 def conf_dir() -> Path:

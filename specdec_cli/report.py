@@ -167,7 +167,7 @@ def _check_of_value(condition: Condition, run: str, of_run: dict[str, Estimate])
         raise condition.error("per cent are of a change: name two runs, the one to compare with first")
     estimate, unit = of_run[condition.metric], METRICS[condition.metric].unit
     fails = condition.fails(estimate, run)
-    summary = f"{condition.text} [{run}]: {with_interval(estimate, unit)}: {_outcome(fails)}"
+    summary = f"{condition.text} [{run}]: {with_interval(estimate, unit)}: {'fails' if fails else 'holds'}"
     return Check(condition.text, run, None, estimate, None, fails, summary)
 
 
@@ -184,12 +184,8 @@ def _check_of_change(condition: Condition, first: str, run: str, difference: Dif
     moved, between = number(change.value, unit, scale), interval(change, unit, scale)
     between = "\u00a0%" * condition.is_relative + (f" ({between})" if between else "")
     values = f"{number(difference.before, metric.unit)} → {number(difference.after, metric.unit)}"
-    summary = f"{condition.text} [{run}]: {values}, change {moved}{between}: {_outcome(fails)}"
+    summary = f"{condition.text} [{run}]: {values}, change {moved}{between}: {'fails' if fails else 'holds'}"
     return Check(condition.text, run, difference.before, after, change, fails, summary)
-
-
-def _outcome(fails: bool) -> str:
-    return "fails" if fails else "holds"
 
 
 def write(path: Path, text: str) -> None:

@@ -6,9 +6,7 @@ import hashlib
 import math
 import re
 import subprocess
-import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -38,23 +36,9 @@ def as_written(value: Any, dry: bool, key: str = "") -> Any:
 
 def origin(suite: Suite) -> Row:
     """The provenance of figures. Without git, the digest of the sources replaces the commit."""
-    try:
-        found: Row = provenance(str(suite.device))
-    except OSError:  # no git
-        found = {
-            "commit": "",
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-            "date": time.strftime("%Y-%m-%d"),
-        }
-    if not found["commit"]:
-        found |= {"commit": None, "dirty": None}
+    found: Row = provenance(str(suite.device))
     files = [file for folder in ("kernels", "specdec", "scripts") for file in sorted((ROOT / folder).rglob("*.py"))]
     found["sources_sha256"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    try:
-        found["triton"] = version("triton")
-    except PackageNotFoundError:
-        found["triton"] = None
     if suite.cuda:
         properties = torch.cuda.get_device_properties(suite.device)
         found |= {

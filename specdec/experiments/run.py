@@ -40,7 +40,7 @@ from specdec.experiments.records import (
 )
 from specdec.experiments.workloads import Prompt
 from specdec.generation.enable import decoding_of
-from specdec.utils.provenance import provenance
+from specdec.utils.provenance import model_identity, provenance
 from specdec.utils.text import pieces
 
 MAY_DIFFER_ON_RESUME = {"folder", "resume"}
@@ -77,7 +77,7 @@ def run(config: ExperimentConfig, values: dict[str, Any], console: Console, resu
     first_batch = _first_batch(config, pair, prompts)
     state.wait_for_everyone()  # all have read the folder before one of them writes
     folder.mkdir(parents=True, exist_ok=True)
-    header = Header(_provenance(pair, device, state.num_processes), values)
+    header = Header(_provenance(config, pair, device, state.num_processes), values)
     file = RecordFile(folder / f"records-{state.process_index}.jsonl", header)
     batches = [prompts[start : start + config.batch_size] for start in range(0, len(prompts), config.batch_size)]
     work = list(enumerate(product(range(config.repetitions), batches)))[state.process_index :: state.num_processes]
@@ -206,9 +206,15 @@ class Worker:
         )
 
 
-def _provenance(pair: Pair, device: str, num_processes: int) -> dict[str, Any]:
+def _provenance(config: ExperimentConfig, pair: Pair, device: str, num_processes: int) -> dict[str, Any]:
     versions = {name: version(name) for name in ("accelerate", "datasets", "hydra-core")}
-    return provenance(device) | versions | {"decoding": decoding_of(pair.target), "processes": num_processes}
+    paths = {"target_files": config.target.path, "drafter_files": getattr(config.drafter, "path", None)}
+    files = {
+        name: model_identity(path, getattr(model.config, "_commit_hash", None))
+        for (name, path), model in zip(paths.items(), pair.models, strict=False)
+        if path
+    }
+    return provenance(device) | versions | files | {"decoding": decoding_of(pair.target), "processes": num_processes}
 
 
 def _previous_run(folder: Path, resume: bool, values: dict[str, Any]) -> Run | None:

@@ -281,6 +281,9 @@ def test_a_run_has_provenance_costs_memory_and_a_sample(greedy: Run) -> None:
     origin = greedy.header.provenance
     assert origin["torch"] == torch.__version__
     assert origin["processes"] == 1
+    assert origin["target_files"].startswith("sha256 ")
+    assert origin["drafter_files"].startswith("sha256 ")
+    assert origin["drafter_files"] != origin["target_files"]
     assert origin["decoding"] == "eager"
     assert {"commit", "dirty", "command", "device", "transformers", "accelerate", "datasets", "hydra-core"} <= set(
         origin
@@ -738,7 +741,7 @@ def test_a_run_with_automatic_k(tmp_path: Path) -> None:
     )
     for runs in ([finished], [finished, fixed], [fixed, finished]):
         for text in (render_page(runs), to_markdown(runs)):
-            assert "K was chosen automatically: K=" in text
+            assert "K was chosen step by step: K=" in text
         assert "K=auto" in render_page(runs)
     assert to_json([fixed])["runs"][0]["choice"] is None
     assert to_json([finished])["runs"][0]["choice"]["measured_speedup"] > 0

@@ -236,7 +236,12 @@ def test_figures_are_counted_from_the_steps() -> None:
     assert found.metrics["expected_acceptance"].value == pytest.approx((0.9 + 0.8 + 0.3 + 0.6 + 0.7 + 0.5 + 2) / 8)
     assert found.metrics["identical"].value == 0  # the plain texts are longer
     assert found.histogram == [1, 2, 2]
+    assert [(steps, share.value) for steps, share in found.step_lengths] == [
+        (2, pytest.approx(2 / 6)), (2, pytest.approx(2 / 6)), (2, pytest.approx(2 / 6)),
+    ]  # fmt: skip
     first, second = found.positions
+    assert (first.drafts, second.drafts) == (5, 3)
+    assert [at.conditional.value for at in found.positions_by_task["task b"]] == [1.0, 0.5]
     assert (first.unconditional.value, first.conditional.value) == (pytest.approx(4 / 5), pytest.approx(4 / 5))
     assert (second.unconditional.value, second.conditional.value) == (pytest.approx(2 / 5), pytest.approx(2 / 3))
     assert second.expected.value == pytest.approx((0.8 + 0.5 + 1.0) / 3)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import base64
+import csv
+import io
 import json
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from rich.console import Console
@@ -64,7 +68,7 @@ def test_a_page_is_self_contained_and_deterministic() -> None:
     assert text == render_page([DEMO])
     assert len(text.encode()) < 600_000
     assert "http" not in re.sub(r"http-equiv", "", text)
-    assert not re.search(r'(src|href)="(?!#|data:,)', text)
+    assert not re.search(r'(src|href)="(?!#|data:(,|text/csv))', text)
     for title in SECTIONS:
         assert re.search(rf"<h2>{title}</h2>", text), title
     identifiers = re.findall(r' id="([^"]+)"', text)
@@ -76,17 +80,18 @@ def test_a_page_is_self_contained_and_deterministic() -> None:
 def test_alt_texts_of_charts_contain_their_figures() -> None:
     text = render_page([DEMO])
     alts = re.findall(r'role="img" aria-label="([^"]+)"', text)
-    assert len(alts) == text.count("<svg") == 6
+    assert len(alts) == text.count("<svg") == 7
     first = figures(DEMO).positions[0].conditional
     assert first.value is not None
     assert first.low is not None
     column = "conditional: all preceding accepted"
-    expected = (
-        f"Acceptance by draft position. position 1: {column} {100 * first.value:.1f}\u00a0% ({100 * first.low:.1f} to "
-    )
+    drafts = figures(DEMO).positions[0].drafts
+    expected = f"Acceptance by draft position. position 1: drafts that reach it {drafts:,}, {column} "
+    expected += f"{100 * first.value:.1f}\u00a0% ({100 * first.low:.1f} to "
     assert alts[0].startswith(expected)
     for title in (
-        "Accepted tokens per draft",
+        "Tokens per step",
+        "Conditional acceptance by task and position. task task a: position 1 ",
         "Acceptance along the output",
         "Mean acceptance length by K",
         "Speedup by K",
@@ -465,6 +470,22 @@ def test_a_run_in_format_1_is_reported_with_the_current_definitions_and_a_note(
     )
 
 
+def test_the_provenance_has_hashes_of_prompts_and_config() -> None:
+    def found(run: Run) -> tuple[str, str]:
+        origin = to_json([run])["runs"][0]["provenance"]
+        return origin["prompts_sha256"], origin["config_sha256"]
+
+    run = synthetic_run(prompts=2)
+    prompts, settings = found(run)
+    assert prompts in render_page([run])
+    assert found(synthetic_run(prompts=2, name="other", folder="elsewhere", seed=5)) == (prompts, settings)
+    assert found(synthetic_run(prompts=3))[0] != prompts
+    assert found(synthetic_run(prompts=2, k=3)) == (prompts, found(synthetic_run(prompts=2, k=3))[1])
+    assert found(synthetic_run(prompts=2, k=3))[1] != settings
+    unknown = replace(run, header=replace(run.header, provenance=PROVENANCE | {"commit": None}))
+    assert "<dt>commit</dt><dd>unknown</dd>" in render_page([unknown])
+
+
 def test_measured_memory_is_compared_with_its_prediction() -> None:
     text = render_page([DEMO])
     assert re.search(r"measured relative to predicted</th>\s*<td>\+3\.6\u00a0%", text)
@@ -512,6 +533,38 @@ def test_the_comparison_marks_clear_differences() -> None:
     assert 'class="verdict"' not in render_page([WITHOUT_BASELINE, WITHOUT_BASELINE])
     of_k = to_markdown([synthetic_run(k=2), synthetic_run(k=4)])
     assert re.search(r"mean acceptance length \| .* differs \|", of_k)  # a larger K, not a better drafter
+
+
+def tables_of(text: str) -> dict[str, list[dict[str, str]]]:
+    """The rows of each CSV file that a page offers, by its name."""
+    links = re.findall(r'<a class="csv" download="([^"]+)" href="data:text/csv;charset=utf-8,([^"]+)"', text)
+    return {name: list(csv.DictReader(io.StringIO(unquote(data)))) for name, data in links}
+
+
+def test_every_table_is_a_csv_file_with_the_values_at_full_precision() -> None:
+    tables, found = tables_of(render_page([DEMO])), figures(DEMO)
+    assert list(tables) == [
+        "acceptance-by-draft-position.csv", "tokens-per-step.csv", "acceptance-along-the-output.csv", "by-task.csv",
+        "conditional-acceptance-by-task-and-position.csv", "mean-acceptance-length-by-k.csv", "speedup-by-k.csv",
+        "time-per-token-ms.csv", "time-of-a-step-ms.csv", "peak-memory.csv",
+    ]  # fmt: skip
+    first = tables["acceptance-by-draft-position.csv"][0]
+    conditional, name = found.positions[0].conditional, "conditional: all preceding accepted"
+    assert [float(first[column]) for column in (name, f"{name}, low end of 95 % interval")] == [
+        conditional.value, conditional.low,
+    ]  # fmt: skip
+    *_, overall = tables["by-task.csv"]
+    assert overall["task"] == "all"
+    assert float(overall["speedup over plain decoding, high end of 95 % interval"]) == found.metrics["speedup"].high
+    shares = [float(row["share"]) for row in tables["tokens-per-step.csv"]]
+    assert sum(shares) == pytest.approx(1)
+    compared = tables_of(render_page([DEMO, replace(speculative(0.5), folder=Path("slow"))]))["metrics-of-all-runs.csv"]
+    assert float(list(compared[0].values())[1]) == found.metrics["speedup"].value
+
+
+def test_the_heat_map_needs_several_tasks() -> None:
+    assert "by task and position" in render_page([DEMO])
+    assert "by task and position" not in render_page([synthetic_run(tasks=1)])
 
 
 def test_markdown_and_json_contain_the_figures() -> None:
@@ -966,6 +1019,22 @@ def test_a_token_shows_both_distributions_to_pointer_and_keyboard(driver: Any, p
     assert not odds.is_displayed()
     driver.execute_script("arguments[0].focus()", tokens[7])
     assert "draft: no draft token here" in odds.text  # a bonus token
+
+
+def test_a_table_is_downloaded_as_csv(driver: Any, pages: dict[str, str], tmp_path: Path) -> None:
+    behavior = {"behavior": "allow", "downloadPath": str(tmp_path), "eventsEnabled": False}
+    driver.execute_cdp_cmd("Browser.setDownloadBehavior", behavior)
+    open_page(driver, pages["one"])
+    link = driver.find_element("css selector", 'a.csv[download="by-task.csv"]')
+    driver.execute_script("arguments[0].scrollIntoView(); arguments[0].focus()", link)
+    link.send_keys("\ue007")  # Enter
+    file = tmp_path / "by-task.csv"
+    for _ in range(100):
+        if file.exists() and file.stat().st_size:
+            break
+        time.sleep(0.05)
+    rows = list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8"))))
+    assert [row["task"] for row in rows] == [*tasks_in_order(driver, 0), "all"]
 
 
 def test_it_prints_in_light_colors_with_all_details_open(driver: Any, pages: dict[str, str]) -> None:

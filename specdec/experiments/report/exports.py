@@ -11,12 +11,13 @@ from rich.table import Table
 from specdec.experiments.records import Run
 from specdec.experiments.report.definitions import definitions_json
 from specdec.experiments.report.figures import METRICS
-from specdec.experiments.report.formatting import interval, number, plural, with_interval
+from specdec.experiments.report.formatting import interval, number, plural
 from specdec.experiments.report.labels import (
     RunReport,
     build_reports,
     changes_from_first,
     choice_of,
+    digests,
     has_format_1_counts,
     is_interrupted,
 )
@@ -31,7 +32,7 @@ from specdec.experiments.report.narrative import (
     suggestion,
 )
 from specdec.experiments.report.spec_bench import leaderboard_of_reports
-from specdec.experiments.report.tables import comparison_rows, number_tables, task_metrics
+from specdec.experiments.report.tables import comparison_rows, number_tables
 from specdec.experiments.report.verdict import verdict
 
 SUMMARY_COLUMNS = {
@@ -102,12 +103,6 @@ def _markdown_of_run(report: RunReport) -> list[str]:
     metrics = [(metric, report.figures.metrics[name]) for name, metric in METRICS.items()]
     rows = [[m.label, number(e.value, m.unit), interval(e, m.unit)] for m, e in metrics if e.value is not None]
     parts.append(markdown_table(["", "value", "95 % interval"], rows))
-    names = task_metrics(report)
-    rows = [
-        [task, str(num_prompts), *(with_interval(values[name], METRICS[name].unit) for name in names)]
-        for task, (num_prompts, values) in report.figures.tasks.items()
-    ]
-    parts.append(markdown_table(["task", "prompts", *(METRICS[name].label for name in names)], rows))
     for table in number_tables(report).values():
         parts += [f"**{table.title}**", markdown_table(table.header, table.rows)]
     parts += [auto_k_summary(report)] if auto_k_summary(report) else []
@@ -134,7 +129,7 @@ def _json_of_run(report: RunReport) -> dict[str, Any]:
         "record_format": run.header.version,
         "verdict": asdict(own) if own else None,
         "caveats": caveats(report),
-        "provenance": run.header.provenance,
+        "provenance": run.header.provenance | digests(run),
         "config": report.config,
         **asdict(report.figures),
         "tasks": {

@@ -105,12 +105,14 @@ METRICS: dict[str, Metric] = {
 class Position:
     """Acceptance at one draft position, from 1.
 
+    drafts: steps that drafted there with all preceding draft tokens accepted.
     unconditional: accepted at the position / steps that drafted.
-    conditional: accepted at the position / drafted there with all preceding draft tokens accepted.
+    conditional: accepted at the position / drafts.
     expected: mean of sum(min(p, q)) over the same.
     """
 
     position: int
+    drafts: int
     unconditional: Estimate
     conditional: Estimate
     expected: Estimate
@@ -130,13 +132,16 @@ class Figures:
     """All figures of a run.
 
     tasks: number of prompts and metrics, by task. histogram[i]: steps that drafted and accepted i draft tokens.
+    step_lengths[i]: steps that emitted i + 1 tokens, and their share of all steps.
     time_ms: milliseconds per token of each part of TIME_PARTS, by engine. along: acceptance along the output.
     """
 
     metrics: dict[str, Estimate]
     tasks: dict[str, tuple[int, dict[str, Estimate]]]
     positions: list[Position]
+    positions_by_task: dict[str, list[Position]]
     histogram: list[int]
+    step_lengths: list[tuple[int, Estimate]]
     what_if: list[Prediction]
     time_ms: dict[str, dict[str, float]]
     along: list[Stretch]
@@ -154,7 +159,12 @@ def figures(run: Run) -> Figures:
         metrics=metrics(np.array(list(tallies.values()))),
         tasks=_by_task(run, tallies),
         positions=_positions(speculative),
+        positions_by_task={
+            task: _positions([record for record in speculative if record.task == task])
+            for task in sorted({record.task for record in speculative})
+        },
         histogram=_histogram(speculative),
+        step_lengths=_step_lengths(speculative),
         what_if=predict_other_k(run),
         time_ms={engine: _time_ms(run.of(engine)) for engine in (SPECULATIVE, PLAIN) if run.of(engine)},
         along=_along(speculative),
@@ -232,6 +242,16 @@ def _histogram(records: Sequence[Record]) -> list[int]:
     return acceptance_histogram(steps, max((step.requested for step in steps), default=0)) if records else []
 
 
+def _step_lengths(records: Sequence[Record]) -> list[tuple[int, Estimate]]:
+    """The number of steps that emitted 1, 2, … tokens, and their shares; [] without a record."""
+    if not records:
+        return []
+    groups = [[step.emitted for record in group for step in record.steps] for group in group_by_prompt(records)]
+    counts = np.stack([np.bincount(emitted, minlength=max(map(max, groups)) + 1) for emitted in groups])[:, 1:]
+    steps = counts.sum(axis=1).astype(np.float64)
+    return [(int(column.sum()), ratio(column.astype(np.float64), steps)) for column in counts.T]
+
+
 def _positions(records: Sequence[Record]) -> list[Position]:
     max_drafted = max((step.drafted for record in records for step in record.steps), default=0)
     groups = [[step for record in group for step in record.steps] for group in group_by_prompt(records)]
@@ -241,7 +261,9 @@ def _positions(records: Sequence[Record]) -> list[Position]:
         tried = np.array([sum(len(step.overlap) > at for step in steps) for steps in groups], dtype=np.float64)
         accepted = np.array([sum(step.accepted > at for step in steps) for steps in groups], dtype=np.float64)
         overlap = np.array([sum(step.overlap[at] for step in steps if len(step.overlap) > at) for steps in groups])
-        positions.append(Position(at + 1, ratio(accepted, drafting), ratio(accepted, tried), ratio(overlap, tried)))
+        positions.append(
+            Position(at + 1, int(tried.sum()), ratio(accepted, drafting), ratio(accepted, tried), ratio(overlap, tried))
+        )
     return positions
 
 

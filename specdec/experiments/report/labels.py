@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -91,6 +92,16 @@ def differing_keys(runs: Sequence[Run]) -> set[str]:
     flat = [run.header.flat() for run in runs]
     names = {name for values in flat for name in values if name.partition(".")[0] not in IGNORED_KEYS}
     return {name for name in names if any(values.get(name) != flat[0].get(name) for values in flat)}
+
+
+def digests(run: Run) -> dict[str, str]:
+    """SHA-256 of the prompts and of the config, equal for runs of the same ones; folder and name do not count."""
+    prompts = sorted({(r.prompt_id, r.prompt_hash) for r in run.records if r.turn == 0})
+    config = sorted((name, str(value)) for name, value in run.header.flat().items() if name not in IGNORED_KEYS)
+    return {
+        "prompts_sha256": hashlib.sha256(repr(prompts).encode()).hexdigest(),
+        "config_sha256": hashlib.sha256(repr(config).encode()).hexdigest(),
+    }
 
 
 def display_name(group: Any) -> str:

@@ -14,8 +14,8 @@ from specdec.experiments.report import plots
 from specdec.experiments.report.definitions import NOTE, definitions_table
 from specdec.experiments.report.estimates import MIN_UNITS
 from specdec.experiments.report.figures import METRICS, TIME_PARTS, count_identical
-from specdec.experiments.report.formatting import interval, number, with_interval
-from specdec.experiments.report.labels import RunReport, build_reports, is_sampled
+from specdec.experiments.report.formatting import interval, number
+from specdec.experiments.report.labels import RunReport, build_reports, digests, is_sampled
 from specdec.experiments.report.narrative import (
     about,
     auto_k_summary,
@@ -31,7 +31,9 @@ from specdec.experiments.report.spec_bench import leaderboard_of_reports
 from specdec.experiments.report.tables import (
     MARKS,
     NumberTable,
+    Quantity,
     comparison_rows,
+    comparison_table,
     number_tables,
     task_metrics,
     task_rows,
@@ -81,6 +83,7 @@ def render_page(runs: Sequence[Run]) -> str:
         verdict=verdict(reports) if len(reports) > 1 else None,
         comparison=comparison_rows(reports),
         comparison_notes=comparison_notes(reports),
+        comparison_table=comparison_table(reports),
         overview=_overview(reports),
         origins=ORIGINS,
         spec_bench=leaderboard_of_reports(reports),
@@ -105,6 +108,8 @@ def _section(report: RunReport, index: int) -> dict[str, Any]:
         "cards": _cards(report),
         "task_header": ["task", "prompts", *(METRICS[name].label for name in task_metrics(report))],
         "task_rows": task_rows(report),
+        "tasks": tables["tasks"],
+        "heat_map": _heat_map(report, tables, index),
         "has_few_prompts": any(count < MIN_UNITS for count, _ in report.figures.tasks.values()),
         "acceptance": _acceptance_charts(report, tables, index),
         "what_if": _what_if_charts(report, tables, index),
@@ -116,10 +121,16 @@ def _section(report: RunReport, index: int) -> dict[str, Any]:
         "sample": _sample(run),
         "memory": tables.get("memory"),
         "skipped_and_failed": skipped_and_failed(run),
-        "provenance": [(name, str(value)) for name, value in run.header.provenance.items() if name != "command"],
+        "provenance": _provenance(run),
         "command": run.header.provenance.get("command", ""),
         "config": [(name, str(value)) for name, value in run.header.flat().items()],
     }
+
+
+def _provenance(run: Run) -> list[tuple[str, str]]:
+    """Names and values, without the command, which the template shows by itself."""
+    values = run.header.provenance | digests(run)
+    return [(name, "unknown" if value is None else str(value)) for name, value in values.items() if name != "command"]
 
 
 def _cards(report: RunReport) -> list[Card]:
@@ -180,7 +191,9 @@ def _overview(reports: Sequence[RunReport]) -> list[Chart]:
     for name, reference in (("speedup", 1.0), ("mean_acceptance_length", None), ("draft_acceptance_rate", None)):
         metric, estimates = METRICS[name], [report.figures.metrics[name] for report in reports]
         if any(estimate.value is not None for estimate in estimates):
-            rows = [[label, with_interval(e, metric.unit)] for label, e in zip(labels, estimates, strict=True)]
+            rows: list[list[str | Quantity]] = [
+                [label, Quantity(estimate, metric.unit)] for label, estimate in zip(labels, estimates, strict=True)
+            ]
             table = NumberTable(capitalize(metric.label), ["run", metric.label], rows)
             svg = plots.by_run(f"all-{name}", table.alt, labels, estimates, metric.unit, reference)
             charts.append(Chart(svg, table))
@@ -194,13 +207,23 @@ def _acceptance_charts(report: RunReport, tables: dict[str, NumberTable], index:
     positions, lengths, along = (tables[name] for name in ("positions", "lengths", "along"))
     with_expected = is_sampled(report)  # in a greedy run the expected acceptance is the conditional one
     series = [("main", "line"), *([("third", "dashes")] if with_expected else []), ("second", "line")]
-    legend = [(color, swatch, label) for (color, swatch), label in zip(series, positions.header[1:], strict=True)]
+    legend = [(color, swatch, label) for (color, swatch), label in zip(series, positions.header[2:], strict=True)]
     svg = plots.by_position(f"positions-{index}", positions.alt, figures.positions, with_expected)
     return [
         Chart(svg, positions, legend),
-        Chart(plots.accepted_lengths(f"lengths-{index}", lengths.alt, figures.histogram), lengths),
+        Chart(
+            plots.step_lengths(f"lengths-{index}", lengths.alt, [share for _, share in figures.step_lengths]), lengths
+        ),
         Chart(plots.along_the_output(f"along-{index}", along.alt, figures.along), along),
     ]
+
+
+def _heat_map(report: RunReport, tables: dict[str, NumberTable], index: int) -> Chart | None:
+    """Of acceptance by task and position; None for a single task."""
+    table = tables.get("positions by task")
+    if table is None:
+        return None
+    return Chart(plots.acceptance_heat_map(f"heat-map-{index}", table.alt, report.figures.positions_by_task), table)
 
 
 def _what_if_charts(report: RunReport, tables: dict[str, NumberTable], index: int) -> list[Chart]:

@@ -72,21 +72,48 @@ def by_position(name: str, alt: str, positions: Sequence[Position], with_expecte
         return _svg(figure, name, alt)
 
 
-def accepted_lengths(name: str, alt: str, histogram: Sequence[int]) -> str:
-    """Share of the steps that drafted, by the number of accepted draft tokens, 0 … K."""
-    shares = [count / sum(histogram) for count in histogram]
-    at = list(range(len(histogram)))
+def step_lengths(name: str, alt: str, shares: Sequence[Estimate]) -> str:
+    """Share of the steps that emitted 1, 2, … tokens, with their intervals."""
+    values = [share.value or 0.0 for share in shares]
+    at = list(range(1, len(shares) + 1))
     with _figure(200, left=12) as (figure, axes):
-        bars = axes.bar(at, shares, width=0.72, color=_COLORS["main"])
-        if len(histogram) <= MAX_TICK_LABELS:
+        bars = axes.bar(at, values, width=0.72, color=_COLORS["main"])
+        if len(shares) <= MAX_TICK_LABELS:
             axes.bar_label(
-                bars, [f"{share:.0%}".replace("%", " %") for share in shares], padding=3, color=_COLORS["ink"]
+                bars, [f"{value:.0%}".replace("%", " %") for value in values], padding=9, color=_COLORS["ink"]
             )
+        for position, share in zip(at, shares, strict=True):
+            if share.low is not None:
+                axes.vlines(position, share.low, share.high, color=_COLORS["ink"], linewidth=1.2)
         axes.grid(False)
         axes.set_yticks([])
-        axes.set_ylim(0, max(shares) * 1.15)
+        axes.set_ylim(0, max(share.high or share.value or 0.0 for share in shares) * 1.22)
         _whole_numbers(axes, at)
-        axes.set_xlabel("accepted tokens of a draft")
+        axes.set_xlabel("tokens that a step emits")
+        return _svg(figure, name, alt)
+
+
+def acceptance_heat_map(name: str, alt: str, positions_by_task: dict[str, list[Position]]) -> str:
+    """Conditional acceptance: a row for each task, a column for each position, darker where it is higher."""
+    num_positions = max(map(len, positions_by_task.values()))
+    with _figure(36 + 26 * len(positions_by_task), left=96, right=6, top=4, bottom=32) as (figure, axes):
+        for row, positions in enumerate(positions_by_task.values()):
+            for at in positions:
+                if at.conditional.value is None:
+                    continue
+                alpha = 0.04 + 0.5 * at.conditional.value  # so that the number stays legible
+                axes.barh(row, 0.94, 0.9, at.position - 0.47, color=_COLORS["main"], alpha=alpha)
+                if num_positions <= MAX_TICK_LABELS // 2:
+                    text = f"{100 * at.conditional.value:.0f} %"
+                    axes.text(at.position, row, text, ha="center", va="center")
+        axes.set_yticks(
+            range(len(positions_by_task)),
+            [task if len(task) < 14 else f"{task[:12]}…" for task in positions_by_task],
+        )
+        axes.set_ylim(len(positions_by_task) - 0.5, -0.5)
+        axes.grid(False)
+        _whole_numbers(axes, list(range(1, num_positions + 1)))
+        axes.set_xlabel("position in the draft")
         return _svg(figure, name, alt)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from urllib.parse import quote
 
 from specdec.experiments.records import Costs, Memory
 from specdec.experiments.report.compare import MACHINE, VERSIONS, Difference, differing_provenance
 from specdec.experiments.report.estimates import NO_ESTIMATE, Estimate, trimmed_mean
-from specdec.experiments.report.figures import METRICS, TIME_PARTS
+from specdec.experiments.report.figures import METRICS, TIME_PARTS, Position
 from specdec.experiments.report.formatting import interval, number, with_interval
 from specdec.experiments.report.labels import RunReport, changes_from_first, is_sampled, k_of
 from specdec.experiments.report.what_if import best_prediction, step_parts
@@ -22,12 +26,29 @@ DEPENDS_ON_K = ("mean_acceptance_length", "tokens_per_step", "draft_acceptance_r
 
 
 @dataclass(frozen=True)
+class Quantity:
+    """An estimate with its unit, as number() takes it; unit "%" is for a share."""
+
+    estimate: Estimate
+    unit: str = ""
+
+    @property
+    def text(self) -> str:
+        return with_interval(self.estimate, self.unit)
+
+
+@dataclass(frozen=True)
 class NumberTable:
-    """A table of texts, with a title."""
+    """A table of texts and quantities, with a title."""
 
     title: str
     header: list[str]
-    rows: list[list[str]]
+    cells: Sequence[Sequence[str | Quantity]]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """The texts that are shown."""
+        return [[cell if isinstance(cell, str) else cell.text for cell in row] for row in self.cells]
 
     @property
     def alt(self) -> str:
@@ -38,6 +59,29 @@ class NumberTable:
             for row in self.rows
         )
         return f"{self.title}. {'; '.join(rows)}."
+
+    @property
+    def csv(self) -> str:
+        """The values at full precision, shares as fractions; a column with intervals is followed by their ends."""
+        columns = list(zip(*self.cells, strict=True))
+        lines: list[list[object]] = [[] for _ in range(len(self.cells) + 1)]
+        for name, column in zip(self.header, columns, strict=True):
+            estimates = [cell.estimate if isinstance(cell, Quantity) else None for cell in column]
+            parts = ["value", "low", "high"] if any(one and one.low is not None for one in estimates) else ["value"]
+            lines[0] += [name, *(f"{name}, {part} end of 95 % interval" for part in parts[1:])]
+            for line, cell, one in zip(lines[1:], column, estimates, strict=True):
+                line += [getattr(one, part) for part in parts] if one else [cell, *[None] * (len(parts) - 1)]
+        stream = io.StringIO()
+        csv.writer(stream, lineterminator="\n").writerows(lines)
+        return stream.getvalue()
+
+    @property
+    def csv_uri(self) -> str:
+        return f"data:text/csv;charset=utf-8,{quote(self.csv)}"
+
+    @property
+    def csv_name(self) -> str:
+        return re.sub(r"\W+", "-", self.title.lower()).strip("-") + ".csv"
 
 
 @dataclass(frozen=True)
@@ -53,11 +97,13 @@ class TableCell:
 def number_tables(report: RunReport) -> dict[str, NumberTable]:
     """The tables of the charts and those without a chart, by name; only those for which the run has data."""
     figures, run = report.figures, report.run
-    tables = {}
+    tables = {"tasks": _tasks(report)}
     if figures.positions:
         tables["positions"] = _positions(report)
-        tables["lengths"] = _accepted_lengths(figures.histogram)
+        tables["lengths"] = _step_lengths(figures.step_lengths)
         tables["along"] = _along(report)
+    if figures.positions and len(figures.positions_by_task) > 1:
+        tables["positions by task"] = _positions_by_task(figures.positions_by_task)
     if figures.what_if:
         tables["length by K"] = _by_k(report, "Mean acceptance length by K", "mean_acceptance_length", "")
     if best_prediction(figures.what_if):
@@ -142,35 +188,77 @@ def _positions(report: RunReport) -> NumberTable:
     if is_sampled(report):
         columns["expected: mean of sum(min(p, q))"] = "expected"
     columns["unconditional: of all drafts"] = "unconditional"
-    rows = [
-        [str(at.position), *(with_interval(getattr(at, name), "%") for name in columns.values())]
+    cells: list[list[str | Quantity]] = [
+        [str(at.position), f"{at.drafts:,}", *(Quantity(getattr(at, name), "%") for name in columns.values())]
         for at in report.figures.positions
     ]
-    return NumberTable("Acceptance by draft position", ["position", *columns], rows)
+    return NumberTable("Acceptance by draft position", ["position", "drafts that reach it", *columns], cells)
 
 
-def _accepted_lengths(histogram: Sequence[int]) -> NumberTable:
-    steps = sum(histogram)
-    rows = [[str(length), f"{count:,}", number(count / steps, "%")] for length, count in enumerate(histogram)]
-    return NumberTable("Accepted tokens per draft", ["accepted", "steps", "share"], rows)
+def _step_lengths(step_lengths: Sequence[tuple[int, Estimate]]) -> NumberTable:
+    cells: list[list[str | Quantity]] = [
+        [str(tokens), f"{steps:,}", Quantity(share, "%")] for tokens, (steps, share) in enumerate(step_lengths, 1)
+    ]
+    return NumberTable("Tokens per step", ["tokens", "steps", "share"], cells)
 
 
 def _along(report: RunReport) -> NumberTable:
-    rows = [
-        [f"{at.start + 1} to {at.stop}" if at.stop - at.start > 1 else str(at.stop), with_interval(at.expected, "%")]
+    cells: list[list[str | Quantity]] = [
+        [
+            f"{at.start + 1} to {at.stop}" if at.stop - at.start > 1 else str(at.stop),
+            Quantity(at.expected, "%"),
+        ]
         for at in report.figures.along
     ]
-    return NumberTable("Acceptance along the output", ["generated tokens", "expected acceptance"], rows)
+    return NumberTable("Acceptance along the output", ["generated tokens", "expected acceptance"], cells)
+
+
+def _positions_by_task(positions_by_task: dict[str, list[Position]]) -> NumberTable:
+    """Conditional acceptance: one row for each task, one column for each position."""
+    num_positions = max(map(len, positions_by_task.values()))
+    cells: list[list[str | Quantity]] = [
+        [
+            task,
+            *(Quantity(at.conditional, "%") for at in positions),
+            *[Quantity(NO_ESTIMATE, "%")] * (num_positions - len(positions)),
+        ]
+        for task, positions in positions_by_task.items()
+    ]
+    header = ["task", *(f"position {position}" for position in range(1, num_positions + 1))]
+    return NumberTable("Conditional acceptance by task and position", header, cells)
+
+
+def _tasks(report: RunReport) -> NumberTable:
+    names = task_metrics(report)
+    rows = [*report.figures.tasks.items(), ("all", (report.figures.prompts, report.figures.metrics))]
+    cells: list[list[str | Quantity]] = [
+        [task, str(num_prompts), *(Quantity(values[name], METRICS[name].unit) for name in names)]
+        for task, (num_prompts, values) in rows
+    ]
+    return NumberTable("By task", ["task", "prompts", *(METRICS[name].label for name in names)], cells)
+
+
+def comparison_table(reports: Sequence[RunReport]) -> NumberTable:
+    """The metrics of all runs, as comparison_rows() has them, without the differences."""
+    cells: list[list[str | Quantity]] = [
+        [metric.label, *(Quantity(report.figures.metrics[name], metric.unit) for report in reports)]
+        for name, metric in METRICS.items()
+        if any(report.figures.metrics[name].value is not None for report in reports)
+    ]
+    return NumberTable("Metrics of all runs", ["metric", *(report.label for report in reports)], cells)
 
 
 def _by_k(report: RunReport, title: str, name: str, unit: str) -> NumberTable:
     """The prediction for each K, and the measurement where there is a run with that K."""
     predicted = {prediction.num_draft_tokens: getattr(prediction, name) for prediction in report.figures.what_if}
-    rows = []
+    cells: list[list[str | Quantity]] = []
     for k in sorted({*predicted, *(run.num_draft_tokens for run in report.measurements)}):
-        measured = [with_interval(getattr(run, name), unit) for run in report.measurements if run.num_draft_tokens == k]
-        rows.append([str(k), with_interval(predicted.get(k, NO_ESTIMATE), unit), ", ".join(measured) or "–"])
-    return NumberTable(title, ["K", "predicted", "measured"], rows)
+        measured = [Quantity(getattr(run, name), unit) for run in report.measurements if run.num_draft_tokens == k]
+        several = ", ".join(one.text for one in measured) or "–"
+        cells.append(
+            [str(k), Quantity(predicted.get(k, NO_ESTIMATE), unit), measured[0] if len(measured) == 1 else several]
+        )
+    return NumberTable(title, ["K", "predicted", "measured"], cells)
 
 
 def _step_costs(costs: Costs) -> NumberTable:
@@ -179,8 +267,8 @@ def _step_costs(costs: Costs) -> NumberTable:
     columns = [*trimmed_mean(parts), trimmed_mean(step_s)]
     columns += [step_s.min(axis=0), step_s.max(axis=0)] if costs.repetitions > 1 else []
     header = ["K", "draft", "target", "rest", "step", "least", "most"][: len(columns) + 1]
-    rows = [
-        [str(k), *(number(1000 * costs.rows * seconds) for seconds in row)]
+    rows: list[list[str | Quantity]] = [
+        [str(k), *(Quantity(Estimate(1000 * costs.rows * float(seconds))) for seconds in row)]
         for k, row in enumerate(zip(*columns, strict=True))
     ]
     return NumberTable("Time of a step, ms", header, rows)
@@ -188,14 +276,19 @@ def _step_costs(costs: Costs) -> NumberTable:
 
 def _time(time_ms: dict[str, dict[str, float]]) -> NumberTable:
     engines = sorted(time_ms)
-    rows = [[label, *(number(time_ms[engine][part]) for engine in engines)] for part, label in TIME_PARTS.items()]
-    rows.append(["total", *(number(sum(time_ms[engine].values())) for engine in engines)])
-    return NumberTable("Time per token, ms", ["part", *engines], rows)
+    cells: list[list[str | Quantity]] = [
+        [label, *(Quantity(Estimate(time_ms[engine][part])) for engine in engines)]
+        for part, label in TIME_PARTS.items()
+    ]
+    cells.append(["total", *(Quantity(Estimate(sum(time_ms[engine].values()))) for engine in engines)])
+    return NumberTable("Time per token, ms", ["part", *engines], cells)
 
 
 def _memory(memory: Memory) -> NumberTable:
     names = [part.removesuffix("_bytes").replace("_", " ").replace("kv", "KV cache") for part in memory.predicted]
-    rows = [[name, _mib(size)] for name, size in zip(names, memory.predicted.values(), strict=True)]
+    rows: list[list[str | Quantity]] = [
+        [name, _mib(size)] for name, size in zip(names, memory.predicted.values(), strict=True)
+    ]
     total = sum(memory.predicted.values())
     rows += [["predicted", _mib(total)]] if total else []
     rows.append(["measured", _mib(memory.measured_bytes)])
