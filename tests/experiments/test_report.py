@@ -6,6 +6,7 @@ import argparse
 import base64
 import csv
 import io
+import itertools
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -31,6 +33,7 @@ from specdec.experiments.report.figures import METRICS, figures
 from specdec.experiments.report.formatting import interval
 from specdec.experiments.report.labels import labels, read_runs
 from specdec.experiments.report.page import render_page
+from specdec.pages import STYLES
 from specdec_cli import report as command
 from tests.helpers.command_line import parse
 from tests.helpers.synthetic_runs import PROVENANCE, STEP_S, config, synthetic_run, write_run
@@ -155,12 +158,11 @@ def speed_of(run: Run) -> str:
 
 
 def test_the_verdict_of_a_run_that_pays() -> None:
-    by_task = {task: values["speedup"].value or 0 for task, (_, values) in figures(DEMO).tasks.items()}
-    fastest, slowest = max(by_task, key=by_task.__getitem__), min(by_task, key=by_task.__getitem__)
+    least, *_, most = sorted(values["speedup"].value or 0 for _, values in figures(DEMO).tasks.values())
     first, *_, last = (100 * (position.unconditional.value or 0) for position in figures(DEMO).positions)
     expected = (
-        f"Speculation pays (K=4, greedy, batch size 1): {speed_of(DEMO)}, most in {fastest} ({by_task[fastest]:.2f}×),"
-        f" least in {slowest} ({by_task[slowest]:.2f}×); {first:.1f}\u00a0% of drafts are accepted at position 1,"
+        f"Speculation pays (K=4, greedy, batch size 1): {speed_of(DEMO)}, not clearly different between tasks"
+        f" ({least:.2f}× to {most:.2f}×); {first:.1f}\u00a0% of drafts are accepted at position 1,"
         f" {last:.1f}\u00a0% up to position 4. Keep K=4: no other K up to 4 is predicted to be faster."
     )
     assert verdict_of(DEMO) == expected
@@ -169,6 +171,25 @@ def test_the_verdict_of_a_run_that_pays() -> None:
     assert values["verdict"] == values["runs"][0]["verdict"]
     assert values["verdict"]["pays"] is True
     assert expected.split(" Keep")[0] in str(summary_table([DEMO]).caption)
+
+
+def test_the_verdict_names_no_task_of_few_prompts() -> None:
+    assert "tasks" not in verdict_of(synthetic_run(tasks=4))  # six prompts each
+
+
+def test_the_verdict_says_in_which_task_speculation_is_slower() -> None:
+    good, bad = synthetic_run(prompts=10, tasks=1), nothing_pays(prompts=10, tasks=1)
+    lower = synthetic_run(prompts=10, tasks=1, chances=(0.5,))
+    others = [replace(r, prompt_id=f"b-{r.prompt_id}", task="chat") for r in bad.records]
+    both = replace(good, records=[*good.records, *others])
+    tasks = {task: values["speedup"].value for task, (_, values) in figures(both).tasks.items()}
+    expected = f"most in task a ({tasks['task a']:.2f}×), but slower than plain decoding in chat ({tasks['chat']:.2f}×)"
+    assert expected in verdict_of(both)
+    better = replace(bad, records=[replace(r, prompt_id=f"b-{r.prompt_id}", task="chat") for r in lower.records])
+    both = replace(good, records=[*good.records, *better.records])
+    tasks = {task: values["speedup"].value for task, (_, values) in figures(both).tasks.items()}
+    expected = f"most in task a ({tasks['task a']:.2f}×), least in chat ({tasks['chat']:.2f}×)"
+    assert expected in verdict_of(both)
 
 
 def test_the_verdict_of_a_run_that_is_too_small() -> None:
@@ -243,7 +264,9 @@ def test_the_verdict_of_several_settings_says_which_pay() -> None:
 def test_the_verdict_of_a_hopeless_drafter() -> None:
     dead = synthetic_run(chances=(0.0,), spread=0.0)
     text = verdict_of(dead)
-    assert text.startswith(f"Speculation does not pay (K=4, greedy, batch size 1): {speed_of(dead)}, most in ")
+    assert text.startswith(
+        f"Speculation does not pay (K=4, greedy, batch size 1): {speed_of(dead)}, not clearly different"
+    )
     assert text.endswith(
         "; 0.0\u00a0% of drafts are accepted at position 1, 0.0\u00a0% up to position 4. Decode plainly, or take"
         " another drafter: this one is accepted no more often than chance."
@@ -562,6 +585,63 @@ def test_every_table_is_a_csv_file_with_the_values_at_full_precision() -> None:
     assert float(list(compared[0].values())[1]) == found.metrics["speedup"].value
 
 
+def test_several_runs_are_lines_against_k() -> None:
+    runs = [
+        synthetic_run(prompts=8, k=k, seed=k, sampling__temperature=temperature)
+        for temperature in (0.0, 1.0)
+        for k in (4, 1)
+    ]
+    text = render_page(runs)
+    rows = tables_of(text)["all-runs-speedup-over-plain-decoding-by-k.csv"]
+    assert [(row["settings"], row["K"]) for row in rows] == [
+        ("T=0.0", "1"),
+        ("T=0.0", "4"),
+        ("T=1.0", "1"),
+        ("T=1.0", "4"),
+    ]
+    assert float(rows[1]["speedup over plain decoding"]) == figures(runs[0]).metrics["speedup"].value
+    assert "● T=0.0" in text
+    assert "■ T=1.0" in text
+    of_temperature = render_page([runs[0], runs[2]])
+    assert "by-k.csv" not in of_temperature.partition('<details class="run"')[0]
+
+
+# Machado, Oliveira and Fernandes (2009), severity 1, in linear RGB
+VISION = {
+    "normal": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def lab(color: str, vision: Any) -> Any:
+    """CIE L*a*b* of a color as it is seen."""
+    rgb = np.array([int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    xyz = XYZ @ np.clip(np.array(vision) @ linear, 0, 1) / XYZ.sum(axis=1)
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_colors_of_one_chart_differ_for_colorblind_readers(vision: str) -> None:
+    """Two just noticeable differences are 4.6; lines also differ by their markers."""
+    style = (STYLES / "style.css").read_text(encoding="utf-8")
+    schemes = [
+        dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    ]
+    assert len(schemes) == 2
+    for scheme in schemes:
+        parts = [name for name in scheme if name.startswith("part-")]
+        assert len(parts) == 5
+        for group in (["main", "second", "third", "plain"], parts):
+            for one, other in itertools.combinations(group, 2):
+                difference = np.linalg.norm(lab(scheme[one], VISION[vision]) - lab(scheme[other], VISION[vision]))
+                assert difference > 15, (one, other, difference)
+
+
 def test_the_heat_map_needs_several_tasks() -> None:
     assert "by task and position" in render_page([DEMO])
     assert "by task and position" not in render_page([synthetic_run(tasks=1)])
@@ -806,6 +886,9 @@ def test_a_comparison_of_two_machines_marks_machine_and_versions() -> None:
     assert "better" not in times[1]
     assert "| device | x86_64, AVX512 | NVIDIA H200 differs |" in to_markdown([first, second])
     same = render_page([first, on_machine(second)])
+    assert "compare speedups, not times" in same
+    of_batches = [first, synthetic_run(speed=2.0, seed=1, batch_size=4)]
+    assert "compare speedups, not times" not in render_page(of_batches), "plain decoding of another batch size differs"
     assert "not recorded on one machine" not in same
     assert "not recorded with the same versions" not in same
     assert re.search(r'<th scope="row">tokens per second</th>.*?▲ better', same, re.DOTALL)

@@ -70,9 +70,7 @@ def build_reports(runs: Sequence[Run]) -> list[RunReport]:
 def labels(runs: Sequence[Run]) -> list[str]:
     """The settings in which each run differs from the others; their names where these do not distinguish them."""
     differing = differing_keys(runs)
-    groups = {
-        group for group in ("target", "drafter", "workload") if differing & {f"{group}._target_", f"{group}.path"}
-    }
+    groups = _shown_by_name(differing)
     by_settings = [_settings_label(run, differing, groups) for run in runs]
     if len(set(by_settings)) == len(runs) and all(by_settings):
         return by_settings
@@ -80,6 +78,21 @@ def labels(runs: Sequence[Run]) -> list[str]:
     if len(set(names)) == len(runs):
         return names
     return [f"{name} ({run.folder.name})" for name, run in zip(names, runs, strict=True)]
+
+
+def series_by_k(reports: Sequence[RunReport]) -> dict[str, list[tuple[int, RunReport]]]:
+    """Runs with a constant K by their other settings, in the order of K; {} where no settings have two values of K."""
+    differing = differing_keys([report.run for report in reports])
+    groups = _shown_by_name(differing)
+    series: dict[str, list[tuple[int, RunReport]]] = {}
+    for report in reports:
+        k = k_of(report.run)
+        if k != AUTO and report.run.of(SPECULATIVE):
+            label = _settings_label(report.run, differing - {"num_draft_tokens"}, groups)
+            series.setdefault(label, []).append((int(k), report))
+    if not any(len({k for k, _ in line}) > 1 for line in series.values()):
+        return {}
+    return {label: sorted(line, key=lambda pair: pair[0]) for label, line in series.items()}
 
 
 def changes_from_first(reports: Sequence[RunReport]) -> list[tuple[RunReport, dict[str, Difference]]]:
@@ -155,6 +168,11 @@ def is_interrupted(run: Run) -> bool:
 def has_format_1_counts(run: Run) -> bool:
     """Whether the run was recorded in format 1, whose counts follow other definitions than the figures here."""
     return run.header.version == 1
+
+
+def _shown_by_name(differing: set[str]) -> set[str]:
+    """The groups of settings that a label shows as a whole, since their models or classes differ."""
+    return {group for group in ("target", "drafter", "workload") if differing & {f"{group}._target_", f"{group}.path"}}
 
 
 def _settings_label(run: Run, differing: set[str], groups: set[str]) -> str:

@@ -19,6 +19,7 @@ from specdec.experiments.report.labels import (
     RunReport,
     changes_from_first,
     choice_of,
+    differing_keys,
     display_name,
     has_format_1_counts,
     is_interrupted,
@@ -216,7 +217,9 @@ def comparison_notes(reports: Sequence[RunReport]) -> list[tuple[str, str]]:
                 " speedups with care; differences of times are not marked as better or worse.",
             )
         )
-    elif any(changes["plain_tokens_per_s"].is_clear for _, changes in changes_from_first(reports)):
+    elif all(name.partition(".")[0] in ("num_draft_tokens", "drafter") for name in differing_keys(runs)) and any(
+        changes["plain_tokens_per_s"].is_clear for _, changes in changes_from_first(reports)
+    ):
         notes.append(
             (
                 "caveat",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from specdec.experiments.report.definitions import NOTE, definitions_table
 from specdec.experiments.report.estimates import MIN_UNITS
 from specdec.experiments.report.figures import METRICS, TIME_PARTS, count_identical
 from specdec.experiments.report.formatting import interval, number
-from specdec.experiments.report.labels import RunReport, build_reports, digests, is_sampled
+from specdec.experiments.report.labels import RunReport, build_reports, digests, is_sampled, series_by_k
 from specdec.experiments.report.narrative import (
     about,
     auto_k_summary,
@@ -186,7 +187,7 @@ def _overview(reports: Sequence[RunReport]) -> list[Chart]:
     """Charts of the main metrics, with a row for each run; [] for one run."""
     if len(reports) == 1:
         return []
-    charts = []
+    charts = _charts_by_k(reports)
     labels = [report.label for report in reports]
     for name, reference in (("speedup", 1.0), ("mean_acceptance_length", None), ("draft_acceptance_rate", None)):
         metric, estimates = METRICS[name], [report.figures.metrics[name] for report in reports]
@@ -197,6 +198,30 @@ def _overview(reports: Sequence[RunReport]) -> list[Chart]:
             table = NumberTable(capitalize(metric.label), ["run", metric.label], rows)
             svg = plots.by_run(f"all-{name}", table.alt, labels, estimates, metric.unit, reference)
             charts.append(Chart(svg, table))
+    return charts
+
+
+def _charts_by_k(reports: Sequence[RunReport]) -> list[Chart]:
+    """Speedup and mean acceptance length against K, with a line for each temperature, batch size or other setting."""
+    series, charts = series_by_k(reports), []
+    for name, reference in (("speedup", 1.0), ("mean_acceptance_length", None)):
+        metric = METRICS[name]
+        lines = {label: [(k, report.figures.metrics[name]) for k, report in line] for label, line in series.items()}
+        if not any(estimate.value is not None for line in lines.values() for _, estimate in line):
+            continue
+        cells: list[list[str | Quantity]] = [
+            [label or "measured", str(k), Quantity(estimate, metric.unit)]
+            for label, line in lines.items()
+            for k, estimate in line
+        ]
+        table = NumberTable(f"All runs: {metric.label} by K", ["settings", "K", metric.label], cells)
+        points = [([k for k, _ in line], [estimate for _, estimate in line]) for line in lines.values()]
+        svg = plots.lines_by_k(f"all-{name}-by-k", table.alt, points, metric.unit, reference)
+        legend = [
+            (color, "line" if not dashes else "dashes", f"{character} {label or 'measured'}")
+            for label, (color, _, character, dashes) in zip(lines, itertools.cycle(plots.LINES), strict=False)
+        ]
+        charts.append(Chart(svg, table, legend if len(lines) > 1 else []))
     return charts
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,14 @@ from specdec.experiments.report.what_if import Measurement, Prediction
 
 WIDTH = 340  # of every chart, in CSS pixels: a phone, or a third of a desktop page
 MAX_TICK_LABELS = 12
+LINES = (  # color, marker, the marker as a character for the legend, dashes
+    ("main", "o", "●", ()),
+    ("second", "s", "■", ()),
+    ("third", "D", "◆", ()),
+    ("main", "^", "▲", (2, 1.5)),
+    ("second", "v", "▼", (2, 1.5)),
+    ("third", "P", "✚", (2, 1.5)),
+)
 _VARIABLES = (
     *("ink", "muted", "line", "surface", "main", "second", "third", "plain"),
     *(f"part-{part}" for part in TIME_PARTS),
@@ -199,6 +208,23 @@ def by_run(
         axes.locator_params(axis="x", nbins=5)
         scale = 100 if unit == "%" else 1
         axes.xaxis.set_major_formatter(lambda value, _: f"{scale * value:g}" + {"%": " %"}.get(unit, unit))
+        return _svg(figure, name, alt)
+
+
+def lines_by_k(
+    name: str, alt: str, lines: Sequence[tuple[list[int], list[Estimate]]], unit: str, reference: float | None
+) -> str:
+    """A metric against K, with a line for each of `lines`, in the order of LINES. reference: where a line is drawn."""
+    with _figure(230) as (figure, axes):
+        if reference is not None:
+            axes.axhline(reference, color=_COLORS["plain"], linewidth=1.5)
+        for (at, estimates), (color, marker, _, dashes) in zip(lines, itertools.cycle(LINES), strict=False):
+            _series(axes, at, estimates, color, marker=marker, linestyle=(0, dashes))
+        _whole_numbers(axes, sorted({k for at, _ in lines for k in at}))
+        axes.locator_params(axis="y", nbins=5)
+        scale = 100 if unit == "%" else 1
+        axes.yaxis.set_major_formatter(lambda value, _: f"{scale * value:g}" + {"%": " %"}.get(unit, unit))
+        axes.set_xlabel("K, draft tokens per step")
         return _svg(figure, name, alt)
 
 

@@ -88,16 +88,22 @@ def _speed(speedup: Estimate) -> str:
 
 
 def _by_task(report: RunReport) -> str:
-    """The tasks with the highest and the lowest speedup; "" for a single task."""
+    """The tasks with the highest and the lowest speedup, of those with an interval; "" for less than two."""
     speedups = {task: values["speedup"] for task, (_, values) in report.figures.tasks.items()}
-    timed = sorted((estimate.value, task) for task, estimate in speedups.items() if estimate.value is not None)
+    timed = sorted(
+        (one.value, one.low, one.high, task)
+        for task, one in speedups.items()
+        if one.value is not None and one.low is not None and one.high is not None
+    )
     if len(timed) < 2:
         return ""
-    (low, slowest), (high, fastest) = timed[0], timed[-1]
-    if low < 1 < high:
-        slow = join_words([f"{task} ({number(value, '×')})" for value, task in timed if value < 1])
-        return f", most in {fastest} ({number(high, '×')}), but slower than plain decoding in {slow}"
-    return f", most in {fastest} ({number(high, '×')}), least in {slowest} ({number(low, '×')})"
+    (least, _, least_high, slowest), (most, most_low, _, fastest) = timed[0], timed[-1]
+    if most_low <= least_high:
+        return f", not clearly different between tasks ({number(least, '×')} to {number(most, '×')})"
+    if least_high < 1:
+        slow = [f"{task} ({number(value, '×')})" for value, _, high, task in timed if high < 1]
+        return f", most in {fastest} ({number(most, '×')}), but slower than plain decoding in {join_words(slow)}"
+    return f", most in {fastest} ({number(most, '×')}), least in {slowest} ({number(least, '×')})"
 
 
 def _by_position(report: RunReport) -> str:
