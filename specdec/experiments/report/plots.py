@@ -86,14 +86,13 @@ def step_lengths(name: str, alt: str, shares: Sequence[Estimate]) -> str:
     values = [share.value or 0.0 for share in shares]
     at = list(range(1, len(shares) + 1))
     with _figure(200, left=12) as (figure, axes):
-        bars = axes.bar(at, values, width=0.72, color=_COLORS["main"])
-        if len(shares) <= MAX_TICK_LABELS:
-            axes.bar_label(
-                bars, [f"{value:.0%}".replace("%", " %") for value in values], padding=9, color=_COLORS["ink"]
-            )
-        for position, share in zip(at, shares, strict=True):
+        axes.bar(at, values, width=0.72, color=_COLORS["main"])
+        for position, value, share in zip(at, values, shares, strict=True):
             if share.low is not None:
                 axes.vlines(position, share.low, share.high, color=_COLORS["ink"], linewidth=1.2)
+            if len(shares) <= MAX_TICK_LABELS:
+                text, top = f"{value:.0%}".replace("%", " %"), (position, share.high or value)
+                axes.annotate(text, top, (0, 3), textcoords="offset points", ha="center", va="bottom")
         axes.grid(False)
         axes.set_yticks([])
         axes.set_ylim(0, max(share.high or share.value or 0.0 for share in shares) * 1.22)
