@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from specdec.core.stats import Stats
@@ -30,6 +31,7 @@ WARM_UP_TOKENS = 8
 SAMPLE_CHARACTERS = 400  # of the prompt's end
 COST_ROUNDS = 10  # the repetitions of Costs; predictions have an interval from MIN_UNITS on
 MAX_COST_S = 30.0  # no further round begins after so many seconds
+READ_ROUNDS, MAX_READ_BYTES = 6, 1 << 30
 MIN_COST_STEPS = 3  # of a call, if every draft is accepted
 MIN_COST_TOKENS = 12  # of a call
 
@@ -126,7 +128,32 @@ def _costs(config: ExperimentConfig, pair: Pair, prompts: list[list[int]]) -> Co
         [[one_round[k][part] for one_round in rounds] for k in range(config.max_draft_tokens + 1)]
         for part in range(len(STEP_PARTS))
     )
-    return Costs(len(prompts), [[0.0] * len(rounds), *draft_s[1:]], target_s, verification_s, other_s)
+    weights_bytes = _weights_bytes(pair.target)
+    read_s = None if weights_bytes is None else _read_s(weights_bytes, pair.target.device)
+    draft_s[0] = [0.0] * len(rounds)
+    return Costs(len(prompts), draft_s, target_s, verification_s, other_s, weights_bytes, read_s)
+
+
+def _weights_bytes(model: PreTrainedModel) -> int | None:
+    """Bytes of the weights that one forward reads: all but an embedding that is no head; None where it reads a part."""
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    if any("expert" in name for name in tensors):
+        return None
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    embedded = getattr(model.get_input_embeddings(), "weight", None)
+    is_head = getattr(head, "weight", None) is embedded
+    return sum(tensor.nbytes for tensor in tensors.values() if is_head or tensor is not embedded)
+
+
+def _read_s(num_bytes: int, device: torch.device) -> float:
+    """Seconds to read so many bytes: the fastest of READ_ROUNDS sums of a buffer, of MAX_READ_BYTES at most."""
+    buffer = torch.zeros(max(min(num_bytes, MAX_READ_BYTES) // 8, 1), dtype=torch.int64, device=device)
+    times = []
+    for _ in range(READ_ROUNDS):
+        started = time.perf_counter()
+        buffer.sum().item()  # waits for the device
+        times.append(time.perf_counter() - started)
+    return min(times) * num_bytes / buffer.nbytes
 
 
 def _median_step(pair: Pair, prompts: list[list[int]], k: int, max_length: int) -> list[float]:

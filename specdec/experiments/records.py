@@ -150,6 +150,8 @@ class Costs:
 
     A repetition calls every K in turn, so what slows the machine down slows all of them down. draft_s[0] is 0.
     target_s[k]: one forward of the target over k + 1 positions of each row.
+    weights_bytes, weights_read_s: the target's weights that a forward reads, and the seconds that reading so many bytes
+    takes on this device, with the run's threads; None where they are not known: mixtures of experts, older records.
     """
 
     kind: ClassVar[str] = "costs"
@@ -158,6 +160,8 @@ class Costs:
     target_s: list[list[float]]
     verification_s: list[list[float]]
     other_s: list[list[float]]
+    weights_bytes: int | None = None
+    weights_read_s: float | None = None
 
     @property
     def repetitions(self) -> int:

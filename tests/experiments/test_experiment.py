@@ -295,8 +295,11 @@ def test_a_run_has_provenance_costs_memory_and_a_sample(greedy: Run) -> None:
         assert all(value > 0 for repetitions in part[1:] for value in repetitions)
     assert set(greedy.costs.draft_s[0]) == {0}
     assert statistics.median(greedy.costs.draft_s[3]) > statistics.median(greedy.costs.draft_s[1])
+    assert greedy.costs.weights_read_s is not None
+    assert 0 < greedy.costs.weights_read_s < statistics.median(greedy.costs.target_s[0])
     assert greedy.memory is not None
     assert greedy.memory.unplanned is None
+    assert greedy.costs.weights_bytes == pytest.approx(greedy.memory.predicted["target_weights_bytes"], rel=0.05)
     assert sum(greedy.memory.predicted.values()) == pytest.approx(greedy.memory.measured_bytes, rel=0.05)
     assert greedy.sample is not None
     sample = [record for record in greedy.of(SPECULATIVE) if record.prompt_id == greedy.sample.prompt_id]

@@ -83,7 +83,7 @@ def test_a_page_is_self_contained_and_deterministic() -> None:
 def test_alt_texts_of_charts_contain_their_figures() -> None:
     text = render_page([DEMO])
     alts = re.findall(r'role="img" aria-label="([^"]+)"', text)
-    assert len(alts) == text.count("<svg") == 7
+    assert len(alts) == text.count("<svg") == 8
     first = figures(DEMO).positions[0].conditional
     assert first.value is not None
     assert first.low is not None
@@ -513,6 +513,18 @@ def test_measured_memory_is_compared_with_its_prediction() -> None:
     text = render_page([DEMO])
     assert re.search(r"measured relative to predicted</th>\s*<td>\+3\.6\u00a0%", text)
     assert "target KV cache" in text
+
+
+def test_the_time_of_a_step_is_compared_with_reading_the_weights() -> None:
+    assert "Reading the" not in render_page([DEMO])
+    assert DEMO.costs is not None
+    known = replace(DEMO, costs=replace(DEMO.costs, weights_bytes=50_000_000, weights_read_s=0.0025))
+    text = render_page([known])
+    assert (
+        "Reading the 50.0 MB of the target&#39;s weights alone takes 2.50\u00a0ms on this device (20.0 GB/s),"
+        " 25.0\u00a0% of its forward in a plain step, 10.0\u00a0ms: no forward can be much faster than that."
+    ) in text
+    assert "reading the target&#39;s weights" in text
 
 
 def test_labels_are_the_settings_that_differ() -> None:

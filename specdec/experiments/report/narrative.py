@@ -12,7 +12,7 @@ from specdec.drafters.resolve import AUTO
 from specdec.experiments.config import DraftHead, SuffixAndModel
 from specdec.experiments.records import PLAIN, SPECULATIVE, Record, Run
 from specdec.experiments.report.compare import MACHINE, VERSIONS, differing_provenance
-from specdec.experiments.report.estimates import MIN_UNITS, NO_ESTIMATE, Estimate
+from specdec.experiments.report.estimates import MIN_UNITS, NO_ESTIMATE, Estimate, trimmed_mean
 from specdec.experiments.report.figures import METRICS, count_identical
 from specdec.experiments.report.formatting import interval, number, plural, with_interval
 from specdec.experiments.report.labels import (
@@ -26,7 +26,7 @@ from specdec.experiments.report.labels import (
     is_sampled,
     k_of,
 )
-from specdec.experiments.report.what_if import Prediction, best_prediction, steps_that_get_faster
+from specdec.experiments.report.what_if import Prediction, best_prediction, step_parts, steps_that_get_faster
 from specdec.generation.dead_draft import AcceptanceWatch
 
 SMALL_RUN = 20  # prompts; a run of fewer is said to be small
@@ -188,6 +188,21 @@ def auto_k_summary(report: RunReport) -> str:
     return (
         f"K was chosen step by step: K={steps} of steps. The controller's own estimate, against plain steps between its"
         f" drafts, was {number(choice.measured_speedup, '×')}; the speedup of this run is the one at the top."
+    )
+
+
+def weights_read(run: Run) -> str:
+    """How the target's forward in a plain step compares with reading its weights; "" where that is not known."""
+    costs = run.costs
+    if costs is None or costs.weights_bytes is None or not costs.weights_read_s:
+        return ""
+    forward_s = costs.rows * float(trimmed_mean(step_parts(costs)[1])[0])
+    gbps = costs.weights_bytes / costs.weights_read_s / 1e9
+    return (
+        f"Reading the {costs.weights_bytes / 1e6:,.1f} MB of the target's weights alone takes"
+        f" {number(1000 * costs.weights_read_s, 'ms')} on this device ({gbps:,.1f} GB/s),"
+        f" {number(costs.weights_read_s / forward_s, '%')} of its forward in a plain step,"
+        f" {number(1000 * forward_s, 'ms')}: no forward can be much faster than that."
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from specdec.experiments.records import SPECULATIVE, Run
 from specdec.experiments.report import plots
 from specdec.experiments.report.definitions import NOTE, definitions_table
-from specdec.experiments.report.estimates import MIN_UNITS
+from specdec.experiments.report.estimates import MIN_UNITS, trimmed_mean
 from specdec.experiments.report.figures import METRICS, TIME_PARTS, count_identical
 from specdec.experiments.report.formatting import interval, number
 from specdec.experiments.report.labels import RunReport, build_reports, digests, is_sampled, series_by_k
@@ -27,6 +27,7 @@ from specdec.experiments.report.narrative import (
     skipped_and_failed,
     suggestion,
     terms,
+    weights_read,
 )
 from specdec.experiments.report.spec_bench import leaderboard_of_reports
 from specdec.experiments.report.tables import (
@@ -40,7 +41,7 @@ from specdec.experiments.report.tables import (
     task_rows,
 )
 from specdec.experiments.report.verdict import pays, verdict
-from specdec.experiments.report.what_if import best_prediction
+from specdec.experiments.report.what_if import best_prediction, step_parts
 from specdec.pages import environment
 
 ORIGINS = {
@@ -116,7 +117,8 @@ def _section(report: RunReport, index: int) -> dict[str, Any]:
         "what_if": _what_if_charts(report, tables, index),
         "auto_k": auto_k_summary(report),
         "suggestion": suggestion(report),
-        "costs": tables.get("costs"),
+        "costs": _costs_chart(run, tables, index),
+        "weights_read": weights_read(run),
         "time": Chart(plots.time_by_part(f"time-{index}", tables["time"].alt, report.figures.time_ms), tables["time"]),
         "time_parts": list(TIME_PARTS),
         "sample": _sample(run),
@@ -268,6 +270,21 @@ def _what_if_charts(report: RunReport, tables: dict[str, NumberTable], index: in
         svg = plots.what_if_speedup(f"speedup-{index}", table.alt, predictions, measurements, best_k)
         charts.append(Chart(svg, table, [*legend, ("plain", "line", "plain decoding")]))
     return charts
+
+
+def _costs_chart(run: Run, tables: dict[str, NumberTable], index: int) -> Chart | None:
+    """Time of a step by part against the time to read the target's weights; None where it was not measured."""
+    if run.costs is None:
+        return None
+    draft, target, rest = (1000 * run.costs.rows * trimmed_mean(part) for part in step_parts(run.costs))
+    read_s, table = run.costs.weights_read_s, tables["costs"]
+    parts = {"target": target, "draft": draft, "verification": rest}
+    svg = plots.step_by_k(f"costs-{index}", table.alt, parts, None if read_s is None else 1000 * read_s)
+    names = {"target": "target forward", "draft": "draft", "verification": "rest"}
+    legend = [(f"part-{part}", "box", names[part]) for part in parts]
+    return Chart(
+        svg, table, legend + ([("ink", "dashes", "reading the target's weights")] if read_s is not None else [])
+    )
 
 
 def _sample(run: Run) -> dict[str, Any] | None:

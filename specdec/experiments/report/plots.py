@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from specdec.experiments.report.estimates import Estimate
+from specdec.experiments.report.estimates import Array, Estimate
 from specdec.experiments.report.figures import TIME_PARTS, Position, Stretch
 from specdec.experiments.report.formatting import number
 from specdec.experiments.report.what_if import Measurement, Prediction
@@ -86,14 +86,13 @@ def step_lengths(name: str, alt: str, shares: Sequence[Estimate]) -> str:
     values = [share.value or 0.0 for share in shares]
     at = list(range(1, len(shares) + 1))
     with _figure(200, left=12) as (figure, axes):
-        bars = axes.bar(at, values, width=0.72, color=_COLORS["main"])
-        if len(shares) <= MAX_TICK_LABELS:
-            axes.bar_label(
-                bars, [f"{value:.0%}".replace("%", " %") for value in values], padding=9, color=_COLORS["ink"]
-            )
-        for position, share in zip(at, shares, strict=True):
+        axes.bar(at, values, width=0.72, color=_COLORS["main"])
+        for position, value, share in zip(at, values, shares, strict=True):
             if share.low is not None:
                 axes.vlines(position, share.low, share.high, color=_COLORS["ink"], linewidth=1.2)
+            if len(shares) <= MAX_TICK_LABELS:
+                text, top = f"{value:.0%}".replace("%", " %"), (position, share.high or value)
+                axes.annotate(text, top, (0, 3), textcoords="offset points", ha="center", va="bottom")
         axes.grid(False)
         axes.set_yticks([])
         axes.set_ylim(0, max(share.high or share.value or 0.0 for share in shares) * 1.22)
@@ -182,6 +181,23 @@ def time_by_part(name: str, alt: str, time_ms: dict[str, dict[str, float]]) -> s
         axes.set_ylim(len(time_ms) - 0.7, -0.75)
         axes.set_xlim(0, longest)
         axes.set_axis_off()
+        return _svg(figure, name, alt)
+
+
+def step_by_k(name: str, alt: str, parts_ms: dict[str, Array], bound_ms: float | None) -> str:
+    """Milliseconds of a step by K, stacked by part, each [K + 1]. bound_ms: where a line is drawn."""
+    at = list(range(len(next(iter(parts_ms.values())))))
+    with _figure(200) as (figure, axes):
+        start = 0 * next(iter(parts_ms.values()))
+        for part, values in parts_ms.items():
+            color, edge = _COLORS[f"part-{part}"], _COLORS["surface"]
+            axes.bar(at, values, width=0.72, bottom=start, color=color, edgecolor=edge, linewidth=1)
+            start = start + values
+        if bound_ms is not None:
+            axes.axhline(bound_ms, color=_COLORS["ink"], linewidth=1.5, linestyle=(0, (1, 1.5)))
+        axes.locator_params(axis="y", nbins=5)
+        _whole_numbers(axes, at)
+        axes.set_xlabel("K, draft tokens per step")
         return _svg(figure, name, alt)
 
 
