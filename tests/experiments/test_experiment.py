@@ -669,10 +669,10 @@ def test_a_run_with_automatic_k(tmp_path: Path) -> None:
     )
     for runs in ([finished], [finished, fixed], [fixed, finished]):
         for text in (render_page(runs), to_markdown(runs)):
-            assert "K was chosen automatically: K=" in text
+            assert "K was chosen step by step: K=" in text
         assert "K=auto" in render_page(runs)
-    assert to_json([fixed])["runs"][0]["choice"] is None
-    assert to_json([finished])["runs"][0]["choice"]["measured_speedup"] > 0
+    assert to_json([fixed])["runs"][0]["controller"] is None
+    assert to_json([finished])["runs"][0]["controller"]["measured_speedup"] > 0
 
 
 BAD: dict[str, tuple[list[str], str]] = {
