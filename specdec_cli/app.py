@@ -280,7 +280,8 @@ def report(
         list[str],
         typer.Argument(
             metavar="RUN...",
-            help="A run's folder, or a sweep's; several are compared with the first one.",
+            help="A run's folder, or a sweep's; several are compared with the first one. Also results files of vLLM,"
+            " SGLang and Spec-Bench.",
             show_default=False,
         ),
     ],
@@ -297,8 +298,9 @@ def report(
         typer.Option(
             "--fail-if",
             metavar="EXPR",
-            help="Exit with 1 where a metric changed so from the first run: 'mean_acceptance_length<-5%' is relative,"
-            f" 'draft_acceptance_rate<-0.02' absolute (two points); repeatable. Metrics: {', '.join(given.METRICS)}.",
+            help="Exit with 1 where this holds. Of one run, its figure: 'speedup<1.0', or the end of its interval:"
+            " 'speedup.low<1.0'. Of several, the change from the first: 'mean_acceptance_length<-5%' is relative,"
+            f" 'draft_acceptance_rate<-0.02' absolute (two points). Repeatable. Metrics: {', '.join(given.METRICS)}.",
         ),
     ] = None,
 ) -> int:
