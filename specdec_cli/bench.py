@@ -329,7 +329,7 @@ def table(rows: Sequence[dict[str, Any]], report: dict[str, Any]) -> Table:
         result.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         length, k = row["mean_acceptance_length"], row["num_draft_tokens"]
-        is_plain = row["engine"] == PLAIN
+        is_plain = row["engine"] == PLAIN and row["speedup"] == 1  # what the others are compared with
         same = "" if row["identical"] is None or is_plain else f"{row['identical']} of {row['texts']}"
         result.add_row(
             f"{row['engine'].removeprefix('specdec ')}, compiled" if row["is_compiled"] else row["engine"],
