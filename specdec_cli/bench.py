@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -115,6 +116,10 @@ def run(options: Options) -> int:
     import_module("scipy.special")  # the intervals need it: without it, say so before anything is measured
     if min(options.batch) < 1:
         raise ValueError(f"--batch {','.join(map(str, options.batch))} must be whole numbers, 1 or more")
+    if options.drafter == "none":
+        raise ValueError(
+            "--drafter none drafts nothing, so there is nothing to compare; plain decoding is always measured"
+        )
     options.top_p = options.top_k = options.min_p = None
     num_prompts = max(options.max_prompts, *options.batch)
     workload = workload_of(options.prompts)
@@ -122,7 +127,7 @@ def run(options: Options) -> int:
     prompts = prompt_ids(workload, pair.tokenizer, MAX_PROMPT_TOKENS)[:num_prompts]
     if len(prompts) < max(options.batch):
         raise ValueError(
-            f"--batch {max(options.batch)} needs as many prompts, and {options.prompts} has {len(prompts)}"
+            f"--batch {max(options.batch)} needs as many prompts, and {options.prompts or 'the embedded set'} has {len(prompts)}"
         )
     arguments = generation_arguments(options, pair.tokenizer)
     results: list[Measured] = []
@@ -226,14 +231,29 @@ def prepared(pair: Pair, engine: Engine) -> Iterator[dict[str, Any]]:
     if engine.name == ASSISTED and isinstance(drafter, PromptLookup):
         more = {"prompt_lookup_num_tokens": k}
     elif engine.name == ASSISTED:
-        draft: Any = drafter.runner.model  # type: ignore[attr-defined]
-        if isinstance(k, int):  # with auto, transformers' own schedule
-            draft.generation_config.num_assistant_tokens = k
-            draft.generation_config.num_assistant_tokens_schedule = "constant"
-            draft.generation_config.assistant_confidence_threshold = 0.0
-        more = {"assistant_model": draft}
-    with stock_loop(model):
+        more = {"assistant_model": drafter.runner.model}  # type: ignore[attr-defined]
+    with stock_loop(model), _assisting(more.get("assistant_model"), k):
         yield more
+
+
+@contextmanager
+def _assisting(draft: Any, num_draft_tokens: int | str | None) -> Iterator[None]:
+    """Within, transformers drafts so many tokens a step with this model; with "auto", by its own schedule.
+
+    Its loop reads and changes the draft model's generation config, which is set back.
+    """
+    if draft is None:
+        yield
+        return
+    before, draft.generation_config = draft.generation_config, copy.deepcopy(draft.generation_config)
+    if isinstance(num_draft_tokens, int):
+        draft.generation_config.num_assistant_tokens = num_draft_tokens
+        draft.generation_config.num_assistant_tokens_schedule = "constant"
+        draft.generation_config.assistant_confidence_threshold = 0.0
+    try:
+        yield
+    finally:
+        draft.generation_config = before
 
 
 def _synchronize(model: Any) -> None:

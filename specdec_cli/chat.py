@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def run(options: Options) -> int:
     enable(pair, options)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
-        import readline  # noqa: F401  # input() then has a history and can be edited
+        with suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401  # input() then has a history and can be edited
     console = Console(stderr=True, highlight=False)
     console.print(f"{options.model}, drafter {options.drafter}; /help lists commands, Ctrl-D ends", soft_wrap=True)
     conversation = Conversation(pair, options, writer(shows_drafts=options.show_drafts), console)

@@ -9,14 +9,12 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-import specdec
 from specdec.drafters.head_checkpoint import EAGLE3
 from specdec.generation.enable import state_of
 from specdec.utils import embedded
 from specdec_cli.bench import PLAIN, SPECULATIVE, STOCK, Engine, Measured, make_report, measure, table
-from specdec_cli.generate import INTERRUPTED
 from specdec_cli.options import Options
-from specdec_cli.setup import Pair, generation_arguments, load_pair, working
+from specdec_cli.setup import Pair, enable, generation_arguments, load_pair
 from specdec_cli.stream import describe_k, legend, warm_up, write_answer, writer
 
 PROMPT = "mailbox-9"
@@ -39,10 +37,8 @@ def run(options: Options) -> int:
     pair = load_pair(options)
     inputs = dict(pair.tokenizer(options.prompt, return_tensors="pt").to(pair.model.device))
     arguments = generation_arguments(options, pair.tokenizer)
-    with working("compiling" if options.compile else "trying the models"):
-        specdec.enable(pair.model, pair.drafter, compile=True if options.compile else "auto")
+    enable(pair, options)
     is_compiled = state_of(pair.model).target.compiled is not None
-    specdec.enable(pair.model, pair.drafter, num_draft_tokens=options.num_draft_tokens)
     if not options.json:
         show_text(pair, inputs, arguments, options)
     k = options.num_draft_tokens
@@ -66,7 +62,7 @@ def show_text(pair: Pair, inputs: dict[str, Any], arguments: dict[str, Any], opt
     answer = write_answer(pair, inputs, arguments, options.seed, writer(shows_drafts=True))
     console.print("\n")
     if answer.is_interrupted:
-        raise KeyboardInterrupt(INTERRUPTED)
+        raise KeyboardInterrupt
     for line in legend(answer.origins, console):
         console.print(line)
     console.print()

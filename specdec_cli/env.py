@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -148,14 +147,10 @@ def _cpu_kernels() -> str:
             return "built"
     except (OSError, RuntimeError) as error:
         return f"not usable: {error}"
-    compiler = _compiler()
+    compiler = cpu.find_compiler()
     if compiler is None:
         return "not built, and no C++ compiler is on the PATH"
     return f"not built; compile=True, or --compile, builds them with {compiler}"
-
-
-def _compiler() -> str | None:
-    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
 
 
 def _gpu_kernels() -> str:
@@ -172,7 +167,7 @@ def _missing() -> list[Missing]:
         absent = [module for module in modules if find_spec(module) is None]
         if absent and (extra != "kernels" or torch.cuda.is_available()):
             found.append(Missing(", ".join(absent), needed_for, f'pip install "specdec-lossless[{extra}]"'))
-    if _compiler() is None:
+    if cpu.find_compiler() is None:
         found.append(
             Missing("a C++ compiler", "the CPU kernels and compile=True", "apt-get install g++, or set CXX to one")
         )

@@ -110,6 +110,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["generate", TARGET, "x", "--drafter", "no/such-draft"], "no/such-draft"),
         (["chat", TARGET], "has no chat template; use `specdec generate`"),
         (["bench", TARGET, "--batch", "0"], "--batch 0 must be whole numbers, 1 or more"),
+        (["bench", TARGET, "--drafter", "none"], "--drafter none drafts nothing"),
         (["bench", TARGET, "--batch", "1,x"], "'1,x' is no list such as 1,3"),
         (["bench", TARGET, "--batch", "300", "--max-new-tokens", "1"], "--batch 300 needs as many prompts"),
         (["demo", "--prompt", " "], "--prompt is empty"),

@@ -18,10 +18,12 @@ from transformers import AutoTokenizer
 import specdec
 from specdec.core import verification
 from specdec.core.steps import Draft, Verdict
+from specdec.drafters.resolve import load_drafter
 from specdec.runtime.loading import load
 from specdec.utils import embedded
 from specdec_cli import bench, chat, demo, env, stream
 from specdec_cli.main import main
+from specdec_cli.setup import Pair
 
 TARGET, DRAFT = str(embedded.TARGET), str(embedded.DRAFT)
 TEMPLATE = (
@@ -298,6 +300,22 @@ def test_bench_compares_engines_batches_and_k(capsys: pytest.CaptureFixture[str]
         assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
         assert (row["mean_acceptance_length"] is not None) == (row["engine"] == bench.SPECULATIVE)
     assert [sentence.split(":")[0] for sentence in report["verdict"]] == ["Batch 1", "Batch 2"]
+
+
+def test_transformers_assisted_loop_has_the_number_of_draft_tokens_that_its_row_says() -> None:
+    """And with auto its own schedule, also after a row with a number."""
+    model = load(TARGET, "float32", "cpu")
+    pair = Pair(model, None, load_drafter(DRAFT, model, "float32"))
+    config: Any = pair.drafter.runner.model.generation_config  # type: ignore[attr-defined]
+    own = config.to_dict()
+    found = []
+    for k in (3, "auto"):
+        with bench.prepared(pair, bench.Engine(bench.ASSISTED, k)) as more:
+            within = more["assistant_model"].generation_config
+            found.append((within.num_assistant_tokens, within.num_assistant_tokens_schedule))
+            within.num_assistant_tokens = 9  # as the loop itself may
+        assert pair.drafter.runner.model.generation_config.to_dict() == own  # type: ignore[attr-defined]
+    assert found == [(3, "constant"), (config.num_assistant_tokens, config.num_assistant_tokens_schedule)]
 
 
 def test_bench_prints_a_table_and_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -195,7 +195,7 @@ def build() -> None:
         return
     path = make_cache_folder() / built_at().name
     if not path.exists():
-        compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
+        compiler = find_compiler()
         if compiler is None:
             raise RuntimeError("no C++ compiler was found: neither $CXX nor g++ nor clang++ is on the PATH")
         unfinished = path.with_suffix(f".{os.getpid()}")
@@ -215,6 +215,11 @@ def build() -> None:
     _IS_LOADED = None
     if not load():
         raise RuntimeError(_WARNED[-1] if _WARNED else f"{path} is gone")
+
+
+def find_compiler() -> str | None:
+    """The path of the C++ compiler that builds the library: $CXX, g++ or clang++; None where there is none."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
 
 
 def c_shims() -> dict[torch._ops.OpOverload, list[str]]:

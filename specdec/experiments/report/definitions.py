@@ -1,4 +1,4 @@
-"""How each figure is defined, beside vLLM's, SGLang's and Spec-Bench's of the same name, and what each gives on a run.
+"""How each figure is defined, next to vLLM's, SGLang's and Spec-Bench's of the same name, and what each gives on a run.
 
 docs/figures.md says where the formulas of vLLM and SGLang are from. Other tools' formulas are evaluated on what the
 records hold, which ends at a text's stop; vLLM and SGLang count the ids of a draft before they look for a stop.

@@ -34,7 +34,7 @@ FIGURES = {  # that a run of another tool may have, by specdec's names
     **{name: METRICS[name].label for name in ("first_token_ms", "token_ms", "identical")},
     "num_emitted_tokens": "generated tokens",
 }
-NO_PLAIN_RUN = "a file holds one run; name, beside it, that of the same requests without speculation"
+NO_PLAIN_RUN = "a file holds one run; name that of the same requests without speculation too"
 NO_PROBABILITIES = "needs the probabilities of both models, which no server returns"
 NO_PLAIN_TEXT = "needs plain decoding's token ids of the same prompts"
 NO_SPECULATION = "the server reported none: it does not speculate, or its metrics could not be read"
@@ -42,7 +42,7 @@ NO_SPECULATION = "the server reported none: it does not speculate, or its metric
 
 @dataclass(frozen=True)
 class OtherRun:
-    """A run of another tool, or of specdec beside those.
+    """A run of another tool, or of specdec in a table with those.
 
     settings: what the file says of the run, as texts. figures: by the names of FIGURES. missing: the reason for each
     figure that the run lacks. is_plain: without speculation. answers, plain_answers: of Spec-Bench's questions, for its
@@ -86,7 +86,7 @@ def read_other_runs(paths: Sequence[Path]) -> list[OtherRun]:
 
 
 def of_specdec(report: RunReport) -> OtherRun:
-    """A run of specdec as a column beside those of other tools, by specdec's own definitions."""
+    """A run of specdec as a column next to those of other tools, by specdec's own definitions."""
     values = {line.figure: line.value(report) for line in DEFINITIONS if line.tool == SPECDEC}
     is_plain = not report.run.of(SPECULATIVE)
     if is_plain:
