@@ -126,9 +126,8 @@ def run(options: Options) -> int:
     pair = load_pair(options)
     prompts = prompt_ids(workload, pair.tokenizer, MAX_PROMPT_TOKENS)[:num_prompts]
     if len(prompts) < max(options.batch):
-        raise ValueError(
-            f"--batch {max(options.batch)} needs as many prompts, and {options.prompts or 'the embedded set'} has {len(prompts)}"
-        )
+        where = options.prompts or "the embedded set"
+        raise ValueError(f"--batch {max(options.batch)} needs as many prompts, and {where} has {len(prompts)}")
     arguments = generation_arguments(options, pair.tokenizer)
     results: list[Measured] = []
     for batch in options.batch:
